@@ -1,0 +1,1 @@
+"""The student: one decoder, driven by a config."""
