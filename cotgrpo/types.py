@@ -23,7 +23,7 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
-type_checked_names = ("Array", "Bool", "Float", "Int", "PRNGKeyArray", "Real")
+
 
 Params = Any
 """A nested dict of arrays, as `flax.linen.Module.init` makes it."""

@@ -1,0 +1,329 @@
+"""What to optimise, as the maths of one token. GRPO here is GhostRespond Policy Optimization, not Group Relative.
+
+At a context c the student has a distribution p over the vocabulary. A ghost reply supplies the ideal token y*; the student draws y.
+The reward is the log-ratio R = log p(y*) - log p(y), which is a difference of two logits, because both share one normaliser:
+
+    D(y) = log p(y*) - log p(y) = z(y*) - z(y)
+
+An objective is any function `objective(logits_V, row) -> (loss, metrics)`: one row of float32 logits, one `TokenRow`, a scalar loss and a dict
+of scalars to be averaged. The engine maps it over tokens, weights it, sums it and takes its gradient. Three optional attributes tell the
+engine more; a plain function needs none of them:
+
+    num_draws          tokens to draw at each context; `row.drawn` is one of them and the results are averaged (a function: 1)
+    draw_logits        `draw_logits(logits_V) -> logits_V` of the distribution they are drawn from (default: the student's own)
+    value_and_grad     `value_and_grad(logits_V, row) -> ((loss, metrics), dloss_dlogits_V)`, a closed form instead of autodiff
+
+Every objective here except `Reinforce` has the logit gradient `sum_y s(y) (e_y - e_{y*})`, with `s >= 0` its *slope*: each single update raises
+log p(y*) and lowers log p(y), and y = y* contributes exactly nothing. They differ only in s:
+
+    Nll                     s(y) = p(y)                              fixed point: the ghost distribution q
+    RewardGradient          s(y) = 1 at the drawn y                  its mean over y ~ p is the gradient of Nll
+    Pair, policy            s(y) = 2 p(y) sigmoid(-beta D(y))        fixed point: p proportional to q^(1/(1+beta))
+    Pair, calibrated        the same, y ~ p^(1-beta)                 fixed point: q
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from cotgrpo.types import Array, Float, Int
+
+Objective = Callable[..., Any]
+"""`objective(logits_V, row) -> (loss, metrics)`."""
+
+MASKED_LOGIT = -1e30
+"""The logit of a token that does not exist (a padded column of the head): finite, so 0 * logit is 0 and not NaN."""
+
+
+@flax.struct.dataclass
+class TokenRow:
+    """What an objective knows about one token, beside the student's logits.
+
+    Attributes:
+        ghost: int32 in [0, V), y*.
+        drawn: int32 in [0, V), y; None when the objective asks for no draws.
+        weight: float32, this token's weight in the loss. The engine applies it; an objective need not.
+        reference_logits: float32 `[V]`, the frozen reference model's logits at this context, or None without a reference.
+    """
+
+    ghost: Int[Array, ""]
+    drawn: Int[Array, ""] | None
+    weight: Float[Array, ""]
+    reference_logits: Float[Array, "V"] | None = None
+
+
+def ghost_reward(
+    logits_V: Float[Array, "V"], ghost: int | Int[Array, ""], drawn: int | Int[Array, ""]
+) -> Float[Array, ""]:
+    """The GhostRespond reward of one drawn token: `log p(ghost) - log p(drawn)`, with p = softmax(logits).
+
+    The normaliser cancels, so this is `logits[ghost] - logits[drawn]`: exact, and no pass over the vocabulary. `vmap` it over tokens.
+
+    Args:
+        logits_V: one context's logits.
+        ghost: y* in [0, V).
+        drawn: y in [0, V).
+
+    Returns:
+        The reward in nats: positive where the student finds the ghost token likelier than its own, 0 at `ghost == drawn`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(ghost_reward(jnp.array([1.0, 3.0, 0.5]), ghost=1, drawn=0))
+        2.0
+    """
+    return logits_V[ghost] - logits_V[drawn]
+
+
+def distribution_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+    """What every objective reports: `entropy` of p in nats, and `token_accuracy`, 1 where the greedy token is the ghost."""
+    p_V = jnp.exp(logits_V - log_z)
+    return {
+        "entropy": log_z - jnp.sum(p_V * logits_V),
+        "token_accuracy": (logits_V[row.ghost] >= jnp.max(logits_V)).astype(jnp.float32),
+    }
+
+
+def exact_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+    """The reward and its companions as exact means over y ~ p: nothing needs to be drawn to know them.
+
+    `reward` = E[log p(y*) - log p(y)], `ghost_prob` = p(y*), `drawn_prob` = E[p(y)], `match_rate` = P(y = y*) = p(y*).
+    """
+    metrics = distribution_metrics(logits_V, log_z, row)
+    ghost_logit = logits_V[row.ghost]
+    ghost_prob = jnp.exp(ghost_logit - log_z)
+    p_V = jnp.exp(logits_V - log_z)
+    return metrics | {
+        "reward": ghost_logit - log_z + metrics["entropy"],
+        "ghost_prob": ghost_prob,
+        "drawn_prob": jnp.sum(p_V * p_V),
+        "match_rate": ghost_prob,
+    }
+
+
+def drawn_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+    """The same for the one token that was drawn."""
+    return distribution_metrics(logits_V, log_z, row) | {
+        "reward": ghost_reward(logits_V, row.ghost, row.drawn),
+        "ghost_prob": jnp.exp(logits_V[row.ghost] - log_z),
+        "drawn_prob": jnp.exp(logits_V[row.drawn] - log_z),
+        "match_rate": (row.drawn == row.ghost).astype(jnp.float32),
+    }
+
+
+def toward_ghost(slope_V: Float[Array, "V"], ghost: Int[Array, ""]) -> Float[Array, "V"]:
+    """The logit gradient `sum_y s(y) (e_y - e_ghost)` of slopes s: every y is pushed down, the ghost up by as much.
+
+    The slope at the ghost itself drops out, and is left out, so that a lone y = y* gives exactly zero.
+    """
+    is_ghost_V = jnp.arange(slope_V.shape[0]) == ghost
+    others_V = jnp.where(is_ghost_V, 0.0, slope_V)
+    return jnp.where(is_ghost_V, -jnp.sum(others_V), others_V)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nll:
+    """Maximum likelihood of the ghost token: `-log p(y*)`. On text this is SFT.
+
+    Logit gradient: `p - e_{y*}`. Proper: against ghosts drawn from q the minimum is p = q.
+    """
+
+    num_draws = 0
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        log_z = jax.nn.logsumexp(logits_V)
+        return log_z - logits_V[row.ghost], distribution_metrics(logits_V, log_z, row)
+
+    def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
+        log_z = jax.nn.logsumexp(logits_V)
+        return self(logits_V, row), toward_ghost(jnp.exp(logits_V - log_z), row.ghost)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+    """The formula taken literally: `-sg(R) log p(y)`, y ~ p, R = log p(y*) - log p(y). For study; it does not work.
+
+    Warning: `log p(y*)` is a constant baseline and drops out of the expected gradient, which is exactly minus the gradient of the *entropy* of p.
+    It carries no information about y*, raises the entropy without end, and destroys a trained student in a few hundred steps.
+    It stays as the negative control of the tests.
+    """
+
+    num_draws = 1
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        log_z = jax.nn.logsumexp(logits_V)
+        metrics = drawn_metrics(logits_V, log_z, row)
+        return -jax.lax.stop_gradient(metrics["reward"]) * (logits_V[row.drawn] - log_z), metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardGradient:
+    """Ascent on the reward itself: `-(log p(y*) - log p(y))`, y ~ p held fixed.
+
+    Logit gradient: `e_y - e_{y*}`. Its mean over y ~ p is exactly the gradient of `Nll`; drawing y only adds noise to that.
+
+    Attributes:
+        samples: tokens drawn at each context and averaged, at least 1.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "RewardGradient.samples", "an integer of at least 1", self.samples)
+
+    @property
+    def num_draws(self) -> int:
+        return self.samples
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        metrics = drawn_metrics(logits_V, jax.nn.logsumexp(logits_V), row)
+        return -ghost_reward(logits_V, row.ghost, row.drawn), metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A logistic preference of the ghost over what the student would say, beside the likelihood of the ghost.
+
+        nll_weight * -log p(y*)  +  pair_weight * E_y[(2 / beta) softplus(-beta D(y))],    y ~ n held fixed
+
+    The factor 2 makes the slope at D = 0 that of `Nll`. Pairs that are won by a margin (D large) push no more.
+
+    With negatives from the policy (n = p) the pair term alone is not proper: against ghosts drawn from q its fixed point is p proportional to
+    q^(1/(1+beta)), flatter than q, and on the student's own contexts it collapses. Beside the likelihood it is safe. Calibrated
+    negatives, n proportional to p^(1-beta), make the fixed point exactly q, and need no anchor.
+
+    Attributes:
+        beta: > 0, the sharpness of the preference; at most 1 with calibrated negatives (1: uniform negatives).
+        nll_weight: >= 0.
+        pair_weight: >= 0.
+        negatives: "policy" or "calibrated".
+        estimator: "exact" takes the mean over the whole vocabulary, all of which is at hand; "drawn" draws y.
+        samples: tokens drawn at each context and averaged; "drawn" only.
+    """
+
+    beta: float = 1.0
+    nll_weight: float = 1.0
+    pair_weight: float = 0.3
+    negatives: Literal["policy", "calibrated"] = "policy"
+    estimator: Literal["exact", "drawn"] = "exact"
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "Pair.beta", "a positive number", self.beta)
+        require(self.nll_weight >= 0, "Pair.nll_weight", "a number of at least 0", self.nll_weight)
+        require(self.pair_weight >= 0, "Pair.pair_weight", "a number of at least 0", self.pair_weight)
+        require(self.nll_weight + self.pair_weight > 0, "Pair.nll_weight + pair_weight", "a positive sum", 0)
+        require(self.negatives in ("policy", "calibrated"), "Pair.negatives", '"policy" or "calibrated"', self.negatives)
+        require(self.estimator in ("exact", "drawn"), "Pair.estimator", '"exact" or "drawn"', self.estimator)
+        require(self.samples >= 1, "Pair.samples", "an integer of at least 1", self.samples)
+        if self.negatives == "calibrated":
+            require(self.beta <= 1, "Pair.beta", "at most 1 with calibrated negatives", self.beta)
+
+    @property
+    def num_draws(self) -> int:
+        return self.samples if self.estimator == "drawn" else 0
+
+    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
+        """Logits of the distribution n of the negatives."""
+        if self.negatives == "policy":
+            return logits_V
+        # A token that does not exist stays impossible at any temperature (0 * -1e30 would make it likely).
+        return jnp.where(logits_V <= MASKED_LOGIT, MASKED_LOGIT, (1 - self.beta) * logits_V)
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        log_z = jax.nn.logsumexp(logits_V)
+        nll = log_z - logits_V[row.ghost]
+        if self.estimator == "drawn":
+            pair = self.penalty(ghost_reward(logits_V, row.ghost, row.drawn))
+            metrics = drawn_metrics(logits_V, log_z, row)
+        else:
+            n_V = jax.lax.stop_gradient(jax.nn.softmax(self.draw_logits(logits_V)))
+            pair = jnp.sum(n_V * self.penalty(logits_V[row.ghost] - logits_V))
+            metrics = exact_metrics(logits_V, log_z, row)
+        return self.nll_weight * nll + self.pair_weight * pair, metrics
+
+    def penalty(self, advantage: Any) -> Any:
+        """`(2 / beta) softplus(-beta D)`."""
+        return (2 / self.beta) * jax.nn.softplus(-self.beta * advantage)
+
+    def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
+        p_V = jnp.exp(logits_V - jax.nn.logsumexp(logits_V))
+        if self.estimator == "drawn":
+            n_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
+        else:
+            n_V = p_V if self.negatives == "policy" else jax.nn.softmax(self.draw_logits(logits_V))
+        lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[row.ghost]))
+        slope_V = self.nll_weight * p_V + (2 * self.pair_weight) * n_V * lost_V
+        return self(logits_V, row), toward_ghost(slope_V, row.ghost)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceKl:
+    """Any objective, kept near a frozen reference model r: `objective + weight * KL(p || r)`, the sum over the vocabulary taken exactly.
+
+        KL(p || r) = sum_y p(y) (log p(y) - log r(y)),    logit gradient  p(y) (log p(y) - log r(y) - KL)
+
+    Adds the metric `kl`, in nats. The step that uses it is built with the reference (`make_grpo_step(..., reference=)`).
+
+    Attributes:
+        objective: the objective to keep near the reference.
+        weight: >= 0.
+    """
+
+    objective: Objective
+    weight: float = 0.1
+
+    needs_reference = True
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "ReferenceKl.weight", "a number of at least 0", self.weight)
+
+    @property
+    def num_draws(self) -> int:
+        return num_draws(self.objective)
+
+    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
+        return draw_logits(self.objective, logits_V)
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        loss, metrics = self.objective(logits_V, row)
+        log_p_V = jax.nn.log_softmax(logits_V)
+        kl = jnp.sum(jnp.exp(log_p_V) * (log_p_V - jax.nn.log_softmax(row.reference_logits)))
+        return loss + self.weight * kl, metrics | {"kl": kl}
+
+    def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
+        (loss, metrics), grad_V = value_and_grad(self.objective)(logits_V, row)
+        log_p_V = jax.nn.log_softmax(logits_V)
+        p_V, ratio_V = jnp.exp(log_p_V), log_p_V - jax.nn.log_softmax(row.reference_logits)
+        kl = jnp.sum(p_V * ratio_V)
+        return (loss + self.weight * kl, metrics | {"kl": kl}), grad_V + self.weight * p_V * (ratio_V - kl)
+
+
+def num_draws(objective: Objective) -> int:
+    """How many tokens the engine draws for each context."""
+    return getattr(objective, "num_draws", 1)
+
+
+def draw_logits(objective: Objective, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
+    """Logits of the distribution the engine draws them from."""
+    own = getattr(objective, "draw_logits", None)
+    return logits_V if own is None else own(logits_V)
+
+
+def value_and_grad(objective: Objective) -> Callable[..., Any]:
+    """`(logits_V, row) -> ((loss, metrics), dloss_dlogits_V)`: the objective's closed form, or autodiff where it has none."""
+    own = getattr(objective, "value_and_grad", None)
+    return jax.value_and_grad(objective, has_aux=True) if own is None else own
+
+
+def require(holds: bool, name: str, expected: str, got: object) -> None:
+    """Raises ValueError, naming the argument, what was expected and what came, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {got!r}.")
