@@ -1,0 +1,32 @@
+"""cotgrpo: teach small language models to reason, by chain-of-thought distillation and GhostRespond Policy Optimization.
+
+GRPO in this package is GhostRespond Policy Optimization (a ghost reply supplies the ideal token at each context), not Group Relative
+Policy Optimization. The names below need jax, flax, optax and numpy alone; data, sampling and runs live in the subpackages.
+"""
+
+from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.optimizers import make_optimizer
+from cotgrpo.sharding import jit_step, make_mesh
+from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
+from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
+
+__all__ = [
+    "GhostBatch",
+    "Metric",
+    "Nll",
+    "Pair",
+    "ReferenceKl",
+    "Reinforce",
+    "RewardGradient",
+    "SftBatch",
+    "Student",
+    "TokenRow",
+    "TrainState",
+    "ghost_reward",
+    "jit_step",
+    "make_eval_step",
+    "make_grpo_step",
+    "make_mesh",
+    "make_optimizer",
+    "make_sft_step",
+]

@@ -1,0 +1,204 @@
+"""Pure train steps: `step(state, batch) -> (state, metrics)`. GRPO here is GhostRespond Policy Optimization, not Group Relative.
+
+Model, optimizer and objective are closed over; everything that changes is in `TrainState`, a pytree of arrays. There are no globals, no host callbacks
+and no mesh in here: `jit_step` adds jit, donation and shardings from outside. A step's randomness is `fold_in(state.key, state.step)`.
+
+Losses are sums with weights. Gradients are summed over micro-batches and divided once, by the weight of the whole batch, so accumulation and any
+sharding give the same update as one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cotgrpo import objectives
+from cotgrpo.objectives import Nll, Objective, Pair
+from cotgrpo.token_engine import HeadSpec, TokenRows, token_loss
+from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""`step(state, batch) -> (state, metrics)`, or `step(state, batch, reference_params)` when built with a reference."""
+
+
+def make_sft_step(
+    student: Student,
+    tx: optax.GradientTransformation,
+    objective: Objective = Nll(),
+    *,
+    micro_batches: int = 1,
+    tile_size: int | None = None,
+) -> Step:
+    """The supervised step: the next-token loss `-log p(target)` of an `SftBatch`, averaged over its supervised tokens.
+
+    Arguments as in `make_grpo_step`, of which this is the case `Nll`.
+    """
+    return make_grpo_step(student, tx, objective, micro_batches=micro_batches, tile_size=tile_size)
+
+
+def make_grpo_step(
+    student: Student,
+    tx: optax.GradientTransformation,
+    objective: Objective = Pair(),
+    *,
+    reference: Student | None = None,
+    micro_batches: int = 1,
+    tile_size: int | None = None,
+) -> Step:
+    """The GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
+
+        loss = sum_t w_t objective(logits_t, (y*_t, y_t)) / sum_t w_t
+
+    An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. A loss or gradient that is not finite (a batch with no supervised
+    token gives one, 0 / 0) leaves `params` and `opt_state` as they were, counts in the metric `skipped`, and adds nothing to the other means.
+
+    Args:
+        student: the model's pure functions.
+        tx: an optax transformation. The metric `learning_rate` appears if its state holds just one (`cotgrpo.optimizers.make_optimizer` does).
+        objective: a function of one token, see `cotgrpo.objectives`.
+        reference: a frozen model for objectives that want one (`ReferenceKl`). The step then takes its parameters as a third argument,
+            so that they are neither baked into the program nor part of the state.
+        micro_batches: the batch is taken in this many equal parts, gradients summed; must divide B.
+        tile_size: tokens a tile of the engine; None chooses.
+
+    Returns:
+        `step(state, batch[, reference_params]) -> (state, metrics)`, not jitted. Metrics: `loss`, what the objective reports, `grad_norm`,
+        `learning_rate`, `skipped` (0 or 1), `tokens` (real ones), `padded_tokens`.
+
+    Raises:
+        ValueError: an objective that needs a reference without one, or the reverse; `micro_batches` or `tile_size` below 1.
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
+    gradient = jax.value_and_grad(make_batch_loss(student, objective, reference, tile_size), has_aux=True)
+
+    def step(state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None) -> Any:
+        ghosts = GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
+        uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
+        (loss, (sums, weight)), grads = accumulate(
+            lambda part: gradient(state.params, *part, reference_params), (ghosts, uniform), micro_batches
+        )
+        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        finite = jnp.isfinite(loss / weight) & jnp.isfinite(grad_norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        new_state = state.replace(
+            step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state)
+        )
+        one = finite.astype(jnp.float32)
+        counted = lambda total, w: Metric(jnp.where(finite, total, 0.0), jnp.where(finite, w, 0.0))
+        metrics = {name: counted(total, weight) for name, total in {"loss": loss, **sums}.items()}
+        metrics["grad_norm"] = counted(grad_norm, one)
+        rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+        rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]
+        if len(rates) == 1:
+            metrics["learning_rate"] = Metric(rates[0].astype(jnp.float32), jnp.ones(()))
+        metrics["skipped"] = Metric(1.0 - one, jnp.ones(()))
+        return new_state, metrics | token_counts(ghosts)
+
+    return step
+
+
+def make_eval_step(
+    student: Student, objective: Objective = Nll(), *, tile_size: int | None = None
+) -> Callable[[Params, SftBatch | GhostBatch], Metrics]:
+    """`eval_step(params, batch) -> metrics`: the objective and its metrics on held-out text, no gradient, the head on supervised tokens only.
+
+    The metrics of several batches add up (`Metric.__add__`) to the mean over all their tokens, however they were packed.
+
+    Raises:
+        ValueError: an objective that draws tokens or needs a reference; evaluation is deterministic.
+    """
+    if objectives.num_draws(objective):
+        raise ValueError(f"make_eval_step needs an objective that draws no tokens, got {objective!r}; use its exact form.")
+    batch_loss = make_batch_loss(student, objective, None, tile_size)
+
+    def eval_step(params: Params, batch: SftBatch | GhostBatch) -> Metrics:
+        ghosts = GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
+        loss, (sums, weight) = batch_loss(params, ghosts, None, None)
+        return {name: Metric(total, weight) for name, total in {"loss": loss, **sums}.items()} | token_counts(ghosts)
+
+    return eval_step
+
+
+def make_batch_loss(
+    student: Student, objective: Objective, reference: Student | None, tile_size: int | None
+) -> Callable[..., Any]:
+    """`batch_loss(params, ghosts, uniform, reference_params) -> (loss_sum, (metric_sums, weight_sum))`."""
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1 or None, got {tile_size}.")
+    if getattr(objective, "needs_reference", False) != (reference is not None):
+        wants = "needs" if reference is None else "does not use"
+        raise ValueError(
+            f"The objective {objective!r} {wants} a frozen reference model: "
+            "ReferenceKl and make_*_step(..., reference=Student) belong together."
+        )
+
+    def batch_loss(params: Params, ghosts: GhostBatch, uniform: Any, reference_params: Params | None) -> Any:
+        inputs = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
+        flat = lambda x: x.reshape(ghosts.tokens.size, *x.shape[2:])
+        reference_hidden = reference_head = None
+        if reference is not None:
+            frozen = jax.lax.stop_gradient(reference_params)
+            reference_hidden = flat(reference.hidden(frozen, *inputs))
+            reference_head = None if reference.head is None else reference.head(frozen)
+        drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
+        rows = TokenRows(
+            ghost=flat(ghosts.ghost_tokens),
+            weight=flat(ghosts.loss_mask).astype(jnp.float32),
+            drawn=None if drawn is None else drawn.reshape(ghosts.tokens.size, -1),
+            uniform=None if uniform is None else flat(uniform),
+            reference_hidden=reference_hidden,
+        )
+        loss, sums = token_loss(
+            objective,
+            flat(student.hidden(params, *inputs)),
+            None if student.head is None else student.head(params),
+            rows,
+            spec=HeadSpec(student.softcap, student.vocab_size),
+            reference_head=reference_head,
+            reference_spec=HeadSpec() if reference is None else HeadSpec(reference.softcap, reference.vocab_size),
+            tile_size=tile_size,
+        )
+        return loss, (sums, jnp.sum(rows.weight))
+
+    return batch_loss
+
+
+def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> jax.Array | None:
+    """`[B, T, G]` numbers in [0, 1) for the tokens that the engine has to draw, or None. Drawn for the whole batch at once,
+    so that neither tiles nor micro-batches change what is drawn."""
+    draws = objectives.num_draws(objective)
+    if not draws or ghosts.drawn_tokens is not None:
+        return None
+    return jax.random.uniform(key, (*ghosts.tokens.shape, draws))
+
+
+def accumulate(gradient: Callable[[Any], Any], batch: Any, micro_batches: int) -> Any:
+    """The sum of `gradient(part)` over `micro_batches` equal parts of `batch`, one part in memory at a time."""
+    if micro_batches == 1:
+        return gradient(batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % micro_batches:
+            raise ValueError(f"micro_batches={micro_batches} must divide the batch, which has {x.shape[0]} sequences.")
+        # Part i takes rows i, i + M, ...: each part is then spread over the devices as the batch is.
+        return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None), zeros, parts)[0]
+
+
+def token_counts(ghosts: GhostBatch) -> Metrics:
+    """`tokens`, those of documents, and `padded_tokens`, all positions that were computed; means over steps."""
+    real = jnp.sum(ghosts.segment_ids != 0).astype(jnp.float32)
+    return {"tokens": Metric(real, jnp.ones(())), "padded_tokens": Metric(jnp.float32(ghosts.tokens.size), jnp.ones(()))}
