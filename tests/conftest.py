@@ -1,0 +1,77 @@
+"""How every test runs: on eight virtual CPU devices, no rank promoted in silence, the package's signatures checked.
+
+The modules of cotgrpo write shapes in their signatures and import the names for them under `if TYPE_CHECKING:`, so that
+they need neither jaxtyping nor beartype. Here, and only here, an import hook makes those blocks real and puts the two
+packages' check around every function and method of cotgrpo: a call with a wrong shape, dtype or type raises. NumPy
+arrays pass as arrays, as they do in JAX. Nothing is written to disk, so code that runs outside the tests is never checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import os
+import sys
+from collections.abc import Sequence
+from types import CodeType, ModuleType
+
+PACKAGE = "cotgrpo"
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses of the tests inherit it
+
+
+CHECK = "@__import__('jaxtyping').jaxtyped(typechecker=__import__('beartype').beartype)\ndef _(): ..."
+ARRAY = "Array = __import__('jax').Array | __import__('numpy').ndarray"
+
+
+class SignatureChecks(ast.NodeTransformer):
+    """Makes `if TYPE_CHECKING:` `if True:` and adds the check as the innermost decorator of functions and methods.
+
+    Functions inside functions are left alone: they are the traced bodies of what is checked already.
+    """
+
+    def visit_If(self, node: ast.If) -> ast.If:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.test = ast.copy_location(ast.Constant(True), node.test)
+            names = {alias.name for part in node.body if isinstance(part, ast.ImportFrom) for alias in part.names}
+            if "Array" in names:
+                node.body.append(ast.copy_location(ast.parse(ARRAY).body[0], node.body[-1]))
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        check = ast.parse(CHECK).body[0]
+        assert isinstance(check, ast.FunctionDef)
+        node.decorator_list.append(ast.copy_location(check.decorator_list[0], node))
+        return node
+
+
+class CheckedLoader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        tree = SignatureChecks().visit(ast.parse(self.get_data(path), path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+
+class CheckedFinder:
+    """First on `sys.meta_path`: finds the package's modules as Python would, and gives them the loader above."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != PACKAGE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = CheckedLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before tests/conftest.py: its signatures would go unchecked"
+sys.meta_path.insert(0, CheckedFinder)
+
+import jax  # noqa: E402  after the environment is set
+
+# For meshes; what names no mesh runs on the first device. Subprocesses of a test have one, as a user's process has.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
