@@ -3,7 +3,7 @@
 The modules of cotgrpo write shapes in their signatures and import the names for them under `if TYPE_CHECKING:`, so that
 they need neither jaxtyping nor beartype. Here, and only here, an import hook makes those blocks real and puts the two
 packages' check around every function and method of cotgrpo: a call with a wrong shape, dtype or type raises. NumPy
-arrays pass as arrays, as they do in JAX. Nothing is written to disk, so code that runs outside the tests is never checked.
+arrays pass as arrays, as they do in JAX. Nothing is written to disk: code that runs outside the tests is never checked.
 """
 
 from __future__ import annotations

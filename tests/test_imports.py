@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from cotgrpo.types import project
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "cotgrpo").rglob("*.py"))
@@ -168,6 +172,18 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
             where = f"{path.name}:{node.lineno} {node.name}"
             assert lines <= FUNCTION_LINES, f"{where} has {lines} lines of code, more than {FUNCTION_LINES}: split it"
+
+
+def test_signatures_are_checked_in_tests() -> None:
+    """`project(rows[..., D], head[D, V])`: what tests/conftest.py adds to every function of the package."""
+    rows, head = jnp.ones((2, 3)), jnp.ones((3, 5))
+    assert project(rows, head).shape == (2, 5)
+    with pytest.raises(jaxtyping.TypeCheckError, match="head_DV"):
+        project(rows, head.T)
+    with pytest.raises(jaxtyping.TypeCheckError, match="rows_D"):
+        project(rows.astype(int), head)
+    with pytest.raises(jaxtyping.TypeCheckError, match="softcap"):
+        project(rows, head, "30")  # type: ignore[arg-type]
 
 
 TRAIN_STEP = """

@@ -1,0 +1,129 @@
+"""The package as pip sees it: version, dependencies, extras, the command, and what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from test_imports import CORE_PACKAGES, TRAIN_STEP
+
+import cotgrpo
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BASE = {Requirement(line).name for line in PROJECT["dependencies"]}
+EXTRAS = {
+    extra: {Requirement(line).name for line in lines} for extra, lines in PROJECT["optional-dependencies"].items()
+}
+
+
+def third_party_imports() -> dict[str, str]:
+    """Top-level name of every package that cotgrpo imports anywhere, and one place where it does."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "cotgrpo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for top in {name.partition(".")[0] for name in names} - {"cotgrpo"} - set(sys.stdlib_module_names):
+                found.setdefault(top, f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_version_has_one_source() -> None:
+    assert cotgrpo.__version__ == importlib.metadata.version("cotgrpo") == PROJECT["version"]
+
+
+def test_command_is_installed() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="cotgrpo")
+    assert callable(script.load())
+
+
+def test_every_import_is_declared() -> None:
+    declared = {normalized(name) for names in (BASE, *EXTRAS.values()) for name in names}
+    providers = importlib.metadata.packages_distributions()
+    problems = [
+        f"{where} imports {top}, which no dependency or extra in pyproject.toml provides"
+        for top, where in third_party_imports().items()
+        if not {normalized(name) for name in providers.get(top, [top])} & declared
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_dependency_is_imported() -> None:
+    """What the base install brings is used; a package that nothing imports is weight for the user."""
+    providers = importlib.metadata.packages_distributions()
+    used = {normalized(name) for top in third_party_imports() for name in providers.get(top, [top])}
+    unused = {name for name in BASE if normalized(name) not in used}
+    assert not unused, f"pyproject.toml lists {sorted(unused)}, but nothing in cotgrpo imports it"
+
+
+def test_the_base_install_forces_no_other_framework() -> None:
+    """Follows the requirements of the base install, without extras, through everything that is installed."""
+    seen: set[str] = set()
+    queue = sorted(BASE)
+    while queue:
+        name = normalized(queue.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        requirements = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+        queue += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert not seen & {"torch", "tensorflow", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "triton", "vllm"}
+
+
+def test_extras_of_jax_exist() -> None:
+    """pip only warns about an extra that a package does not have."""
+    offered = set(importlib.metadata.metadata("jax").get_all("Provides-Extra") or [])
+    wanted = {
+        extra
+        for lines in PROJECT["optional-dependencies"].values()
+        for line in lines
+        if Requirement(line).name == "jax"
+        for extra in Requirement(line).extras
+    }
+    assert wanted and wanted <= offered
+
+
+def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
+    """All of the README's Python blocks, in order, as one script."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert any("make_grpo_step" in block for block in blocks), "the README shows no ```python example of make_grpo_step"
+    run(sys.executable, "-W", "error", "-c", "\n".join(blocks), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_core_in_an_environment_of_four_packages(tmp_path: Path) -> None:
+    """A real one: pip installs the four and, without its dependencies, the package; then train steps run."""
+    python = str(tmp_path / "env" / "bin" / "python")
+    lines = [line for line in PROJECT["dependencies"] if Requirement(line).name in CORE_PACKAGES]
+    assert len(lines) == len(CORE_PACKAGES)
+    run(sys.executable, "-m", "venv", str(tmp_path / "env"), cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", *lines, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(ROOT), cwd=tmp_path)
+    for absent in ("datasets", "transformers", "tokenizers", "grain", "jsonargparse", "jaxtyping", "beartype"):
+        assert f"No module named '{absent}'" in run(python, "-c", f"import {absent}", cwd=tmp_path, succeeds=False)
+    assert run(python, "-W", "error", "-c", TRAIN_STEP, cwd=tmp_path).splitlines()[-1] == "steps: 4"
+
+
+def run(*command: str, cwd: Path, succeeds: bool = True) -> str:
+    """The output of a command in an environment that does not know of this checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+    return done.stdout + done.stderr
