@@ -152,9 +152,11 @@ class Walk:
             sums, grads = carry
             start = index * self.tile
             picked_T = jax.lax.dynamic_slice_in_dim(order, start, self.tile)
-            hidden_TD = hidden_ND[picked_T]
+            in_play_T = start + jnp.arange(self.tile) < num_live
+            # What a skipped row holds, even NaN, must not reach `d head` as NaN * 0.
+            hidden_TD = jnp.where(in_play_T[:, None], hidden_ND[picked_T], 0)
             tile_rows = jax.tree.map(lambda x: x[picked_T], rows)
-            weight_T = jnp.where(start + jnp.arange(self.tile) < num_live, tile_rows.weight, 0.0)
+            weight_T = jnp.where(in_play_T, tile_rows.weight, 0.0)
             tile_sums, dlogits_TV = self.tile_sums(
                 hidden_TD, head_DV, tile_rows.replace(weight=weight_T), reference_head, with_grad
             )
