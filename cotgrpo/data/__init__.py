@@ -1,0 +1,1 @@
+"""From reasoning data to batches: triples (rows), template (tokens and masks), tokenizer, batches (shuffle, pack)."""

@@ -1,0 +1,69 @@
+"""Tokenizers: one trained on the data at hand for from-scratch students, or a pretrained model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cotgrpo.data.triples import DataError
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Any:
+    """A byte-level BPE tokenizer that splits numbers into single digits, trained on `texts`.
+
+    Every text survives encoding and decoding unchanged, since the 256 bytes are all in the vocabulary.
+
+    Args:
+        texts: the training text.
+        vocab_size: the most tokens wanted, at least 256 + the special ones; fewer come out where the text has too few pairs to merge.
+        special_tokens: must hold "<pad>" and "<eos>".
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+        ValueError: `vocab_size` too small.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least} (256 bytes and the special tokens), got {vocab_size}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer in a local folder or of a hub id, through `transformers`; no remote code is run.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id ({type(error).__name__}: {error})."
+        ) from error
