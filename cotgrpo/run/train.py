@@ -1,0 +1,284 @@
+"""The host loop: feeds batches to a compiled step, logs, evaluates, saves, and resumes where it was.
+
+The step is compiled once, ahead of the loop; a second compilation is impossible, since the compiled step rejects other shapes. Metrics are fetched one step
+after the window they belong to, so the device never waits for the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from cotgrpo.run.checkpoint import Checkpoints
+from cotgrpo.run.metrics_log import MetricsLog
+from cotgrpo.run.progress import ProgressLine
+from cotgrpo.types import Metrics, TrainState
+
+TIME_KEYS = ("train/step_time", "train/tokens_per_sec", "train/padded_tokens_per_sec")
+"""The keys of a row that differ between a run and its repetition; all others are the same to the bit."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot usefully go on; the message says why and what to try."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after it was saved. `signal_number` is SIGINT or SIGTERM."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How a loop runs; nothing here changes what is learned.
+
+    Attributes:
+        title: shown in the progress line.
+        total_steps: the run is complete after this many.
+        log_every: steps of one row in `metrics.jsonl`.
+        eval_every: steps between evaluations; 0: only after the last.
+        checkpoint_every: steps between checkpoints; there is always one after the last.
+        keep: checkpoints kept.
+        max_skipped: this many updates skipped in a row stop the run.
+    """
+
+    title: str
+    total_steps: int
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep: int = 3
+    max_skipped: int = 10
+
+
+class Window:
+    """The steps since the last row of the log: running sums on the host, and the newest metrics still on the device.
+
+    Sums are kept in float64 in the order of the steps, and travel in the checkpoint, so a run that was cut inside a window writes the same row.
+    """
+
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {"sums": {}, "crc": 0}
+        self.sums: dict[str, list[float]] = saved["sums"]
+        self.crc: int = saved["crc"]
+        self.on_device: list[Metrics] = []
+        self.steps_here = 0
+
+    def add(self, metrics: Metrics, batch: Any) -> None:
+        self.on_device.append(metrics)
+        self.steps_here += 1
+        for array in (batch.tokens, batch.segment_ids):
+            self.crc = zlib.crc32(np.ascontiguousarray(array), self.crc)
+
+    def settle(self) -> list[Metrics]:
+        """Waits for the steps, adds their metrics to the sums, and returns them one by one."""
+        arrived = jax.device_get(self.on_device)
+        self.on_device = []
+        for metrics in arrived:
+            for name, metric in metrics.items():
+                sums = self.sums.setdefault(name, [0.0, 0.0])
+                sums[0] += float(metric.total)
+                sums[1] += float(metric.weight)
+        return arrived
+
+    def saved(self) -> dict[str, Any]:
+        return {"sums": self.sums, "crc": self.crc}
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        """The row of the log; `seconds` were spent on the steps of this process."""
+        row: dict[str, Any] = {
+            f"train/{name}": total / weight if weight else None for name, (total, weight) in self.sums.items()
+        }
+        row["train/skipped"] = int(self.sums["skipped"][0])
+        row["train/batch_crc"] = self.crc
+        row["train/step_time"] = seconds / self.steps_here
+        row["train/tokens_per_sec"] = row["train/tokens"] / row["train/step_time"]
+        row["train/padded_tokens_per_sec"] = row["train/padded_tokens"] / row["train/step_time"]
+        return row
+
+
+def train(
+    step: Any,
+    state: TrainState,
+    batches: Any,
+    folder: Path,
+    settings: LoopSettings,
+    *,
+    extra: tuple[Any, ...] = (),
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    console: Console | None = None,
+) -> TrainState:
+    """Trains to `settings.total_steps`, from the newest checkpoint in `folder` if there is one.
+
+    After a kill at any moment the same call goes on from the last checkpoint, and the rows of `metrics.jsonl` are, but for times, those of a
+    run that was never killed; `train/batch_crc` in them shows that the data was the same.
+
+    Args:
+        step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`.
+        state: the state before the first step. It is donated: use what is returned.
+        batches: an endless iterator with `get_state()` and `set_state()`.
+        folder: the run folder.
+        settings: how the loop runs.
+        extra: further arguments of the step (a reference's parameters).
+        evaluate: `evaluate(params)` -> numbers to log as `eval/...`.
+        console: where the progress goes.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        TrainingStopped: too many skipped updates in a row.
+        Interrupted: SIGINT or SIGTERM came; the run was saved.
+        CheckpointError: the disk is full, or no checkpoint can be read.
+    """
+    console = console or Console()
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    try:
+        state, position = resume(checkpoints, state, batches, console)
+        done = int(state.step)
+        if done >= settings.total_steps:
+            console.print(f"{settings.title}: all {settings.total_steps} steps are done already.")
+            return state
+        log = MetricsLog(folder, done)
+        try:
+            with SignalFlag() as flag, ProgressLine(settings.title, settings.total_steps, done, console) as line:
+                loop = Loop(step, batches, settings, extra, evaluate, checkpoints, log, line, flag)
+                return loop.run(state, position)
+        finally:
+            log.close()
+    finally:
+        checkpoints.close()
+
+
+def resume(checkpoints: Checkpoints, state: TrainState, batches: Any, console: Console) -> tuple[TrainState, dict[str, Any]]:
+    """The state to start from and the loop's counters; sets the data iterator to its place."""
+    found = checkpoints.restore_latest(state)
+    if found is None:
+        return state, {"skipped_in_a_row": 0, "window": None}
+    state, position, notes = found
+    for note in notes:
+        console.print(f"[yellow]{note}[/yellow]", highlight=False)
+    batches.set_state(position["batches"])
+    console.print(f"Resuming after step {int(state.step)}.")
+    return state, position
+
+
+class SignalFlag:
+    """Notes SIGINT and SIGTERM instead of dying from them, so that the loop can save first. A second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalFlag:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.note)
+        except ValueError:  # not in the main thread: signals stay with whoever has it
+            self.previous = {}
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def __exit__(self, *exception: Any) -> None:
+        self.restore()
+
+
+@dataclasses.dataclass
+class Loop:
+    """One call of `train`: what its steps share."""
+
+    step: Any
+    batches: Any
+    settings: LoopSettings
+    extra: tuple[Any, ...]
+    evaluate: Callable[[Any], dict[str, float]] | None
+    checkpoints: Checkpoints
+    log: MetricsLog
+    line: ProgressLine
+    flag: SignalFlag
+    skipped_in_a_row: int = 0
+    clock: float = 0.0
+    closed: tuple[int, Window] | None = None  # a full window whose row is not written yet
+
+    def run(self, state: TrainState, position: dict[str, Any]) -> TrainState:
+        self.skipped_in_a_row = position["skipped_in_a_row"]
+        window = Window(position["window"])
+        batch = next(self.batches)
+        compiled = self.step.lower(state, batch, *self.extra).compile()
+        self.clock = time.perf_counter()
+        total = self.settings.total_steps
+        for number in range(int(state.step) + 1, total + 1):
+            taken = self.batches.get_state()
+            state, metrics = compiled(state, batch, *self.extra)
+            window.add(metrics, batch)
+            if number < total:
+                batch = next(self.batches)  # made while the device works
+            self.write_closed()
+            if number % self.settings.log_every == 0 or number == total:
+                self.closed, window = (number, window), Window()
+            self.pause(number, state, taken, window)
+            self.line.advance(number)
+        self.checkpoints.wait()
+        return state
+
+    def pause(self, number: int, state: TrainState, taken: dict[str, Any], window: Window) -> None:
+        """What has to wait for the device: evaluation and checkpoints, where they are due after this step."""
+        settings = self.settings
+        last, signalled = number == settings.total_steps, self.flag.received
+        evaluating = self.evaluate is not None and (last or (settings.eval_every and number % settings.eval_every == 0))
+        saving = last or signalled is not None or number % settings.checkpoint_every == 0
+        if not evaluating and not saving:
+            return
+        self.write_closed()
+        if evaluating and self.evaluate is not None:
+            self.log.write(number, {f"eval/{name}": value for name, value in self.evaluate(state.params).items()})
+        if saving:
+            # The rows up to here are on disk before the checkpoint is, so none is missing after a resume.
+            self.count_skipped(window.settle())
+            counters = {"skipped_in_a_row": self.skipped_in_a_row, "window": window.saved()}
+            self.checkpoints.save(number, state, {"batches": taken} | counters)
+        if signalled is not None and not last:
+            self.checkpoints.wait()
+            raise Interrupted(signalled, f"Stopped by a signal after step {number}, and saved: run the same command to go on.")
+        self.clock = time.perf_counter()
+
+    def write_closed(self) -> None:
+        """Writes the row of the last full window, if it is not written yet; waits for its steps."""
+        if self.closed is None:
+            return
+        number, window = self.closed
+        self.closed = None
+        steps = window.settle()
+        now = time.perf_counter()
+        row, self.clock = window.row(now - self.clock), now
+        self.log.write(number, row)
+        self.line.show(number, row)
+        self.count_skipped(steps)
+
+    def count_skipped(self, steps: list[Metrics]) -> None:
+        for metrics in steps:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"].total else 0
+            if self.skipped_in_a_row >= self.settings.max_skipped:
+                raise TrainingStopped(
+                    f"{self.skipped_in_a_row} updates in a row were skipped because the loss or the gradient was not finite. "
+                    "Lower the learning rate or clip harder, and check the data; earlier checkpoints are intact."
+                )
