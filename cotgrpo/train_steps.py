@@ -83,7 +83,7 @@ def make_grpo_step(
             lambda part: gradient(state.params, *part, reference_params), (ghosts, uniform), micro_batches
         )
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -96,7 +96,7 @@ def make_grpo_step(
         counted = lambda total, w: Metric(jnp.where(finite, total, 0.0), jnp.where(finite, w, 0.0))
         metrics = {name: counted(total, weight) for name, total in {"loss": loss, **sums}.items()}
         metrics["grad_norm"] = counted(grad_norm, one)
-        rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+        rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
         rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]
         if len(rates) == 1:
             metrics["learning_rate"] = Metric(rates[0].astype(jnp.float32), jnp.ones(()))

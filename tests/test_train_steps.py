@@ -1,0 +1,260 @@
+"""The pure steps: accumulation, packing, padding, causality, one compilation, no callbacks, skipped updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cotgrpo
+from cotgrpo import GhostBatch, Metric, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, SftBatch, Student, TrainState
+from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+
+CONFIG = DecoderConfig(vocab_size=61, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
+B, T = 8, 24
+
+
+def make_batch(seed: int = 0, batch: int = B, seq: int = T) -> SftBatch:
+    """Random documents of random length, one a row, padded."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, CONFIG.vocab_size, (batch, seq + 1)).astype(np.int32)
+    real = np.arange(seq)[None, :] < rng.integers(seq // 2, seq + 1, (batch, 1))
+    mask = real & (np.arange(seq)[None, :] >= rng.integers(0, seq // 3, (batch, 1)))
+    return SftBatch(
+        tokens=jnp.asarray(np.where(real, ids[:, :-1], 0)),
+        targets=jnp.asarray(np.where(real, ids[:, 1:], 0)),
+        positions=jnp.asarray(np.where(real, np.arange(seq, dtype=np.int32), 0)),
+        segment_ids=jnp.asarray(real.astype(np.int32)),
+        loss_mask=jnp.asarray(mask.astype(np.float32)),
+    )
+
+
+def new_state(tx: optax.GradientTransformation, seed: int = 0) -> TrainState:
+    return TrainState.create(params=init_params(CONFIG, jax.random.key(seed)), tx=tx, key=seed)
+
+
+def run(make: Any, batch: Any, steps: int = 1, tx: Any = None, **options: Any) -> tuple[TrainState, dict[str, Metric]]:
+    tx = tx or optax.sgd(0.1)
+    step = cotgrpo.jit_step(make(make_student(CONFIG), tx, **options))
+    state = new_state(tx)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def assert_same(got: Any, want: Any, **tolerance: float) -> None:
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
+    ):
+        np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+
+
+def test_sft_step_is_the_mean_nll_and_its_gradient() -> None:
+    batch = make_batch()
+    params = init_params(CONFIG, jax.random.key(0))
+
+    def mean_nll(params: Any) -> jax.Array:
+        logits = make_student(CONFIG).logits(params, batch.tokens, batch.positions, batch.segment_ids)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(nll * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+    loss, grads = jax.value_and_grad(mean_nll)(params)
+    state, metrics = run(cotgrpo.make_sft_step, batch, tx=optax.sgd(1.0))
+    np.testing.assert_allclose(metrics["loss"].mean(), loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"].mean(), optax.tree.norm(grads), rtol=1e-5)
+    assert_same(state.params, jax.tree.map(lambda p, g: p - g, params, grads))
+    assert int(state.step) == 1
+
+
+def test_sft_is_grpo_with_nll() -> None:
+    batch = make_batch()
+    sft, sft_metrics = run(cotgrpo.make_sft_step, batch)
+    grpo, grpo_metrics = run(cotgrpo.make_grpo_step, GhostBatch.teacher_forced(batch), objective=Nll())
+    assert_same(sft.params, grpo.params)
+    assert_same(sft_metrics, grpo_metrics)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Nll(), Pair(), Pair(estimator="drawn", samples=2), RewardGradient(samples=2), Reinforce()],
+    ids=["nll", "pair", "pair_drawn", "reward_gradient", "reinforce"],
+)
+def test_four_micro_batches_are_one_big_batch(objective: Any) -> None:
+    """The rows have different numbers of supervised tokens, so a mean of means would be wrong. What is drawn is the same too."""
+    batch = make_batch()
+    whole, whole_metrics = run(cotgrpo.make_grpo_step, batch, objective=objective, steps=3)
+    parts, parts_metrics = run(cotgrpo.make_grpo_step, batch, objective=objective, steps=3, micro_batches=4)
+    assert_same(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+    assert_same(parts_metrics, whole_metrics, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_have_their_own_losses() -> None:
+    """Two documents in one row: loss and gradient are those of the two rows apart."""
+    apart = make_batch(batch=2)
+    lengths = np.asarray(apart.segment_ids.sum(axis=1))
+    packed = SftBatch(**{
+        name: jnp.concatenate([getattr(apart, name)[row, : lengths[row]] for row in range(2)])[None]
+        for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+    })
+    packed = packed.replace(segment_ids=jnp.asarray(np.repeat([1, 2], lengths)[None].astype(np.int32)))
+    packed_state, packed_metrics = run(cotgrpo.make_grpo_step, packed)
+    state, metrics = run(cotgrpo.make_grpo_step, apart)
+    assert_same(packed_state.params, state.params)
+    for name in ("loss", "entropy", "reward", "tokens"):
+        np.testing.assert_allclose(packed_metrics[name].mean(), metrics[name].mean(), rtol=1e-5)
+
+
+def test_padding_changes_nothing() -> None:
+    batch = make_batch()
+    noise = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (B, 16)).astype(np.int32))
+    longer = SftBatch(**{
+        name: jnp.concatenate([getattr(batch, name), jnp.zeros((B, 16), getattr(batch, name).dtype)], axis=1)
+        for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+    }).replace(tokens=jnp.concatenate([batch.tokens, noise], axis=1))
+    state, metrics = run(cotgrpo.make_grpo_step, batch)
+    long_state, long_metrics = run(cotgrpo.make_grpo_step, longer)
+    assert_same(long_state.params, state.params)
+    np.testing.assert_allclose(long_metrics["loss"].mean(), metrics["loss"].mean(), rtol=1e-6)
+    assert long_metrics["tokens"].mean() == metrics["tokens"].mean()
+
+
+def test_one_compilation_over_a_run() -> None:
+    traces = 0
+
+    def counting(logits: jax.Array, row: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return Pair()(logits, row)
+
+    tx = cotgrpo.make_optimizer(learning_rate=1e-3, total_steps=10, warmup_steps=2)
+    step = cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(CONFIG), tx, counting))
+    state, _ = step(new_state(tx), make_batch(0))
+    first = traces
+    for seed in range(1, 8):
+        state, _ = step(state, make_batch(seed))
+    assert traces == first and step._cache_size() == 1
+
+
+@pytest.mark.parametrize("make", [cotgrpo.make_sft_step, cotgrpo.make_grpo_step])
+def test_no_host_callback_in_the_step(make: Any) -> None:
+    tx = cotgrpo.make_optimizer(learning_rate=1e-3, total_steps=10)
+    jaxpr = str(jax.make_jaxpr(make(make_student(CONFIG), tx))(new_state(tx), make_batch()))
+    assert "scan" in jaxpr and "callback" not in jaxpr and "infeed" not in jaxpr
+
+
+def test_the_state_is_donated() -> None:
+    tx = optax.sgd(0.1)
+    step = cotgrpo.jit_step(cotgrpo.make_sft_step(make_student(CONFIG), tx))
+    state = new_state(tx)
+    step(state, make_batch())
+    assert state.params["embedding"].is_deleted()
+
+
+def test_randomness_follows_key_and_step_alone() -> None:
+    batch, objective = make_batch(), RewardGradient()
+    first, _ = run(cotgrpo.make_grpo_step, batch, objective=objective)
+    again, _ = run(cotgrpo.make_grpo_step, batch, objective=objective)
+    assert_same(first.params, again.params, rtol=0.0, atol=0.0)
+    tx = optax.sgd(0.1)
+    step = cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(CONFIG), tx, objective))
+    later, _ = step(new_state(tx).replace(step=jnp.int32(1)), batch)
+    assert not np.allclose(later.params["embedding"], first.params["embedding"], atol=1e-6)
+
+
+def test_given_draws_are_used() -> None:
+    batch = GhostBatch.teacher_forced(make_batch())
+    ghosts_drawn, _ = run(cotgrpo.make_grpo_step, batch.replace(drawn_tokens=batch.ghost_tokens), objective=RewardGradient())
+    start = init_params(CONFIG, jax.random.key(0))
+    assert_same(ghosts_drawn.params, start, rtol=0.0, atol=0.0)  # y = y* everywhere: no gradient at all
+    other = (batch.ghost_tokens + 1) % CONFIG.vocab_size
+    _, one = run(cotgrpo.make_grpo_step, batch.replace(drawn_tokens=other), objective=RewardGradient())
+    _, stacked = run(
+        cotgrpo.make_grpo_step, batch.replace(drawn_tokens=jnp.stack([other, other], -1)), objective=RewardGradient(samples=2)
+    )
+    np.testing.assert_allclose(one["reward"].mean(), stacked["reward"].mean(), rtol=1e-5)
+    assert one["match_rate"].mean() == 0
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(poison: float) -> None:
+    tx = cotgrpo.make_optimizer(learning_rate=0.1, total_steps=10)
+    step = cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(CONFIG), tx))
+    state, batch = new_state(tx), make_batch()
+    bad = batch.replace(loss_mask=batch.loss_mask.at[0, 5].set(poison))
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, bad)
+    assert_same((state.params, state.opt_state), before, rtol=0.0, atol=0.0)
+    assert metrics["skipped"].mean() == 1 and int(state.step) == 1
+    assert np.isnan(metrics["loss"].mean()) and float(metrics["loss"].weight) == 0
+    state, metrics = step(state, batch)
+    assert metrics["skipped"].mean() == 0 and np.isfinite(metrics["loss"].mean())
+
+
+def test_a_batch_with_nothing_supervised_is_skipped() -> None:
+    batch = make_batch()
+    state, metrics = run(cotgrpo.make_sft_step, batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask)))
+    assert metrics["skipped"].mean() == 1
+    assert_same(state.params, init_params(CONFIG, jax.random.key(0)), rtol=0.0, atol=0.0)
+
+
+def test_eval_step_adds_up_over_batches() -> None:
+    batch = make_batch()
+    params = init_params(CONFIG, jax.random.key(0))
+    eval_step = jax.jit(cotgrpo.make_eval_step(make_student(CONFIG)))
+    whole = eval_step(params, batch)
+    halves = [eval_step(params, jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(0, 2), slice(2, B))]
+    np.testing.assert_allclose((halves[0]["loss"] + halves[1]["loss"]).mean(), whole["loss"].mean(), rtol=1e-5)
+    _, trained = run(cotgrpo.make_sft_step, batch)
+    np.testing.assert_allclose(whole["loss"].mean(), trained["loss"].mean(), rtol=1e-6)
+    assert np.isnan(Metric(jnp.float32(0), jnp.float32(0)).mean())
+
+
+def test_student_from_logits_and_a_reference() -> None:
+    """A model that returns logits trains like the one with a head; a reference keeps the student near it."""
+    batch, tx, inner = make_batch(), optax.sgd(0.1), make_student(CONFIG)
+    outer = Student.from_logits(inner.logits)
+    start = new_state(tx).params
+    step = cotgrpo.jit_step(cotgrpo.make_grpo_step(outer, tx))
+    state, metrics = step(new_state(tx), batch)
+    want_state, want = run(cotgrpo.make_grpo_step, batch)
+    assert_same(state.params, want_state.params)
+    assert_same(metrics, want)
+
+    kept = cotgrpo.jit_step(cotgrpo.make_grpo_step(inner, tx, ReferenceKl(Pair(), 100.0), reference=inner))
+    state, metrics = kept(new_state(tx), batch, start)
+    np.testing.assert_allclose(metrics["kl"].mean(), 0.0, atol=1e-6)  # the student is its reference
+    state, metrics = kept(state, batch, start)
+    assert metrics["kl"].mean() > 1e-4
+
+
+def test_training_learns() -> None:
+    """Thirty steps on one batch: the loss falls far, and the ghost grows likely."""
+    tx = cotgrpo.make_optimizer(learning_rate=1e-2, total_steps=60, warmup_steps=5, weight_decay=0.01)
+    _, first = run(cotgrpo.make_grpo_step, make_batch(), tx=tx)
+    _, last = run(cotgrpo.make_grpo_step, make_batch(), tx=tx, steps=60)
+    assert last["loss"].mean() < 0.5 * first["loss"].mean()
+    assert last["reward"].mean() > first["reward"].mean()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda s, tx: cotgrpo.make_sft_step(s, tx, micro_batches=0), "micro_batches must be at least 1, got 0"),
+        (lambda s, tx: cotgrpo.make_grpo_step(s, tx, tile_size=0), "tile_size must be at least 1 or None, got 0"),
+        (lambda s, tx: cotgrpo.make_grpo_step(s, tx, ReferenceKl(Pair())), "needs a frozen reference model"),
+        (lambda s, tx: cotgrpo.make_grpo_step(s, tx, Pair(), reference=s), "does not use a frozen reference model"),
+        (lambda s, tx: cotgrpo.make_eval_step(s, Reinforce()), "draws no tokens"),
+    ],
+)
+def test_bad_settings_are_errors_when_the_step_is_built(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(make_student(CONFIG), optax.sgd(0.1))
+
+
+def test_micro_batches_must_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match="micro_batches=3 must divide the batch, which has 8 sequences"):
+        run(cotgrpo.make_sft_step, make_batch(), micro_batches=3)
