@@ -173,8 +173,10 @@ def make_batch_loss(
 
 
 def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> jax.Array | None:
-    """`[B, T, G]` numbers in [0, 1) for the tokens that the engine has to draw, or None. Drawn for the whole batch at once,
-    so that neither tiles nor micro-batches change what is drawn."""
+    """`[B, T, G]` numbers in [0, 1) for the tokens that the engine has to draw, or None.
+
+    Drawn for the whole batch at once, so that neither tiles nor micro-batches change what is drawn.
+    """
     draws = objectives.num_draws(objective)
     if not draws or ghosts.drawn_tokens is not None:
         return None

@@ -87,7 +87,7 @@ class Template:
                     "apart. Choose another separator."
                 )
         text = self.separator.join((triple.question, triple.rationale, triple.answer))
-        tokens = self.with_bos(self.ids(text)) + [self.eos_id]
+        tokens = [*self.with_bos(self.ids(text)), self.eos_id]
         prompt = self.prompt(triple.question).tolist()
         if tokens[: len(prompt)] != prompt:
             raise DataError(

@@ -196,6 +196,7 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """("name:row number", row), counted from 1; what the reader raises becomes a `DataError`."""
     iterator = iter(rows)
     for number in range(1, 2**63):
         try:
@@ -210,6 +211,7 @@ def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a JSONL file as in `rows_of`; blank lines are no rows."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -260,6 +262,7 @@ def triple_of(row: Any, place: str) -> Triple:
 
 
 def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
+    """The field as stripped text. Raises DataError where it is missing, empty or no text."""
     if value is None:
         keys = ", ".join(map(str, row)) or "nothing"
         raise DataError(
@@ -324,4 +327,5 @@ def plain_answer(text: str) -> str | float:
 
 
 def squeeze(text: str) -> str:
+    """The text with every run of white space as one blank."""
     return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Ghost replies: who writes them, and whether what they say is right."""

@@ -134,7 +134,7 @@ def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
     raise CheckpointError(f"No checkpoint in {directory} fits this model. {'; '.join(problems) or 'The folder holds none.'}")
 
 
-class explaining_disk_errors:  # noqa: N801  reads as a verb where it is used
+class explaining_disk_errors:
     """A context in which a full disk becomes a message that says where, how full, and what to do."""
 
     def __init__(self, path: Path) -> None:
@@ -165,4 +165,5 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException, width: int = 160) -> str:
+    """The error's type and the first line of its message, cut to `width`."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:width]}"

@@ -27,7 +27,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         with explaining_disk_errors(self.path):
             self.truncate(step)
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
             # TensorBoard drops what an earlier, killed process wrote for these steps and later ones.
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 

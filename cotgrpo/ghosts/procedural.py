@@ -1,0 +1,320 @@
+"""A teacher made of arithmetic: column sums and short word problems, each with an exact rationale and answer, without end.
+
+The rationale works digit by digit, one small sum a line, so that every line follows from the lines before it. `47+85`, then minus 19:
+
+    47+85          the sum to work out
+    7+5=12         ones; the 1 is carried
+    4+8+1=13       tens, and the carry
+    =132           read off from the last line up
+    132-19
+    12-9=3         2 is less than 9: it borrows 10
+    3-1-1=1        less the borrowed one
+    1-0=1
+    =113
+
+A product by one digit carries the same way (`3*14`: `3*4=12`, `3*1+1=4`, `=42`). A division by one digit writes each step as the dividend, its
+multiple and the rest (`84/6`: `8=6*1+2`, `24=6*4+0`, `=14`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+from cotgrpo.data.triples import Triple, write_triples
+
+__all__ = ["KINDS", "ProceduralTeacher", "write_triples"]
+
+NAMES = ("Ana", "Ben", "Eva", "Ian", "Mia", "Tom")
+THINGS = ("figs", "nuts", "pens", "cups", "eggs", "hats")
+GAINS = ("finds", "buys", "gets")
+LOSSES = ("sells", "loses", "gives")
+
+DRAWS_WITHOUT_NEWS = 10_000
+"""Draws in a row that may all be repetitions before `draw` gives up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """`left symbol right`, whole numbers of zero or more; `symbol` is one of `+ - * /`, and `*` and `/` take one digit.
+
+    `*` has its digit on the left, `/` on the right.
+    """
+
+    left: int
+    symbol: str
+    right: int
+
+    def __str__(self) -> str:
+        return f"{self.left}{self.symbol}{self.right}"
+
+    @property
+    def result(self) -> int:
+        return {
+            "+": self.left + self.right,
+            "-": self.left - self.right,
+            "*": self.left * self.right,
+            "/": self.left // self.right,
+        }[self.symbol]
+
+    def lines(self) -> list[str]:
+        """The operation, its steps digit by digit, and its result."""
+        steps = {"+": addition, "-": subtraction, "*": product, "/": division}[self.symbol]
+        return [str(self), *steps(self.left, self.right), f"={self.result}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question and the operations that answer it, in order; the last result is the answer."""
+
+    question: str
+    operations: tuple[Operation, ...]
+
+    @property
+    def rationale(self) -> str:
+        return "\n".join(line for operation in self.operations for line in operation.lines())
+
+    @property
+    def answer(self) -> str:
+        return str(self.operations[-1].result)
+
+    @property
+    def arithmetic(self) -> str:
+        """The sums alone, without the story."""
+        return " ".join(map(str, self.operations))
+
+
+class Draws:
+    """Random choices that are the same on every platform and Python: of `random.Random`, only `random()` is promised to be."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed).random
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number in [low, high]."""
+        return low + int(self.random() * (high - low + 1))
+
+    def of_digits(self, digits: int) -> int:
+        """A whole number of exactly so many digits."""
+        return self.between(10 ** (digits - 1), 10**digits - 1)
+
+    def choice(self, options: tuple[str, ...]) -> str:
+        return options[self.between(0, len(options) - 1)]
+
+    def two(self, options: tuple[str, ...]) -> tuple[str, str]:
+        """Two different options."""
+        first = self.between(0, len(options) - 1)
+        second = (first + self.between(1, len(options) - 1)) % len(options)
+        return options[first], options[second]
+
+
+def column_addition(draws: Draws, digits: int, steps: int) -> Problem:
+    """`What is 47+85+36?`"""
+    terms = [draws.of_digits(digits) for _ in range(steps + 1)]
+    return Problem(f"What is {'+'.join(map(str, terms))}?", chain(terms[0], [("+", term) for term in terms[1:]]))
+
+
+def column_subtraction(draws: Draws, digits: int, steps: int) -> Problem:
+    """`What is 132-19-45?`, never below zero."""
+    terms = [draws.of_digits(digits) for _ in range(steps)]
+    start = sum(terms) + draws.between(0, 10**digits - 1)
+    return Problem(
+        f"What is {start}-{'-'.join(map(str, terms))}?", chain(start, [("-", term) for term in terms])
+    )
+
+
+def gains_and_losses(draws: Draws, digits: int, steps: int) -> Problem:
+    """`Ana has 47 figs. Ana finds 85 figs. Ana sells 19 figs. How many figs has Ana now?`"""
+    name, thing = draws.choice(NAMES), draws.choice(THINGS)
+    total = start = draws.of_digits(digits)
+    changes: list[tuple[str, int]] = []
+    story = [f"{name} has {start} {thing}."]
+    for _ in range(steps):
+        amount = draws.of_digits(digits)
+        loses = draws.between(0, 1) == 1 and amount <= total
+        changes.append(("-" if loses else "+", amount))
+        total += -amount if loses else amount
+        story.append(f"{name} {draws.choice(LOSSES if loses else GAINS)} {amount} {thing}.")
+    return Problem(f"{' '.join(story)} How many {thing} has {name} now?", chain(start, changes))
+
+
+def change_from_purchase(draws: Draws, digits: int, steps: int) -> Problem:
+    """`Ana buys 3 pens at 14 coins each and pays 60 coins. How many coins are left?`"""
+    name, thing = draws.choice(NAMES), draws.choice(THINGS)
+    count, price = draws.between(2, 9), draws.of_digits(digits)
+    cost = Operation(count, "*", price)
+    paid = cost.result + draws.between(0, 10**digits - 1)
+    question = f"{name} buys {count} {thing} at {price} coins each and pays {paid} coins. How many coins are left?"
+    return Problem(question, (cost, Operation(paid, "-", cost.result)))
+
+
+def comparison(draws: Draws, digits: int, steps: int) -> Problem:
+    """`Ana has 23 figs. Tom has 18 figs more than Ana. How many figs do both have?`"""
+    (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
+    first, difference = draws.of_digits(digits), draws.of_digits(digits)
+    fewer = draws.between(0, 1) == 1 and difference < first
+    second = Operation(first, "-" if fewer else "+", difference)
+    question = (
+        f"{name} has {first} {thing}. {other} has {difference} {thing} {'less' if fewer else 'more'} than {name}. "
+        f"How many {thing} do both have?"
+    )
+    return Problem(question, (second, Operation(first, "+", second.result)))
+
+
+def equal_shares(draws: Draws, digits: int, steps: int) -> Problem:
+    """`Ana has 38 figs and Tom has 46 figs. They fill 4 equal boxes. How many figs are in a box?`"""
+    (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
+    first, second, boxes = draws.of_digits(digits), draws.of_digits(digits), draws.between(2, 9)
+    second -= (first + second) % boxes
+    second += boxes if second < 10 ** (digits - 1) else 0
+    total = Operation(first, "+", second)
+    question = (
+        f"{name} has {first} {thing} and {other} has {second} {thing}. They fill {boxes} equal boxes. "
+        f"How many {thing} are in a box?"
+    )
+    return Problem(question, (total, Operation(total.result, "/", boxes)))
+
+
+KINDS: dict[str, Callable[[Draws, int, int], Problem]] = {
+    "column_addition": column_addition,
+    "column_subtraction": column_subtraction,
+    "gains_and_losses": gains_and_losses,
+    "change_from_purchase": change_from_purchase,
+    "comparison": comparison,
+    "equal_shares": equal_shares,
+}
+
+
+def chain(start: int, changes: list[tuple[str, int]]) -> tuple[Operation, ...]:
+    """Operations where each takes the result of the one before on its left."""
+    operations: list[Operation] = []
+    for symbol, amount in changes:
+        operations.append(Operation(operations[-1].result if operations else start, symbol, amount))
+    return tuple(operations)
+
+
+def columns(left: int, right: int) -> Iterator[tuple[int, int]]:
+    """The digits of two numbers side by side, ones first; 0 where one number is shorter."""
+    reverse = (map(int, reversed(str(number))) for number in (left, right))
+    return itertools.zip_longest(*reverse, fillvalue=0)
+
+
+def addition(left: int, right: int) -> list[str]:
+    lines, carry = [], 0
+    for a, b in columns(left, right):
+        total = a + b + carry
+        lines.append(f"{a}+{b}{f'+{carry}' if carry else ''}={total}")
+        carry = total // 10
+    return lines
+
+
+def subtraction(left: int, right: int) -> list[str]:
+    lines, borrow = [], 0
+    for a, b in columns(left, right):
+        rest = a - b - borrow
+        owed = int(rest < 0)
+        lines.append(f"{a + 10 * owed}-{b}{f'-{borrow}' if borrow else ''}={rest + 10 * owed}")
+        borrow = owed
+    return lines
+
+
+def product(digit: int, number: int) -> list[str]:
+    lines, carry = [], 0
+    for b in map(int, reversed(str(number))):
+        total = digit * b + carry
+        lines.append(f"{digit}*{b}{f'+{carry}' if carry else ''}={total}")
+        carry = total // 10
+    return lines
+
+
+def division(number: int, digit: int) -> list[str]:
+    lines, rest = [], 0
+    for a in map(int, str(number)):
+        dividend = 10 * rest + a
+        quotient, rest = divmod(dividend, digit)
+        if quotient or lines:
+            lines.append(f"{dividend}={digit}*{quotient}+{rest}")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class ProceduralTeacher:
+    """An endless stream of triples. Iterating anew starts anew: the same arguments give the same triples, everywhere.
+
+    The sums themselves are divided between training and held-out by a hash, whatever the seed: no sum of a `held_out` teacher ever comes from
+    one that is not, neither as the same question nor under other names.
+
+    Attributes:
+        seed: at least 0.
+        kinds: which of `KINDS` to ask, in equal parts at random; None: all.
+        digits: of the numbers that are drawn, at least 1.
+        steps: operations of `column_addition`, `column_subtraction` and `gains_and_losses`, at least 1; the others have two.
+        held_out: True gives the held-out part.
+        held_out_fraction: of all sums, in (0, 1). The same for both parts, or they overlap.
+
+    Raises:
+        ValueError: an argument outside its range, or an unknown kind.
+
+    Example:
+        >>> teacher = ProceduralTeacher(seed=3, kinds=("column_addition",), steps=1)
+        >>> triple = next(iter(teacher))
+        >>> print(triple.question, triple.rationale.split(), triple.answer)
+        ?
+    """
+
+    seed: int = 0
+    kinds: tuple[str, ...] | None = None
+    digits: int = 2
+    steps: int = 2
+    held_out: bool = False
+    held_out_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("digits", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"ProceduralTeacher.{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(
+                f"ProceduralTeacher.held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}."
+            )
+        unknown = [kind for kind in self.kinds or () if kind not in KINDS]
+        if unknown or self.kinds == ():
+            raise ValueError(f"ProceduralTeacher.kinds must name some of {', '.join(KINDS)}, got {self.kinds}.")
+
+    def __iter__(self) -> Iterator[Triple]:
+        draws = Draws(self.seed)
+        kinds = tuple(KINDS) if self.kinds is None else self.kinds
+        for index in itertools.count():
+            kind = draws.choice(kinds)
+            problem = KINDS[kind](draws, self.digits, self.steps)
+            if is_held_out(problem, self.held_out_fraction) == self.held_out:
+                yield Triple(problem.question, problem.rationale, problem.answer, id=f"{kind}-{self.seed}-{index}")
+
+    def draw(self, count: int) -> list[Triple]:
+        """The first `count` triples of the stream whose questions all differ.
+
+        Raises:
+            ValueError: the stream has fewer, or so few more that they no longer turn up.
+        """
+        found: dict[str, Triple] = {}
+        repeated = 0
+        for triple in self:
+            if len(found) >= count:
+                break
+            repeated = repeated + 1 if triple.question in found else 0
+            found.setdefault(triple.question, triple)
+            if repeated > DRAWS_WITHOUT_NEWS:
+                raise ValueError(
+                    f"Only {len(found)} different questions were found, {count} are wanted: raise digits ({self.digits}) or steps "
+                    f"({self.steps}), or allow more kinds ({self.kinds})."
+                )
+        return list(found.values())
+
+
+def is_held_out(problem: Problem, fraction: float) -> bool:
+    """Whether a problem's sums fall into the held-out part: decided by their text alone, through SHA-256."""
+    digest = hashlib.sha256(problem.arithmetic.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
