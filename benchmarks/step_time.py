@@ -126,7 +126,9 @@ def show(result: dict[str, Any]) -> None:
         f"{result['supervised']:.0%} supervised, on {result['device']} with jax {result['jax']}"
     )
     print(f"model FLOPs a step: {result['model_flops']:.3e}")
-    print(f"{'step':6}{'median s':>10}{'min':>10}{'max':>10}{'tokens/s':>12}{'GFLOP/s':>10}{'compile s':>11}{'temp MB':>10}")
+    print(
+        f"{'step':6}{'median s':>10}{'min':>10}{'max':>10}{'tokens/s':>12}{'GFLOP/s':>10}{'compile s':>11}{'temp MB':>10}"
+    )
     for name, row in result["steps"].items():
         print(
             f"{name:6}{row['median_s']:10.4f}{row['min_s']:10.4f}{row['max_s']:10.4f}{row['tokens_per_sec']:12.0f}"

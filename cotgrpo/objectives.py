@@ -220,7 +220,9 @@ class Pair:
         require(self.nll_weight >= 0, "Pair.nll_weight", "a number of at least 0", self.nll_weight)
         require(self.pair_weight >= 0, "Pair.pair_weight", "a number of at least 0", self.pair_weight)
         require(self.nll_weight + self.pair_weight > 0, "Pair.nll_weight + pair_weight", "a positive sum", 0)
-        require(self.negatives in ("policy", "calibrated"), "Pair.negatives", '"policy" or "calibrated"', self.negatives)
+        require(
+            self.negatives in ("policy", "calibrated"), "Pair.negatives", '"policy" or "calibrated"', self.negatives
+        )
         require(self.estimator in ("exact", "drawn"), "Pair.estimator", '"exact" or "drawn"', self.estimator)
         require(self.samples >= 1, "Pair.samples", "an integer of at least 1", self.samples)
         if self.negatives == "calibrated":

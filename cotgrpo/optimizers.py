@@ -12,7 +12,12 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def make_schedule(
-    learning_rate: float, *, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine", final_fraction: float = 0.1
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "cosine",
+    final_fraction: float = 0.1,
 ) -> optax.Schedule:
     """The learning rate by step: linear from 0 over `warmup_steps`, then constant, or down to `final_fraction` of the peak at `total_steps`.
 
@@ -31,7 +36,9 @@ def make_schedule(
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps must lie in [0, total_steps), got {warmup_steps} with total_steps={total_steps}.")
+        raise ValueError(
+            f"warmup_steps must lie in [0, total_steps), got {warmup_steps} with total_steps={total_steps}."
+        )
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"final_fraction must lie in [0, 1], got {final_fraction}.")
     rest = total_steps - warmup_steps
@@ -108,5 +115,6 @@ def make_optimizer(
 def decayed(params: Any) -> Any:
     """True for the leaves that weight decay applies to: matrices, not norm scales or biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and not any(getattr(k, "key", None) in ("scale", "bias") for k in path), params
+        lambda path, leaf: leaf.ndim >= 2 and not any(getattr(k, "key", None) in ("scale", "bias") for k in path),
+        params,
     )

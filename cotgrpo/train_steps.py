@@ -117,7 +117,9 @@ def make_eval_step(
         ValueError: an objective that draws tokens or needs a reference; evaluation is deterministic.
     """
     if objectives.num_draws(objective):
-        raise ValueError(f"make_eval_step needs an objective that draws no tokens, got {objective!r}; use its exact form.")
+        raise ValueError(
+            f"make_eval_step needs an objective that draws no tokens, got {objective!r}; use its exact form."
+        )
     batch_loss = make_batch_loss(student, objective, None, tile_size)
 
     def eval_step(params: Params, batch: SftBatch | GhostBatch) -> Metrics:
@@ -203,4 +205,7 @@ def accumulate(gradient: Callable[[Any], Any], batch: Any, micro_batches: int) -
 def token_counts(ghosts: GhostBatch) -> Metrics:
     """`tokens`, those of documents, and `padded_tokens`, all positions that were computed; means over steps."""
     real = jnp.sum(ghosts.segment_ids != 0).astype(jnp.float32)
-    return {"tokens": Metric(real, jnp.ones(())), "padded_tokens": Metric(jnp.float32(ghosts.tokens.size), jnp.ones(()))}
+    return {
+        "tokens": Metric(real, jnp.ones(())),
+        "padded_tokens": Metric(jnp.float32(ghosts.tokens.size), jnp.ones(())),
+    }

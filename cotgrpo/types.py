@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 
-
 Params = Any
 """A nested dict of arrays, as `flax.linen.Module.init` makes it."""
 

@@ -70,9 +70,7 @@ def test_reinforce_expected_gradient_is_minus_that_of_the_entropy(seed: int) -> 
         return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z))
 
     for ghost in range(V):  # the same for every ghost: it carries no information
-        np.testing.assert_allclose(
-            mean_gradient(Reinforce(), logits, ghost), -jax.grad(entropy)(logits), atol=1e-6
-        )
+        np.testing.assert_allclose(mean_gradient(Reinforce(), logits, ghost), -jax.grad(entropy)(logits), atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -96,9 +94,7 @@ def test_exact_pair_is_the_mean_of_the_drawn_pair(seed: int, negatives: str, bet
     for ghost in range(V):
         mean_loss = sum(n[y] * drawn(logits, row(ghost, y))[0] for y in range(V))
         np.testing.assert_allclose(exact(logits, row(ghost))[0], mean_loss, rtol=1e-5)
-        np.testing.assert_allclose(
-            gradient(exact, logits, row(ghost)), mean_gradient(drawn, logits, ghost), atol=1e-6
-        )
+        np.testing.assert_allclose(gradient(exact, logits, row(ghost)), mean_gradient(drawn, logits, ghost), atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -157,7 +153,11 @@ def log_probs_around_a_step(objective: objectives.Objective, seed: int) -> tuple
 
 @pytest.mark.parametrize(
     "objective",
-    [PAIR_ONLY, Pair(nll_weight=0.0, pair_weight=1.0, beta=0.5, negatives="calibrated", estimator="drawn"), RewardGradient()],
+    [
+        PAIR_ONLY,
+        Pair(nll_weight=0.0, pair_weight=1.0, beta=0.5, negatives="calibrated", estimator="drawn"),
+        RewardGradient(),
+    ],
     ids=["pair", "calibrated", "reward_gradient"],
 )
 def test_no_gradient_at_all_where_the_drawn_token_is_the_ghost(objective: objectives.Objective) -> None:
@@ -233,7 +233,9 @@ def test_reference_kl_by_hand() -> None:
     np.testing.assert_allclose(loss, np.log(4) + 0.5 * kl, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient()])
+@pytest.mark.parametrize(
+    "objective", [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient()]
+)
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float) -> None:
     logits = jnp.array([size, -size, 0.0, size, objectives.MASKED_LOGIT, objectives.MASKED_LOGIT, 1.0])
@@ -247,7 +249,10 @@ def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float
     ("build", "message"),
     [
         (lambda: Pair(beta=0.0), "Pair.beta must be a positive number, got 0.0"),
-        (lambda: Pair(beta=1.5, negatives="calibrated"), "Pair.beta must be at most 1 with calibrated negatives, got 1.5"),
+        (
+            lambda: Pair(beta=1.5, negatives="calibrated"),
+            "Pair.beta must be at most 1 with calibrated negatives, got 1.5",
+        ),
         (lambda: Pair(negatives="uniform"), "Pair.negatives must be"),
         (lambda: Pair(estimator="sampled"), "Pair.estimator must be"),
         (lambda: Pair(nll_weight=0.0, pair_weight=0.0), "a positive sum"),

@@ -84,9 +84,7 @@ def test_engine_is_naive_autodiff(name: str, spec: str) -> None:
     )(hidden, head)
 
     def engine(hidden: Any, head: Any) -> Any:
-        return token_loss(
-            objective, hidden, head, rows, spec=SPECS[spec], reference_head=reference_head, tile_size=16
-        )
+        return token_loss(objective, hidden, head, rows, spec=SPECS[spec], reference_head=reference_head, tile_size=16)
 
     (loss, _), grads = jax.jit(jax.value_and_grad(engine, argnums=(0, 1), has_aux=True))(hidden, head)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -100,7 +98,9 @@ def test_the_tile_size_changes_nothing(tile: int | None) -> None:
     objective = Pair()
     hidden, head, rows, _ = problem(objective)
     run = jax.jit(
-        jax.value_and_grad(lambda h, w, t: token_loss(objective, h, w, rows, tile_size=t), argnums=(0, 1), has_aux=True),
+        jax.value_and_grad(
+            lambda h, w, t: token_loss(objective, h, w, rows, tile_size=t), argnums=(0, 1), has_aux=True
+        ),
         static_argnums=2,
     )
     (loss, metrics), grads = run(hidden, head, tile)
@@ -144,7 +144,9 @@ def test_unsupervised_tokens_cannot_spoil_the_sums() -> None:
     hidden, head, rows, _ = problem(Pair())
     dead = np.asarray(rows.weight) == 0
     spoiled = jnp.where(jnp.asarray(dead)[:, None], jnp.nan, hidden)
-    run = lambda h: jax.value_and_grad(lambda h, w: token_loss(Pair(), h, w, rows, tile_size=16)[0], argnums=(0, 1))(h, head)
+    run = lambda h: jax.value_and_grad(lambda h, w: token_loss(Pair(), h, w, rows, tile_size=16)[0], argnums=(0, 1))(
+        h, head
+    )
     (loss, grads), (want_loss, want_grads) = run(spoiled), run(hidden)
     np.testing.assert_allclose(loss, want_loss)
     np.testing.assert_allclose(grads[0], want_grads[0], rtol=1e-6)
@@ -198,7 +200,9 @@ def test_memory_at_a_real_vocabulary_is_an_eighth_of_the_naive_step() -> None:
         return jnp.sum(rows.weight * jax.vmap(each)(hidden @ head, rows.ghost))
 
     def temporaries(function: Any) -> int:
-        compiled = jax.jit(jax.grad(function, argnums=(0, 1))).lower(float32(tokens, width), float32(width, vocab), rows)
+        compiled = jax.jit(jax.grad(function, argnums=(0, 1))).lower(
+            float32(tokens, width), float32(width, vocab), rows
+        )
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
     for objective in (Nll(), Pair()):
@@ -229,9 +233,7 @@ def test_padded_columns_are_never_drawn() -> None:
     hidden, head, rows, _ = problem(RewardGradient())
     head = head.at[:, REAL:].set(10.0 * jnp.sign(hidden[0])[:, None])  # the padded columns would win by far
     drawn_by = lambda logits, row: (jnp.float32(0.0), {"padded": (row.drawn >= REAL) * 1.0})
-    rows = rows.replace(
-        drawn=None, uniform=jax.random.uniform(jax.random.key(1), (N, 1)), weight=jnp.ones(N)
-    )
+    rows = rows.replace(drawn=None, uniform=jax.random.uniform(jax.random.key(1), (N, 1)), weight=jnp.ones(N))
     count = lambda spec: float(token_loss(drawn_by, hidden, head, rows, spec=spec)[1]["padded"])
     assert count(HeadSpec(vocab_size=REAL)) == 0
     assert count(HeadSpec()) > 0

@@ -50,7 +50,9 @@ def assert_same(got: Any, want: Any, **tolerance: float) -> None:
     for (path, a), (_, b) in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
     ):
-        np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+        np.testing.assert_allclose(
+            a, b, err_msg=jax.tree_util.keystr(path), **(tolerance or {"rtol": 1e-5, "atol": 1e-6})
+        )
 
 
 def test_sft_step_is_the_mean_nll_and_its_gradient() -> None:
@@ -96,10 +98,12 @@ def test_packed_documents_have_their_own_losses() -> None:
     """Two documents in one row: loss and gradient are those of the two rows apart."""
     apart = make_batch(batch=2)
     lengths = np.asarray(apart.segment_ids.sum(axis=1))
-    packed = SftBatch(**{
-        name: jnp.concatenate([getattr(apart, name)[row, : lengths[row]] for row in range(2)])[None]
-        for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
-    })
+    packed = SftBatch(
+        **{
+            name: jnp.concatenate([getattr(apart, name)[row, : lengths[row]] for row in range(2)])[None]
+            for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+        }
+    )
     packed = packed.replace(segment_ids=jnp.asarray(np.repeat([1, 2], lengths)[None].astype(np.int32)))
     packed_state, packed_metrics = run(cotgrpo.make_grpo_step, packed)
     state, metrics = run(cotgrpo.make_grpo_step, apart)
@@ -111,10 +115,12 @@ def test_packed_documents_have_their_own_losses() -> None:
 def test_padding_changes_nothing() -> None:
     batch = make_batch()
     noise = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (B, 16)).astype(np.int32))
-    longer = SftBatch(**{
-        name: jnp.concatenate([getattr(batch, name), jnp.zeros((B, 16), getattr(batch, name).dtype)], axis=1)
-        for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
-    }).replace(tokens=jnp.concatenate([batch.tokens, noise], axis=1))
+    longer = SftBatch(
+        **{
+            name: jnp.concatenate([getattr(batch, name), jnp.zeros((B, 16), getattr(batch, name).dtype)], axis=1)
+            for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+        }
+    ).replace(tokens=jnp.concatenate([batch.tokens, noise], axis=1))
     state, metrics = run(cotgrpo.make_grpo_step, batch)
     long_state, long_metrics = run(cotgrpo.make_grpo_step, longer)
     assert_same(long_state.params, state.params)
@@ -167,13 +173,17 @@ def test_randomness_follows_key_and_step_alone() -> None:
 
 def test_given_draws_are_used() -> None:
     batch = GhostBatch.teacher_forced(make_batch())
-    ghosts_drawn, _ = run(cotgrpo.make_grpo_step, batch.replace(drawn_tokens=batch.ghost_tokens), objective=RewardGradient())
+    ghosts_drawn, _ = run(
+        cotgrpo.make_grpo_step, batch.replace(drawn_tokens=batch.ghost_tokens), objective=RewardGradient()
+    )
     start = init_params(CONFIG, jax.random.key(0))
     assert_same(ghosts_drawn.params, start, rtol=0.0, atol=0.0)  # y = y* everywhere: no gradient at all
     other = (batch.ghost_tokens + 1) % CONFIG.vocab_size
     _, one = run(cotgrpo.make_grpo_step, batch.replace(drawn_tokens=other), objective=RewardGradient())
     _, stacked = run(
-        cotgrpo.make_grpo_step, batch.replace(drawn_tokens=jnp.stack([other, other], -1)), objective=RewardGradient(samples=2)
+        cotgrpo.make_grpo_step,
+        batch.replace(drawn_tokens=jnp.stack([other, other], -1)),
+        objective=RewardGradient(samples=2),
     )
     np.testing.assert_allclose(one["reward"].mean(), stacked["reward"].mean(), rtol=1e-5)
     assert one["match_rate"].mean() == 0

@@ -121,9 +121,7 @@ def column_subtraction(draws: Draws, digits: int, steps: int) -> Problem:
     """`What is 132-19-45?`, never below zero."""
     terms = [draws.of_digits(digits) for _ in range(steps)]
     start = sum(terms) + draws.between(0, 10**digits - 1)
-    return Problem(
-        f"What is {start}-{'-'.join(map(str, terms))}?", chain(start, [("-", term) for term in terms])
-    )
+    return Problem(f"What is {start}-{'-'.join(map(str, terms))}?", chain(start, [("-", term) for term in terms]))
 
 
 def gains_and_losses(draws: Draws, digits: int, steps: int) -> Problem:

@@ -22,9 +22,7 @@ FORMULA_SECONDS = 5
 LARGEST_POWER = 100_000
 """Bound of the product of all exponents in a formula."""
 
-UNSIGNED = (
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
-)
+UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
 """`1,000.5`, `42`, `.5`, `1e-3`; commas only where they group thousands."""
 MIXED = r"[0-9]++ [0-9]++/[0-9]++(?![0-9/])"
 SIGNED = rf"(?:(?<![\w.)\]}}%$])[-+−]\$?|\$[-−])?(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
@@ -40,7 +38,7 @@ HASHES = re.compile(r"####[ \t]*+([^\n#]*[^\s#])")
 
 WORD = re.compile(r"[^\W\d_]{3,}")
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt max min mod inf abs det gcd lcm".split()
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "exp", "sqrt", "max", "min", "mod", "inf", "abs", "det", "gcd", "lcm"]
 )
 EXPONENT = re.compile(r"\^\s*\{?\s*[-+]?([0-9]+)")
 UNBOUNDED = re.compile(

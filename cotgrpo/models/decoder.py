@@ -144,7 +144,9 @@ class Layer(nn.Module):
         query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
         if cached is not None:
             at = (index, 0, slot, 0, 0)
-            cached = tuple(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True))
+            cached = tuple(
+                jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
+            )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
         return attention(query, key, value, mask).reshape(B, T, c.num_heads * c.head_dim), cached
 
@@ -234,7 +236,9 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
         return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)[0]
 
     padded = vocab_size is not None and vocab_size < config.vocab_size
-    return Student(hidden=hidden, head=lambda params: head_of(config, params), vocab_size=vocab_size if padded else None)
+    return Student(
+        hidden=hidden, head=lambda params: head_of(config, params), vocab_size=vocab_size if padded else None
+    )
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:

@@ -117,7 +117,9 @@ def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
     import orbax.checkpoint as ocp
 
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such folder. Train first, or name the folder of a run that has checkpoints.")
+        raise CheckpointError(
+            f"{directory}: no such folder. Train first, or name the folder of a run that has checkpoints."
+        )
     # A partial restore: the state's other parts (optimizer moments) are not read.
     abstract = {"params": jax.eval_shape(lambda: like)}
     with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
@@ -131,7 +133,9 @@ def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
                 return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"], step
             except Exception as error:
                 problems.append(f"{step}: {first_line(error)}")
-    raise CheckpointError(f"No checkpoint in {directory} fits this model. {'; '.join(problems) or 'The folder holds none.'}")
+    raise CheckpointError(
+        f"No checkpoint in {directory} fits this model. {'; '.join(problems) or 'The folder holds none.'}"
+    )
 
 
 class explaining_disk_errors:

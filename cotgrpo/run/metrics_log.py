@@ -41,7 +41,9 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One row. Numbers that are not finite are written as null, which JSON has."""
-        row = {"step": step} | {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        row = {"step": step} | {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()
+        }
         with explaining_disk_errors(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

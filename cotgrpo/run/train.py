@@ -161,7 +161,9 @@ def train(
         checkpoints.close()
 
 
-def resume(checkpoints: Checkpoints, state: TrainState, batches: Any, console: Console) -> tuple[TrainState, dict[str, Any]]:
+def resume(
+    checkpoints: Checkpoints, state: TrainState, batches: Any, console: Console
+) -> tuple[TrainState, dict[str, Any]]:
     """The state to start from and the loop's counters; sets the data iterator to its place."""
     found = checkpoints.restore_latest(state)
     if found is None:
@@ -258,7 +260,9 @@ class Loop:
             self.checkpoints.save(number, state, {"batches": taken} | counters)
         if signalled is not None and not last:
             self.checkpoints.wait()
-            raise Interrupted(signalled, f"Stopped by a signal after step {number}, and saved: run the same command to go on.")
+            raise Interrupted(
+                signalled, f"Stopped by a signal after step {number}, and saved: run the same command to go on."
+            )
         self.clock = time.perf_counter()
 
     def write_closed(self) -> None:
