@@ -42,8 +42,7 @@ MASKED_LOGIT = -1e30
 """The logit of a token that does not exist (a padded column of the head): finite, so 0 * logit is 0 and not NaN."""
 
 
-@flax.struct.dataclass
-class TokenRow:
+class TokenRow(flax.struct.PyTreeNode):
     """What an objective knows about one token, beside the student's logits.
 
     Attributes:
@@ -54,9 +53,9 @@ class TokenRow:
     """
 
     ghost: Int[Array, ""]
-    drawn: Int[Array, ""] | None
+    drawn: Any  # Int[Array, ""] where the objective asked for draws, and None nowhere else
     weight: Float[Array, ""]
-    reference_logits: Float[Array, "V"] | None = None
+    reference_logits: Any = None  # Float[Array, "V"] where there is a reference
 
 
 def ghost_reward(
@@ -87,7 +86,7 @@ def distribution_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], r
     p_V = jnp.exp(logits_V - log_z)
     return {
         "entropy": log_z - jnp.sum(p_V * logits_V),
-        "token_accuracy": (logits_V[row.ghost] >= jnp.max(logits_V)).astype(jnp.float32),
+        "token_accuracy": jnp.float32(logits_V[row.ghost] >= jnp.max(logits_V)),
     }
 
 
@@ -114,7 +113,7 @@ def drawn_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: Tok
         "reward": ghost_reward(logits_V, row.ghost, row.drawn),
         "ghost_prob": jnp.exp(logits_V[row.ghost] - log_z),
         "drawn_prob": jnp.exp(logits_V[row.drawn] - log_z),
-        "match_rate": (row.drawn == row.ghost).astype(jnp.float32),
+        "match_rate": jnp.float32(row.drawn == row.ghost),
     }
 
 

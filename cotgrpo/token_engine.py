@@ -32,8 +32,7 @@ DRAW_BLOCK = 256
 """Width of the blocks of the two-level inverse CDF: the cumulative sum runs over V / 256 block sums, then over one block."""
 
 
-@flax.struct.dataclass
-class TokenRows:
+class TokenRows(flax.struct.PyTreeNode):
     """What the engine needs to know of all N tokens of a batch, beside their hidden rows.
 
     Attributes:
@@ -71,7 +70,7 @@ class HeadSpec:
         return jnp.where(self.real(logits_TV), dlogits_TV, 0.0) if self.vocab_size else dlogits_TV
 
     def real(self, logits_TV: Any) -> Any:
-        return (jnp.arange(logits_TV.shape[-1]) < self.vocab_size)[None, :]
+        return jnp.arange(logits_TV.shape[-1])[None, :] < jnp.asarray(self.vocab_size)
 
 
 def token_loss(

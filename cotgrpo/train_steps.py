@@ -145,7 +145,7 @@ def make_batch_loss(
 
     def batch_loss(params: Params, ghosts: GhostBatch, uniform: Any, reference_params: Params | None) -> Any:
         inputs = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
-        flat = lambda x: x.reshape(ghosts.tokens.size, *x.shape[2:])
+        flat = lambda x: jnp.reshape(x, (ghosts.tokens.size, *x.shape[2:]))
         reference_hidden = reference_head = None
         if reference is not None:
             frozen = jax.lax.stop_gradient(reference_params)
@@ -155,7 +155,7 @@ def make_batch_loss(
         rows = TokenRows(
             ghost=flat(ghosts.ghost_tokens),
             weight=flat(ghosts.loss_mask).astype(jnp.float32),
-            drawn=None if drawn is None else drawn.reshape(ghosts.tokens.size, -1),
+            drawn=None if drawn is None else jnp.reshape(drawn, (ghosts.tokens.size, -1)),
             uniform=None if uniform is None else flat(uniform),
             reference_hidden=reference_hidden,
         )

@@ -21,15 +21,18 @@ import jax.numpy as jnp
 import optax
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
+
+    # Batches come from the host as NumPy arrays, and are JAX arrays inside a step.
+    AnyArray = Array | np.ndarray
 
 
 Params = Any
 """A nested dict of arrays, as `flax.linen.Module.init` makes it."""
 
 
-@flax.struct.dataclass
-class Metric:
+class Metric(flax.struct.PyTreeNode):
     """A weighted mean that is not divided yet: `total / weight`.
 
     Sums add across tokens, micro-batches, devices and hosts; the division happens once, when a person reads the number.
@@ -54,8 +57,7 @@ class Metric:
 Metrics = dict[str, Metric]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that changes during training. Arrays only, so it can be donated, sharded and checkpointed as it is.
 
     Attributes:
@@ -77,8 +79,7 @@ class TrainState:
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
 
 
-@flax.struct.dataclass
-class SftBatch:
+class SftBatch(flax.struct.PyTreeNode):
     """Packed sequences for next-token training. `[B, T]` each; the targets are already shifted.
 
     Attributes:
@@ -89,15 +90,14 @@ class SftBatch:
         loss_mask: float or bool, the weight of each target in the loss, 0 where nothing is supervised.
     """
 
-    tokens: Int[Array, "B T"]
-    targets: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
-    loss_mask: Real[Array, "B T"] | Bool[Array, "B T"]
+    tokens: Int[AnyArray, "B T"]
+    targets: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    segment_ids: Int[AnyArray, "B T"]
+    loss_mask: Real[AnyArray, "B T"] | Bool[AnyArray, "B T"]
 
 
-@flax.struct.dataclass
-class GhostBatch:
+class GhostBatch(flax.struct.PyTreeNode):
     """Contexts with the ghost (ideal) token at each. Fields as in `SftBatch`, `[B, T]` each, and
 
     Attributes:
@@ -106,12 +106,12 @@ class GhostBatch:
             then the step draws from the student's own distribution when the objective wants drawn tokens.
     """
 
-    tokens: Int[Array, "B T"]
-    ghost_tokens: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
-    loss_mask: Real[Array, "B T"] | Bool[Array, "B T"]
-    drawn_tokens: Int[Array, "B T"] | Int[Array, "B T G"] | None = None
+    tokens: Int[AnyArray, "B T"]
+    ghost_tokens: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    segment_ids: Int[AnyArray, "B T"]
+    loss_mask: Real[AnyArray, "B T"] | Bool[AnyArray, "B T"]
+    drawn_tokens: Int[AnyArray, "B T"] | Int[AnyArray, "B T G"] | None = None
 
     @classmethod
     def teacher_forced(cls, batch: SftBatch) -> GhostBatch:

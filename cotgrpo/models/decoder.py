@@ -98,8 +98,7 @@ class RMSNorm(nn.Module):
         return (x32 * scale_D.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
-@flax.struct.dataclass
-class KvCache:
+class KvCache(flax.struct.PyTreeNode):
     """Keys and values of the tokens read so far, for all layers.
 
     Attributes:
@@ -269,4 +268,5 @@ def decode(
     Returns:
         The rows that the head reads, and the cache with the new tokens.
     """
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache, slot)
+    out: Any = Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache, slot)
+    return out
