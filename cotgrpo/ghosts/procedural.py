@@ -35,6 +35,10 @@ LOSSES = ("sells", "loses", "gives")
 
 DRAWS_WITHOUT_NEWS = 10_000
 """Draws in a row that may all be repetitions before `draw` gives up."""
+DRAWS_WITHOUT_SUM = 1_000_000
+"""Draws in a row that may all fall into the other part before the stream gives up: some seconds."""
+MOST_DIGITS = 15
+"""What `random()` can tell apart: a float has 53 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +200,7 @@ def chain(start: int, changes: list[tuple[str, int]]) -> tuple[Operation, ...]:
 
 def columns(left: int, right: int) -> Iterator[tuple[int, int]]:
     """The digits of two numbers side by side, ones first; 0 where one number is shorter."""
-    reverse = (map(int, reversed(str(number))) for number in (left, right))
-    return itertools.zip_longest(*reverse, fillvalue=0)
+    return itertools.zip_longest(map(int, reversed(str(left))), map(int, reversed(str(right))), fillvalue=0)
 
 
 def addition(left: int, right: int) -> list[str]:
@@ -229,7 +232,8 @@ def product(digit: int, number: int) -> list[str]:
 
 
 def division(number: int, digit: int) -> list[str]:
-    lines, rest = [], 0
+    lines: list[str] = []
+    rest = 0
     for a in map(int, str(number)):
         dividend = 10 * rest + a
         quotient, rest = divmod(dividend, digit)
@@ -248,19 +252,19 @@ class ProceduralTeacher:
     Attributes:
         seed: at least 0.
         kinds: which of `KINDS` to ask, in equal parts at random; None: all.
-        digits: of the numbers that are drawn, at least 1.
+        digits: of the numbers that are drawn, 1 to 15.
         steps: operations of `column_addition`, `column_subtraction` and `gains_and_losses`, at least 1; the others have two.
         held_out: True gives the held-out part.
         held_out_fraction: of all sums, in (0, 1). The same for both parts, or they overlap.
 
     Raises:
-        ValueError: an argument outside its range, or an unknown kind.
+        ValueError: an argument outside its range, or an unknown kind; while iterating, a part that has no sum (of one digit there are few).
 
     Example:
         >>> teacher = ProceduralTeacher(seed=3, kinds=("column_addition",), steps=1)
         >>> triple = next(iter(teacher))
         >>> print(triple.question, triple.rationale.split(), triple.answer)
-        ?
+        What is 58+43? ['58+43', '8+3=11', '5+4+1=10', '=101'] 101
     """
 
     seed: int = 0
@@ -274,21 +278,30 @@ class ProceduralTeacher:
         for name, least in (("seed", 0), ("digits", 1), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"ProceduralTeacher.{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.digits > MOST_DIGITS:
+            raise ValueError(f"ProceduralTeacher.digits must be at most {MOST_DIGITS}, got {self.digits}.")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(
                 f"ProceduralTeacher.held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}."
             )
         unknown = [kind for kind in self.kinds or () if kind not in KINDS]
-        if unknown or self.kinds == ():
+        if unknown or (self.kinds is not None and not self.kinds):
             raise ValueError(f"ProceduralTeacher.kinds must name some of {', '.join(KINDS)}, got {self.kinds}.")
 
     def __iter__(self) -> Iterator[Triple]:
         draws = Draws(self.seed)
         kinds = tuple(KINDS) if self.kinds is None else self.kinds
+        misses = 0
         for index in itertools.count():
             kind = draws.choice(kinds)
             problem = KINDS[kind](draws, self.digits, self.steps)
-            if is_held_out(problem, self.held_out_fraction) == self.held_out:
+            misses = 0 if is_held_out(problem, self.held_out_fraction) == self.held_out else misses + 1
+            if misses > DRAWS_WITHOUT_SUM:
+                raise ValueError(
+                    f"No sum fell into the {'held-out' if self.held_out else 'training'} part (held_out_fraction "
+                    f"{self.held_out_fraction}): raise digits ({self.digits}) or steps ({self.steps}), or move the fraction."
+                )
+            if not misses:
                 yield Triple(problem.question, problem.rationale, problem.answer, id=f"{kind}-{self.seed}-{index}")
 
     def draw(self, count: int) -> list[Triple]:

@@ -16,16 +16,21 @@ from fractions import Fraction
 
 LONGEST_NUMBER = 1000
 """Characters. A student that loops writes numbers without end, and Python reads them in quadratic time."""
-LONGEST_FORMULA = 300
+LONGEST_FORMULA = 200
 """Characters given to Math-Verify."""
 FORMULA_SECONDS = 5
 LARGEST_POWER = 100_000
 """Bound of the product of all exponents in a formula."""
+MOST_TERMS = 2000
+"""Bound of the terms that a sum of a formula's letters can have, raised to that product and written out."""
+MOST_DIVISIONS = 6
+"""In a formula with letters: nested, the work doubles with each."""
 
-UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
-"""`1,000.5`, `42`, `.5`, `1e-3`; commas only where they group thousands."""
+MINUS = "\N{MINUS SIGN}"
+UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
+"""`1,000.5`, `42`, `.5`, `1e-3`; commas only where they group thousands (99 groups at most: a bound keeps the search linear)."""
 MIXED = r"[0-9]++ [0-9]++/[0-9]++(?![0-9/])"
-SIGNED = rf"(?:(?<![\w.)\]}}%$])[-+−]\$?|\$[-−])?(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
+SIGNED = rf"(?:(?<![\w.)\]}}%$])[-+{MINUS}]\$?|\$[-{MINUS}])?(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
 """Also `3/4` and `1 3/4`. A sign counts where it cannot be a minus between two terms: `5-3` ends in 3, `= -3` and `-$3` in -3."""
 NUMBER_IN_TEXT = re.compile(SIGNED)
 WHOLE_NUMBER = re.compile(
@@ -37,8 +42,9 @@ BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"####[ \t]*+([^\n#]*[^\s#])")
 
 WORD = re.compile(r"[^\W\d_]{3,}")
-FUNCTIONS = frozenset(
-    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "exp", "sqrt", "max", "min", "mod", "inf", "abs", "det", "gcd", "lcm"]
+FUNCTION = re.compile(
+    r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|max|min|mod|inf|abs|det|gcd|lcm",
+    re.IGNORECASE,
 )
 EXPONENT = re.compile(r"\^\s*\{?\s*[-+]?([0-9]+)")
 UNBOUNDED = re.compile(
@@ -143,7 +149,7 @@ def numbers(text: str) -> tuple[Fraction, ...]:
 
 def bare_text(text: str) -> str:
     r"""Single spaces, and nothing around the answer: no `$...$`, `\(...\)`, `\text{}`, quotes or last period; a choice `(A)` is `A`."""
-    text = re.sub(r"^\\[(\[]|\\[)\]]$", "", " ".join(text.replace("−", "-").split()))
+    text = re.sub(r"^\\[(\[]|\\[)\]]$", "", " ".join(text.replace(MINUS, "-").split()))
     text = re.sub(r"^\$(.*)\$$", r"\1", text.strip()).strip().removesuffix(".").strip("\"'`* ")
     return re.sub(r"^\\(?:text|textbf|mathrm|mathbf)\{([^{}\\]*)\}$|^\(([A-Za-z])\)$", r"\1\2", text).strip()
 
@@ -152,10 +158,13 @@ def may_be_formula(text: str) -> bool:
     """Whether the text can be mathematics and no prose, and is small enough to be worked out."""
     if not text or len(text) > LONGEST_FORMULA or UNBOUNDED.search(text):
         return False
-    if math.prod(int(exponent) or 1 for exponent in EXPONENT.findall(text)) > LARGEST_POWER:
-        return False
     symbols = re.sub(r"\\(?:text|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", text)
-    return all(word.lower() in FUNCTIONS for word in WORD.findall(symbols))
+    power, letters = math.prod(int(n) or 1 for n in EXPONENT.findall(text)), len(set(re.findall("[A-Za-z]", symbols)))
+    if power > LARGEST_POWER or math.comb(power + letters, letters) > MOST_TERMS:
+        return False
+    if letters and text.count("/") + text.count("frac") > MOST_DIVISIONS:
+        return False
+    return all(FUNCTION.fullmatch(word) for word in WORD.findall(symbols))
 
 
 def has_symbols(text: str) -> bool:
