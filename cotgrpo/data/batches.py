@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,9 +10,6 @@ import numpy as np
 from cotgrpo.data.template import Example, Template
 from cotgrpo.data.triples import DataError, DropReport, Triple
 from cotgrpo.types import SftBatch
-
-PACKING_BINS = 128
-"""Rows that are filled at the same time; more bins waste fewer positions and mix documents over a longer stretch."""
 
 
 def make_examples(
@@ -64,17 +61,18 @@ def make_batches(
 ) -> Any:
     """An iterator of `SftBatch`es of NumPy arrays, `[batch_size / process_count, seq_len]`.
 
-    Documents are never cut and never cross rows; each is a segment of its own with positions from 0. Every epoch has an order of its own. With
-    `num_epochs` the last batch is filled up with empty rows (segment 0, mask 0), so every document comes exactly as often as asked.
+    Documents are never cut and never cross rows; each is a segment of its own with positions from 0. Rows are packed once; every epoch has
+    an order of its own. With `num_epochs` the last batch is filled up with empty rows (segment 0, mask 0), so every document comes exactly
+    as often as asked.
 
     Args:
         examples: tokenized documents, each of at most `seq_len + 1` tokens.
         batch_size: rows of the global batch.
         seq_len: positions of a row.
-        seed: of the order.
+        seed: of the order, in [0, 2^32).
         packing: several documents a row, best fit; False: one a row.
-        shuffle: False keeps the order of `examples`.
-        num_epochs: None: without end.
+        shuffle: False keeps the order of `examples` (of the first document of each row, where they are packed).
+        num_epochs: at least 1, or None: without end.
         process_index, process_count: this host takes its contiguous share of every global batch, which does not depend on the hosts.
 
     Returns:
@@ -82,35 +80,78 @@ def make_batches(
         `set_state(d)` on a fresh iterator goes on from there with exactly the same batches.
 
     Raises:
+        DataError: no example, or one that is too long, too short or nowhere supervised.
         ValueError: sizes that do not fit together.
     """
     import grain
 
-    if batch_size < 1 or seq_len < 1:
-        raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size} and {seq_len}.")
-    if batch_size % process_count or not 0 <= process_index < process_count:
+    if batch_size < 1 or seq_len < 1 or (num_epochs is not None and num_epochs < 1):
+        raise ValueError(
+            f"batch_size, seq_len and num_epochs must be at least 1, got {batch_size}, {seq_len} and {num_epochs}."
+        )
+    if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} must be a multiple of process_count {process_count}, and process_index {process_index} below it."
         )
-    if not examples:
-        raise DataError("No example to batch: the data set is empty.")
-    dataset = grain.MapDataset.source([shifted(e) for e in examples]).seed(seed)
-    dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)
-    rows = grain.experimental.BestFitPackIterDataset(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
-        length_struct={"tokens": seq_len, "targets": seq_len, "loss_mask": seq_len},
-        num_packing_bins=PACKING_BINS if packing else batch_size,
-        seed=seed,
-        shuffle_bins=shuffle and packing,
-        max_sequences_per_bin=None if packing else 1,
-    )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
+    check_examples(examples, seq_len)
+    documents = [shifted(e) for e in examples]
+    lengths = [len(document["tokens"]) for document in documents]
+    rows = packed_rows(lengths, seq_len) if packing else [(i,) for i in range(len(documents))]
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
 
-    def fill(values: Sequence[Any]) -> Any:
-        return grain.experimental.batch_and_pad(values, batch_size=batch_size)
+    def fill(batch: Sequence[tuple[int, ...]]) -> SftBatch:
+        return filled([[documents[i] for i in row] for row in batch[mine]], share, seq_len)
 
-    return iter(rows.batch(batch_size, batch_fn=fill).map(lambda columns: to_batch(columns, mine)))
+    dataset = grain.MapDataset.source(rows).seed(seed)
+    dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs).batch(batch_size, batch_fn=fill)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def check_examples(examples: Sequence[Example], seq_len: int) -> None:
+    """Raises DataError where there is nothing to train on, or what fits into no row."""
+    if not examples:
+        raise DataError("No example to batch: the data set is empty.")
+    for number, example in enumerate(examples):
+        place = example.source or f"example {number}"
+        if not 2 <= len(example.tokens) <= seq_len + 1:
+            raise DataError(
+                f"{place}: expected 2 to {seq_len + 1} tokens (seq_len + 1), got {len(example.tokens)}. "
+                'Raise seq_len, or leave it out (make_examples with too_long="drop").'
+            )
+        if not example.supervised[1:].any():
+            raise DataError(f"{place}: no token is supervised (an all-zero loss mask). Leave it out.")
+
+
+def packed_rows(lengths: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
+    """Which documents share a row: longest first, each into the fullest row that still has room (best fit decreasing).
+
+    Args:
+        lengths: positions of each document, in [1, seq_len].
+        seq_len: positions of a row.
+
+    Returns:
+        Indices of documents, ascending in a row, rows by their first. All are there, each once.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[list[int]]] = [[] for _ in range(seq_len + 1)]  # [n]: the rows with n positions left
+    rooms = 0  # bit n is set where with_room[n] has a row
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[document]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            rooms ^= 0 if with_room[room] else 1 << room
+        else:
+            room, row = seq_len, []
+            rows.append(row)
+        row.append(document)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return sorted(tuple(sorted(row)) for row in rows)
 
 
 def shifted(example: Example) -> dict[str, np.ndarray]:
@@ -122,18 +163,28 @@ def shifted(example: Example) -> dict[str, np.ndarray]:
     }
 
 
-def to_batch(columns: dict[str, np.ndarray], rows: slice) -> SftBatch:
-    """Grain's packed columns as a batch: it numbers the segments of a row from 1, and padding is 0."""
-    return SftBatch(
-        tokens=columns["tokens"][rows],
-        targets=columns["targets"][rows],
-        positions=columns["tokens_positions"][rows],
-        segment_ids=columns["tokens_segment_ids"][rows],
-        loss_mask=columns["loss_mask"][rows],
+def filled(rows: Sequence[Sequence[dict[str, np.ndarray]]], batch_size: int, seq_len: int) -> SftBatch:
+    """Documents side by side in their rows, as a batch: segments from 1, positions from 0, zeros where nothing is."""
+    batch = SftBatch(
+        tokens=np.zeros((batch_size, seq_len), np.int32),
+        targets=np.zeros((batch_size, seq_len), np.int32),
+        positions=np.zeros((batch_size, seq_len), np.int32),
+        segment_ids=np.zeros((batch_size, seq_len), np.int32),
+        loss_mask=np.zeros((batch_size, seq_len), np.float32),
     )
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, document in enumerate(row, 1):
+            length = len(document["tokens"])
+            place = b, slice(start, start + length)
+            batch.tokens[place], batch.targets[place] = document["tokens"], document["targets"]
+            batch.positions[place], batch.segment_ids[place] = np.arange(length), segment
+            batch.loss_mask[place] = document["loss_mask"]
+            start += length
+    return batch
 
 
-def packing_efficiency(batches: Iterator[SftBatch]) -> float:
+def packing_efficiency(batches: Iterable[SftBatch]) -> float:
     """The share of positions that hold a document's token, over the given (finite) batches."""
     real = total = 0
     for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class Template:
             first separator.
 
     Raises:
-        DataError: no eos token, or a separator that the tokenizer merges with the text beside it.
+        DataError: no eos token, or a separator that is the eos token or that the tokenizer merges with the text beside it.
     """
 
     tokenizer: Any
@@ -54,14 +55,18 @@ class Template:
             raise ValueError("The separator is empty: expected a token of the tokenizer or some text.")
         if self.tokenizer.eos_token_id is None:
             raise DataError("The tokenizer has no eos token, so a reply could never end: set tokenizer.eos_token.")
+        if self.eos_id in self.ids(self.separator):
+            raise DataError(
+                f"The separator {self.separator!r} holds the eos token, which ends a reply. Choose another separator."
+            )
         for left in PROBES:
             for right in PROBES:
                 whole, prefix = self.ids(left + self.separator + right), self.ids(left + self.separator)
                 if whole[: len(prefix)] != prefix or self.ids(left) != prefix[: len(self.ids(left))]:
                     raise DataError(
                         f"The separator {self.separator!r} is ambiguous: this tokenizer merges it with the text beside it "
-                        f"({left + self.separator + right!r} becomes {self.pieces(whole)}). Use a token of the tokenizer's "
-                        f"own, such as {self.suggestion()!r}, or add the separator to its special tokens."
+                        f"({left + self.separator + right!r} becomes {self.tokenizer.convert_ids_to_tokens(whole)}). "
+                        f"Use a token of the tokenizer's own{self.suggestion()}, or add the separator to its special tokens."
                     )
 
     @property
@@ -78,16 +83,22 @@ class Template:
         """Tokens and mask of one triple.
 
         Raises:
-            DataError: the text holds the separator, the separator merges with this text, or nothing would be supervised.
+            DataError: the text holds the separator or the eos token, the separator merges with this text, or nothing would be supervised.
         """
-        for field in ("question", "rationale", "answer"):
-            if self.separator in getattr(triple, field):
-                raise DataError(
-                    f"{triple.source}: the {field} holds the separator {self.separator!r}, so the parts could not be told "
-                    "apart. Choose another separator."
-                )
-        text = self.separator.join((triple.question, triple.rationale, triple.answer))
+        parts = {"question": triple.question, "rationale": triple.rationale, "answer": triple.answer}
+        text = self.separator.join(parts.values())
+        if text.split(self.separator) != list(parts.values()):
+            holders = [field for field, part in parts.items() if self.separator in part]
+            raise DataError(
+                f"{triple.source}: the {holders[0] if holders else 'text'} holds the separator {self.separator!r} (or a part of it, "
+                "at an edge), so the parts could not be told apart. Choose another separator."
+            )
         tokens = [*self.with_bos(self.ids(text)), self.eos_id]
+        if self.eos_id in tokens[:-1]:
+            raise DataError(
+                f"{triple.source}: the text holds the eos token {self.tokenizer.eos_token!r}, where the student would learn to stop. "
+                "Remove it from the row."
+            )
         prompt = self.prompt(triple.question).tolist()
         if tokens[: len(prompt)] != prompt:
             raise DataError(
@@ -105,26 +116,33 @@ class Template:
         return np.asarray(self.with_bos(self.ids(question + self.separator)), np.int32)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
-        """(rationale, answer) of a generated reply, text or token ids; the answer is None when no separator came."""
-        if not isinstance(reply, str):
-            ids = [int(i) for i in reply]
-            ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-            reply = self.tokenizer.decode(ids, skip_special_tokens=False)
-        rationale, mark, answer = reply.partition(self.separator)
+        """(rationale, answer) of a generated reply, text or token ids up to eos; the answer is None when no separator came."""
+        text = reply if isinstance(reply, str) else self.decode(reply)
+        rationale, mark, answer = text.partition(self.separator)
         return rationale.strip(), answer.strip() if mark else None
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids up to the first eos, as it is: special tokens stay, and no space is cleaned up."""
+        ids = [int(i) for i in tokens]
+        ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """Puts the bos token in front where the tokenizer's own convention does, and never twice."""
-        bos = self.tokenizer.bos_token_id
-        wanted = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
-        return [bos, *ids] if wanted and ids[:1] != [bos] else ids
+        return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
-    def pieces(self, ids: list[int]) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens(ids)
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The token that the tokenizer itself puts in front of a text, or None."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and self.tokenizer.encode("a")[:1] == [bos] else None
 
     def suggestion(self) -> str:
-        special = [t for t in self.tokenizer.all_special_tokens if t != self.tokenizer.eos_token]
-        return special[0] if special else "<sep>"
+        """A token that could be the separator, for an error message: one that means nothing to the tokenizer yet."""
+        taken = {self.tokenizer.eos_token, self.tokenizer.bos_token, self.tokenizer.pad_token, self.tokenizer.unk_token}
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        free = [token for token in added if token not in taken]
+        return f", such as {'<sep>' if '<sep>' in free else free[0]!r}" if free else ""

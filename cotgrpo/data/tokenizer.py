@@ -25,11 +25,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
         A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
-        ValueError: `vocab_size` too small.
+        ValueError: `vocab_size` too small, or a special token missing.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if not {"<pad>", "<eos>"} <= set(special_tokens):
+        raise ValueError(f'special_tokens must hold "<pad>" and "<eos>", got {list(special_tokens)}.')
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size must be at least {least} (256 bytes and the special tokens), got {vocab_size}.")
@@ -63,7 +65,7 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file raises many kinds, the Rust library's bare Exception among them
         raise DataError(
             f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id ({type(error).__name__}: {error})."
         ) from error

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from cotgrpo.ghosts.verify import answers_match
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "problem"),
@@ -20,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Field of a triple -> the row keys that may hold it, the first one present counts."""
 
+SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPLETION_KEYS = ("completion", "response")
 EXAMPLES_KEPT = 3
 """Places that a `DropReport` remembers for each reason."""
@@ -100,7 +105,7 @@ def read_triples(
         sources: one or several files or hub ids.
         split: keep only rows whose `split` field is this, where they have one; for a hub id, the split to load ("train" if None).
         bad_rows: "error" stops at the first row that cannot be used; "drop" counts it in the report.
-        keep_incorrect: keep rows with `correct: false`, or whose `gold` differs from `answer`: real mistakes of the teacher.
+        keep_incorrect: keep rows with `correct: false`, or, where they do not say, whose `gold` is another answer: the teacher's mistakes.
         deduplicate: leave out rows with the text of an earlier one.
 
     Returns:
@@ -120,16 +125,19 @@ def read_triples(
     for place, row in rows_of(names, split):
         report.read += 1
         # Rows left out on purpose first: a teacher's known mistake may well lack an answer.
-        if isinstance(row, Mapping) and split is not None and row.get("split", split) != split:
+        if isinstance(row, Mapping) and split is not None and row.get("split") not in (None, split):
             report.drop("other split", f"{place}: {row['split']!r}")
             continue
-        if isinstance(row, Mapping) and not keep_incorrect and is_incorrect(row):
+        if isinstance(row, Mapping) and not keep_incorrect and row.get("correct") is False:
             report.drop("wrong answer", f"{place}: {row.get('answer')!r}, gold {row.get('gold')!r}")
             continue
         try:
             if isinstance(row, DataError):
                 raise row
             triple = triple_of(row, place)
+            if not keep_incorrect and is_incorrect(row, triple):
+                report.drop("wrong answer", f"{place}: {triple.answer!r}, gold {row['gold']!r}")
+                continue
         except DataError as error:
             if bad_rows == "error":
                 raise
@@ -159,39 +167,47 @@ def rows_of(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[st
     for name in names:
         path = Path(name)
         if path.is_dir():
+            inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)[:5])
             raise DataError(
-                f"{path} is a directory: expected .jsonl or .parquet files, or a hub id; name the files in it."
+                f"{path} is a directory: expected .jsonl or .parquet files, or a hub id. "
+                f"Name the files in it ({inside or 'it has none'})."
             )
         if path.is_file():
             if path.suffix in (".jsonl", ".json"):
                 yield from jsonl_rows(path)
             elif path.suffix == ".parquet":
-                yield from numbered(str(path), load_dataset("parquet", data_files=str(path), split="train"))
+                # In its name, [ and * are letters and no pattern.
+                files = glob.escape(str(path))
+                yield from numbered(str(path), load_dataset(path, "parquet", data_files=files, split="train"))
             else:
                 raise DataError(
                     f"{path}: unknown kind of file {path.suffix!r}: expected .jsonl or .parquet; convert it."
                 )
-        elif path.suffix in (".jsonl", ".json", ".parquet") or not re.fullmatch(
-            r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(name)
-        ):
+        elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(name)):
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else " Check the path."
             raise DataError(f"{path}: no such file.{hint}")
         else:
-            hub_id, _, config = str(name).partition(":")
-            yield from numbered(str(name), load_dataset(hub_id, config or None, split=split or "train"))
+            yield from hub_rows(str(name), split or "train")
 
 
-def load_dataset(*args: Any, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, streamed: nothing is copied into a cache. A failure becomes a `DataError`."""
+def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of "org/name" or "org/name:config", or of whatever else `datasets.load_dataset` takes, as in `rows_of`."""
+    hub_id, _, config = name.partition(":")
+    yield from numbered(
+        name, load_dataset(f"{name} is no file, and as a data set", hub_id, config or None, split=split)
+    )
+
+
+def load_dataset(name: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset`, streamed: nothing is copied into a cache. A failure becomes a `DataError` that starts with `name`."""
     import datasets
 
     try:
         return datasets.load_dataset(*args, **kwargs, streaming=True)
     except Exception as error:  # the library raises many kinds: network, file system, arrow, its own
-        name = kwargs.get("data_files", args[0])
         raise DataError(
-            f"{name}: cannot be loaded ({type(error).__name__}: {error}). Check the name and the format."
+            f"{name} cannot be loaded ({type(error).__name__}: {error}). Check the name and the format."
         ) from error
 
 
@@ -214,26 +230,23 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The lines of a JSONL file as in `rows_of`; blank lines are no rows."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
+            if number == 1:  # a byte order mark
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
-                yield place, DataError(f"{place}: not UTF-8 ({byte}). Save the file as UTF-8.")
-            except json.JSONDecodeError as error:
-                detail = f"{error.msg} at column {error.colno}"
-                yield (
-                    place,
-                    DataError(
-                        f"{place}: not valid JSON ({detail}). Expected one JSON object a line; mend or remove it."
-                    ),
-                )
-            else:
-                yield place, row
+            yield f"{path}:{number}", parsed(line.rstrip(), f"{path}:{number}")
+
+
+def parsed(line: bytes, place: str) -> Any:
+    """The JSON value in a line, or the `DataError` that says why there is none."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
+        return DataError(f"{place}: not UTF-8 ({byte}). Save the file as UTF-8.")
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets as deep
+        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return DataError(f"{place}: not valid JSON ({detail}). Expected one JSON object a line; mend or remove it.")
 
 
 def triple_of(row: Any, place: str) -> Triple:
@@ -242,7 +255,7 @@ def triple_of(row: Any, place: str) -> Triple:
         raise DataError(
             f"{place}: expected a JSON object with question, rationale and answer, got {type(row).__name__}."
         )
-    if "messages" in row:
+    if row.get("messages") is not None:
         row = dict(row) | fields_of_messages(row["messages"], place)
     fields = {field: next((row[k] for k in keys if row.get(k) is not None), None) for field, keys in ALIASES.items()}
     whole = next((row[k] for k in COMPLETION_KEYS if row.get(k) is not None), None)
@@ -268,7 +281,8 @@ def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
         raise DataError(
             f"{place}: missing field {field!r} (or {', '.join(ALIASES[field][1:]) or 'none'}); the row has {keys}. Add it."
         )
-    if field == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+    is_number = (isinstance(value, float) and math.isfinite(value)) or type(value) is int
+    if field == "answer" and is_number:
         value = str(value)
     if not isinstance(value, str):
         raise DataError(
@@ -284,46 +298,45 @@ def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
 
 
 def fields_of_messages(messages: Any, place: str) -> dict[str, Any]:
-    """Question and reply of a chat: what the user said, and the last assistant message with its `reasoning_content`."""
-    valid = isinstance(messages, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in messages)
+    """Question and reply of a chat of one turn: a system text stands before the question, `reasoning_content` is the rationale."""
+    valid = isinstance(messages, Sequence) and all(
+        isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str | None) for m in messages
+    )
     if not valid or isinstance(messages, str):
-        raise DataError(f"{place}: 'messages' must be a list of objects with role and content. Mend the row.")
-    asked = [m.get("content") for m in messages if m["role"] == "user"]
-    replies = [m for m in messages if m["role"] == "assistant"]
-    if len(asked) != 1 or len(replies) != 1:
+        raise DataError(f"{place}: 'messages' must be a list of objects with role and content, as text. Mend the row.")
+    roles = [m["role"] for m in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise DataError(
-            f"{place}: expected one user and one assistant message, got {len(asked)} and {len(replies)}. Split longer chats into rows."
+            f"{place}: expected one user and one assistant message, after a system message at most, got "
+            f"{', '.join(map(str, roles)) or 'none'}. Split longer chats into rows."
         )
-    reasoning = replies[0].get("reasoning_content")
-    if reasoning is None:
-        return {"question": asked[0], "completion": replies[0].get("content")}
-    return {"question": asked[0], "rationale": reasoning, "answer": replies[0].get("content")}
+    question, reply = messages[-2].get("content"), messages[-1]
+    system = messages[0].get("content") if len(messages) == 3 else None
+    if system and question and question.strip():
+        question = f"{system.strip()}\n\n{question.strip()}"
+    if reply.get("reasoning_content") is None:
+        return {"question": question, "completion": reply.get("content")}
+    return {"question": question, "rationale": reply["reasoning_content"], "answer": reply.get("content")}
 
 
 def split_reply(text: str) -> tuple[str, str] | None:
-    """(rationale, answer) of a reply that holds both, or None: `<think>...</think> answer`, or `... #### answer`."""
+    """(rationale, answer) of a reply that holds both, or None: `<think>...</think> answer`, or `... #### answer` in the last line."""
     for mark in ("</think>", "####"):
-        if mark in text:
-            rationale, _, answer = text.rpartition(mark)
+        rationale, found, answer = text.strip().rpartition(mark)
+        if found and (mark == "</think>" or "\n" not in answer.strip()):  # `#### Step 1` may be a heading
             return rationale.replace("<think>", "").strip(), answer.strip()
     return None
 
 
-def is_incorrect(row: Mapping[str, Any]) -> bool:
-    """True for a known mistake: `correct` is false, or, without `correct`, `gold` is another answer."""
+def is_incorrect(row: Mapping[str, Any], triple: Triple) -> bool:
+    """Whether `gold` is another answer than the triple's, in a row whose `correct` does not say. Raises DataError where `correct` is no bool."""
     if row.get("correct") is not None:
-        return row["correct"] is False
-    gold, answer = row.get("gold"), row.get("answer")
-    return gold is not None and answer is not None and plain_answer(str(gold)) != plain_answer(str(answer))
-
-
-def plain_answer(text: str) -> str | float:
-    """Numbers as numbers ("1,000.0" is 1000), anything else as lower-case text."""
-    bare = text.strip().lower().replace(",", "").removeprefix("$").removesuffix(".")
-    try:
-        return float(bare)
-    except ValueError:
-        return squeeze(bare)
+        if not isinstance(row["correct"], bool):
+            raise DataError(
+                f"{triple.source}: field 'correct' must be true or false, got {row['correct']!r:.40}. Mend the row."
+            )
+        return not row["correct"]
+    return row.get("gold") is not None and not answers_match(triple.answer, str(row["gold"]))
 
 
 def squeeze(text: str) -> str:
