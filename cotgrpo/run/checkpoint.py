@@ -1,16 +1,24 @@
-"""Checkpoints of the whole run: train state, data position and loop counters, written by Orbax while training goes on."""
+"""Checkpoints of the whole run: train state, data position and loop counters, written by Orbax while training goes on.
+
+Orbax does not notice changed bytes in an array's data, so each checkpoint carries the size and CRC-32 of its files, and the shapes of its arrays. Both are
+compared before any array is read: a damaged checkpoint is told from one of another model, and neither sends Orbax into pages of tracebacks.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from cotgrpo.types import TrainState
+
+CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(RuntimeError):
@@ -30,16 +38,16 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 3) -> None:
         import orbax.checkpoint as ocp
 
-        self.directory, self.keep = directory.absolute(), keep
         self.ocp = ocp
-        with explaining_disk_errors(self.directory):
-            self.manager = self.open()
-
-    def open(self) -> Any:
-        options = self.ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        self.directory = directory.absolute()
+        self.saving = 0
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
-        return self.ocp.CheckpointManager(self.directory, options=options)
+        with explaining_disk_errors(self.directory):
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Starts to write the checkpoint of `step`; the arrays are copied first, so the state may be donated at once.
@@ -48,52 +56,69 @@ class Checkpoints:
             step: the name of the checkpoint.
             state: any pytree of arrays.
             position: JSON-able: where the data iterator stands, and the loop's counters.
+
+        Raises:
+            CheckpointError: the disk is full, now or when the checkpoint before this one was written.
         """
         items = self.ocp.args.Composite(
-            state=self.ocp.args.StandardSave(state), position=self.ocp.args.JsonSave(position)
+            state=self.ocp.args.StandardSave(state),
+            position=self.ocp.args.JsonSave({"arrays": arrays_of(state), "position": position}),
         )
+        self.wait()
+        self.saving = step
         with explaining_disk_errors(self.directory):
             self.manager.save(step, args=items, force=True)
 
-    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that can be read whole.
+    def seal(self) -> None:
+        """Orbax calls this, in its own thread, when all is written and before the folder gets its final name."""
+        (folder,) = self.directory.glob(f"{self.saving}.*")
+        write_checksums(folder)
 
-        One that cannot is set aside (`<run>/unreadable_checkpoints/<step>`), and the next older one is tried.
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that is undamaged.
+
+        Newer ones that are damaged are set aside, in `<run>/unreadable_checkpoints/<step>`, so that their steps can be written again.
 
         Args:
-            like: a state, or its `jax.eval_shape`, of the same tree, shapes and dtypes.
+            like: a state of the same tree, shapes and dtypes; arrays arrive in its shardings, whatever they were saved in.
 
         Returns:
             `(state, position, notes)`, the notes saying what was set aside and why; None if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be read.
+            CheckpointError: there are checkpoints, and all are damaged (then none is moved), or the newest undamaged one is of another model or optimizer.
         """
-        abstract = jax.eval_shape(lambda: like)
-        notes: list[str] = []
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
-            items = self.ocp.args.Composite(
-                state=self.ocp.args.StandardRestore(abstract), position=self.ocp.args.JsonRestore()
+        damaged: dict[int, str] = {}
+        for step in steps_in(self.directory):
+            problem = find_damage(self.directory / str(step))
+            if problem is not None:
+                damaged[step] = problem
+                continue
+            saved = self.restore(step, position=self.ocp.args.JsonRestore())
+            check_arrays(self.directory / str(step), saved["arrays"], arrays_of(like))
+            state = self.restore(step, state=self.ocp.args.StandardRestore(jax.tree.map(abstract, like)))
+            return state, saved["position"], self.set_aside(damaged)
+        if damaged:
+            raise CheckpointError(
+                f"No checkpoint in {self.directory} can be read: {listed(damaged)}. To start anew, delete that folder."
             )
-            try:
-                restored = self.manager.restore(step, args=items)
-                return restored["state"], restored["position"], notes
-            except Exception as error:  # Orbax and TensorStore raise whatever the broken file makes them
-                notes.append(f"checkpoint {step} cannot be read ({first_line(error)}); it is set aside")
-                self.set_aside(step)
-        if steps:
-            raise CheckpointError(f"No checkpoint in {self.directory} can be read: {'; '.join(notes)}.")
         return None
 
-    def set_aside(self, step: int) -> None:
-        """Moves an unreadable checkpoint away, so that its step can be written again."""
-        self.manager.close()
-        aside = self.directory.parent / "unreadable_checkpoints" / str(step)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.directory / str(step), aside)
-        self.manager = self.open()
+    def restore(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        return self.manager.restore(step, args=self.ocp.args.Composite(**item))[name]
+
+    def set_aside(self, damaged: dict[int, str]) -> list[str]:
+        """Moves damaged checkpoints away; what to tell the user."""
+        notes = []
+        for step, problem in damaged.items():
+            aside = self.directory.parent / "unreadable_checkpoints" / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(self.directory / str(step), aside)
+            notes.append(f"Checkpoint {step} cannot be read ({problem}). It was moved to {aside}.")
+        self.manager.reload()
+        return notes
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk; raises what the writing raised."""
@@ -101,18 +126,23 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        self.manager.close()
+        """Waits, raises what the writing raised, and ends Orbax's threads."""
+        with explaining_disk_errors(self.directory):
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()
 
 
 def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
-    """The parameters of the newest readable checkpoint in `directory` and its step, for evaluation or as another run's start.
+    """The parameters of the newest undamaged checkpoint in `directory` and its step, for evaluation or as another run's start.
 
     Args:
         directory: a `checkpoints` folder.
         like: the parameter tree, or its `jax.eval_shape`.
 
     Raises:
-        CheckpointError: no folder, no checkpoint, or one of a model of another shape.
+        CheckpointError: no folder, no checkpoint, none undamaged, or one of a model of another shape.
     """
     import orbax.checkpoint as ocp
 
@@ -120,22 +150,95 @@ def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
         raise CheckpointError(
             f"{directory}: no such folder. Train first, or name the folder of a run that has checkpoints."
         )
-    # A partial restore: the state's other parts (optimizer moments) are not read.
-    abstract = {"params": jax.eval_shape(lambda: like)}
-    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        problems = []
-        for step in steps:
-            restore = ocp.args.PyTreeRestore(
-                item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    damaged: dict[int, str] = {}
+    for step in steps_in(directory):
+        folder = directory.absolute() / str(step)
+        problem = find_damage(folder)
+        if problem is not None:
+            damaged[step] = problem
+            continue
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            saved = params_only(checkpointer.restore(folder / "position")["arrays"])
+        check_arrays(folder, saved, params_only(arrays_of({"params": like})))
+        # A partial restore: the state's other parts (optimizer moments) are not read.
+        item = {"params": jax.tree.map(abstract, like)}
+        restore = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "state", args=restore)["params"], step
+    raise CheckpointError(f"No checkpoint in {directory} can be read: {listed(damaged) or 'the folder holds none'}.")
+
+
+def abstract(array: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array; what has no sharding is wanted on the default device."""
+    sharding = getattr(array, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def arrays_of(state: Any) -> dict[str, str]:
+    """`{path: "float32[2, 3]"}` of every array of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def params_only(arrays: dict[str, str]) -> dict[str, str]:
+    """The shapes of the parameters, without their types: a restore converts them."""
+    return {name: form[form.index("[") :] for name, form in arrays.items() if name.startswith("params/")}
+
+
+def check_arrays(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raises `CheckpointError`, naming the first difference, unless both trees have the same arrays."""
+    for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (not name.startswith("params/"), name)):
+        if saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{folder} is of another model or optimizer: {name} is {saved.get(name, 'absent')} there, and here "
+                f"{wanted.get(name, 'absent')}. Give the settings it was trained with, or another folder."
             )
-            try:
-                return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"], step
-            except Exception as error:
-                problems.append(f"{step}: {first_line(error)}")
-    raise CheckpointError(
-        f"No checkpoint in {directory} fits this model. {'; '.join(problems) or 'The folder holds none.'}"
-    )
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, newest first; half-written ones have other names."""
+    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes `checksums.json`: `{path: [size, CRC-32]}` of every file in the folders of `folder`."""
+    sums = {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.glob("*/**/*")) if path.is_file()}
+    with open(folder / CHECKSUMS, "w", encoding="utf-8") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compares a checkpoint's files with its `checksums.json`: the first that is missing or has changed, or None."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if checksum(folder / name) != expected:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (ValueError, AttributeError, OSError) as error:
+        return first_line(error)
+    return None
+
+
+def checksum(path: Path) -> list[int]:
+    """[size, CRC-32] of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def listed(damaged: dict[int, str]) -> str:
+    return "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
 
 
 class explaining_disk_errors:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-SHOWN = (("train/loss", "loss {:.3f}"), ("train/reward", "reward {:.2f}"), ("train/tokens_per_sec", "{:,.0f} tok/s"))
-"""Metrics in the line, where the stage has them, and how they look."""
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.table import Column
+from rich.text import Text
 
 
 class ProgressLine:
@@ -24,19 +24,18 @@ class ProgressLine:
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:
-        self.title, self.total, self.console = title, total, console
+        self.console = console
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            StatusColumn(console),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            expand=True,
+            refresh_per_second=4,
+            # The time left follows the last ten minutes, pauses for evaluation and checkpoints included.
+            speed_estimate_period=600,
         )
-        self.task = self.progress.add_task(title, total=total, completed=done, numbers="compiling")
+        self.task = self.progress.add_task(title, total=total, completed=done, row=None)
 
     def __enter__(self) -> ProgressLine:
         self.progress.start()
@@ -51,7 +50,57 @@ class ProgressLine:
 
     def show(self, step: int, row: dict[str, Any]) -> None:
         """The newest numbers, those of `step`."""
-        numbers = "  ".join(form.format(row[name]) for name, form in SHOWN if row.get(name) is not None)
-        self.progress.update(self.task, numbers=numbers)
+        self.progress.update(self.task, completed=step, row=row)
         if not self.console.is_terminal:
-            self.console.print(f"{self.title} {step}/{self.total}  {numbers}")
+            self.say("  ".join(pieces(self.progress.tasks[0]).values()))
+
+    def say(self, message: str) -> None:
+        """One line, above the bar where there is one."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class StatusColumn(ProgressColumn):
+    """All but the bar, which gets the width that is left. Where there is too little, the least needed parts are left out; nothing is cut or wrapped."""
+
+    LEAST_NEEDED_FIRST = ("title", "reward", "speed", "left", "loss")
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        shown = pieces(task)
+        for name in self.LEAST_NEEDED_FIRST:
+            if len("  ".join(shown.values())) < self.console.width:
+                break
+            shown.pop(name, None)
+        return Text("  ".join(shown.values()))
+
+
+def pieces(task: Task) -> dict[str, str]:
+    """The parts of the line, in order: only those that are known yet."""
+    return dict(describe(task))
+
+
+def describe(task: Task) -> Iterator[tuple[str, str]]:
+    yield "title", task.description
+    yield "step", f"{task.completed:.0f}/{task.total:.0f}"
+    row = task.fields["row"]
+    if row is None:
+        yield "loss", "compiling" if task.speed is None else "..."
+        return
+    for name, form in (("loss", "loss {:.3f}"), ("reward", "reward {:.2f}")):
+        if row.get(f"train/{name}") is not None:
+            yield name, form.format(row[f"train/{name}"])
+    yield "speed", f"{compact(row['train/tokens_per_sec'])} tok/s"
+    if task.time_remaining is not None and not task.finished:
+        minutes, seconds = divmod(int(task.time_remaining), 60)
+        hours, minutes = divmod(minutes, 60)
+        yield "left", f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+
+
+def compact(number: float) -> str:
+    """Three or so digits: 812, 43.9k, 1.2M."""
+    if number >= 1e6:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.1f}k" if number >= 1e4 else f"{number:.0f}"

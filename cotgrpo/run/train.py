@@ -73,13 +73,13 @@ class Window:
         self.sums: dict[str, list[float]] = saved["sums"]
         self.crc: int = saved["crc"]
         self.on_device: list[Metrics] = []
-        self.steps_here = 0
+        self.steps_here, self.seconds = 0, 0.0  # of this process
 
     def add(self, metrics: Metrics, batch: Any) -> None:
         self.on_device.append(metrics)
         self.steps_here += 1
         for array in (batch.tokens, batch.segment_ids):
-            self.crc = zlib.crc32(np.ascontiguousarray(array), self.crc)
+            self.crc = zlib.crc32(np.ascontiguousarray(array).data, self.crc)
 
     def settle(self) -> list[Metrics]:
         """Waits for the steps, adds their metrics to the sums, and returns them one by one."""
@@ -95,14 +95,14 @@ class Window:
     def saved(self) -> dict[str, Any]:
         return {"sums": self.sums, "crc": self.crc}
 
-    def row(self, seconds: float) -> dict[str, Any]:
-        """The row of the log; `seconds` were spent on the steps of this process."""
+    def row(self) -> dict[str, Any]:
+        """The row of the log. Of a window that a resume cut in two, the times are those of the steps after it."""
         row: dict[str, Any] = {
             f"train/{name}": total / weight if weight else None for name, (total, weight) in self.sums.items()
         }
         row["train/skipped"] = int(self.sums["skipped"][0])
         row["train/batch_crc"] = self.crc
-        row["train/step_time"] = seconds / self.steps_here
+        row["train/step_time"] = self.seconds / self.steps_here
         row["train/tokens_per_sec"] = row["train/tokens"] / row["train/step_time"]
         row["train/padded_tokens_per_sec"] = row["train/padded_tokens"] / row["train/step_time"]
         return row
@@ -186,7 +186,7 @@ class SignalFlag:
     def __enter__(self) -> SignalFlag:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.note)
+                self.previous[number] = signal.signal(number, self.note) or signal.SIG_DFL
         except ValueError:  # not in the main thread: signals stay with whoever has it
             self.previous = {}
         return self
@@ -251,11 +251,13 @@ class Loop:
         if not evaluating and not saving:
             return
         self.write_closed()
+        self.count_skipped(self.wait_for(window))
         if evaluating and self.evaluate is not None:
             self.log.write(number, {f"eval/{name}": value for name, value in self.evaluate(state.params).items()})
         if saving:
+            if signalled is not None:
+                self.line.say("Stopping: saving first. Once more stops at once.")
             # The rows up to here are on disk before the checkpoint is, so none is missing after a resume.
-            self.count_skipped(window.settle())
             counters = {"skipped_in_a_row": self.skipped_in_a_row, "window": window.saved()}
             self.checkpoints.save(number, state, {"batches": taken} | counters)
         if signalled is not None and not last:
@@ -271,12 +273,19 @@ class Loop:
             return
         number, window = self.closed
         self.closed = None
-        steps = window.settle()
-        now = time.perf_counter()
-        row, self.clock = window.row(now - self.clock), now
+        steps = self.wait_for(window)
+        row = window.row()
         self.log.write(number, row)
         self.line.show(number, row)
         self.count_skipped(steps)
+
+    def wait_for(self, window: Window) -> list[Metrics]:
+        """Settles the window, and counts the time since the clock was set as spent on it."""
+        steps = window.settle()
+        now = time.perf_counter()
+        window.seconds += now - self.clock
+        self.clock = now
+        return steps
 
     def count_skipped(self, steps: list[Metrics]) -> None:
         for metrics in steps:
