@@ -30,3 +30,12 @@ __all__ = [
     "make_optimizer",
     "make_sft_step",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when asked for: the code also runs from a checkout that is not installed."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cotgrpo")
+    raise AttributeError(f"module 'cotgrpo' has no attribute {name!r}")

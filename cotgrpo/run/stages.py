@@ -1,12 +1,14 @@
-"""The commands `sft` and `grpo`: set up, measure, train, measure, report. GRPO is GhostRespond Policy Optimization, not Group Relative."""
+"""The commands `sft`, `grpo` and `eval`: set up, measure, train, measure, report. GRPO is GhostRespond Policy Optimization, not Group Relative."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,10 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import cotgrpo
-from cotgrpo.config import Config
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
-from cotgrpo.objectives import Objective
 from cotgrpo.run.checkpoint import restore_params
-from cotgrpo.run.evaluate import EvalResult, eval_loss, exact_match
+from cotgrpo.run.evaluate import Accuracy, ExactMatch, mean_metrics
 from cotgrpo.run.report import write_report
 from cotgrpo.run.setup import Setup, claim_folder, set_up
 from cotgrpo.run.train import LoopSettings, train
@@ -40,44 +41,116 @@ def run_grpo(config: Config, console: Console | None = None) -> dict[str, Any]:
     return Stage("grpo", config, console or Console()).run()
 
 
+def newest_stage(run_dir: Path) -> str:
+    """The last stage that has a checkpoint.
+
+    Raises:
+        ConfigError: neither has one.
+    """
+    for name in ("grpo", "sft"):
+        if any((run_dir / name / "checkpoints").glob("[0-9]*")):
+            return name
+    raise ConfigError(
+        f"{run_dir} holds no trained student: expected {run_dir / 'sft' / 'checkpoints'}. Run `cotgrpo sft` first."
+    )
+
+
+def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Measures the newest student of `run_dir` on held-out rows and writes `eval.json` beside it. Returns what it holds."""
+    stage = Stage(newest_stage(Path(config.run_dir)), config, console or Console())
+    params, step = restore_params(stage.folder / "checkpoints", jax.eval_shape(stage.setup.init_params))
+    measured = {"student": str(stage.folder), "step": step} | stage.measure(params, f"{stage.folder} at step {step}")
+    write_json(stage.folder / "eval.json", measured)
+    stage.console.print(f"written: {stage.folder / 'eval.json'}", highlight=False, soft_wrap=True)
+    return measured
+
+
 @dataclasses.dataclass
 class Stage:
-    """One stage of a run: "sft" or "grpo"."""
+    """One stage of a run, "sft" or "grpo"."""
 
     name: str
     config: Config
     console: Console
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir) / self.name
+
+    @property
+    def settings(self) -> Any:
+        return getattr(self.config, self.name)
+
+    @property
+    def origin(self) -> Path | None:
+        """The folder of the stage that the student comes from; None: from scratch."""
+        if self.settings.init_from is not None:
+            return Path(self.settings.init_from)
+        return None if self.name == "sft" else Path(self.config.run_dir) / "sft"
+
+    @functools.cached_property
+    def setup(self) -> Setup:
+        return set_up(self.config, self.folder, self.origin)
+
+    @functools.cached_property
+    def exact_match(self) -> ExactMatch:
+        evaluation = self.config.eval
+        return ExactMatch(
+            self.setup.decoder,
+            self.setup.template,
+            self.setup.test_triples,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+        )
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        return jax.jit(cotgrpo.make_eval_step(self.setup.student))
+
     def run(self) -> dict[str, Any]:
-        started = time.perf_counter()
-        settings = getattr(self.config, self.name)
-        self.folder = Path(self.config.run_dir) / self.name
+        """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
         claim_folder(self.folder, self.config, self.name)
-        setup = set_up(self.config)
+        done = self.folder / "report.json"
+        if done.is_file():
+            self.console.print(
+                f"{self.folder} is complete: {done.with_suffix('.html')}", highlight=False, soft_wrap=True
+            )
+            return read_json(done)
+        started = time.perf_counter()
+        setup = self.setup
         for title, report in setup.reports.items():
             self.console.print(f"{title}: {report}", highlight=False, markup=False)
-        params, origin = self.start_params(setup)
-        self.console.print(
-            f"{self.name}: {setup.decoder.num_params() / 1e6:.2f} M parameters from {origin}, {len(setup.train)} training rows, "
-            f"{len(setup.test_triples)} held out",
-            highlight=False,
-        )
-        before = self.measure_before(setup, params)
-        tx = dataclasses.asdict(settings.optimizer)
-        tx = cotgrpo.make_optimizer(tx.pop("name"), total_steps=settings.steps, **tx)
-        state = TrainState.create(params=jax.tree.map(jnp.copy, params), tx=tx, key=self.config.seed)
-        step, extra = self.build_step(setup, tx, params)
-        batches = make_batches(
-            setup.train,
-            batch_size=settings.batch_size,
-            seq_len=self.config.data.seq_len,
-            seed=self.config.seed,
-            packing=self.config.data.packing,
-        )
-        state = train(
+        params, start = self.start_params()
+        size = f"{setup.decoder.num_params() / 1e6:.2f} M parameters, {len(setup.template.tokenizer)} tokens in the vocabulary"
+        self.console.print(f"student: {size}, from {start}", highlight=False)
+        before = self.measured_once("before.json", params, f"before {self.name}")
+        training = time.perf_counter()
+        state = self.train(params)
+        trained = time.perf_counter()
+        after = self.measured_once("after.json", state.params, f"after {self.name}")
+        ended = time.perf_counter()
+        wall = {
+            "training": trained - training,
+            "evaluation": ended - trained + training - started,
+            "total": ended - started,
+        }
+        return self.report(before, after, wall)
+
+    def train(self, params: Any) -> TrainState:
+        setup, settings = self.setup, self.settings
+        tx = settings.optimizer.build(settings.steps)
+        step, extra = self.build_step(tx, params)
+        return train(
             step,
-            state,
-            batches,
+            # The state is donated, and the parameters may still be wanted as a reference.
+            TrainState.create(params=jax.tree.map(jnp.copy, params), tx=tx, key=self.config.seed),
+            make_batches(
+                setup.train,
+                batch_size=settings.batch_size,
+                seq_len=self.config.data.seq_len,
+                seed=self.config.seed,
+                packing=self.config.data.packing,
+            ),
             self.folder,
             LoopSettings(
                 title=self.name,
@@ -89,118 +162,93 @@ class Stage:
                 max_skipped=self.config.max_skipped,
             ),
             extra=extra,
-            evaluate=lambda p: self.held_out_loss(setup, p),
+            evaluate=self.held_out_metrics,
             console=self.console,
         )
-        return self.finish(setup, state.params, before, time.perf_counter() - started)
 
-    def build_step(self, setup: Setup, tx: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
+    def build_step(self, tx: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
         """The compiled step and its further arguments: the reference's parameters, where the objective keeps near one."""
-        settings = getattr(self.config, self.name)
+        student, micro_batches = self.setup.student, self.settings.micro_batches
         if self.name == "sft":
-            made = cotgrpo.make_sft_step(setup.student, tx, micro_batches=settings.micro_batches)
-            return cotgrpo.jit_step(made), ()
-        objective: Objective = settings.objective.build()
-        reference = setup.student if getattr(objective, "needs_reference", False) else None
-        made = cotgrpo.make_grpo_step(
-            setup.student, tx, objective, reference=reference, micro_batches=settings.micro_batches
-        )
-        return cotgrpo.jit_step(made), () if reference is None else (params,)
+            return cotgrpo.jit_step(cotgrpo.make_sft_step(student, tx, micro_batches=micro_batches)), ()
+        objective = self.settings.objective.build()
+        reference = student if getattr(objective, "needs_reference", False) else None
+        step = cotgrpo.make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
+        return cotgrpo.jit_step(step), () if reference is None else (params,)
 
-    def start_params(self, setup: Setup) -> tuple[Any, str]:
+    def start_params(self) -> tuple[Any, str]:
         """Parameters before the first step, and where they come from."""
-        init_from = getattr(self.config, self.name).init_from
-        if init_from is None and self.name == "sft":
-            return setup.init_params(), "scratch"
-        folder = Path(init_from) if init_from is not None else Path(self.config.run_dir) / "sft"
-        params, step = restore_params(folder / "checkpoints", jax.eval_shape(setup.init_params))
-        return params, f"{folder} at step {step}"
+        if self.origin is None:
+            return self.setup.init_params(), f"scratch (seed {self.config.seed})"
+        params, step = restore_params(self.origin / "checkpoints", jax.eval_shape(self.setup.init_params))
+        return params, f"{self.origin} at step {step}"
 
-    def held_out_loss(self, setup: Setup, params: Any) -> dict[str, float]:
-        """Mean NLL and its companions over the held-out rows, rationales and all."""
-        if not hasattr(self, "eval_step"):
-            self.eval_step = jax.jit(cotgrpo.make_eval_step(setup.student))
-        batches = setup.test_batches(getattr(self.config, self.name).batch_size)
-        return eval_loss(self.eval_step, params, batches)
+    def held_out_metrics(self, params: Any) -> dict[str, float]:
+        """Mean NLL of the held-out rationales and answers, with its companions."""
+        metrics = mean_metrics(self.eval_step, params, self.setup.test_batches(self.settings.batch_size))
+        return {name: value for name, value in metrics.items() if not name.endswith("tokens")}
 
-    def exact_match(self, setup: Setup, params: Any) -> EvalResult:
-        evaluation = self.config.eval
-        return exact_match(
-            setup.decoder,
-            params,
-            setup.template,
-            setup.test_triples,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            vocab_size=setup.vocab_size,
-        )
+    def measured_once(self, name: str, params: Any, when: str) -> dict[str, Any]:
+        """What `measure` finds, kept in a file: a resumed run does not measure again, nor does GRPO what SFT has measured."""
+        path = self.folder / name
+        if not path.is_file():
+            known = self.of_sft("after.json") if name == "before.json" else None
+            write_json(path, known or self.measure(params, when))
+        return read_json(path)
 
-    def measure_before(self, setup: Setup, params: Any) -> dict[str, Any]:
-        """Accuracy and held-out loss of the student before this stage; measured once, kept for a resumed run."""
-        path = self.folder / "before.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-        earlier = Path(self.config.run_dir) / "sft" / "after.json"
-        if self.name == "grpo" and self.config.grpo.init_from is None and earlier.is_file():
-            measured = json.loads(earlier.read_text(encoding="utf-8"))
-        else:
-            measured = self.measure(setup, params)
-        write_json(path, measured)
-        return measured
+    def of_sft(self, name: str) -> Any:
+        """What the SFT stage that the student comes from measured, on the same rows; None otherwise."""
+        path = Path(self.config.run_dir) / "sft" / name
+        if self.name == "sft" or self.origin != path.parent or not path.is_file():
+            return None
+        measured = read_json(path)
+        asked = [triple.question for triple in self.setup.test_triples]
+        return measured if [reply["question"] for reply in measured["replies"]] == asked else None
 
-    def measure(self, setup: Setup, params: Any) -> dict[str, Any]:
-        result = self.exact_match(setup, params)
-        self.console.print(
-            f"held-out accuracy: {result.accuracy:.1%} of {result.n} (95 % interval {result.low:.1%} to {result.high:.1%})",
-            highlight=False,
-        )
+    def measure(self, params: Any, when: str) -> dict[str, Any]:
+        """Accuracy and loss on the held-out rows."""
+        with self.console.status(f"held-out accuracy {when}") as status:
+            total = len(self.setup.test_triples)
+            show = lambda done: status.update(f"held-out accuracy {when}: {done} of {total} rows")
+            accuracy: Accuracy = self.exact_match(params, show)
+        loss = self.held_out_metrics(params)["loss"]
+        self.console.print(f"{when}: held-out accuracy {accuracy}, loss {loss:.4f}", highlight=False, soft_wrap=True)
         return {
-            "accuracy": {"value": result.accuracy, "n": result.n, "low": result.low, "high": result.high},
-            "truncated": result.truncated,
-            "unparsable": result.unparsable,
-            "loss": self.held_out_loss(setup, params)["loss"],
-            "samples": result.samples,
+            "accuracy": accuracy.figures(),
+            "truncated": accuracy.truncated,
+            "unparsable": accuracy.unparsable,
+            "loss": loss,
+            "replies": [dataclasses.asdict(reply) for reply in accuracy.replies],
         }
 
-    def finish(self, setup: Setup, params: Any, before: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Measures the trained student and writes `after.json`, `report.json` and `report.html`."""
-        path = self.folder / "after.json"
-        if path.is_file():
-            after = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            after = self.measure(setup, params)
-            write_json(path, after)
-        report_path = self.folder / "report.json"
-        if report_path.is_file():
-            return json.loads(report_path.read_text(encoding="utf-8"))
-        measured = {"sft": after, "base": before} if self.name == "sft" else {"grpo": after, "sft": before}
-        if self.name == "grpo":
-            base = Path(self.config.run_dir) / "sft" / "before.json"
-            if self.config.grpo.init_from is None and base.is_file():
-                measured["base"] = json.loads(base.read_text(encoding="utf-8"))
+    def report(self, before: dict[str, Any], after: dict[str, Any], wall: dict[str, float]) -> dict[str, Any]:
+        """Writes `report.json` and `report.html`."""
+        measured = {"base": before, "sft": after} if self.name == "sft" else {"sft": before, "grpo": after}
+        base = self.of_sft("before.json")
+        measured = {"base": base} | measured if base else measured
+        config = self.folder / "config.yaml"
         report = {
             "title": f"cotgrpo {self.name}",
-            "command": f"cotgrpo {self.name} --config {self.folder / 'config.yaml'}",
+            "command": f"cotgrpo {self.name} --config {shlex.quote(str(config))}",
             "accuracy": {name: m["accuracy"] for name, m in measured.items()},
             "held_out_loss": {name: m["loss"] for name, m in measured.items()},
-            "wall_seconds": {self.name: seconds},
-            "samples": merge_samples({name: m["samples"] for name, m in measured.items()}),
-            "data": {title: r.to_dict() for title, r in setup.reports.items()},
-            "config": (self.folder / "config.yaml").read_text(encoding="utf-8"),
+            "wall_seconds": wall,
+            "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
+            "data": {title: r.to_dict() for title, r in self.setup.reports.items()},
+            "config": config.read_text(encoding="utf-8"),
             "versions": versions(),
         }
-        write_json(report_path, report)
-        self.console.print(f"report: {write_report(self.folder)}", highlight=False)
+        write_json(self.folder / "report.json", report)
+        self.console.print(f"report: {write_report(self.folder)}", highlight=False, soft_wrap=True)
         return report
 
 
-def merge_samples(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The same questions as the student answered them at each point: some that changed first, then others."""
-    names = list(samples)
+def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The same questions as the student answered them at each point: two thirds that changed, then others, all in the rows' order."""
     rows = []
-    for answers in zip(*samples.values(), strict=True):
-        replies = {n: {"text": a["reply"], "correct": a["correct"]} for n, a in zip(names, answers, strict=True)}
-        rows.append({"question": answers[0]["question"], "gold": answers[0]["gold"], "replies": replies})
+    for answers in zip(*replies.values(), strict=True):
+        by_name = {n: {"text": a["text"], "correct": a["correct"]} for n, a in zip(replies, answers, strict=True)}
+        rows.append({"question": answers[0]["question"], "gold": answers[0]["gold"], "replies": by_name})
     changed = [r for r in rows if len({x["correct"] for x in r["replies"].values()}) > 1]
     same = [r for r in rows if r not in changed]
     first = changed[: SAMPLES_SHOWN * 2 // 3]
@@ -221,3 +269,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,389 @@
+"""The settings of a run: one tree of frozen dataclasses, read from YAML and from dotted options, and written back beside the run.
+
+    cotgrpo sft --config run.yaml --sft.optimizer.learning_rate 1e-3
+
+An unknown key is an error that suggests the nearest valid one; a value of the wrong type names the key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from cotgrpo.models.decoder import DecoderConfig
+from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
+from cotgrpo.optimizers import make_optimizer
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message names the key, what was expected and what came."""
+
+
+def at_least(least: int, settings: Any, *names: str) -> None:
+    """Raises ConfigError where a setting is smaller than `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The shape of a student that is trained from scratch; its vocabulary is the tokenizer's.
+
+    Attributes:
+        width: D, the size of the residual stream.
+        num_layers: L.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides num_heads.
+        head_dim: width of a head, even.
+        mlp_width: the size of the gated MLP's middle.
+        rope_theta: base of the rotary frequencies.
+        tied_head: the head is the transposed embedding.
+        init_scale: standard deviation of the initial weights.
+        dtype: compute type.
+        param_dtype: storage type of the parameters.
+        remat: what the backward pass recomputes.
+    """
+
+    width: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    mlp_width: int = 768
+    rope_theta: float = 10_000.0
+    tied_head: bool = True
+    init_scale: float = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["nothing", "dots", "block"] = "nothing"
+
+    def __post_init__(self) -> None:
+        self.decoder(vocab_size=1)  # checks the numbers
+
+    def decoder(self, vocab_size: int) -> DecoderConfig:
+        """The decoder with this shape and `vocab_size` tokens."""
+        return DecoderConfig(vocab_size=vocab_size, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The student's tokenizer.
+
+    Attributes:
+        path: a folder with tokenizer.json, or a hub id; null trains one on the training rows.
+        vocab_size: the most tokens of a tokenizer that is trained here.
+    """
+
+    path: str | None = None
+    vocab_size: int = 4_096
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Rows, and how they become sequences.
+
+    Attributes:
+        train: .jsonl or .parquet files (one or a list), or hub ids ("org/name" or "org/name:config").
+        test: held-out rows, likewise; empty: test_rows of the training rows are held out.
+        train_split: keep only rows whose split field is this; of a hub id, the split to load.
+        test_split: the same for test.
+        test_rows: rows to hold out where test is empty.
+        separator: text between question, rationale and answer.
+        loss_on: what is supervised, the whole sequence or what follows the question.
+        seq_len: positions of a row.
+        packing: several documents a row.
+        too_long: what to do with a document that does not fit.
+        bad_rows: what to do with a row that cannot be used.
+        keep_incorrect: keep rows that are known mistakes of the teacher.
+    """
+
+    train: list[str] | str = dataclasses.field(default_factory=list)
+    test: list[str] | str = dataclasses.field(default_factory=list)
+    train_split: str | None = None
+    test_split: str | None = None
+    test_rows: int = 500
+    separator: str = "<sep>"
+    loss_on: Literal["sequence", "completion"] = "sequence"
+    seq_len: int = 512
+    packing: bool = True
+    too_long: Literal["error", "drop"] = "error"
+    bad_rows: Literal["error", "drop"] = "error"
+    keep_incorrect: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule.
+
+    Attributes:
+        name: which one; adafactor needs the least memory.
+        learning_rate: the peak.
+        warmup_steps: linear from near 0 to the peak.
+        schedule: what follows the warm-up.
+        final_fraction: of the peak, at the last step.
+        weight_decay: decoupled, on matrices only.
+        clip_norm: gradients of a larger global norm are scaled down to it; null: never.
+        b1: first moment's decay.
+        b2: second moment's decay.
+        eps: Adam's epsilon.
+    """
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The optimizer of a stage of so many steps. Raises ValueError where a setting is outside its range."""
+        return make_optimizer(total_steps=total_steps, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The GhostRespond objective of one token; cotgrpo.objectives has the formulas.
+
+    Attributes:
+        name: pair (the default of the method), nll, reward_gradient, or reinforce (for study: it does not work).
+        beta: of pair, the sharpness of the preference.
+        nll_weight: of pair, the weight of -log p(ghost).
+        pair_weight: of pair, the weight of the preference.
+        negatives: of pair, what the ghost is preferred to.
+        estimator: of pair, the exact mean over the vocabulary, or drawn tokens.
+        samples: of pair (drawn) and reward_gradient, tokens drawn at each context.
+        reference_kl: weight of KL(student || student before this stage); 0: none.
+    """
+
+    name: Literal["pair", "nll", "reward_gradient", "reinforce"] = "pair"
+    beta: float = 1.0
+    nll_weight: float = 1.0
+    pair_weight: float = 0.3
+    negatives: Literal["policy", "calibrated"] = "policy"
+    estimator: Literal["exact", "drawn"] = "exact"
+    samples: int = 1
+    reference_kl: float = 0.0
+
+    def build(self) -> Objective:
+        """The objective; raises ConfigError where a setting is given that it does not have."""
+        kind = {"pair": Pair, "nll": Nll, "reward_gradient": RewardGradient, "reinforce": Reinforce}[self.name]
+        has = {field.name for field in dataclasses.fields(kind)}
+        for field in dataclasses.fields(self):
+            changed = getattr(self, field.name) != field.default
+            if changed and field.name not in has | {"name", "reference_kl"}:
+                own = ", ".join(sorted(has)) or "no settings of its own"
+                raise ConfigError(
+                    f"objective.{field.name} is no setting of {self.name!r}, which has {own}. Remove it, or choose another objective."
+                )
+        objective = kind(**{name: getattr(self, name) for name in has})
+        return ReferenceKl(objective, self.reference_kl) if self.reference_kl else objective
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+        steps: updates.
+        batch_size: packed rows of a batch.
+        micro_batches: parts of a batch that are in memory one at a time; divides batch_size.
+        init_from: the run folder whose newest checkpoint to start from; null: from scratch for sft, from this run's sft for grpo.
+        log_every: steps of one row in metrics.jsonl.
+        eval_every: steps between held-out losses; 0: only at the end.
+        optimizer: the optimizer and its schedule.
+    """
+
+    steps: int = 1_000
+    batch_size: int = 16
+    micro_batches: int = 1
+    init_from: str | None = None
+    log_every: int = 10
+    eval_every: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "batch_size", "micro_batches", "log_every")
+        at_least(0, self, "eval_every")
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(f"micro_batches ({self.micro_batches}) must divide batch_size ({self.batch_size}).")
+        self.optimizer.build(self.steps)  # a wrong setting is an error now, and not after the data is read
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(StageConfig):
+    """The GhostRespond stage: as the stage before, and
+
+    Attributes:
+        objective: what is optimised at each token.
+    """
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective.build()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How exact match is measured.
+
+    Attributes:
+        rows: the most held-out rows to use.
+        batch_size: prompts at a time.
+        max_new_tokens: replies are cut off here.
+    """
+
+    rows: int = 500
+    batch_size: int = 128
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "rows", "batch_size", "max_new_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved.
+
+    Attributes:
+        every: steps between checkpoints; there is always one at the end.
+        keep: how many of the newest stay.
+    """
+
+    every: int = 200
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run.
+
+    Attributes:
+        run_dir: the folder of everything that the run writes.
+        seed: of the parameters, the order of the data, and what is drawn.
+        max_skipped: stop after this many updates in a row that were skipped because they were not finite.
+        student: the student's shape.
+        tokenizer: the student's tokenizer.
+        data: rows, and how they become sequences.
+        sft: supervised fine-tuning on the triples (chain-of-thought distillation).
+        grpo: GhostRespond Policy Optimization (not Group Relative).
+        eval: how exact match is measured.
+        checkpoint: when the run is saved.
+    """
+
+    run_dir: str = "runs/run"
+    seed: int = 0
+    max_skipped: int = 10
+    student: StudentConfig = StudentConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    sft: StageConfig = StageConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "seed")
+        at_least(1, self, "max_skipped")
+
+
+def make_parser(prog: str, defaults: Config = Config()) -> Any:
+    """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file of settings; options after it override it")
+    parser.add_class_arguments(Config)
+    parser.set_defaults(dict(flat(dataclasses.asdict(defaults))))
+    return parser
+
+
+def parse_config(arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = Config()) -> Config:
+    """The config that `--config FILE` and dotted options describe, later ones overriding earlier ones.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or outside its range.
+    """
+    known = [key for key, _ in flat(dataclasses.asdict(Config()))]
+    expecting_file = False
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if expecting_file or (option == "--config" and value):
+            check_file(Path(argument if expecting_file else value), known)
+        elif option.startswith("--") and option.rstrip("+")[2:] not in (*known, "config", "help", "print_config"):
+            raise ConfigError(f"Unknown option {option}.{nearest(option[2:], known, '--')}")
+        expecting_file = option == "--config" and not value
+    parser = make_parser(prog, defaults)
+    try:
+        parsed = parser.parse_args(list(arguments))
+        parsed.pop("config", None)
+        return Config(**vars(parser.instantiate(parsed)))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def check_file(path: Path, known: Sequence[str]) -> None:
+    """Raises ConfigError where the file is no YAML mapping or holds a key that does not exist."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Check the path of --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    sections |= {section.partition(".")[0] for section in sections}
+    for key, _ in flat(tree):
+        if key not in known and key not in sections:
+            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+
+
+def nearest(key: str, known: Sequence[str], mark: str = "") -> str:
+    """The nearest valid key as a question: by the whole dotted key, or else by its last part."""
+    last_parts = [name.rpartition(".")[2] for name in known]
+    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
+    return f" Did you mean {mark}{found[0]}?" if found else " See --help for all settings."
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a.b", 1) for every leaf of {"a": {"b": 1}}."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes all settings as YAML, whole or not at all."""
+    import yaml
+
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_config(path: Path) -> Config:
+    """The config in a YAML file. Raises ConfigError as `parse_config` does."""
+    return parse_config(["--config", str(path)])

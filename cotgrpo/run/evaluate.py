@@ -1,0 +1,168 @@
+"""How good a student is on held-out rows: exact match of its greedy answers, with an interval, and the mean loss of the reference replies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cotgrpo.data.template import Template
+from cotgrpo.data.triples import Triple
+from cotgrpo.ghosts.verify import answers_match, extract_answer
+from cotgrpo.models.decoder import DecoderConfig
+from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.types import Metrics
+
+PROMPT_COLUMNS = 64
+"""Prompts are padded to multiples of this, so that a sampler compiles for a few shapes and not for every length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """One held-out row as the student answered it.
+
+    Attributes:
+        question, gold: of the row.
+        text: the whole reply, special tokens as the tokenizer writes them.
+        answer: what stands behind the separator, or None where no separator came.
+        correct: whether the answer is the gold one.
+        finished: whether the reply ended with eos, and was not cut off.
+    """
+
+    question: str
+    gold: str
+    text: str
+    answer: str | None
+    correct: bool
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The share of correct replies.
+
+    Attributes:
+        value: `correct / n`.
+        n: rows.
+        low, high: the 95 % Wilson interval.
+        truncated: replies cut off at the limit of tokens.
+        unparsable: replies without a separator, and so without an answer; they count as wrong.
+        replies: one a row, in the order of the rows.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+    truncated: int
+    unparsable: int
+    replies: list[Reply]
+
+    def figures(self) -> dict[str, float | int]:
+        """Value, n and interval, for a report."""
+        return {"value": self.value, "n": self.n, "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} of {self.n} (95 % interval {self.low:.1%} to {self.high:.1%})"
+
+
+class ExactMatch:
+    """Greedy replies to the questions of `triples`, held against their answers. Built once, it compiles once for several parameters.
+
+    Args:
+        decoder: the student's shape.
+        template: renders prompts and takes replies apart.
+        triples: held-out rows, at least one.
+        max_new_tokens: replies are cut off here, and then have no answer.
+        batch_size: prompts at a time.
+
+    Raises:
+        ValueError: no rows.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        template: Template,
+        triples: Sequence[Triple],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> None:
+        if not triples:
+            raise ValueError("Exact match needs at least one held-out row, got none.")
+        self.template, self.triples = template, list(triples)
+        self.batch_size = min(batch_size, len(self.triples))
+        settings = SamplingSettings(max_new_tokens, eos_ids=(template.eos_id,), pad_id=template.pad_id)
+        self.sampler = jax.jit(make_sampler(decoder, settings, len(template.tokenizer)))
+
+    def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
+        """The student's accuracy with these parameters; `progress` hears how many rows are done."""
+        prompts = [self.template.prompt(triple.question) for triple in self.triples]
+        # Prompts of like length together: fewer columns, and rows that end at about the same time.
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        replies: dict[int, Reply] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            filled = rows + rows[:1] * (self.batch_size - len(rows))
+            columns = -(-max(len(prompts[row]) for row in rows) // PROMPT_COLUMNS) * PROMPT_COLUMNS
+            padded = pad_prompts([prompts[row] for row in filled], length=columns, pad_id=self.template.pad_id)
+            written = jax.device_get(self.sampler(params, padded, jax.random.key(0)))
+            for i, row in enumerate(rows):
+                ids = written.tokens[i, : written.lengths[i]]
+                replies[row] = self.judge(self.triples[row], ids, bool(written.finished[i]))
+            progress(len(replies))
+        in_order = [replies[row] for row in range(len(self.triples))]
+        correct = sum(reply.correct for reply in in_order)
+        low, high = wilson_interval(correct, len(in_order))
+        return Accuracy(
+            value=correct / len(in_order),
+            n=len(in_order),
+            low=low,
+            high=high,
+            truncated=sum(not reply.finished for reply in in_order),
+            unparsable=sum(reply.answer is None for reply in in_order),
+            replies=in_order,
+        )
+
+    def judge(self, triple: Triple, ids: np.ndarray, finished: bool) -> Reply:
+        """Takes a reply apart. The answer may stand in a phrase (`The answer is 42.`), and is then extracted from it."""
+        _, answer = self.template.split_reply(ids)
+        correct = answer is not None and (
+            answers_match(answer, triple.answer) or answers_match(extract_answer(answer), triple.answer)
+        )
+        text = self.template.tokenizer.decode(ids, skip_special_tokens=False)
+        return Reply(triple.question, triple.answer, text, answer, correct, finished)
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % by default (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),    p = correct / n
+
+    Args:
+        correct: in [0, n].
+        n: at least 1.
+        z: quantile of the normal distribution.
+
+    Example:
+        >>> [round(x, 3) for x in wilson_interval(8, 10)]
+        [0.49, 0.943]
+    """
+    p, share = correct / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + share / (4 * n))
+    low, high = (p + share / 2 - half) / (1 + share), (p + share / 2 + half) / (1 + share)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def mean_metrics(eval_step: Callable[..., Metrics], params: Any, batches: Iterable[Any]) -> dict[str, float]:
+    """The means of an eval step's metrics over all tokens of the batches, `loss` first among them, in nats a supervised token."""
+    sums: Metrics = {}
+    for batch in batches:
+        for name, metric in eval_step(params, batch).items():
+            sums[name] = sums[name] + metric if name in sums else metric
+    return {name: metric.mean() for name, metric in sums.items()}
