@@ -264,11 +264,14 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
 
 
 def standalone(chart: str) -> str:
-    """The chart as a file of its own, for a README: with its style, its size, a ground of its own, and an XML name space."""
-    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups()  # type: ignore[union-attr]
-    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-    ground = f'<style>{CHART_STYLE}</style><rect width="{width}" height="{height}" rx="6" fill="var(--paper)"/>'
-    return chart.replace("<svg ", root, 1).replace(">", f">{ground}", 1)
+    """The chart as a file of its own, for a README: with its style, its size, a ground with a margin, and an XML name space."""
+    margin = 14
+    width, height = (int(side) + 2 * margin for side in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
+    box = f'viewBox="{-margin} {-margin} {width} {height}"'
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {box} '
+    ground = f'<rect x="{-margin}" y="{-margin}" width="{width}" height="{height}" rx="8" fill="var(--paper)"/>'
+    chart = re.sub(r'<svg (.*?)viewBox="[^"]*" ', lambda found: root + found[1], chart, count=1)
+    return chart.replace(">", f"><style>{CHART_STYLE}</style>{ground}", 1)
 
 
 def svg(height: int, description: str, parts: Sequence[str]) -> str:
@@ -340,7 +343,7 @@ def format_number(value: float) -> str:
 
 def format_percent(fraction: float) -> str:
     """At most three significant digits: `2.5%`."""
-    return f"{100 * fraction:.3g}%".replace("-", "\N{MINUS SIGN}")
+    return format_number(float(f"{100 * fraction:.3g}")) + "%"
 
 
 def clean(text: Any) -> str:

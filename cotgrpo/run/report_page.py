@@ -63,7 +63,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 1240px; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: clamp(1.7rem, 4.5vw, 2.4rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .8rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 0 0 .3rem; }
 h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
@@ -75,7 +75,7 @@ a { color: var(--sft); text-underline-offset: .2em; }
 .note, .alert { margin: 1.1rem 0 0; padding: .75rem 1rem; border-radius: 6px; border: 1px solid var(--rule); border-left: 4px solid var(--sft); max-width: 82ch; }
 .alert { border-color: var(--grpo); border-left-width: 4px; }
 .note p:last-child, .alert p:last-child { margin: 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1rem; margin-top: 1.2rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem; margin-top: 1.2rem; }
 .card { border: 1px solid var(--rule); border-radius: 8px; padding: 1rem 1.1rem; margin: 0; min-width: 0; break-inside: avoid; }
 .card svg { display: block; width: 100%; height: auto; margin-top: .4rem; overflow: visible; }
 .result { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem 2.5rem; align-items: center; margin-top: 1.2rem; }
@@ -85,15 +85,15 @@ a { color: var(--sft); text-underline-offset: .2em; }
 .moments dd { margin: 0; font-variant-numeric: tabular-nums; }
 .moments .value { font-size: 2.7rem; font-weight: 650; line-height: 1.1; letter-spacing: -.03em; }
 .sample { margin-top: 1rem; }
-.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 1rem; margin-top: .9rem; }
+.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem; margin-top: .9rem; }
 .replies > div { border-top: 3px solid var(--series); padding-top: .5rem; min-width: 0; }
 .replies h4 { display: flex; justify-content: space-between; gap: .6rem; margin: 0 0 .5rem; font-size: .92rem; }
 .mark { border: 1px solid; border-radius: 99px; padding: 0 .6rem; font-weight: 600; white-space: nowrap; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); border-style: dashed; }
-.text { display: block; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.replies .text, pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-variant-ligatures: none; tab-size: 4; }
-.gold .text { display: inline; }
+.words { display: block; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.replies .words, pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-variant-ligatures: none; tab-size: 4; }
+.gold .words { display: inline; }
 .fold summary { cursor: pointer; list-style: none; }
 .fold summary::-webkit-details-marker { display: none; }
 .fold .more, .fold .less { color: var(--sft); text-decoration: underline; text-underline-offset: .2em; font-size: .85rem; }
@@ -113,8 +113,8 @@ pre { margin: 1rem 0; padding: 1rem 1.1rem; border: 1px solid var(--rule); borde
 :root { --right: #17693a; --wrong: #a8261d; }
 @media screen and (prefers-color-scheme: dark) { :root { --right: #6fd39a; --wrong: #ff9a90; } }
 @media (max-width: 760px) { .result { grid-template-columns: minmax(0, 1fr); } body { padding-top: 1.5rem; } }
-@media print { body { font-size: 12px; padding: 0; max-width: none; } nav { display: none; } section { margin-top: 1.5rem; }
-  .cards { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; } }
+@media print { html { font-size: 11px; print-color-adjust: exact; } body { font-size: 1rem; padding: 0; max-width: none; } nav, .more { display: none; }
+  section { margin-top: 1.5rem; } h2, h2 + p { break-after: avoid; } .result { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); } }
 """
 
 
@@ -218,14 +218,14 @@ def curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         return '<h2>Curves</h2><p class="quiet">The log of the run has no rows.</p>'
     explained = "Each stage counts its own steps. Where a curve is long, the line is the mean of neighbouring rows of the log, over a band from the lowest to the highest. The figure above each curve is its last value."
     if "grpo" in stages:
-        explained += " In GRPO the training loss is the objective's value; the held-out loss is \N{MINUS SIGN}log p of the teacher's tokens throughout."
+        explained += " In GRPO the training loss is the objective's value; the held-out loss is \N{MINUS SIGN}log p of the held-out text throughout."
     return f'<h2>Curves</h2><p class="quiet">{explained}</p><div class="cards">{"".join(cards)}</div>'
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """`(step, value)` of the rows that hold a finite number under the key."""
-    found = ((row["step"], row.get(key)) for row in rows)
-    return [(float(step), float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    return [(float(step), float(v)) for step, v in found if isinstance(v, (int, float)) and math.isfinite(v)]
 
 
 def samples(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -263,11 +263,11 @@ def folded(text: str) -> str:
         shown += f"\n[{len(text) - len(shown):,} more characters are in report.json]"
     preview = "\n".join(shown.split("\n")[:FOLDED_LINES])[:FOLDED_CHARACTERS]
     if len(preview) == len(shown):
-        return f'<span class="text" dir="auto">{clean(shown)}</span>'
+        return f'<span class="words" dir="auto">{clean(shown)}</span>'
     return (
-        f'<details class="fold"><summary><span class="text preview" dir="auto">{clean(preview)}\N{HORIZONTAL ELLIPSIS}</span>'
+        f'<details class="fold"><summary><span class="words preview" dir="auto">{clean(preview)}\N{HORIZONTAL ELLIPSIS}</span>'
         f'<span class="more">Show all {len(text):,} characters</span><span class="less">Show less</span></summary>'
-        f'<span class="text" dir="auto">{clean(shown)}</span></details>'
+        f'<span class="words" dir="auto">{clean(shown)}</span></details>'
     )
 
 
@@ -291,7 +291,7 @@ def data(reports: Mapping[str, Any]) -> str:
     return f'{heading}<p class="quiet">Rows read and kept, and why others were left out, with the first few places.</p><div class="cards">{"".join(cards)}</div>'
 
 
-def times(seconds: Mapping[str, float]) -> str:
+def times(seconds: Mapping[str, Any]) -> str:
     """Wall time of each part of the run."""
     longest = max((s for name, s in seconds.items() if name != "total" and math.isfinite(s)), default=0.0)
     rows = []
@@ -302,13 +302,13 @@ def times(seconds: Mapping[str, float]) -> str:
     return f'<h2>Wall time</h2><div class="times">{"".join(rows)}</div>'
 
 
-def meter(part: float, whole: float) -> str:
+def meter(part: int | float, whole: int | float) -> str:
     """A bar that is filled as far as the part goes."""
     share = min(max(part / whole, 0.0), 1.0) if whole > 0 and math.isfinite(part) else 0.0
     return f'<div class="meter"><i style="width:{share:.1%}"></i></div>'
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """`1 h 02 min`, `3 min 20 s` or `4.2 s`."""
     if not math.isfinite(seconds):
         return "unknown"
@@ -318,9 +318,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """A number, or what to say where there is none."""
-    return format_number(value) if math.isfinite(value) else "not finite"
+    return format_number(float(value)) if math.isfinite(value) else "not finite"
 
 
 def pairs(values: Mapping[str, str]) -> str:
