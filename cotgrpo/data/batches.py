@@ -106,8 +106,9 @@ def make_batches(
         return filled([[documents[i] for i in row] for row in batch[mine]], share, seq_len)
 
     dataset = grain.MapDataset.source(rows).seed(seed)
-    dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs).batch(batch_size, batch_fn=fill)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)
+    rows_in_order = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return iter(rows_in_order.batch(batch_size, batch_fn=fill))
 
 
 def check_examples(examples: Sequence[Example], seq_len: int) -> None:
