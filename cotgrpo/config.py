@@ -353,7 +353,9 @@ def check_file(path: Path, known: Sequence[str]) -> None:
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
     sections = {key.rpartition(".")[0] for key in known} - {""}
     sections |= {section.partition(".")[0] for section in sections}
-    for key, _ in flat(tree):
+    for key, value in flat(tree):
+        if key in sections and value != {}:
+            raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")
         if key not in known and key not in sections:
             raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
 
