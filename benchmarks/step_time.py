@@ -2,18 +2,22 @@
 
     python benchmarks/step_time.py --shape 16m --batch 8 --seq 256
 
-The two compiled steps run in turn (S G S G ...), so the ratio holds when the machine's speed drifts; the ratio is the median over pairs. Model FLOPs are
-6 a parameter of a matrix product and token, plus causal attention, with the head counted on supervised tokens only; nothing recomputed is counted.
+The two compiled steps run in turn (S G S G ...) on one state, so the ratio holds when the machine's speed drifts. Three ratios are given: the median over
+pairs; that of the fastest step of each; and on a CPU that of the processor seconds spent, which other programs on the machine disturb least.
+Model FLOPs are 6 a parameter of a matrix product and token, plus causal attention, with the head counted on supervised tokens only; nothing recomputed
+is counted. `floor` is the time that these FLOPs take at the rate of a large square matrix product, measured here, as a share of the step's time.
 Needs jax, flax, optax and numpy alone. Random weights, random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,88 +61,134 @@ def model_flops(config: DecoderConfig, batch: int, seq: int, supervised: float) 
     return 6 * tokens * c.num_layers * layer + 6 * tokens * supervised * c.width * c.vocab_size + attention
 
 
-def compile_step(make: Any, config: DecoderConfig, batch: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """A compiled step with a state of its own, its compile time and its temporary memory."""
-    tx = cotgrpo.make_optimizer(learning_rate=1e-4, total_steps=10_000)
-    step = cotgrpo.jit_step(make(make_student(config), tx, micro_batches=args.micro_batches))
-    state = cotgrpo.TrainState.create(params=init_params(config, jax.random.key(0)), tx=tx, key=0)
+def matrix_rate(dtype: str) -> float:
+    """Floating-point operations a second of a chain of large square matrix products, the best of five tries."""
+    size, chain = (1_024, 8) if jax.default_backend() == "cpu" else (8_192, 16)
+    square = jnp.full((size, size), 1 / size, dtype)
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, chain, lambda _, y: y @ square, x)).lower(square).compile()
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        run(square).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return chain * 2 * size**3 / min(seconds[1:])
+
+
+def peak_bytes() -> int | None:
+    """The most device memory in use so far in this process, or None where the backend does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def compile_step(make: Any, config: DecoderConfig, tx: Any, state: Any, batch: Any, micro_batches: int) -> Any:
+    """A compiled step, and what is known of it before it runs."""
+    step = cotgrpo.jit_step(make(make_student(config), tx, micro_batches=micro_batches))
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return {"run": compiled, "state": state, "compile_s": seconds, "temp_bytes": memory.temp_size_in_bytes}
+    return compiled, {"compile_s": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
 
 
-def time_once(entry: dict[str, Any], batch: Any) -> float:
-    start = time.perf_counter()
-    entry["state"], metrics = entry["run"](entry["state"], batch)
-    jax.block_until_ready((entry["state"], metrics))
-    return time.perf_counter() - start
+def time_once(run: Any, state: Any, batch: Any) -> tuple[Any, float, float]:
+    """The state after one step, its seconds on the clock, and its processor seconds (all threads of this process)."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    state, metrics = run(state, batch)
+    jax.block_until_ready((state, metrics))
+    return state, time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
     batch = random_batch(config, args.batch, args.seq, args.supervised)
-    steps = {
-        "sft": compile_step(cotgrpo.make_sft_step, config, batch, args),
-        "grpo": compile_step(cotgrpo.make_grpo_step, config, batch, args),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    tx = cotgrpo.make_optimizer(learning_rate=1e-4, total_steps=10_000)
+    state = cotgrpo.TrainState.create(params=init_params(config, jax.random.key(0)), tx=tx, key=0)
+    runs, rows = {}, {}
+    for name, make in (("sft", cotgrpo.make_sft_step), ("grpo", cotgrpo.make_grpo_step)):
+        runs[name], rows[name] = compile_step(make, config, tx, state, batch, args.micro_batches)
+        state, *_ = time_once(runs[name], state, batch)
+        rows[name]["peak_bytes_so_far"] = peak_bytes()
+    clock: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(args.warmup + args.repeats):
-        for name, entry in steps.items():
-            seconds = time_once(entry, batch)
+        for name, run in runs.items():
+            state, seconds, cpu_seconds = time_once(run, state, batch)
             if repeat >= args.warmup:
-                times[name].append(seconds)
-    ratios = [g / s for s, g in zip(times["sft"], times["grpo"], strict=True)]
-    tokens = args.batch * args.seq
+                clock[name].append(seconds)
+                cpu[name].append(cpu_seconds)
     flops = model_flops(config, args.batch, args.seq, args.supervised)
-    rows = {
-        name: {
-            "median_s": statistics.median(seconds),
-            "min_s": min(seconds),
-            "max_s": max(seconds),
-            "tokens_per_sec": tokens / statistics.median(seconds),
-            "model_flops_per_sec": flops / statistics.median(seconds),
-            "compile_s": steps[name]["compile_s"],
-            "temp_bytes": steps[name]["temp_bytes"],
+    rate = matrix_rate(args.dtype)
+    for name, row in rows.items():
+        median = statistics.median(clock[name])
+        row |= {
+            "median_s": median,
+            "min_s": min(clock[name]),
+            "max_s": max(clock[name]),
+            "cpu_s": statistics.median(cpu[name]),
+            "tokens_per_sec": args.batch * args.seq / median,
+            "model_flops_per_sec": flops / median,
+            "floor": flops / rate / median,
         }
-        for name, seconds in times.items()
+    return describe(config, args) | {
+        "model_flops": flops,
+        "matrix_flops_per_sec": rate,
+        "steps": rows,
+        "grpo_over_sft": ratios(clock, cpu),
     }
+
+
+def describe(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
         "jax": jax.__version__,
         "shape": args.shape,
         "dtype": config.dtype,
+        "remat": config.remat,
         "params": config.num_params(),
         "batch": args.batch,
         "seq": args.seq,
         "supervised": args.supervised,
-        "model_flops": flops,
-        "steps": rows,
-        "grpo_over_sft": statistics.median(ratios),
-        "grpo_over_sft_range": [min(ratios), max(ratios)],
+        "micro_batches": args.micro_batches,
+        "repeats": args.repeats,
+    }
+
+
+def ratios(clock: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
+    pairs = [g / s for s, g in zip(clock["sft"], clock["grpo"], strict=True)]
+    on_cpu = jax.default_backend() == "cpu"
+    return {
+        "median_of_pairs": statistics.median(pairs),
+        "range": [min(pairs), max(pairs)],
+        "fastest": min(clock["grpo"]) / min(clock["sft"]),
+        "cpu_seconds": statistics.median(cpu["grpo"]) / statistics.median(cpu["sft"]) if on_cpu else None,
     }
 
 
 def show(result: dict[str, Any]) -> None:
     print(
         f"{result['shape']} ({result['params'] / 1e6:.1f} M parameters, {result['dtype']}), batch {result['batch']} x {result['seq']}, "
-        f"{result['supervised']:.0%} supervised, on {result['device']} with jax {result['jax']}"
+        f"{result['supervised']:.0%} supervised, remat {result['remat']}, on {result['device']} with jax {result['jax']}"
     )
-    print(f"model FLOPs a step: {result['model_flops']:.3e}")
     print(
-        f"{'step':6}{'median s':>10}{'min':>10}{'max':>10}{'tokens/s':>12}{'GFLOP/s':>10}{'compile s':>11}{'temp MB':>10}"
+        f"model FLOPs a step: {result['model_flops']:.3e}; matrix products: {result['matrix_flops_per_sec'] / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        f"{'step':6}{'median s':>10}{'min':>10}{'max':>10}{'tokens/s':>12}{'GFLOP/s':>10}{'floor':>7}{'compile s':>11}{'temp MB':>10}{'peak MB':>10}"
     )
     for name, row in result["steps"].items():
+        peak = row["peak_bytes_so_far"]
         print(
             f"{name:6}{row['median_s']:10.4f}{row['min_s']:10.4f}{row['max_s']:10.4f}{row['tokens_per_sec']:12.0f}"
-            f"{row['model_flops_per_sec'] / 1e9:10.1f}{row['compile_s']:11.1f}{row['temp_bytes'] / 1e6:10.0f}"
+            f"{row['model_flops_per_sec'] / 1e9:10.1f}{row['floor']:7.2f}{row['compile_s']:11.1f}"
+            f"{row['temp_bytes'] / 1e6:10.0f}{'-' if peak is None else format(peak / 1e6, '.0f'):>10}"
         )
-    low, high = result["grpo_over_sft_range"]
-    print(f"GRPO / SFT step time: {result['grpo_over_sft']:.3f} (median of pairs; {low:.3f} to {high:.3f})")
+    ratio = result["grpo_over_sft"]
+    low, high = ratio["range"]
+    print(
+        f"GRPO / SFT step time: {ratio['median_of_pairs']:.3f} (median of pairs; {low:.3f} to {high:.3f}), fastest {ratio['fastest']:.3f}"
+        + (f", processor seconds {ratio['cpu_seconds']:.3f}" if ratio["cpu_seconds"] else "")
+    )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="16m")
     parser.add_argument("--batch", type=int, default=8)
@@ -150,9 +200,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=pathlib.Path, help="also write the result here")
-    args = parser.parse_args()
-    fields = {"dtype": args.dtype, "remat": args.remat}
-    result = measure(DecoderConfig(**{**SHAPES[args.shape].__dict__, **fields}), args)
+    args = parser.parse_args(argv)
+    result = measure(dataclasses.replace(SHAPES[args.shape], dtype=args.dtype, remat=args.remat), args)
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

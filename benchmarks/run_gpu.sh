@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything this project wants to know from one GPU, in under nine minutes, with jax, flax, optax and numpy alone.
+#
+#     benchmarks/run_gpu.sh            results in $OUT (default: benchmarks/results/gpu)
+#     benchmarks/run_gpu.sh --smoke    the same parts at tiny shapes, on whatever device there is, in under two minutes
+#
+# A part that fails or runs out of its time does not stop the others. The exit code is the number of such parts, and run.log
+# and the last lines printed say which. PYTHON names the interpreter (default: python3).
+
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+OUT="${OUT:-benchmarks/results/gpu}"
+PYTHON="${PYTHON:-python3}"
+mkdir -p "$OUT"
+LOG="$OUT/run.log"
+: >"$LOG"
+failed=0
+
+say() { echo "$*" | tee -a "$LOG"; }
+
+# part NAME SECONDS SCRIPT ARGUMENTS...: its output goes to the log, its result to NAME.json.
+part() {
+    local name="$1" limit="$2" script="$3" code start=$SECONDS
+    shift 3
+    echo "== $name: $script $*" >>"$LOG"
+    timeout --kill-after=10 "$limit" "$PYTHON" "benchmarks/$script" "$@" --json "$OUT/$name.json" >>"$LOG" 2>&1
+    code=$?
+    case $code in
+        0) say "ok      $name ($((SECONDS - start)) s)" ;;
+        124 | 137) say "TIMEOUT $name (more than $limit s)" ;;
+        *) say "FAILED  $name (exit code $code, $((SECONDS - start)) s)" ;;
+    esac
+    [ "$code" -eq 0 ] || failed=$((failed + 1))
+}
+
+if [ "${1:-}" = --smoke ]; then
+    part numerics 80 gpu_numerics.py --smoke --objectives pair_drawn
+    part step_time_tiny 30 step_time.py --shape tiny --batch 2 --seq 64 --repeats 3
+    part compile_time 40 compile_time.py --layers 1 2 --batch 1 --seq 16 --repeats 1
+    part engine_memory 30 engine_memory.py --vocab 4096 --tokens 1024 --width 64 --objectives pair
+elif [ $# -gt 0 ]; then
+    echo "run_gpu.sh takes --smoke or nothing, got: $*" >&2
+    exit 2
+else
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >>"$LOG" 2>&1
+    # The limits add up to 535 seconds. The memory of a long row is its attention scores, so all shapes recompute by layer.
+    part numerics 180 gpu_numerics.py
+    part step_time_smollm2-135m 75 step_time.py --shape smollm2-135m --batch 16 --seq 2048 --dtype bfloat16 --remat block
+    part step_time_qwen2.5-0.5b 75 step_time.py --shape qwen2.5-0.5b --batch 8 --seq 2048 --dtype bfloat16 --remat block
+    part step_time_llama-3.2-1b 90 step_time.py --shape llama-3.2-1b --batch 4 --seq 2048 --dtype bfloat16 --remat block
+    part compile_time 75 compile_time.py --shape smollm2-135m --layers 4 32 --dtype bfloat16 --repeats 1
+    part engine_memory 40 engine_memory.py --objectives pair --dtype bfloat16
+fi
+
+grep -hE '^(GRPO / SFT|total, last|[0-9]+ rows,)' "$LOG"
+say "$failed of the parts failed; results in $OUT"
+exit "$failed"
