@@ -26,6 +26,7 @@ CHART_STYLE = """
     --base: #a8afb9; --sft: #6fb6f5; --grpo: #f5a05f; --other: #c3a1f7;
   }
 }
+.chart { overflow: visible; }
 .chart text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--quiet); font-variant-numeric: tabular-nums;
   paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 .chart .strong { fill: var(--ink); font-weight: 600; }
@@ -233,7 +234,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
     """
     highest = max((row["high"] for _, _, row in rows if row), default=1.0)
     limit = min(1.0, axis(0.0, max(highest, 0.02), count=4)[1])
-    left, right, each = 4, 20, 54
+    left, right, each = 8, 20, 54
     bottom = 8 + each * len(rows)
     x = lambda fraction: left + (WIDTH - left - right) * fraction / limit
     parts, described = [], []

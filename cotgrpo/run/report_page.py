@@ -77,7 +77,7 @@ a { color: var(--sft); text-underline-offset: .2em; }
 .note p:last-child, .alert p:last-child { margin: 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem; margin-top: 1.2rem; }
 .card { border: 1px solid var(--rule); border-radius: 8px; padding: 1rem 1.1rem; margin: 0; min-width: 0; break-inside: avoid; }
-.card svg { display: block; width: 100%; height: auto; margin-top: .4rem; overflow: visible; }
+.card svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
 .result { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem 2.5rem; align-items: center; margin-top: 1.2rem; }
 .result svg { width: 100%; max-width: 540px; height: auto; }
 .moments { display: grid; gap: 1.1rem; margin: 0; }
