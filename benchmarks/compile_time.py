@@ -31,8 +31,9 @@ def lower_step(config: DecoderConfig, batch: int, seq: int) -> Any:
     """A GRPO step with AdamW, lowered for abstract arguments."""
     tx = cotgrpo.make_optimizer(learning_rate=1e-4, total_steps=10_000)
     make_state = lambda: cotgrpo.TrainState.create(params=init_params(config, jax.random.key(0)), tx=tx, key=0)
-    ids = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-    text = cotgrpo.SftBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct((batch, seq), jnp.float32))
+    ids: Any = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((batch, seq), jnp.float32)
+    text = cotgrpo.SftBatch(ids, ids, ids, ids, weights)
     return cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(config), tx)).lower(jax.eval_shape(make_state), text)
 
 

@@ -37,9 +37,9 @@ def engine_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenR
 
 def temporaries(loss: Any, objective: Objective, args: argparse.Namespace, vocab: int) -> int:
     """Bytes of temporary memory of the compiled gradient of `loss`."""
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     gradient = jax.jit(jax.grad(lambda h, w, rows: loss(objective, h, w, rows), argnums=(0, 1)))
-    compiled = gradient.lower(
+    compiled: Any = gradient.lower(
         array((args.tokens, args.width), args.dtype),
         array((args.width, vocab), args.dtype),
         TokenRows(ghost=array((args.tokens,), jnp.int32), weight=array((args.tokens,), jnp.float32)),

@@ -117,16 +117,17 @@ def loss_error(got_sum: Any, want_sum: Any, weight: float) -> float:
 def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
     """`token_loss` and its gradients, tokens already drawn, so that both sides see the same."""
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
+    as_rows: Any = TokenRows  # NumPy arrays will do
     N, D, V = sizes.tokens, sizes.width, sizes.vocab
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    normal: Any = lambda *shape: rng.normal(size=shape).astype(np.float32)
     draws, with_reference = objectives.num_draws(objective), getattr(objective, "needs_reference", False)
-    rows = TokenRows(
+    rows = as_rows(
         ghost=rng.integers(0, V, N, dtype=np.int32),
         weight=np.where(rng.random(N) < 0.7, rng.random(N), 0.0).astype(np.float32),
         drawn=rng.integers(0, V, (N, draws), dtype=np.int32) if draws else None,
         reference_hidden=normal(N, D) if with_reference else None,
     )
-    rounded = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
+    rounded: Any = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
     hidden, head = rounded(normal(N, D)), rounded(normal(D, V) * 2 / D**0.5)
     reference_head = rounded(normal(D, V) * 2 / D**0.5) if with_reference else None
 

@@ -1,0 +1,131 @@
+"""The benchmark scripts run as they are called, at tiny shapes, and write what the tables of benchmarks/README.md are read from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run(script, *arguments)`: calls its `main` in this process; returns the exit code and the JSON."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def call(script: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+        path = tmp_path / "results" / f"{script}.json"
+        code = importlib.import_module(script).main([*arguments, "--json", str(path)])
+        return code or 0, json.loads(path.read_text())
+
+    return call
+
+
+def test_step_time(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, result = run("step_time", "--shape", "tiny", "--batch", "2", "--seq", "16", "--repeats", "3", "--warmup", "1")
+    assert {"device", "backend", "jax", "shape", "dtype", "remat", "params", "batch", "seq", "model_flops"} <= set(
+        result
+    )
+    for name in ("sft", "grpo"):
+        row = result["steps"][name]
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["tokens_per_sec"] == pytest.approx(2 * 16 / row["median_s"])
+        assert row["floor"] == pytest.approx(result["model_flops"] / result["matrix_flops_per_sec"] / row["median_s"])
+        assert row["temp_bytes"] > 0 and row["compile_s"] > 0 and row["peak_bytes_so_far"] is None  # None: a CPU
+    ratio = result["grpo_over_sft"]
+    assert ratio["range"][0] <= ratio["median_of_pairs"] <= ratio["range"][1]
+    assert ratio["fastest"] > 0 and ratio["cpu_seconds"] > 0
+    assert "GRPO / SFT step time" in capsys.readouterr().out
+
+
+def test_model_flops_by_hand(run: Any) -> None:
+    """Width 64, 2 layers, 4 heads and 2 key/value heads of 16, MLP 192, vocabulary 512, on 2 x 16 tokens, half of them supervised."""
+    step_time = importlib.import_module("step_time")
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192
+    pairs = 16 * 17 / 2  # causal, in each row
+    attention = 2 * 2 * pairs * 2 * 2 * 64  # rows, layers, pairs, two products of 2 operations, 4 heads of 16
+    by_hand = 6 * 32 * 2 * layer + 6 * 16 * 64 * 512 + 3 * attention
+    assert step_time.model_flops(step_time.SHAPES["tiny"], 2, 16, 0.5) == by_hand
+
+
+def test_engine_memory(run: Any) -> None:
+    _, result = run("engine_memory", "--vocab", "4096", "--tokens", "2048", "--width", "16", "--objectives", "nll")
+    (row,) = result["rows"]
+    assert row["vocab"] == 4_096 and row["logits_bytes"] == 4 * 2_048 * 4_096
+    assert row["naive_bytes"] >= row["logits_bytes"] > row["engine_bytes"]
+    assert row["naive_over_engine"] == pytest.approx(row["naive_bytes"] / row["engine_bytes"])
+
+
+def test_compile_time(run: Any) -> None:
+    """One process for each depth, on one device as a user has it."""
+    _, result = run("compile_time", "--layers", "1", "2", "--batch", "1", "--seq", "8", "--repeats", "1")
+    first, last = result["rows"]
+    assert (first["layers"], last["layers"]) == (1, 2)
+    assert all(row["total_s"] == pytest.approx(row["lower_s"] + row["compile_s"]) for row in (first, last))
+    assert result["last_over_first"] == pytest.approx(last["total_s"] / first["total_s"])
+
+
+def test_gpu_numerics(run: Any) -> None:
+    """On a CPU the float32 rows are the same computation twice, and bfloat16 is not."""
+    code, result = run("gpu_numerics", "--smoke", "--objectives", "pair_drawn")
+    assert code == 0 and result["complete"] and result["failed"] == 0 and result["raised"] == []
+    rows = result["rows"]
+    assert {row["part"] for row in rows} == {"draw", "decode", "engine", "step"}
+    values = {row["value"] for row in rows if row["part"] == "step"}
+    assert {"loss", "embedding", "final_norm/scale", "layers/query/kernel", "layers/down/kernel"} <= values
+    for row in rows:
+        assert row.keys() == {"part", "objective", "precision", "value", "error", "tolerance", "passed"}
+    errors = {(row["part"], row["precision"], row["value"]): row["error"] for row in rows}
+    assert errors["engine", "float32", "d head"] < 1e-6 < 1e-4 < errors["engine", "bfloat16", "d head"]
+
+
+def test_gpu_numerics_says_what_is_wrong(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row above its tolerance and a check that raises both make the exit code 1."""
+    numerics = importlib.import_module("gpu_numerics")
+    raises = lambda *_: (_ for _ in ()).throw(FloatingPointError("no such kernel"))
+    bad = numerics.row("engine", "nll", "float32", "d head", math.nan, 1e-5)
+    good = numerics.row("step", "nll", "float32", "loss", 0.0, 1e-5)
+    monkeypatch.setattr(numerics, "check_draws", raises)
+    monkeypatch.setattr(numerics, "check_decode", lambda *_: [])
+    monkeypatch.setattr(numerics, "check_engine", lambda *_: [bad])
+    monkeypatch.setattr(numerics, "check_step", lambda *_: [good])
+    code, result = run("gpu_numerics", "--smoke", "--objectives", "nll")
+    assert code == 1 and result["failed"] == 1 and result["raised"] == ["draw"]
+    assert [row["passed"] for row in result["rows"]] == [False, True] and result["rows"][0]["error"] is None
+    assert "no such kernel" in "".join(capsys.readouterr())
+
+
+def test_run_gpu_names_the_parts_that_fail(tmp_path: pathlib.Path) -> None:
+    """With an interpreter that fails at once every part is tried, named, and counted."""
+    script = BENCHMARKS / "run_gpu.sh"
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": "false"}
+    done = subprocess.run(["bash", script, "--smoke"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    for name in ("numerics", "step_time_tiny", "compile_time", "engine_memory"):
+        assert f"FAILED  {name} (exit code 1" in done.stdout
+    assert "FAILED  numerics" in (tmp_path / "run.log").read_text()
+    assert subprocess.run(["bash", script, "--fast"], env=environment, capture_output=True).returncode == 2
+
+
+@pytest.mark.slow
+def test_run_gpu_smoke(tmp_path: pathlib.Path) -> None:
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", BENCHMARKS / "run_gpu.sh", "--smoke"], env=environment, timeout=300)
+    assert done.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.log",
+        "numerics.json",
+        "step_time_tiny.json",
+        "compile_time.json",
+        "engine_memory.json",
+    }
