@@ -119,7 +119,7 @@ def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[st
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
     as_rows: Any = TokenRows  # NumPy arrays will do
     N, D, V = sizes.tokens, sizes.width, sizes.vocab
-    normal: Any = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    normal = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
     draws, with_reference = objectives.num_draws(objective), getattr(objective, "needs_reference", False)
     rows = as_rows(
         ghost=rng.integers(0, V, N, dtype=np.int32),
