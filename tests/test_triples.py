@@ -300,7 +300,7 @@ def test_gsm8k() -> None:
 @pytest.mark.parametrize(("name", "correct"), [("svamp_palm540b", 593), ("svamp_llama3_chatqa_8b", None)])
 def test_svamp(tmp_path: Path, name: str, correct: int | None) -> None:
     """Real mistakes are left out and counted; without the `correct` flag, by the gold answer, the same ones."""
-    rows = [json.loads(line) for line in (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
     train = [row for row in rows if row["split"] == "train"]
     right = sum(row["correct"] for row in train)
     assert len(train) == 800 and right == (correct or right)

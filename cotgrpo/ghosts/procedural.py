@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import operator
 import random
 from collections.abc import Callable, Iterator
 
@@ -35,8 +36,9 @@ LOSSES = ("sells", "loses", "gives")
 
 DRAWS_WITHOUT_NEWS = 10_000
 """Draws in a row that may all be repetitions before `draw` gives up."""
-DRAWS_WITHOUT_SUM = 1_000_000
-"""Draws in a row that may all fall into the other part before the stream gives up: some seconds."""
+DRAWS_WITHOUT_SUM = 100_000
+"""Draws in a row that may all fall into the other part before the stream gives up: a hundred times what the smallest fraction needs."""
+SMALLEST_FRACTION = 1e-3
 MOST_DIGITS = 15
 """What `random()` can tell apart: a float has 53 bits."""
 
@@ -57,12 +59,8 @@ class Operation:
 
     @property
     def result(self) -> int:
-        return {
-            "+": self.left + self.right,
-            "-": self.left - self.right,
-            "*": self.left * self.right,
-            "/": self.left // self.right,
-        }[self.symbol]
+        apply = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[self.symbol]
+        return apply(self.left, self.right)
 
     def lines(self) -> list[str]:
         """The operation, its steps digit by digit, and its result."""
@@ -255,7 +253,7 @@ class ProceduralTeacher:
         digits: of the numbers that are drawn, 1 to 15.
         steps: operations of `column_addition`, `column_subtraction` and `gains_and_losses`, at least 1; the others have two.
         held_out: True gives the held-out part.
-        held_out_fraction: of all sums, in (0, 1). The same for both parts, or they overlap.
+        held_out_fraction: of all sums, in [0.001, 0.999]. The same for both parts, or they overlap.
 
     Raises:
         ValueError: an argument outside its range, or an unknown kind; while iterating, a part that has no sum (of one digit there are few).
@@ -280,9 +278,9 @@ class ProceduralTeacher:
                 raise ValueError(f"ProceduralTeacher.{name} must be at least {least}, got {getattr(self, name)}.")
         if self.digits > MOST_DIGITS:
             raise ValueError(f"ProceduralTeacher.digits must be at most {MOST_DIGITS}, got {self.digits}.")
-        if not 0 < self.held_out_fraction < 1:
+        if not SMALLEST_FRACTION <= self.held_out_fraction <= 1 - SMALLEST_FRACTION:
             raise ValueError(
-                f"ProceduralTeacher.held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}."
+                f"ProceduralTeacher.held_out_fraction must be in [0.001, 0.999], got {self.held_out_fraction}."
             )
         unknown = [kind for kind in self.kinds or () if kind not in KINDS]
         if unknown or (self.kinds is not None and not self.kinds):

@@ -24,7 +24,7 @@ LARGEST_POWER = 100_000
 MOST_TERMS = 2000
 """Bound of the terms that a sum of a formula's letters can have, raised to that product and written out."""
 MOST_DIVISIONS = 6
-"""In a formula with letters: nested, the work doubles with each."""
+"""Nested, the work doubles with each."""
 
 MINUS = "\N{MINUS SIGN}"
 UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
@@ -116,9 +116,10 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     if predicted is None:
         return False
     left, right = bare_text(predicted), bare_text(gold)
-    in_latex = "\\" in left + right  # there, case tells things apart: \Delta, \delta
-    if left == right or (not in_latex and left.casefold() == right.casefold()):
+    if left == right:
         return left != ""
+    if left.casefold() == right.casefold():
+        return "\\" not in left + right  # there, case tells things apart, which Math-Verify forgets: \Delta, \delta
     left_values, right_values = numbers(left), numbers(right)
     if left_values and right_values:
         if len(left_values) == len(right_values):
@@ -162,7 +163,7 @@ def may_be_formula(text: str) -> bool:
     power, letters = math.prod(int(n) or 1 for n in EXPONENT.findall(text)), len(set(re.findall("[A-Za-z]", symbols)))
     if power > LARGEST_POWER or math.comb(power + letters, letters) > MOST_TERMS:
         return False
-    if letters and text.count("/") + text.count("frac") > MOST_DIVISIONS:
+    if text.count("/") + text.count("frac") > MOST_DIVISIONS:
         return False
     return all(FUNCTION.fullmatch(word) for word in WORD.findall(symbols))
 
