@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -34,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        import cotgrpo
-
-        print(f"cotgrpo {cotgrpo.__version__}")
+        print(f"cotgrpo {version('cotgrpo')}")
         return 0
     if command not in COMMANDS:
         import difflib

@@ -109,17 +109,6 @@ def make_sampler(config: DecoderConfig, settings: SamplingSettings, vocab_size: 
     spec = HeadSpec(student.softcap, student.vocab_size)
     eos_E = jnp.asarray(settings.eos_ids, jnp.int32)
 
-    def choose(logits_BV: Any, keys_B: Any, index: Any) -> tuple[Any, Any]:
-        """The next token of each row and its log-probability."""
-        if settings.temperature == 0:
-            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        else:
-            uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B)
-            filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
-            token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
-        picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-        return token_B, picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
-
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
         B, P = prompts.tokens.shape
         N = settings.max_new_tokens
@@ -152,7 +141,7 @@ def make_sampler(config: DecoderConfig, settings: SamplingSettings, vocab_size: 
         def one_token(carry: Any) -> Any:
             index, cache, hidden_BD, replies = carry
             ended_B = replies.finished
-            token_B, log_prob_B = choose(spec.logits(hidden_BD, head_DV), keys_B, index)
+            token_B, log_prob_B = choose(settings, spec.logits(hidden_BD, head_DV), keys_B, index)
             replies = replies.replace(
                 tokens=replies.tokens.at[:, index].set(jnp.where(ended_B, settings.pad_id, token_B)),
                 log_probs=replies.log_probs.at[:, index].set(jnp.where(ended_B, 0.0, log_prob_B)),
@@ -167,6 +156,18 @@ def make_sampler(config: DecoderConfig, settings: SamplingSettings, vocab_size: 
         return jax.lax.while_loop(going_on, one_token, start)[-1]
 
     return sample
+
+
+def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index: Any) -> tuple[Any, Any]:
+    """The next token of each row, `[B]`, and its log-probability in softmax(logits)."""
+    if settings.temperature == 0:
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    else:
+        uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B)
+        filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
+        token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
+    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B, picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:

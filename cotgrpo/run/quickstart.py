@@ -6,6 +6,7 @@ The task is real: multi-step word problems and column arithmetic whose rationale
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,12 @@ STAGES = {"base": "untrained", "sft": "after SFT", "grpo": "after GRPO"}
 
 
 def teach(train: Path, test: Path, seed: int) -> None:
-    """Writes the teacher's triples; their sums are divided between the two files by a hash."""
-    write_triples(test, ProceduralTeacher(seed=seed, held_out=True).draw(TEST_ROWS))
-    write_triples(train, ProceduralTeacher(seed=seed).draw(TRAIN_ROWS))
+    """Writes the teacher's triples where they are not there yet; their sums are divided between the two files by a hash."""
+    for path, rows, held_out in ((test, TEST_ROWS, True), (train, TRAIN_ROWS, False)):
+        if not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            write_triples(temporary, ProceduralTeacher(seed=seed, held_out=held_out).draw(rows))
+            os.replace(temporary, path)
 
 
 def combined(config: Config, sft: dict[str, Any], grpo: dict[str, Any], teacher_seconds: float) -> dict[str, Any]:

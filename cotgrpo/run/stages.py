@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-import cotgrpo
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
 from cotgrpo.run.checkpoint import restore_params
@@ -25,6 +24,8 @@ from cotgrpo.run.evaluate import Accuracy, ExactMatch, mean_metrics
 from cotgrpo.run.report import write_report
 from cotgrpo.run.setup import Setup, claim_folder, set_up
 from cotgrpo.run.train import LoopSettings, train
+from cotgrpo.sharding import jit_step
+from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
 from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -105,7 +106,7 @@ class Stage:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        return jax.jit(cotgrpo.make_eval_step(self.setup.student))
+        return jax.jit(make_eval_step(self.setup.student))
 
     def run(self) -> dict[str, Any]:
         """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
@@ -170,11 +171,11 @@ class Stage:
         """The compiled step and its further arguments: the reference's parameters, where the objective keeps near one."""
         student, micro_batches = self.setup.student, self.settings.micro_batches
         if self.name == "sft":
-            return cotgrpo.jit_step(cotgrpo.make_sft_step(student, tx, micro_batches=micro_batches)), ()
+            return jit_step(make_sft_step(student, tx, micro_batches=micro_batches)), ()
         objective = self.settings.objective.build()
         reference = student if getattr(objective, "needs_reference", False) else None
-        step = cotgrpo.make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
-        return cotgrpo.jit_step(step), () if reference is None else (params,)
+        step = make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
+        return jit_step(step), () if reference is None else (params,)
 
     def start_params(self) -> tuple[Any, str]:
         """Parameters before the first step, and where they come from."""

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: a small real run of every command, run again, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotgrpo.cli import USAGE, main
+from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
+from cotgrpo.run.metrics_log import read_metrics
+
+SETTINGS = """
+student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}
+tokenizer: {vocab_size: 300}
+data: {seq_len: 256, test_rows: 20}
+sft: {steps: 6, batch_size: 2, log_every: 2, eval_every: 3, optimizer: {learning_rate: 1.0e-3}}
+grpo: {steps: 4, batch_size: 2, log_every: 2, optimizer: {learning_rate: 1.0e-3}}
+eval: {rows: 20, batch_size: 8, max_new_tokens: 12}
+checkpoint: {every: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set to nothing, the variable turns the compilation cache off."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that `sft` and `grpo` have filled, with the rows and the config beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_triples(folder / "rows.jsonl", ProceduralTeacher(seed=1).draw(120))
+    (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{SETTINGS}", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        for command in ("sft", "grpo"):
+            assert main([command, *options(folder)]) == 0
+    return folder
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(folder / "c.yaml"), "--data.train", str(folder / "rows.jsonl"), *more]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_leaves_what_it_promises(trained: Path) -> None:
+    for stage, steps in (("sft", 6), ("grpo", 4)):
+        folder = trained / "run" / stage
+        for name in ("config.yaml", "metrics.jsonl", "report.html", "tokenizer/tokenizer.json", f"checkpoints/{steps}"):
+            assert (folder / name).exists(), f"{stage}/{name}"
+        assert list((folder / "tensorboard").glob("*tfevents*"))
+        report = read(folder / "report.json")
+        expected = ["base", "sft"] if stage == "sft" else ["base", "sft", "grpo"]
+        assert list(report["accuracy"]) == expected
+        assert all(row["n"] == 20 and row["low"] <= row["value"] <= row["high"] for row in report["accuracy"].values())
+        assert report["data"]["training rows"]["read"] == 120 and report["data"]["held-out rows"]["read"] == 20
+        rows = read_metrics(folder)
+        assert [row["step"] for row in rows if "train/loss" in row] == list(range(2, steps + 1, 2))
+        assert all(row["train/loss"] > 0 and row["train/tokens_per_sec"] > 0 for row in rows if "train/loss" in row)
+        assert rows[-1]["eval/loss"] > 0 or rows[-2]["eval/loss"] > 0
+    grpo = [row for row in read_metrics(trained / "run" / "grpo") if "train/loss" in row]
+    for name in ("reward", "ghost_prob", "drawn_prob", "match_rate", "entropy", "grad_norm", "learning_rate"):
+        assert all(f"train/{name}" in row for row in grpo), name
+    loss = read(trained / "run" / "sft" / "report.json")["held_out_loss"]
+    assert loss["sft"] < loss["base"]
+    # GRPO starts where SFT ended: what SFT measured is not measured again.
+    assert read(trained / "run" / "grpo" / "before.json") == read(trained / "run" / "sft" / "after.json")
+
+
+def test_run_again_it_is_complete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "run" / "sft" / "metrics.jsonl").read_bytes()
+    assert main(["sft", *options(trained, "--sft.log_every", "1")]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert (trained / "run" / "sft" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_folder(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", *options(trained, "--sft.steps", "7", "--seed", "9")]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with another config: seed (0 there, 9 now); sft.steps (6 there, 7 now)" in error
+
+
+def test_eval_takes_the_runs_own_settings(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--run_dir", str(trained / "run"), "--eval.rows", "7"]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    measured = read(trained / "run" / "grpo" / "eval.json")
+    assert measured["step"] == 4 and measured["accuracy"]["n"] == 7 and len(measured["replies"]) == 7
+    assert main(["eval", "--run_dir", str(trained / "run")]) == 0
+    assert read(trained / "run" / "grpo" / "eval.json")["loss"] == read(trained / "run" / "grpo" / "after.json")["loss"]
+
+
+def test_grpo_from_another_run(trained: Path, tmp_path: Path) -> None:
+    """`init_from` brings the student's tokenizer along, and a reference model stays near the start."""
+    more = [
+        "--run_dir",
+        str(tmp_path),
+        "--grpo.init_from",
+        str(trained / "run" / "sft"),
+        "--grpo.objective.reference_kl",
+        "0.5",
+    ]
+    assert main(["grpo", *options(trained, *more)]) == 0
+    tokenizer = "tokenizer/tokenizer.json"
+    assert (tmp_path / "grpo" / tokenizer).read_bytes() == (trained / "run" / "sft" / tokenizer).read_bytes()
+    rows = [row for row in read_metrics(tmp_path / "grpo") if "train/kl" in row]
+    assert rows and all(row["train/kl"] >= 0 for row in rows)
+    assert list(read(tmp_path / "grpo" / "report.json")["accuracy"]) == ["sft", "grpo"]
+
+
+def test_grpo_of_another_shape_or_without_a_student(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["grpo", *options(trained, "--run_dir", str(tmp_path))]) == 2
+    assert "run `cotgrpo sft`" in capsys.readouterr().err
+    more = ["--run_dir", str(tmp_path / "b"), "--grpo.init_from", str(trained / "run" / "sft"), "--student.width", "48"]
+    assert main(["grpo", *options(trained, *more)]) == 2
+    assert "params/embedding is [300, 32] there, and here [300, 48]" in capsys.readouterr().err
+    assert main(["eval", "--run_dir", str(tmp_path / "c")]) == 2
+    assert "holds no trained student" in capsys.readouterr().err
+
+
+def test_bad_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"question": "a", "rationale": "b", "answer": "c"}\n{"question": "a", "rationale"\n', encoding="utf-8"
+    )
+    assert main(["sft", "--run_dir", str(tmp_path / "run"), "--data.train", str(rows)]) == 2
+    error = capsys.readouterr().err
+    assert f"{rows}:2: not valid JSON" in error and error.count("\n") == 1
+
+
+def test_a_loss_that_is_never_finite_stops_the_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--run_dir", str(tmp_path), "--student.init_scale", "1e30", "--max_skipped", "3", "--sft.steps", "20"]
+    assert main(["sft", *options(trained, *more)]) == 3
+    assert "3 updates in a row were skipped" in capsys.readouterr().err
+
+
+def test_help_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.strip() == USAGE
+    assert "GhostRespond Policy Optimization, not Group Relative" in USAGE
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("cotgrpo 0.")
+    assert main(["evl"]) == 2
+    assert "unknown command 'evl'. Did you mean eval?" in capsys.readouterr().err
+    assert main(["sft", "--sft.stepz", "3"]) == 2
+    assert "Did you mean --sft.steps?" in capsys.readouterr().err
+
+
+def test_help_of_a_command_lists_settings() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cotgrpo.cli", "grpo", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("--grpo.objective.beta", "sharpness of the preference", "--data.train", "--config"):
+        assert text in done.stdout
+
+
+def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command at toy size; `tests/test_quickstart.py` runs it in full."""
+    toy = tmp_path / "toy.yaml"
+    toy.write_text(SETTINGS.replace("data: {seq_len: 256, test_rows: 20}", "data: {seq_len: 256}"), encoding="utf-8")
+    arguments = ["quickstart", "--out", str(tmp_path / "run"), "--config", str(toy)]
+    arguments += ["--sft.optimizer.warmup_steps", "0", "--grpo.optimizer.warmup_steps", "0"]
+    assert main(arguments) == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert list(report["accuracy"]) == ["base", "sft", "grpo"] and report["wall_seconds"]["total"] > 0
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "accuracy.svg").is_file()
+    train, test = (
+        {json.loads(line)["question"] for line in (tmp_path / "run" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "test.jsonl")
+    )
+    assert len(train) == 6_000 and len(test) == 500 and not train & test
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("is complete") == 2
+    rows = (tmp_path / "run" / "train.jsonl").read_bytes()
+    assert main([*arguments, "--seed", "5"]) == 2
+    assert "seed (0 there, 5 now)" in capsys.readouterr().err
+    assert (tmp_path / "run" / "train.jsonl").read_bytes() == rows
