@@ -126,12 +126,17 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, raises what the writing raised, and ends Orbax's threads."""
-        with explaining_disk_errors(self.directory):
+        """Waits, ends Orbax's threads, and raises what the writing raised."""
+        errors: list[Exception] = []
+        for _ in range(3):  # Orbax raises one stored error a call, and closes only when none is left
             try:
-                self.manager.wait_until_finished()
-            finally:
                 self.manager.close()
+                break
+            except Exception as error:
+                errors.append(error)
+        with explaining_disk_errors(self.directory):
+            if errors:
+                raise errors[0]
 
 
 def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
@@ -238,6 +243,7 @@ def checksum(path: Path) -> list[int]:
 
 
 def listed(damaged: dict[int, str]) -> str:
+    """Steps and what is wrong with each, for a message."""
     return "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -78,25 +77,20 @@ class StatusColumn(ProgressColumn):
 
 
 def pieces(task: Task) -> dict[str, str]:
-    """The parts of the line, in order: only those that are known yet."""
-    return dict(describe(task))
-
-
-def describe(task: Task) -> Iterator[tuple[str, str]]:
-    yield "title", task.description
-    yield "step", f"{task.completed:.0f}/{task.total:.0f}"
+    """The parts of the line, in order: those that are known yet."""
     row = task.fields["row"]
+    shown = {"title": task.description, "step": f"{task.completed:.0f}/{task.total:.0f}"}
     if row is None:
-        yield "loss", "compiling" if task.speed is None else "..."
-        return
+        return shown if task.speed else shown | {"loss": "compiling"}
     for name, form in (("loss", "loss {:.3f}"), ("reward", "reward {:.2f}")):
         if row.get(f"train/{name}") is not None:
-            yield name, form.format(row[f"train/{name}"])
-    yield "speed", f"{compact(row['train/tokens_per_sec'])} tok/s"
+            shown[name] = form.format(row[f"train/{name}"])
+    shown["speed"] = f"{compact(row['train/tokens_per_sec'])} tok/s"
     if task.time_remaining is not None and not task.finished:
         minutes, seconds = divmod(int(task.time_remaining), 60)
         hours, minutes = divmod(minutes, 60)
-        yield "left", f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+        shown["left"] = f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+    return shown
 
 
 def compact(number: float) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 from cotgrpo.run.checkpoint import Checkpoints
 from cotgrpo.run.metrics_log import MetricsLog
 from cotgrpo.run.progress import ProgressLine
+from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Metrics, TrainState
 
 TIME_KEYS = ("train/step_time", "train/tokens_per_sec", "train/padded_tokens_per_sec")
@@ -125,7 +126,8 @@ def train(
     run that was never killed; `train/batch_crc` in them shows that the data was the same.
 
     Args:
-        step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`.
+        step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`. With a mesh, state and `extra` are put on it, also if the checkpoint
+            was written on another.
         state: the state before the first step. It is donated: use what is returned.
         batches: an endless iterator with `get_state()` and `set_state()`.
         folder: the run folder.
@@ -143,6 +145,7 @@ def train(
         CheckpointError: the disk is full, or no checkpoint can be read.
     """
     console = console or Console()
+    state, extra = on_mesh_of(step, state), on_mesh_of(step, extra)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
     try:
         state, position = resume(checkpoints, state, batches, console)
@@ -159,6 +162,12 @@ def train(
             log.close()
     finally:
         checkpoints.close()
+
+
+def on_mesh_of(step: Any, tree: Any) -> Any:
+    """The arrays where a step from `jit_step(step, mesh=mesh)` wants them, so that none is moved at every call; without a mesh, as they are."""
+    mesh = getattr(step, "mesh", None)
+    return tree if mesh is None else jax.device_put(tree, state_sharding(tree, mesh))
 
 
 def resume(
