@@ -282,7 +282,7 @@ def test_a_full_disk_is_explained_by_whoever_meets_it_first(small_disk: Callable
         with contextlib.suppress(CheckpointError):
             runs[name].close()
     for thread in set(threading.enumerate()) - before:
-        thread.join(30)
+        threading.Thread.join(thread, 30)  # not thread.join: Orbax raises the error again there
         assert not thread.is_alive(), thread
     gc.collect()
     (folder / "filler").unlink()
