@@ -163,8 +163,9 @@ def test_draw() -> None:
         teacher.draw(82)  # of 81, the held-out ones are not to be had
 
 
-def test_the_stream_does_not_end_and_does_not_hang() -> None:
+def test_the_stream_does_not_end_and_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(1 for _ in itertools.islice(ProceduralTeacher(digits=1, steps=1), 2000)) == 2000
+    monkeypatch.setattr("cotgrpo.ghosts.procedural.DRAWS_WITHOUT_SUM", 3000)  # what is left out: some seconds
     empty = ProceduralTeacher(kinds=("column_addition",), digits=1, steps=1, held_out=True, held_out_fraction=1e-3)
     with pytest.raises(ValueError, match=r"No sum fell into the held-out part .held_out_fraction 0.001.: raise digits"):
         next(iter(empty))

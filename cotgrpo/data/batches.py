@@ -1,4 +1,4 @@
-"""From triples to packed batches: the shift by one, shuffling, packing and batching, on Grain, with a state that can be saved."""
+"""From triples to batches: the shift by one, packing, and shuffled batches, on Grain, with a state that can be saved."""
 
 from __future__ import annotations
 
