@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
         ValueError: `vocab_size` too small, or a special token missing.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
+    PreTrainedTokenizerFast = transformers().PreTrainedTokenizerFast
     if not {"<pad>", "<eos>"} <= set(special_tokens):
         raise ValueError(f'special_tokens must hold "<pad>" and "<eos>", got {list(special_tokens)}.')
     least = 256 + len(special_tokens)
@@ -61,11 +62,21 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     Raises:
         DataError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+        return transformers().AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
     except Exception as error:  # a broken file raises many kinds, the Rust library's bare Exception among them
         raise DataError(
             f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id ({type(error).__name__}: {error})."
         ) from error
+
+
+def transformers() -> Any:
+    """The `transformers` module, without its notice that PyTorch is missing: only its tokenizers are wanted here."""
+    missing = lambda record: "PyTorch was not found" not in record.getMessage()
+    logger = logging.getLogger("transformers")
+    logger.addFilter(missing)
+    try:
+        import transformers
+    finally:
+        logger.removeFilter(missing)
+    return transformers
