@@ -223,8 +223,10 @@ def test_a_signal_saves_and_a_resume_is_the_same_run(tmp_path: Path, baseline: A
             signal.raise_signal(number)
         return batch
 
+    text = io.StringIO()
     with pytest.raises(Interrupted, match="after step 18, and saved: run the same command") as caught:
-        run(tmp_path, Batches(interrupt))
+        run(tmp_path, Batches(interrupt), console=Console(file=text))
+    assert "Stopping: saving first. Once more stops at once." in text.getvalue()
     assert caught.value.signal_number == number
     assert (tmp_path / "checkpoints" / "18").is_dir()
     assert {n: signal.getsignal(n) for n in before} == before
