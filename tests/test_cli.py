@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from cotgrpo.cli import USAGE, main
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.run.metrics_log import read_metrics
+from cotgrpo.run.train import TIME_KEYS
 
 SETTINGS = """
 student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}
@@ -144,6 +147,36 @@ def test_a_loss_that_is_never_finite_stops_the_run(
     more = ["--run_dir", str(tmp_path), "--student.init_scale", "1e30", "--max_skipped", "3", "--sft.steps", "20"]
     assert main(["sft", *options(trained, *more)]) == 3
     assert "3 updates in a row were skipped" in capsys.readouterr().err
+
+
+def test_killed_at_any_moment_the_same_command_goes_on(trained: Path, tmp_path: Path) -> None:
+    """`tests/test_train_loop.py` kills the loop at many moments; here it is the whole command, once."""
+
+    def start(run_dir: Path) -> subprocess.Popen[str]:
+        arguments = options(trained, "--run_dir", str(run_dir), "--sft.steps", "40", "--sft.log_every", "3")
+        command = [sys.executable, "-m", "cotgrpo.cli", "sft", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start(tmp_path / "whole")
+    killed = start(tmp_path / "killed")
+    log = tmp_path / "killed" / "sft" / "metrics.jsonl"
+    while killed.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 4):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    again = start(tmp_path / "killed")
+    for process in (whole, again):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    assert "Resuming after step" in output
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(tmp_path / name / "sft")]
+        for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1] and rows[0][-1]["step"] == 40
+    reports = [read(tmp_path / name / "sft" / "report.json") for name in ("whole", "killed")]
+    assert reports[0]["samples"] == reports[1]["samples"] and reports[0]["held_out_loss"] == reports[1]["held_out_loss"]
 
 
 def test_help_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
         train, test = folder / "train.jsonl", folder / "test.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         teach(train, test, config.seed)
-        console.print(f"teacher: {TRAIN_ROWS} triples in {train}, {TEST_ROWS} held out in {test}", highlight=False)
+        console.print(f"teacher: {TRAIN_ROWS} triples in {train}, {TEST_ROWS} held out in {test}", highlight=False, soft_wrap=True)
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, train=[str(train)], test=[str(test)])
         )

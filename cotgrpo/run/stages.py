@@ -120,10 +120,10 @@ class Stage:
         started = time.perf_counter()
         setup = self.setup
         for title, report in setup.reports.items():
-            self.console.print(f"{title}: {report}", highlight=False, markup=False)
+            self.console.print(f"{title}: {report}", highlight=False, markup=False, soft_wrap=True)
         params, start = self.start_params()
         size = f"{setup.decoder.num_params() / 1e6:.2f} M parameters, {len(setup.template.tokenizer)} tokens in the vocabulary"
-        self.console.print(f"student: {size}, from {start}", highlight=False)
+        self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
         before = self.measured_once("before.json", params, f"before {self.name}")
         training = time.perf_counter()
         state = self.train(params)
