@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import optax
 
+from cotgrpo.config_file import ConfigError, check_file, flat, nearest
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
 from cotgrpo.optimizers import make_optimizer
-
-
-class ConfigError(ValueError):
-    """Settings that cannot be used; the message names the key, what was expected and what came."""
 
 
 def at_least(least: int, settings: Any, *names: str) -> None:
@@ -97,7 +93,11 @@ class DataConfig:
         train_split: keep only rows whose split field is this; of a hub id, the split to load.
         test_split: the same for test.
         test_rows: rows to hold out where test is empty.
-        separator: text between question, rationale and answer.
+        format: plain: question, rationale and answer with a separator between; chat: the tokenizer's own chat template.
+        separator: of plain, the text between question, rationale and answer.
+        reasoning: of chat, how the assistant replies: plain: rationale, blank line, answer; think: <think>rationale</think>, answer.
+        answer_format: of chat, how the answer is written, with {answer} in it; empty: "#### {answer}" in plain replies, else the answer alone.
+        system: of chat, a system message before every question; empty: none but what the template puts there.
         loss_on: what is supervised, the whole sequence or what follows the question.
         seq_len: positions of a row.
         packing: several documents a row.
@@ -111,13 +111,27 @@ class DataConfig:
     train_split: str | None = None
     test_split: str | None = None
     test_rows: int = 500
+    format: Literal["plain", "chat"] = "plain"
     separator: str = "<sep>"
+    reasoning: Literal["plain", "think"] = "plain"
+    answer_format: str = ""
+    system: str = ""
     loss_on: Literal["sequence", "completion"] = "sequence"
     seq_len: int = 512
     packing: bool = True
     too_long: Literal["error", "drop"] = "error"
     bad_rows: Literal["error", "drop"] = "error"
     keep_incorrect: bool = False
+
+    def __post_init__(self) -> None:
+        of_plain, of_chat = ("separator",), ("reasoning", "answer_format", "system")
+        for name in of_chat if self.format == "plain" else of_plain:
+            if getattr(self, name) != getattr(DataConfig, name):
+                raise ConfigError(
+                    f"data.{name} is no setting of the {self.format} format. Remove it, or choose the other data.format."
+                )
+        if self.answer_format and self.answer_format.count("{answer}") != 1:
+            raise ConfigError(f"data.answer_format must hold {{answer}} once, got {self.answer_format!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,44 +351,6 @@ def parse_config(arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: C
         return Config(**vars(parser.instantiate(parsed)))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-
-
-def check_file(path: Path, known: Sequence[str]) -> None:
-    """Raises ConfigError where the file is no YAML mapping or holds a key that does not exist."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Check the path of --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
-    sections = {key.rpartition(".")[0] for key in known} - {""}
-    sections |= {section.partition(".")[0] for section in sections}
-    for key, value in flat(tree):
-        if key in sections and value != {}:
-            raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")
-        if key not in known and key not in sections:
-            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
-
-
-def nearest(key: str, known: Sequence[str], mark: str = "") -> str:
-    """The nearest valid key as a question: by the whole dotted key, or else by its last part."""
-    last_parts = [name.rpartition(".")[2] for name in known]
-    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
-    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
-    return f" Did you mean {mark}{found[0]}?" if found else " See --help for all settings."
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a.b", 1) for every leaf of {"a": {"b": 1}}."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def save_config(config: Config, path: Path) -> None:

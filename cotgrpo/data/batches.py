@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotgrpo.data.template import Example, Template
+from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import DataError, DropReport, Triple
 from cotgrpo.types import SftBatch
 
 
 def make_examples(
-    triples: Sequence[Triple], template: Template, seq_len: int, *, too_long: Literal["error", "drop"] = "error"
+    triples: Sequence[Triple], template: AnyTemplate, seq_len: int, *, too_long: Literal["error", "drop"] = "error"
 ) -> tuple[list[Example], DropReport]:
     """Tokenizes triples; a document of n tokens takes n - 1 of the `seq_len` positions, since the last token is only a target.
 

@@ -1,7 +1,10 @@
-"""The plain template: `question <sep> rationale <sep> answer <eos>` as tokens, with the mask of what is supervised."""
+"""From a triple to tokens and the mask of what is supervised: what every template does, and the plain one,
+`question <sep> rationale <sep> answer <eos>`. The chat template is in `cotgrpo.data.chat`.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -30,8 +33,66 @@ class Example:
     source: str = ""
 
 
+class AnyTemplate(abc.ABC):
+    """What the data pipeline, exact match and the loop need of a template, plain or chat.
+
+    Attributes:
+        tokenizer: a `transformers` tokenizer.
+        loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the reply.
+    """
+
+    tokenizer: Any
+    loss_on: Literal["sequence", "completion"]
+
+    @property
+    @abc.abstractmethod
+    def eos_id(self) -> int:
+        """The token that ends a reply in training."""
+
+    @property
+    @abc.abstractmethod
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a generated reply, `eos_id` first."""
+
+    @abc.abstractmethod
+    def encode(self, triple: Triple) -> Example:
+        """Tokens and mask of one triple. Raises DataError where its text cannot be rendered so that it comes back unchanged."""
+
+    @abc.abstractmethod
+    def prompt(self, question: str) -> np.ndarray:
+        """int32 tokens of what the student reads before it replies: a prefix of `encode`'s."""
+
+    @abc.abstractmethod
+    def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
+        """(rationale, answer) of a generated reply, text or token ids; the answer is None where it has none."""
+
+    @property
+    def pad_id(self) -> int:
+        """The pad token, or the end of a reply where there is none. Padding is told apart by its segment id, never by this id."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else int(pad)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids up to the first stop token, as it is: special tokens stay, and no space is cleaned up."""
+        ids = [int(i) for i in tokens]
+        end = next((place for place, i in enumerate(ids) if i in self.stop_ids), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of the text alone: nothing is put in front or behind."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def example(self, tokens: list[int], prompt_length: int, source: str) -> Example:
+        """Tokens with the mask that `loss_on` asks for. Raises DataError where it is all zero."""
+        supervised = np.ones(len(tokens), bool)
+        supervised[: prompt_length if self.loss_on == "completion" else 1] = False
+        if not supervised.any():
+            raise DataError(f"{source}: no token is supervised (an all-zero loss mask). The row has no reply.")
+        return Example(np.asarray(tokens, np.int32), supervised, source)
+
+
 @dataclasses.dataclass(frozen=True)
-class Template:
+class Template(AnyTemplate):
     """Renders triples with a separator, tokenizes the whole, and finds the mask by rendering the prefix.
 
     Attributes:
@@ -74,10 +135,8 @@ class Template:
         return int(self.tokenizer.eos_token_id)
 
     @property
-    def pad_id(self) -> int:
-        """The pad token, or eos where there is none. Padding is told apart by its segment id, never by this id."""
-        pad = self.tokenizer.pad_token_id
-        return self.eos_id if pad is None else int(pad)
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
 
     def encode(self, triple: Triple) -> Example:
         """Tokens and mask of one triple.
@@ -105,11 +164,7 @@ class Template:
                 f"{triple.source}: the tokenizer merges the separator {self.separator!r} with the text beside it, so the prompt is "
                 "no prefix of the sequence. Use a token of the tokenizer's own as separator."
             )
-        supervised = np.ones(len(tokens), bool)
-        supervised[: len(prompt) if self.loss_on == "completion" else 1] = False
-        if not supervised.any():
-            raise DataError(f"{triple.source}: no token is supervised (an all-zero loss mask). The row has no reply.")
-        return Example(np.asarray(tokens, np.int32), supervised, triple.source)
+        return self.example(tokens, len(prompt), triple.source)
 
     def prompt(self, question: str) -> np.ndarray:
         """int32 tokens of `question <sep>`: what the student reads before it replies."""
@@ -120,15 +175,6 @@ class Template:
         text = reply if isinstance(reply, str) else self.decode(reply)
         rationale, mark, answer = text.partition(self.separator)
         return rationale.strip(), answer.strip() if mark else None
-
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids up to the first eos, as it is: special tokens stay, and no space is cleaned up."""
-        ids = [int(i) for i in tokens]
-        ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """Puts the bos token in front where the tokenizer's own convention does, and never twice."""

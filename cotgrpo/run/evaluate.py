@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cotgrpo.data.template import Template
+from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple
 from cotgrpo.ghosts.verify import answers_match, extract_answer
 from cotgrpo.models.decoder import DecoderConfig
@@ -87,7 +87,7 @@ class ExactMatch:
     def __init__(
         self,
         decoder: DecoderConfig,
-        template: Template,
+        template: AnyTemplate,
         triples: Sequence[Triple],
         *,
         max_new_tokens: int,
@@ -97,7 +97,7 @@ class ExactMatch:
             raise ValueError("Exact match needs at least one held-out row, got none.")
         self.template, self.triples = template, list(triples)
         self.batch_size = min(batch_size, len(self.triples))
-        settings = SamplingSettings(max_new_tokens, eos_ids=(template.eos_id,), pad_id=template.pad_id)
+        settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
         self.sampler = jax.jit(make_sampler(decoder, settings, len(template.tokenizer)))
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:

@@ -11,7 +11,8 @@ import numpy as np
 
 from cotgrpo.config import Config, ConfigError, flat, load_config, save_config
 from cotgrpo.data.batches import make_batches, make_examples
-from cotgrpo.data.template import Example, Template
+from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
+from cotgrpo.data.template import AnyTemplate, Example, Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
@@ -38,7 +39,7 @@ class Setup:
     """
 
     config: Config
-    template: Template
+    template: AnyTemplate
     decoder: DecoderConfig
     train: list[Example]
     test: list[Example]
@@ -75,8 +76,7 @@ def set_up(config: Config, folder: Path, origin: Path | None) -> Setup:
     data = config.data
     train, test, reports = read_rows(config)
     tokenizer = tokenizer_of(config, folder, origin, train)
-    template = Template(tokenizer, data.separator, data.loss_on)
-    held_out = dataclasses.replace(template, loss_on="completion")
+    template, held_out = (template_of(config, tokenizer, loss_on) for loss_on in (data.loss_on, "completion"))
     examples, reports["training sequences"] = make_examples(train, template, data.seq_len, too_long=data.too_long)
     test_examples, reports["held-out sequences"] = make_examples(test, held_out, data.seq_len, too_long=data.too_long)
     fitting = {example.source for example in test_examples}
@@ -147,6 +147,16 @@ def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[
         )
     tokenizer.save_pretrained(own)
     return tokenizer
+
+
+def template_of(config: Config, tokenizer: Any, loss_on: Any) -> AnyTemplate:
+    """The template that `data.format` names. Raises DataError where the tokenizer cannot serve it."""
+    data = config.data
+    if data.format == "plain":
+        return Template(tokenizer, data.separator, loss_on)
+    path = config.tokenizer.path
+    stops = () if path is None else generation_stop_ids(path)
+    return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops)
 
 
 def claim_folder(folder: Path, config: Config, stage: str) -> None:
