@@ -64,17 +64,23 @@ class RopeScaling:
             )
 
 
-def frequencies(theta: Any, head_dim: int) -> Any:
-    """float32 `[H/2]`, `theta ** (-2 i / H)`, rounded where PyTorch rounds: far from 0 an angle shows the last bit of its frequency."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return 1.0 / theta**exponents
+def exponents(head_dim: int) -> np.ndarray:
+    """float32 `[H/2]`, `2 i / H`."""
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+
+
+def frequencies(theta: float, head_dim: int) -> np.ndarray:
+    """float32 `[H/2]`, `theta ** (-2 i / H)`, rounded at each step as PyTorch rounds: far from 0 an angle shows the last bit."""
+    powers = np.float64(theta) ** exponents(head_dim).astype(np.float64)
+    return np.float32(1) / powers.astype(np.float32)
 
 
 def scaled_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> np.ndarray:
     """float32 `[H/2]`, the frequencies under every scaling that does not look at the positions."""
-    plain: Any = frequencies(theta, head_dim)
+    plain = frequencies(theta, head_dim)
+    kept: Any  # the part of each frequency that is not divided by the factor
     if scaling is None:
-        return np.asarray(plain)
+        return plain
     if scaling.kind == "llama3":
         # The number of turns within the original context: low_freq_factor and high_freq_factor bound the blended band.
         turns = np.float32(scaling.original_length) / (np.float32(2 * math.pi) / plain)
@@ -104,7 +110,7 @@ def rotation(
     if scaling is not None and scaling.kind == "dynamic":
         length = jnp.maximum(jnp.max(positions) + 1, scaling.original_length)
         stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
-        per_pair = frequencies(theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
+        per_pair: Any = 1.0 / (theta * stretch ** (head_dim / (head_dim - 2))) ** exponents(head_dim)
     else:
         per_pair = scaled_frequencies(theta, head_dim, scaling)
     angles = positions[:, :, None].astype(jnp.float32) * per_pair[None, None, :]
