@@ -310,7 +310,7 @@ def save_pretrained(
     if source and (found := differences(config, hf)):
         raise ModelError(f"The config is not that of {source.folder}: {'; '.join(found)}.")
     tensors = new_tensors(config, params, dtype)
-    hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = str(tensors[0].dtype)
+    hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
     if jax.process_index() == 0:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
