@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ T = 14
 
 
 def random_params(config: DecoderConfig) -> Any:
-    """Norms and biases random too, and large enough that scores are far from uniform."""
-    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+    """Norms and biases random too, and all large enough that scores are far from uniform."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
 def batch(rows: int = 2) -> tuple[Any, Any, Any]:
@@ -52,11 +53,11 @@ def batch(rows: int = 2) -> tuple[Any, Any, Any]:
 def test_decode_agrees_with_the_whole_pass(config: DecoderConfig) -> None:
     """Prefill of 6, then token by token, against one pass; far past the window."""
     params, (tokens, positions, segments) = random_params(config), batch()
-    whole = make_student(config).hidden(params, tokens, positions, segments)
-    cache, rows = init_cache(config, 2, T), []
+    whole = jax.jit(make_student(config).hidden)(params, tokens, positions, segments)
+    cache, rows, read = init_cache(config, 2, T), [], jax.jit(functools.partial(decode, config))
     for start, end in [(0, 6), *((t, t + 1) for t in range(6, T))]:
         part = slice(start, end)
-        hidden, cache = decode(config, params, tokens[:, part], positions[:, part], segments[:, part], cache, start)
+        hidden, cache = read(params, tokens[:, part], positions[:, part], segments[:, part], cache, start)
         rows.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(rows, axis=1), whole, atol=2e-5)
 
@@ -73,31 +74,31 @@ def test_the_window_bounds_what_a_token_sees(config: DecoderConfig, reach: int) 
         hidden, _ = Decoder(wide).apply({"params": own}, jnp.arange(T)[None], positions, segments)
         return jnp.sum(hidden[0, -1] * jnp.arange(1.0, config.width + 1))
 
-    moved = np.abs(jax.grad(last_row)(params["embedding"][tokens[0]])).sum(axis=-1) > 0
+    moved = np.abs(jax.jit(jax.grad(last_row))(params["embedding"][tokens[0]])).sum(axis=-1) > 0
     np.testing.assert_array_equal(moved, np.arange(T) >= T - 1 - reach)
 
 
 def test_packed_documents_stay_apart_under_windows() -> None:
     params, (tokens, positions, segments) = random_params(MIXED), batch()
-    student = make_student(MIXED)
-    apart = student.logits(params, tokens, positions, segments)
-    packed = student.logits(
+    logits = jax.jit(make_student(MIXED).logits)
+    apart = logits(params, tokens, positions, segments)
+    packed = logits(
         params, tokens.reshape(1, -1), positions.reshape(1, -1), np.repeat([[1, 2]], T, axis=1).astype(np.int32)
     )
     np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_remat_changes_nothing(remat: str) -> None:
+def test_remat_changes_nothing() -> None:
     params, inputs = random_params(MIXED), batch()
 
     def grads(config: DecoderConfig) -> Any:
-        return jax.jit(jax.grad(lambda p: jnp.sum(make_student(config).logits(p, *inputs)[..., 3])))(params)
+        of_all = jax.grad(lambda p: jnp.sum(make_student(config).logits(p, *inputs)[..., 3]))
+        return jax.tree.leaves(jax.jit(of_all)(params))
 
-    for a, b in zip(
-        jax.tree.leaves(grads(MIXED)), jax.tree.leaves(grads(dataclasses.replace(MIXED, remat=remat))), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    want = grads(MIXED)
+    for remat in ("dots", "block"):
+        for a, b in zip(grads(dataclasses.replace(MIXED, remat=remat)), want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_plain_decoder_pays_for_no_option() -> None:

@@ -165,15 +165,15 @@ def assert_same_logits(got: np.ndarray, want: Any, real: np.ndarray, tolerance: 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(torch model, its folder) by case, made when first asked for."""
-    made: dict[str, tuple[Any, Path]] = {}
+    """(torch model, what we load of it) by case, made when first asked for."""
+    made: dict[str, tuple[Any, Pretrained]] = {}
 
-    def of(case: str) -> tuple[Any, Path]:
+    def of(case: str) -> tuple[Any, Pretrained]:
         if case not in made:
             folder = tmp_path_factory.mktemp(case)
             model = make_torch(case)
             model.save_pretrained(folder)
-            made[case] = model, folder
+            made[case] = model, load_pretrained(folder)
         return made[case]
 
     return of
@@ -185,25 +185,25 @@ def test_every_family_has_a_case() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case: str, saved: Any) -> None:
-    model, folder = saved(case)
+    model, loaded = saved(case)
     batch = Batch.make()
-    assert_same_logits(logits(load_pretrained(folder), batch), torch_logits(model, batch), batch.real)
+    assert_same_logits(logits(loaded, batch), torch_logits(model, batch), batch.real)
 
 
 @pytest.mark.parametrize("case", ["llama31_scaled", "llama_dynamic", "llama_yarn", "gemma3"])
 def test_logits_far_from_zero(case: str, saved: Any) -> None:
     """An angle at position 5000 shows the last bits of its frequency."""
-    _, folder = saved(case)
+    _, loaded = saved(case)
     model = make_torch(case)  # transformers' dynamic scaling remembers earlier calls
     batch = Batch.make(start=5000)
-    assert_same_logits(logits(load_pretrained(folder), batch), torch_logits(model, batch), batch.real)
+    assert_same_logits(logits(loaded, batch), torch_logits(model, batch), batch.real)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_old_and_new_configs_say_the_same(case: str, saved: Any) -> None:
     """transformers 5 writes rope_parameters and fills in defaults; the hub has rope_scaling and rope_theta."""
-    _, folder = saved(case)
-    assert decoder_config(json.loads((folder / "config.json").read_text())) == decoder_config(old_config(case))
+    _, loaded = saved(case)
+    assert loaded.config == decoder_config(loaded.hf_config) == decoder_config(old_config(case))
 
 
 @pytest.mark.parametrize("case", ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
@@ -211,7 +211,7 @@ def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
     """Of the mean next-token loss, leaf by leaf: |difference| <= 1e-3 of the leaf's largest entry."""
     from safetensors.torch import save_file
 
-    model, folder = saved(case)
+    model, loaded = saved(case)
     batch = Batch.make()
     targets = np.roll(batch.tokens, -1, axis=1)
     weight = (batch.real & np.roll(batch.real, -1, axis=1) & (np.arange(T) < T - 1)).astype(np.float32)
@@ -222,9 +222,8 @@ def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
     )
     ((nll * torch.tensor(weight)).sum() / weight.sum()).backward()
     save_file({name: p.grad for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(loaded.hf_config))
     want = load_pretrained(tmp_path).params
-    loaded = load_pretrained(folder)
 
     def loss(params: Any) -> jax.Array:
         found = loaded.student.logits(params, batch.tokens, batch.positions, batch.real.astype(np.int32))
@@ -241,8 +240,7 @@ def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path: Path) -> None:
     """config.json is written from `DecoderConfig` alone, and transformers computes the same logits from it."""
-    model, folder = saved(case)
-    loaded = load_pretrained(folder)
+    model, loaded = saved(case)
     assert decoder_config(config_json(loaded.config)) == decoder_config(loaded.hf_config)
     save_pretrained(tmp_path / "out", loaded.config, loaded.params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
@@ -252,11 +250,10 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama_biased", "smollm2", "qwen3", "gemma3"])
-def test_round_trip(case: str, dtype: str, saved: Any, tmp_path: Path) -> None:
+def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     """In from shards, out into shards: bit-equal tensors, the same config, the same logits."""
     from safetensors.torch import load_file
 
-    model, _ = saved(case)
     model = make_torch(case).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
