@@ -312,9 +312,68 @@ def test_pickles_are_not_opened(folder: Path) -> None:
         load_pretrained(folder)
 
 
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def hub(model_type: str, V: int, D: int, F: int, L: int, Q: int, K: int, **more: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L}
+    heads = {"num_attention_heads": Q, "num_key_value_heads": K}
+    return {"model_type": model_type, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, **sizes, **heads, **more}
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        hub("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, pretraining_tp=1)
+        | {"rope_theta": 500000.0, "rope_scaling": ROPE | {"original_max_position_embeddings": 8192}}
+        | {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_cache": True},
+        1_235_814_400,
+    ),
+    "SmolLM2-135M": (
+        hub("llama", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True, is_llama_config=True, rope_interleaved=False)
+        | {"rope_scaling": None, "transformers.js_config": {"dtype": "q4"}},
+        134_515_008,
+    ),
+    "Mistral-7B-v0.3": (hub("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None), 7_248_023_552),
+    "Qwen2.5-0.5B": (
+        hub("qwen2", 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True, use_sliding_window=False)
+        | {"sliding_window": 32768, "max_window_layers": 24, "use_mrope": False},
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        hub("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True, sliding_window=None),
+        596_049_920,
+    ),
+    "Gemma-2-2B": (
+        hub("gemma2", 256000, 2304, 9216, 26, 8, 4, hidden_act="gelu_pytorch_tanh", cache_implementation="hybrid")
+        | {"hidden_activation": "gelu_pytorch_tanh"},
+        2_614_341_888,
+    ),
+    "Gemma-3-1B": (
+        hub("gemma3_text", 262144, 1152, 6912, 26, 4, 1, sliding_window=512, sliding_window_pattern=6)
+        | {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000, "rope_scaling": None},
+        999_885_952,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name: str) -> None:
+    hf, size = PUBLISHED[name]
+    assert decoder_config(hf).num_params() == size
+
+
+def test_windows_of_published_models() -> None:
+    """Gemma 2 has one in every other layer, the first included; Gemma 3 in five of six; Mistral 0.1 in all."""
+    gemma2, gemma3 = (decoder_config(PUBLISHED[name][0]) for name in ("Gemma-2-2B", "Gemma-3-1B"))
+    assert gemma2.window == 4096 and gemma2.local_layers == tuple(range(0, 26, 2)) and gemma2.local_rope_theta is None
+    assert gemma3.local_layers == tuple(i for i in range(26) if i not in (5, 11, 17, 23)) and gemma3.window == 512
+    assert (gemma3.rope_theta, gemma3.local_rope_theta) == (1e6, 1e4)
+    mistral = decoder_config(PUBLISHED["Mistral-7B-v0.3"][0] | {"sliding_window": 4096})
+    assert mistral.window == 4096 and mistral.local_layers is None and mistral.num_local == 32
+
+
 LLAMA = config_json(CONFIG)
 GEMMA2 = {**{k: v for k, v in LLAMA.items() if k not in ("hidden_act", "mlp_bias")}, "model_type": "gemma2"}
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.mark.parametrize(

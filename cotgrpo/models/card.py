@@ -34,12 +34,10 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "tags": ["cotgrpo", "chain-of-thought"],
     }
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {name}\n"]
-    base = (
-        f", from [{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
-        if facts.get("base_model")
-        else ""
+    base = f" from `{facts['base_model']}`" if facts.get("base_model") else ""
+    parts.append(
+        f"A student trained{base} with `cotgrpo`: chain-of-thought distillation and GhostRespond Policy Optimization.\n"
     )
-    parts.append(f"A student trained with [cotgrpo](https://pypi.org/project/cotgrpo/){base}.\n")
     for key, title in (("objective", "Objective"), ("data", "Data")):
         if facts.get(key):
             parts.append(f"## {title}\n\n{facts[key]}\n")

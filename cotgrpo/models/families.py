@@ -39,6 +39,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
     "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
     "auto_map": (None,),
