@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.types import Params, Student
