@@ -284,11 +284,14 @@ def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("COTGRPO_SMOLLM2" not in os.environ, reason="set COTGRPO_SMOLLM2 to SmolLM2-135M-Instruct's folder")
+@pytest.mark.skipif(
+    not {"COTGRPO_SMOLLM2", "COTGRPO_GSM8K"} <= set(os.environ),
+    reason="set COTGRPO_SMOLLM2 to SmolLM2-135M-Instruct's folder and COTGRPO_GSM8K to a JSONL file of questions",
+)
 def test_smollm2_on_real_questions() -> None:
     """Twenty GSM8K questions in float32: logits within 2e-3, argmax equal."""
     folder = Path(os.environ["COTGRPO_SMOLLM2"])
-    rows = (Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:20]
+    rows = Path(os.environ["COTGRPO_GSM8K"]).read_text(encoding="utf-8").splitlines()[:20]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(json.loads(row)["question"])["input_ids"] for row in rows]

@@ -309,6 +309,8 @@ def save_pretrained(
     hf = dict(source.hf_config) if source else config_json(config)
     if source and (found := differences(config, hf)):
         raise ModelError(f"The config is not that of {source.folder}: {'; '.join(found)}.")
+    base = {"base_model": source.hub_id} if source and source.hub_id else {}
+    readme = model_card(folder.name, base | dict(card or {}))
     tensors = new_tensors(config, params, dtype)
     hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
     if jax.process_index() == 0:
@@ -317,8 +319,7 @@ def save_pretrained(
         partial.mkdir(parents=True)
         write_tensors(partial, tensors, max_shard_bytes)
         write_beside(partial, hf, source, tokenizer)
-        base = {"base_model": source.hub_id} if source and source.hub_id else {}
-        (partial / "README.md").write_text(model_card(folder.name, base | dict(card or {})), encoding="utf-8")
+        (partial / "README.md").write_text(readme, encoding="utf-8")
         os.replace(partial, folder)
     else:
         for tensor in tensors:
