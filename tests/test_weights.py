@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,39 @@ def test_onto_a_mesh_and_back(sizes: dict[str, int], folder: Path, params: Any, 
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in zip(got, want, strict=True))
     assert not loaded.params["layers"]["query"]["kernel"].sharding.is_fully_replicated
     save_pretrained(tmp_path / "out", loaded.config, loaded.params, source=loaded)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from cotgrpo import make_mesh
+from cotgrpo.models import load_pretrained, save_pretrained
+
+loaded = load_pretrained(sys.argv[3], mesh=make_mesh(fsdp=2, tensor=2))
+assert not loaded.params["layers"]["query"]["kernel"].is_fully_addressable
+save_pretrained(sys.argv[4], loaded.config, loaded.params, source=loaded)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_and_write_one_model(folder: Path, tmp_path: Path) -> None:
+    """Each holds a part of every kernel; the first one writes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    paths = [str(folder), str(tmp_path / "out")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(process), *paths],
+            env={**os.environ, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+        )
+        for process in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 

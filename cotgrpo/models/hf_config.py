@@ -58,9 +58,9 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
             head_dim=sizes["hidden_size"] // heads if field["head_dim"] is None else positive(field, "head_dim"),
             mlp_width=sizes["intermediate_size"],
             rope_theta=float(field["rope_theta"]),
-            norm_eps=field["rms_norm_eps"],
+            norm_eps=float(field["rms_norm_eps"]),
             tied_head=field["tie_word_embeddings"],
-            init_scale=field["initializer_range"],
+            init_scale=float(field["initializer_range"]),
             activation=activation(field),
             rope_scaling=rope_scaling(field),
             max_positions=field["max_position_embeddings"],
@@ -141,22 +141,20 @@ def rope_scaling(field: HfConfig) -> RopeScaling | None:
         raise ModelError(f"config.json: unsupported field {', '.join(unknown)} in rope_scaling of type {kind!r}.")
     if kind == "default":
         return None
-    missing = {"factor"} | ({"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()) - set(spec)
-    if missing - set(spec):
-        raise ModelError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(sorted(missing - set(spec)))}.")
+    needed = {"factor", "low_freq_factor", "high_freq_factor"} if kind == "llama3" else {"factor"}
+    if needed - set(spec):
+        raise ModelError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(sorted(needed - set(spec)))}.")
     if kind == "linear":
         return RopeScaling(kind, spec["factor"])
     length = spec.pop("original_max_position_embeddings", field["max_position_embeddings"])
     mscales = spec.pop("mscale", 0), spec.pop("mscale_all_dim", 0)
     if kind == "yarn" and "attention_factor" not in spec:
-        factors = (
-            [yarn_factor(spec["factor"], m) for m in mscales] if all(mscales) else [yarn_factor(spec["factor"]), 1]
-        )
-        spec["attention_factor"] = factors[0] / factors[1]
+        over, under = mscales if all(mscales) else (1.0, 0.0)
+        spec["attention_factor"] = yarn_factor(spec["factor"], over) / yarn_factor(spec["factor"], under)
     return RopeScaling(kind, original_length=length, **spec)
 
 
-def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+def yarn_factor(factor: float, mscale: float) -> float:
     """How much longer queries and keys become under YaRN: `0.1 mscale ln(factor) + 1`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
