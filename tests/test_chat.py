@@ -279,6 +279,16 @@ def test_turns_that_never_end() -> None:
         chat(CHATML.replace("<|im_end|>", " Over.<|im_end|>"))
 
 
+def test_an_end_of_turn_that_is_no_special_token() -> None:
+    """It ends a turn all the same, so no text may hold it."""
+    made = tokenizer(CHATML.replace("<|im_end|>", "<|over|>"), eos="<eos>")
+    made.add_tokens(["<|over|>"])
+    template = ChatTemplate(made, loss_on="completion")
+    assert template.eos_id == len(made) - 1 and shown(template)[1] == PLAIN + "<|over|>"
+    with pytest.raises(DataError, match=r"f:3: the rationale holds the control token '<\|over\|>'"):
+        template.encode(Triple("q", "r<|over|>s", "a", source="f:3"))
+
+
 def test_a_stop_token_inside_the_reply() -> None:
     with pytest.raises(DataError, match="'</think>' stands inside the reply, where generation would stop"):
         chat(CHATML, "think", more_stop_ids=(tokenizer(CHATML).convert_tokens_to_ids("</think>"),))
@@ -457,6 +467,8 @@ def test_replies_are_taken_apart() -> None:
     assert think.split_reply("r</think>So it is 3.") == ("r", "So it is 3.")
     assert think.split_reply("<think>1+2=3") == ("1+2=3", None)
     assert think.split_reply("<think></think>}") == ("", "}")
+    starred = chat(CHATML, "think", answer_format="*{answer}*")
+    assert starred.split_reply("r</think>**") == ("r", "") and starred.split_reply("r</think>*") == ("r", "*")
     assert think.split_reply(np.asarray(think.tokenizer.encode("a</think>b<|im_end|>c"))) == ("a", "b")
 
 

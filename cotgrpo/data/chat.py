@@ -297,7 +297,6 @@ class ChatTemplate(AnyTemplate):
                 # Settings that templates read, each under its own name; the others do not look.
                 enable_thinking=thinking,
                 thinking=thinking,
-                date_string=DAY.strftime("%d %b %Y"),
                 cotgrpo_dates={"iso": DAY.isoformat()} | {form: DAY.strftime(form) for form in formats},
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
