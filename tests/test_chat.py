@@ -576,9 +576,10 @@ def test_generation_configs(tmp_path: Path) -> None:
     for stops, expected in ((7, (7,)), ([7, 3], (7, 3)), (None, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
         assert generation_stop_ids(tmp_path) == expected
-    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match=r"generation_config.json cannot be read .* Mend or remove it"):
-        generation_stop_ids(tmp_path)
+    for broken in ("{", "[1]", '{"eos_token_id": "<eos>"}'):
+        (tmp_path / "generation_config.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(DataError, match=r"generation_config.json cannot be read .* Mend or remove it"):
+            generation_stop_ids(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,14 +314,12 @@ def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:
     Raises:
         DataError: the file is there and cannot be read.
     """
+    name = "generation_config.json"
     try:
-        stops = transformers().GenerationConfig.from_pretrained(str(path_or_id)).eos_token_id
-    except Exception as error:  # a hub raises many kinds, and no file is an OSError as a broken one is
-        if not (Path(path_or_id) / "generation_config.json").exists():
-            return ()
+        file = transformers().utils.cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
+        stops = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        return tuple(int(stop) for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None)
+    except Exception as error:  # a broken file or a broken connection, which raise many kinds
         raise DataError(
-            f"{path_or_id}/generation_config.json cannot be read ({type(error).__name__}: {error}). Mend or remove it."
+            f"{path_or_id}/{name} cannot be read ({type(error).__name__}: {error}). Mend or remove it."
         ) from error
-    if stops is None:
-        return ()
-    return tuple(int(stop) for stop in (stops if isinstance(stops, list) else [stops]))

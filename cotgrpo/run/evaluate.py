@@ -28,9 +28,9 @@ class Reply:
     Attributes:
         question, gold: of the row.
         text: the whole reply, special tokens as the tokenizer writes them.
-        answer: what stands behind the separator, or None where no separator came.
+        answer: what the template takes for the answer (plain: the text behind the separator), or None where there is none.
         correct: whether the answer is the gold one.
-        finished: whether the reply ended with eos, and was not cut off.
+        finished: whether the reply ended with a stop token, and was not cut off.
     """
 
     question: str
@@ -50,7 +50,7 @@ class Accuracy:
         n: rows.
         low, high: the 95 % Wilson interval.
         truncated: replies cut off at the limit of tokens.
-        unparsable: replies without a separator, and so without an answer; they count as wrong.
+        unparsable: replies in which the template finds no answer (plain: without a separator); they count as wrong.
         replies: one a row, in the order of the rows.
     """
 
