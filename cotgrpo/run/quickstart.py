@@ -33,17 +33,26 @@ TRAIN_ROWS, TEST_ROWS = 6_000, 500
 
 QUICKSTART = Config(
     run_dir="quickstart_run",
-    student=StudentConfig(width=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384),
+    student=StudentConfig(
+        width=128,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=16,
+        mlp_width=384,
+        rope_theta=1_000.0,
+        init_scale=0.06,
+    ),
     tokenizer=TokenizerConfig(vocab_size=400),
-    data=DataConfig(seq_len=256),
+    data=DataConfig(seq_len=160, loss_on="completion"),
     sft=StageConfig(
-        steps=500, batch_size=16, eval_every=100, optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=40)
+        steps=680, batch_size=12, eval_every=170, optimizer=OptimizerConfig(learning_rate=2.5e-3, warmup_steps=40)
     ),
     grpo=GrpoConfig(
-        steps=250, batch_size=16, eval_every=50, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20)
+        steps=350, batch_size=12, eval_every=70, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20)
     ),
-    eval=EvalConfig(rows=TEST_ROWS, batch_size=250, max_new_tokens=128),
-    checkpoint=CheckpointConfig(every=100, keep=2),
+    eval=EvalConfig(rows=TEST_ROWS, batch_size=250, max_new_tokens=96),
+    checkpoint=CheckpointConfig(every=150, keep=2),
 )
 """The quick start's settings; every one of them is also an option of the command."""
 
@@ -60,7 +69,9 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
         train, test = folder / "train.jsonl", folder / "test.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         teach(train, test, config.seed)
-        console.print(f"teacher: {TRAIN_ROWS} triples in {train}, {TEST_ROWS} held out in {test}", highlight=False, soft_wrap=True)
+        console.print(
+            f"teacher: {TRAIN_ROWS} triples in {train}, {TEST_ROWS} held out in {test}", highlight=False, soft_wrap=True
+        )
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, train=[str(train)], test=[str(test)])
         )
