@@ -33,7 +33,9 @@ CORE_MODULES = {
     "sharding",
     "sampling",
     "models.attention",
+    "models.config",
     "models.decoder",
+    "models.rotary",
 }
 CHAIN = ("types", "objectives", "token_engine", "train_steps", "run", "cli")
 """Each of these imports those to its left, never one to its right."""

@@ -1,14 +1,15 @@
 """The student: one decoder-only transformer in Flax linen, driven by one frozen `DecoderConfig`.
 
 RMSNorm before each block, rotary positions, grouped-query attention, a gated MLP, and a head that may be tied to the embedding. The layers
-are one scanned layer with stacked parameters, so compile time does not grow with depth and the state is a few large arrays.
+are one scanned layer with stacked parameters, so compile time does not grow with depth and the state is a few large arrays. Where layers
+differ (sliding windows in some of them), both views of the sequence are made once and each layer picks its own.
 
 The same module serves training (`make_student`) and generation (`init_cache`, `decode`).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -16,86 +17,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.models.attention import attention, causal_segment_mask, rotate
+from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
+from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.types import Params, Student
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Float, Int, PRNGKeyArray
-
-REMAT_POLICIES = ("nothing", "dots", "block")
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder.
-
-    Attributes:
-        vocab_size: V, rows of the embedding and columns of the head.
-        width: D, the size of the residual stream.
-        num_layers: L.
-        num_heads: Q, query heads.
-        num_kv_heads: K, key/value heads; divides `num_heads`.
-        head_dim: H, even.
-        mlp_width: F, the size of the gated MLP's middle.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: added to the mean square in RMSNorm.
-        tied_head: the head is the transposed embedding.
-        init_scale: standard deviation of the initial weights; projections back into the residual stream are divided by `sqrt(2 L)`.
-        dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
-        param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products),
-            "block" (everything inside a layer; only the residual stream is kept).
-    """
-
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied_head: bool = True
-    init_scale: float = 0.02
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "nothing"
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"DecoderConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig.head_dim must be even for rotary positions, got {self.head_dim}.")
-        for name, allowed in (("remat", REMAT_POLICIES), ("dtype", DTYPES), ("param_dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"DecoderConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-
-    def num_params(self) -> int:
-        """The number of parameters."""
-        attention_params = self.width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention_params + 3 * self.width * self.mlp_width + 2 * self.width
-        return self.num_layers * layer + self.width + self.vocab_size * self.width * (1 if self.tied_head else 2)
+    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    With `plus_one` the factor is `1 + scale`.
+    """
 
     eps: float
     param_dtype: Any
+    plus_one: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale_D = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        if self.plus_one:
+            scale_D = 1.0 + scale_D
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale_D.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+        return (x32 * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class KvCache(flax.struct.PyTreeNode):
@@ -113,53 +63,86 @@ class KvCache(flax.struct.PyTreeNode):
     segment_ids: Int[Array, "B S"]
 
 
+class View(flax.struct.PyTreeNode):
+    """What a layer knows of the sequence besides the residual stream.
+
+    Attributes:
+        cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key.
+        mask: bool `[B, T, S]`, True where a query may read a key.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    mask: Bool[Array, "B T S"]
+
+
 class Layer(nn.Module):
     """One transformer layer: attention and a gated MLP, each added to the residual stream."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[Any, Any, Any], positions: Any, mask: Any, slot: Any) -> tuple[Any, None]:
+    def __call__(self, carry: tuple[Any, Any, Any], is_local: Any, views: tuple[View, ...], slot: Any) -> Any:
         """`carry` is (residual stream, index of this layer, None or the keys and values of all layers).
 
-        The cache travels in the scan's carry, not as a scanned input, so that XLA updates it in place.
+        The cache travels in the scan's carry, not as a scanned input, so that XLA updates it in place. There is one view, or there are
+        two, the global and the local one, and `is_local` says which is this layer's.
         """
         c = self.config
         x, index, cached = carry
-        mixed, cached = self.attend(x, index, cached, positions, mask, slot)
-        x = x + self.dense("out", c.width, to_residual=True)(mixed)
-        h = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), name="mlp_norm")(x)
-        gate, up = self.dense("gate", c.mlp_width)(h), self.dense("up", c.mlp_width)(h)
-        x = x + self.dense("down", c.width, to_residual=True)(nn.silu(gate) * up)
+        view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
+        mixed, cached = self.attend(x, index, cached, view, slot)
+        mixed = self.dense("out", to_residual=True)(mixed)
+        x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
+        h = self.norm("mlp_norm")(x)
+        activation = {"silu": nn.silu, "gelu": exact_gelu, "gelu_tanh": nn.gelu}[c.activation]
+        h = self.dense("down", to_residual=True)(activation(self.dense("gate")(h)) * self.dense("up")(h))
+        x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return (x, index + 1, cached), None
 
-    def attend(self, x: Any, index: Any, cached: Any, positions: Any, mask: Any, slot: Any) -> tuple[Any, Any]:
+    def attend(self, x: Any, index: Any, cached: Any, view: View, slot: Any) -> tuple[Any, Any]:
         c = self.config
         B, T, _ = x.shape
-        h = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), name="attention_norm")(x)
-        query = self.dense("query", c.num_heads * c.head_dim)(h).reshape(B, T, c.num_heads, c.head_dim)
-        key = self.dense("key", c.num_kv_heads * c.head_dim)(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        value = self.dense("value", c.num_kv_heads * c.head_dim)(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
+        h = self.norm("attention_norm")(x)
+        query = self.dense("query")(h).reshape(B, T, c.num_heads, c.head_dim)
+        key = self.dense("key")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
+        value = self.dense("value")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
         if cached is not None:
             at = (index, 0, slot, 0, 0)
             cached = tuple(
                 jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
-        return attention(query, key, value, mask).reshape(B, T, c.num_heads * c.head_dim), cached
+        mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
+        return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
-    def dense(self, name: str, features: int, to_residual: bool = False) -> nn.Dense:
+    def norm(self, name: str) -> RMSNorm:
+        return make_norm(self.config, name)
+
+    def dense(self, name: str, to_residual: bool = False) -> nn.Dense:
         c = self.config
         scale = c.init_scale / (2 * c.num_layers) ** 0.5 if to_residual else c.init_scale
         return nn.Dense(
-            features,
-            use_bias=False,
+            c.projections[name][1],
+            use_bias=name in c.biases,
             name=name,
             dtype=jnp.dtype(c.dtype),
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
         )
+
+
+def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
+    """The RMSNorm of the name, as the config wants it."""
+    return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, name=name)
+
+
+def exact_gelu(x: Any) -> Any:
+    """`x * Phi(x)`, with the error function; `nn.gelu` alone is the approximation by tanh."""
+    return nn.gelu(x, approximate=False)
 
 
 class Decoder(nn.Module):
@@ -178,25 +161,42 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.param("head", nn.initializers.normal(c.init_scale), (c.width, c.vocab_size), jnp.dtype(c.param_dtype))
         x_BTD = embedding_VD[tokens].astype(jnp.dtype(c.dtype))
+        if c.embedding_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:
             key_positions, key_segments, cached = positions, segment_ids, None
         else:
             key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
             key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
             cached = (cache.keys, cache.values)
-        mask = causal_segment_mask(positions, segment_ids, key_positions, key_segments)
+        views = self.views(positions, segment_ids, key_positions, key_segments)
+        is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
         layers = nn.scan(
             self.rematted_layer(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, name="layers")
-        (x_BTD, _, cached), _ = layers((x_BTD, jnp.int32(0), cached), positions, mask, slot)
-        x_BTD = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), name="final_norm")(x_BTD)
+        (x_BTD, _, cached), _ = layers((x_BTD, jnp.int32(0), cached), is_local, views, slot)
+        x_BTD = make_norm(c, "final_norm")(x_BTD)
         if cache is None:
             return x_BTD, None
         return x_BTD, KvCache(cached[0], cached[1], key_positions, key_segments)
+
+    def views(self, positions: Any, segment_ids: Any, key_positions: Any, key_segments: Any) -> tuple[View, ...]:
+        """The global view, the local one, or both in this order: those that some layer uses."""
+        c = self.config
+        segments = (positions, segment_ids, key_positions, key_segments)
+        views = []
+        if c.num_local < c.num_layers:
+            rotations = rotation(positions, c.rope_theta, c.head_dim, c.rope_scaling)
+            views.append(View(*rotations, causal_segment_mask(*segments)))
+        if c.num_local:
+            own = c.local_rope_theta
+            rotations = rotation(positions, own or c.rope_theta, c.head_dim, None if own else c.rope_scaling)
+            views.append(View(*rotations, causal_segment_mask(*segments, c.window)))
+        return tuple(views)
 
     def rematted_layer(self) -> Any:
         if self.config.remat == "nothing":
@@ -236,7 +236,10 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
 
     padded = vocab_size is not None and vocab_size < config.vocab_size
     return Student(
-        hidden=hidden, head=lambda params: head_of(config, params), vocab_size=vocab_size if padded else None
+        hidden=hidden,
+        head=lambda params: head_of(config, params),
+        softcap=config.logit_softcap,
+        vocab_size=vocab_size if padded else None,
     )
 
 
