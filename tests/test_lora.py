@@ -21,6 +21,7 @@ from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, lora_student, make_lora_step, merge
 from cotgrpo.run.checkpoint import Checkpoints
+from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import state_sharding
 
 CONFIG = DecoderConfig(
@@ -206,6 +207,39 @@ def test_state_and_checkpoint_hold_adapters_alone(params: Any, tmp_path: Path) -
     restored, _, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state)) or (None, None, None)
     checkpoints.close()
     assert_close(restored.params, state.params, 0.0)
+
+
+class Batches:
+    """Endless, with a position that can be saved."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __next__(self) -> SftBatch:
+        self.taken += 1
+        return make_batch(self.taken)
+
+    def get_state(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
+def test_the_host_loop_trains_adapters_and_resumes_on_another_mesh(params: Any, tmp_path: Path) -> None:
+    """`train` takes the frozen weights as `extra`; three steps on eight devices and three on one are six on one."""
+    tx, lora = cotgrpo.make_optimizer(learning_rate=1e-2, total_steps=6), dataclasses.replace(LORA, dropout=0.1)
+    pure = make_lora_step(lambda student: cotgrpo.make_grpo_step(student, tx), STUDENT, lora)
+
+    def call(folder: str, steps: int, **mesh: int) -> Any:
+        step = cotgrpo.jit_step(pure, mesh=cotgrpo.make_mesh(**mesh) if mesh else None)
+        state = TrainState.create(params=init_lora(params, lora, jax.random.key(1)), tx=tx, key=0)
+        settings = LoopSettings("lora", steps, log_every=3, checkpoint_every=3)
+        evaluate = lambda adapters: {"loss": EVAL(merge(params, adapters, lora), make_batch())["loss"].mean()}
+        return train(step, state, Batches(), tmp_path / folder, settings, extra=(params,), evaluate=evaluate).params
+
+    call("parts", 3, fsdp=8)
+    assert_close(call("parts", 6), call("whole", 6))
 
 
 def test_the_frozen_weights_are_an_argument_and_have_no_gradient(params: Any) -> None:

@@ -208,7 +208,7 @@ def make_lora_step(
 class Beside:
     """Adds `scale (dropout(x) A) B` to the product of every `nn.Dense` beside whose kernel adapters lie: an interceptor for linen's methods.
 
-    Products run in the type of the model's own, but for their sums, which are float32.
+    The products run in the model's compute type, the sums over the wide side in float32.
     """
 
     def __init__(self, lora: LoraConfig, row_numbers_B: Any) -> None:
