@@ -15,6 +15,11 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)head$", ("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(out|down)/kernel$", (None, "tensor", "fsdp")),
+    # LoRA's A and B beside a kernel lie as its inputs and outputs do; their rank is small and stays whole.
+    (r"(query|key|value|gate|up)/lora_a$", (None, "fsdp", None)),
+    (r"(query|key|value|gate|up)/lora_b$", (None, None, "tensor")),
+    (r"(out|down)/lora_a$", (None, "tensor", None)),
+    (r"(out|down)/lora_b$", (None, None, "fsdp")),
 )
 """(pattern searched in the path, mesh axis of each dimension). The first match counts; a leaf that none matches is on every device.
 Optimizer moments have their parameter's path at the end of their own, and so its sharding."""
