@@ -1,6 +1,6 @@
-"""The command line: `cotgrpo quickstart | sft | grpo | eval`. GRPO is GhostRespond Policy Optimization, not Group Relative.
+"""The command line: `cotgrpo quickstart | sft | grpo | eval | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
 
-Every command takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
+Every command but export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
 those, 3 when training stopped itself, and 128 + the signal's number when a signal ended a run that was saved.
 """
 
@@ -22,7 +22,8 @@ commands:
   quickstart   the whole method on a made-up task, on a CPU in minutes: teacher, SFT, GRPO, a report   (--out DIR)
   sft          chain-of-thought distillation: fine-tune a student on (question, rationale, answer) triples
   grpo         GhostRespond Policy Optimization, from the student that sft left in the same run folder
-  eval         exact match and loss on held-out rows, of the newest student of a run folder
+  eval         exact match and loss on held-out rows, of the newest student of a run folder, or of any model   (--model FOLDER_OR_ID)
+  export       the newest student of a run folder as a folder that transformers loads   (--run_dir DIR --out FOLDER)
 
 cotgrpo COMMAND --help lists every setting; cotgrpo --version prints the version."""
 
@@ -51,6 +52,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     """Runs one command, and turns the errors that a user can mend into a line and an exit code."""
     from cotgrpo.config import ConfigError
     from cotgrpo.data.triples import DataError
+    from cotgrpo.models.families import ModelError
     from cotgrpo.run.checkpoint import CheckpointError
     from cotgrpo.run.train import Interrupted, TrainingStopped
 
@@ -58,8 +60,8 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     try:
         use_compilation_cache()
         command(arguments, console)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"cotgrpo: {error}", file=sys.stderr)
+    except (ConfigError, DataError, CheckpointError, ModelError) as error:
+        print(f"cotgrpo: {' '.join(str(error).split())}", file=sys.stderr)  # a library's words may be several lines
         return 2
     except TrainingStopped as error:
         print(f"cotgrpo: {error}", file=sys.stderr)
@@ -95,16 +97,80 @@ def grpo(arguments: Sequence[str], console: Console) -> None:
     run_grpo(parse_config(arguments, prog="cotgrpo grpo"), console)
 
 
+EVAL_HELP = """Exact match and loss on held-out rows. Of a run: --run_dir DIR, with the run's own settings and those given here on top.
+Of any model: --model FOLDER_OR_ID --data.test ROWS, and --out DIR to keep eval.json there; no run is needed, and data.train neither."""
+
+
 def evaluate(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo eval`."""
-    from cotgrpo.config import parse_config
-    from cotgrpo.run.stages import newest_stage, run_eval
+    from cotgrpo.config import Config, ConfigError, parse_config
+    from cotgrpo.run.stages import newest_stage, run_eval, run_eval_pretrained
 
-    config = parse_config(arguments, prog="cotgrpo eval")
+    model, rest = taken("--model", arguments)
+    if model is not None:
+        out, rest = taken("--out", rest)
+        if taken("--run_dir", rest)[0] is not None:
+            raise ConfigError(
+                "--model and --run_dir name two students: give one of them, and --out DIR to keep eval.json."
+            )
+        # A config file may be that of a student from scratch: its shape does not count here.
+        shape = [f"--student.{name}={getattr(Config().student, name)}" for name in Config().student.shape()]
+        config = parse_config([*rest, *shape, f"--student.path={model}"], prog="cotgrpo eval")
+        run_eval_pretrained(config, None if out is None else Path(out), console)
+        return
+    config = parse_config(arguments, prog="cotgrpo eval", description=EVAL_HELP)
     # The run's own settings, with what was given on top.
     stage = newest_stage(Path(config.run_dir))
     saved = Path(config.run_dir) / stage / "config.yaml"
     run_eval(parse_config(["--config", str(saved), *arguments], prog="cotgrpo eval"), console)
+
+
+def taken(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last value of an option that is no setting (None: it is not there), and the other arguments."""
+    from cotgrpo.config import ConfigError
+
+    value, rest, given = None, [], iter(arguments)
+    for argument in given:
+        name, has_value, after = argument.partition("=")
+        if name != option:
+            rest.append(argument)
+            continue
+        value = after if has_value else next(given, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(f"{option} needs a value.")
+    return value, rest
+
+
+EXPORT_HELP = """usage: cotgrpo export --run_dir DIR --out FOLDER [--dtype float32|bfloat16|float16]
+
+Writes the newest student of a run as a folder that transformers loads: safetensors, config.json, tokenizer, chat template,
+generation_config.json, and a model card with the data, the objective, the settings and the measured accuracy.
+
+  --run_dir DIR    the folder of the run
+  --out FOLDER     new or empty
+  --dtype TYPE     how weights are stored; without it, as in the run"""
+
+
+def export(arguments: Sequence[str], console: Console) -> None:
+    """`cotgrpo export`."""
+    from cotgrpo.config import ConfigError
+    from cotgrpo.config_file import nearest
+    from cotgrpo.run.export import run_export
+
+    if {"-h", "--help"} & set(arguments):
+        print(EXPORT_HELP)
+        return
+    options: dict[str, str | None] = {}
+    rest = list(arguments)
+    for name in ("run_dir", "out", "dtype"):
+        options[name], rest = taken(f"--{name}", rest)
+    if rest:
+        name = rest[0].partition("=")[0]
+        raise ConfigError(f"Unknown option {name}.{nearest(name.removeprefix('--'), list(options), '--')}")
+    run_dir, out, dtype = options.values()
+    if run_dir is None or out is None:
+        raise ConfigError("export needs --run_dir DIR, the folder of the run, and --out FOLDER, where the model goes.")
+    run_export(Path(run_dir), Path(out), dtype, console)
 
 
 def quickstart(arguments: Sequence[str], console: Console) -> None:
@@ -121,6 +187,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], Console], None]] = {
     "sft": sft,
     "grpo": grpo,
     "eval": evaluate,
+    "export": export,
 }
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ def at_least(least: int, settings: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The shape of a student that is trained from scratch; its vocabulary is the tokenizer's.
+    """The student: a pretrained model, or a shape that is trained from scratch.
 
     Attributes:
+        path: a folder or hub id of a pretrained model, which brings its shape and tokenizer along; null: from scratch, with the
+            shape below and the tokenizer's vocabulary.
         width: D, the size of the residual stream.
         num_layers: L.
         num_heads: query heads.
@@ -49,6 +51,7 @@ class StudentConfig:
         remat: what the backward pass recomputes.
     """
 
+    path: str | None = None
     width: int = 256
     num_layers: int = 4
     num_heads: int = 4
@@ -63,11 +66,26 @@ class StudentConfig:
     remat: Literal["nothing", "dots", "block"] = "nothing"
 
     def __post_init__(self) -> None:
-        self.decoder(vocab_size=1)  # checks the numbers
+        if self.path is None:
+            self.decoder(vocab_size=1)  # checks the numbers
+        for name in () if self.path is None else self.shape():
+            if getattr(self, name) != getattr(StudentConfig, name):
+                raise ConfigError(
+                    f"student.{name} is no setting of a pretrained student, whose shape is that of its config.json. "
+                    "Remove it, or student.path."
+                )
+
+    @classmethod
+    def shape(cls) -> list[str]:
+        """The settings that a pretrained student does not have."""
+        shared = ("path", "dtype", "param_dtype", "remat")
+        return [field.name for field in dataclasses.fields(cls) if field.name not in shared]
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         """The decoder with this shape and `vocab_size` tokens."""
-        return DecoderConfig(vocab_size=vocab_size, **dataclasses.asdict(self))
+        settings = dataclasses.asdict(self)
+        del settings["path"]
+        return DecoderConfig(vocab_size=vocab_size, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +93,7 @@ class TokenizerConfig:
     """The student's tokenizer.
 
     Attributes:
-        path: a folder with tokenizer.json, or a hub id; null trains one on the training rows.
+        path: a folder with tokenizer.json, or a hub id; null: that of student.path, or else one trained on the training rows.
         vocab_size: the most tokens of a tokenizer that is trained here.
     """
 
@@ -214,7 +232,8 @@ class StageConfig:
         steps: updates.
         batch_size: packed rows of a batch.
         micro_batches: parts of a batch that are in memory one at a time; divides batch_size.
-        init_from: the run folder whose newest checkpoint to start from; null: from scratch for sft, from this run's sft for grpo.
+        init_from: the stage's folder whose newest checkpoint to start from, or student.path again for its own weights; null: those of
+            student.path, or from scratch, for sft, and this run's sft for grpo.
         log_every: steps of one row in metrics.jsonl.
         eval_every: steps between held-out losses; 0: only at the end.
         optimizer: the optimizer and its schedule.
@@ -293,7 +312,7 @@ class Config:
         run_dir: the folder of everything that the run writes.
         seed: of the parameters, the order of the data, and what is drawn.
         max_skipped: stop after this many updates in a row that were skipped because they were not finite.
-        student: the student's shape.
+        student: a pretrained student, or the shape of one from scratch.
         tokenizer: the student's tokenizer.
         data: rows, and how they become sequences.
         sft: supervised fine-tuning on the triples (chain-of-thought distillation).
@@ -318,19 +337,21 @@ class Config:
         at_least(1, self, "max_skipped")
 
 
-def make_parser(prog: str, defaults: Config = Config()) -> Any:
+def make_parser(prog: str, defaults: Config = Config(), description: str | None = None) -> Any:
     """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting."""
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file of settings; options after it override it")
     parser.add_class_arguments(Config)
     parser.set_defaults(dict(flat(dataclasses.asdict(defaults))))
     return parser
 
 
-def parse_config(arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = Config()) -> Config:
-    """The config that `--config FILE` and dotted options describe, later ones overriding earlier ones.
+def parse_config(
+    arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = Config(), description: str | None = None
+) -> Config:
+    """The config that `--config FILE` and dotted options describe, later ones overriding earlier ones; `description` is for --help.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or outside its range.
@@ -344,7 +365,7 @@ def parse_config(arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: C
         elif option.startswith("--") and option.rstrip("+")[2:] not in (*known, "config", "help", "print_config"):
             raise ConfigError(f"Unknown option {option}.{nearest(option[2:], known, '--')}")
         expecting_file = option == "--config" and not value
-    parser = make_parser(prog, defaults)
+    parser = make_parser(prog, defaults, description)
     try:
         parsed = parser.parse_args(list(arguments))
         parsed.pop("config", None)

@@ -22,12 +22,12 @@ import numpy as np
 from cotgrpo.models.card import model_card
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.families import HfConfig, ModelError, tensor_names
-from cotgrpo.models.hf_config import config_json, decoder_config, differences, family_of
-from cotgrpo.models.tensor_files import DTYPES, NewTensor, StoredTensor, find_tensors, read_json, write_tensors
+from cotgrpo.models.hf_config import config_json, differences
+from cotgrpo.models.model_folder import ModelFolder, open_folder
+from cotgrpo.models.tensor_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,27 +43,17 @@ DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that older checkpoints hold and the config determines."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A model from Hugging Face.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(ModelFolder):
+    """A model from Hugging Face: a `ModelFolder`, and
 
     Attributes:
-        config: the decoder's shape; `dataclasses.replace` it and call `make_student` for another remat or compute type.
         student: what train steps take. Ids that the tokenizer does not have are never drawn.
         params: the weights.
-        folder: where the files lie; `cotgrpo.data.tokenizer.load_tokenizer(folder)` is its tokenizer.
-        hf_config: config.json.
-        generation_config: generation_config.json, or None.
-        hub_id: the hub id it was asked for by, or None.
     """
 
-    config: DecoderConfig
     student: Student
     params: Params
-    folder: Path
-    hf_config: HfConfig
-    generation_config: HfConfig | None = None
-    hub_id: str | None = None
 
 
 def load_pretrained(
@@ -86,44 +76,21 @@ def load_pretrained(
     Raises:
         ModelError: what is wrong with the folder, its config, its weights or its tokenizer.
     """
-    folder = local_folder(folder_or_id)
-    hf = read_json(folder / "config.json")
-    config, tensors = decoder_config(hf), find_tensors(folder)
-    names = names_by_path(config)
-    check_tensors(config, names, tensors, folder)
+    found = open_folder(folder_or_id)
+    tensors, names = find_tensors(found.folder), names_by_path(found.config)
+    check_tensors(found.config, names, tensors, found.folder)
     stored = tensors["model.embed_tokens.weight"].dtype
     dtype = dtype or ("bfloat16" if stored == jnp.bfloat16 else "float32")
-    config = dataclasses.replace(config, param_dtype=dtype, dtype=compute_dtype or dtype, remat=remat)
-    student = make_student(config, tokenizer_size(folder, config, hf))
+    config = dataclasses.replace(found.config, param_dtype=dtype, dtype=compute_dtype or dtype, remat=remat)
     return Pretrained(
         config=config,
-        student=student,
+        student=make_student(config, found.own_vocab_size()),
         params=read_params(config, names, tensors, mesh),
-        folder=folder,
-        hf_config=hf,
-        generation_config=read_json(p) if (p := folder / "generation_config.json").is_file() else None,
-        hub_id=None if Path(folder_or_id).is_dir() else str(folder_or_id),
+        folder=found.folder,
+        hf_config=found.hf_config,
+        generation_config=found.generation_config,
+        hub_id=found.hub_id,
     )
-
-
-def local_folder(folder_or_id: str | Path) -> Path:
-    """The folder itself, or that of a hub id's snapshot, downloaded if need be (safetensors, JSON and templates alone)."""
-    if Path(folder_or_id).is_dir():
-        return Path(folder_or_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
-        raise ModelError(f"No folder {folder_or_id}: expected a model folder, or a hub id such as owner/name.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        # No subfolders (other formats), and no second copy of the weights under Mistral's own names.
-        found = snapshot_download(
-            str(folder_or_id), allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"No folder {folder_or_id}, and no model of this id could be had from the hub ({type(error).__name__}: {error})."
-        ) from error
-    return Path(found)
 
 
 def names_by_path(config: DecoderConfig) -> dict[tuple[str, ...], list[str]]:
@@ -192,31 +159,6 @@ def check_tensors(
             )
 
 
-def tokenizer_size(folder: Path, config: DecoderConfig, hf: HfConfig) -> int | None:
-    """The number of ids that tokenizer.json uses, or None where there is no such file.
-
-    Raises:
-        ModelError: it has ids beyond the embedding.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # what the library raises has no narrower type
-        raise ModelError(f"{path} is no tokenizer: {error}.") from error
-    ids = {token: i for token, i in vocabulary.items() if token not in family_of(hf).without_embedding}
-    last = max(ids, key=lambda token: ids[token])
-    if ids[last] >= config.vocab_size:
-        raise ModelError(
-            f"{path} gives {last!r} the id {ids[last]}, but the embedding has {config.vocab_size} rows: "
-            "use the tokenizer that belongs to the model, or a model whose embedding was enlarged for this one."
-        )
-    return ids[last] + 1
-
-
 def read_params(
     config: DecoderConfig,
     names: Mapping[tuple[str, ...], list[str]],
@@ -277,8 +219,9 @@ def save_pretrained(
     config: DecoderConfig,
     params: Params,
     *,
-    source: Pretrained | None = None,
+    source: ModelFolder | None = None,
     tokenizer: Any = None,
+    generation_config: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -294,6 +237,7 @@ def save_pretrained(
         source: the model that training started from: its config.json, generation_config.json, tokenizer and chat template are copied.
             None: config.json is that of the first family that can express `config`.
         tokenizer: a `transformers` tokenizer, saved instead of the source's files.
+        generation_config: fields of generation_config.json, over those of the source and the tokenizer.
         card: facts for the model card (`cotgrpo.models.card.model_card`).
         dtype: "float32", "bfloat16" or "float16"; None: as in `params`.
         max_shard_bytes: larger weights are split into several files.
@@ -302,8 +246,7 @@ def save_pretrained(
         ModelError: a folder that is not empty, parameters or tokenizer of another model, or a config that the source does not have.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} is not empty: give the export a folder of its own.")
+    refuse_used(folder)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ModelError(f"The tokenizer has {len(tokenizer)} tokens, but the embedding has {config.vocab_size} rows.")
     hf = dict(source.hf_config) if source else config_json(config)
@@ -318,13 +261,19 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_tensors(partial, tensors, max_shard_bytes)
-        write_beside(partial, hf, source, tokenizer)
+        write_beside(partial, hf, source, tokenizer, generation_config or {})
         (partial / "README.md").write_text(readme, encoding="utf-8")
         os.replace(partial, folder)
     else:
         for tensor in tensors:
             tensor.array()  # its part in gathering each
     return folder
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises ModelError where `folder` is neither new nor empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} is not empty: give the export a folder of its own.")
 
 
 def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[NewTensor]:
@@ -361,7 +310,9 @@ def on_host(path: tuple[str, ...], leaf: Any, layer: int) -> np.ndarray:
     return array.T if path[-1] in ("kernel", "head") else array
 
 
-def write_beside(folder: Path, hf: HfConfig, source: Pretrained | None, tokenizer: Any) -> None:
+def write_beside(
+    folder: Path, hf: HfConfig, source: ModelFolder | None, tokenizer: Any, generation_config: Mapping[str, Any]
+) -> None:
     """config.json, generation_config.json, and the files of the tokenizer and its chat template."""
     generation = dict((source and source.generation_config) or {})
     if tokenizer is not None:
@@ -373,6 +324,7 @@ def write_beside(folder: Path, hf: HfConfig, source: Pretrained | None, tokenize
         for name in TOKENIZER_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
+    generation |= generation_config
     for name, value in (("config.json", hf), ("generation_config.json", generation)):
         if value:
             (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

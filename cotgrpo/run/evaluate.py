@@ -79,6 +79,7 @@ class ExactMatch:
         triples: held-out rows, at least one.
         max_new_tokens: replies are cut off here, and then have no answer.
         batch_size: prompts at a time.
+        vocab_size: ids from here on are never drawn; None: the tokenizer's size.
 
     Raises:
         ValueError: no rows.
@@ -92,13 +93,14 @@ class ExactMatch:
         *,
         max_new_tokens: int,
         batch_size: int,
+        vocab_size: int | None = None,
     ) -> None:
         if not triples:
             raise ValueError("Exact match needs at least one held-out row, got none.")
         self.template, self.triples = template, list(triples)
         self.batch_size = min(batch_size, len(self.triples))
         settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
-        self.sampler = jax.jit(make_sampler(decoder, settings, len(template.tokenizer)))
+        self.sampler = jax.jit(make_sampler(decoder, settings, vocab_size or len(template.tokenizer)))
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """The student's accuracy with these parameters; `progress` hears how many rows are done."""

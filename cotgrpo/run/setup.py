@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from cotgrpo.data.template import AnyTemplate, Example, Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.models.families import ModelError
+from cotgrpo.models.model_folder import ModelFolder, open_folder
+from cotgrpo.models.weights import load_pretrained
 from cotgrpo.types import Student
 
 IDENTITY = ("seed", "student", "tokenizer", "data")
@@ -25,38 +29,65 @@ FREE = ("log_every", "eval_every")
 
 
 @dataclasses.dataclass(frozen=True)
+class Model:
+    """The student of a config, its rows aside.
+
+    Attributes:
+        config: where it came from.
+        tokenizer: its tokenizer.
+        decoder: its shape, and how it is stored and computed.
+        vocab_size: the ids that the tokenizer uses; those beyond, of a padded embedding, are never drawn.
+        source: the folder of a pretrained student, or None for one from scratch.
+    """
+
+    config: Config
+    tokenizer: Any
+    decoder: DecoderConfig
+    vocab_size: int
+    source: ModelFolder | None = None
+
+    @property
+    def student(self) -> Student:
+        return make_student(self.decoder, self.vocab_size)
+
+    def abstract_params(self) -> Any:
+        """Shapes and types of the parameters, for which no weights are read."""
+        return jax.eval_shape(functools.partial(init_params, self.decoder), jax.random.key(0))
+
+    def first_params(self) -> Any:
+        """The pretrained weights, or fresh ones from the config's seed. Raises ModelError for weights that cannot be read."""
+        if self.source is None:
+            return init_params(self.decoder, jax.random.key(self.config.seed))
+        c = self.decoder
+        return load_pretrained(self.source.folder, c.param_dtype, compute_dtype=c.dtype, remat=c.remat).params
+
+    def template(self, loss_on: Any) -> AnyTemplate:
+        return template_of(self.config, self.tokenizer, loss_on)
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """A config made real.
 
     Attributes:
-        config: where it came from.
+        model: the student.
         template: renders rows, with the tokenizer.
-        decoder: the student's shape.
-        train: tokenized training rows.
+        train: tokenized training rows; none where a model is only measured.
         test: tokenized held-out rows, supervised on rationale and answer.
         test_triples: the same rows as text, for exact match.
         reports: what was left out while reading and tokenizing, by name.
     """
 
-    config: Config
+    model: Model
     template: AnyTemplate
-    decoder: DecoderConfig
     train: list[Example]
     test: list[Example]
     test_triples: list[Triple]
     reports: dict[str, DropReport]
 
-    @property
-    def student(self) -> Student:
-        return make_student(self.decoder, len(self.template.tokenizer))
-
-    def init_params(self) -> Any:
-        """Fresh parameters, from the config's seed."""
-        return init_params(self.decoder, jax.random.key(self.config.seed))
-
     def test_batches(self, batch_size: int) -> Any:
         """Every held-out row once, packed as in training."""
-        data = self.config.data
+        data = self.model.config.data
         return make_batches(
             self.test, batch_size=batch_size, seq_len=data.seq_len, packing=data.packing, shuffle=False, num_epochs=1
         )
@@ -67,28 +98,57 @@ def set_up(config: Config, folder: Path, origin: Path | None) -> Setup:
 
     Args:
         config: the settings.
-        folder: the stage's folder, which keeps the tokenizer.
-        origin: the folder of the stage that the student comes from, or None for one from scratch.
+        folder: the stage's folder, which keeps a tokenizer that was trained.
+        origin: the folder of the stage that the student comes from, or None for one from scratch or pretrained.
 
     Raises:
-        DataError, ConfigError: what is wrong with the data or the settings.
+        DataError, ConfigError, ModelError: what is wrong with the data, the settings or the pretrained student.
     """
     data = config.data
     train, test, reports = read_rows(config)
-    tokenizer = tokenizer_of(config, folder, origin, train)
-    template, held_out = (template_of(config, tokenizer, loss_on) for loss_on in (data.loss_on, "completion"))
+    model = model_of(config, folder, origin, train)
+    template = model.template(data.loss_on)
     examples, reports["training sequences"] = make_examples(train, template, data.seq_len, too_long=data.too_long)
-    test_examples, reports["held-out sequences"] = make_examples(test, held_out, data.seq_len, too_long=data.too_long)
-    fitting = {example.source for example in test_examples}
-    return Setup(
-        config=config,
-        template=template,
-        decoder=config.student.decoder(len(tokenizer)),
-        train=examples,
-        test=test_examples,
+    return with_test_rows(Setup(model, template, examples, [], [], reports), test)
+
+
+def set_up_pretrained(config: Config) -> Setup:
+    """The held-out rows alone, for the model at `student.path` as it is: those of `data.test`, or those that a run would hold out.
+
+    Raises:
+        DataError, ConfigError, ModelError: as `set_up` does.
+    """
+    if config.data.test:
+        test, report = read_test_rows(config)
+        test, reports = test[: config.eval.rows], {"held-out rows": report}
+    elif config.data.train:
+        _, test, reports = read_rows(config)
+    else:
+        raise ConfigError(
+            "data.test is empty: name at least one .jsonl or .parquet file of held-out rows, or a hub id."
+        )
+    model = pretrained_model(config)
+    return with_test_rows(Setup(model, model.template(config.data.loss_on), [], [], [], reports), test)
+
+
+def with_test_rows(setup: Setup, test: list[Triple]) -> Setup:
+    """The setup with the held-out rows that fit into the window."""
+    model, data = setup.model, setup.model.config.data
+    held_out = model.template("completion")
+    examples, report = make_examples(test, held_out, data.seq_len, too_long=data.too_long)
+    fitting = {example.source for example in examples}
+    return dataclasses.replace(
+        setup,
+        test=examples,
         test_triples=[triple for triple in test if triple.source in fitting],
-        reports=reports,
+        reports=setup.reports | {"held-out sequences": report},
     )
+
+
+def read_test_rows(config: Config) -> tuple[list[Triple], DropReport]:
+    """The rows of `data.test`, and what was left out."""
+    data = config.data
+    return read_triples(data.test, split=data.test_split, bad_rows=data.bad_rows)
 
 
 def read_rows(config: Config) -> tuple[list[Triple], list[Triple], dict[str, DropReport]]:
@@ -101,7 +161,7 @@ def read_rows(config: Config) -> tuple[list[Triple], list[Triple], dict[str, Dro
     )
     reports = {"training rows": report}
     if data.test:
-        test, reports["held-out rows"] = read_triples(data.test, split=data.test_split, bad_rows=data.bad_rows)
+        test, reports["held-out rows"] = read_test_rows(config)
     else:
         if not 0 < data.test_rows < len(train):
             raise ConfigError(
@@ -122,6 +182,44 @@ def read_rows(config: Config) -> tuple[list[Triple], list[Triple], dict[str, Dro
     if not train:
         raise DataError("No row is left to train on: every question is in the test set.")
     return train, test[: config.eval.rows], reports
+
+
+def model_of(config: Config, folder: Path, origin: Path | None, train: list[Triple]) -> Model:
+    """The student that a config describes; arguments as in `set_up` and `tokenizer_of`."""
+    if config.student.path is not None:
+        return pretrained_model(config)
+    tokenizer = tokenizer_of(config, folder, origin, train)
+    return Model(config, tokenizer, config.student.decoder(len(tokenizer)), len(tokenizer))
+
+
+def pretrained_model(config: Config) -> Model:
+    """The model at `student.path`, with the tokenizer of its folder unless `tokenizer.path` names another. No weights are read.
+
+    Raises:
+        ModelError, DataError: a folder that is none, no tokenizer, or one of another model.
+    """
+    settings, path = config.student, config.tokenizer.path
+    assert settings.path is not None
+    source = open_folder(settings.path)
+    tokenizer = load_tokenizer(source.folder if path is None else path)
+    if path is not None and (source.folder / "tokenizer.json").is_file():
+        check_same_tokens(tokenizer, load_tokenizer(source.folder), path, settings.path)
+    decoder = dataclasses.replace(
+        source.config, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
+    )
+    size = source.vocab_size(tokenizer.get_vocab(), settings.path if path is None else path)
+    return Model(config, tokenizer, decoder, size, source)
+
+
+def check_same_tokens(tokenizer: Any, own: Any, path: str, model: str) -> None:
+    """Raises ModelError where a tokenizer gives an id another token than the model's own does; control tokens may have other names."""
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    for token, i in own.get_vocab().items():
+        if tokens.get(i, token) != token and i not in own.added_tokens_decoder:
+            raise ModelError(
+                f"The tokenizer in {path} is that of another model: its token {i} is {tokens[i]!r}, and {token!r} in that of {model}. "
+                "Leave tokenizer.path out, or name one that was made from the model's own."
+            )
 
 
 def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[Triple]) -> Any:
@@ -154,7 +252,7 @@ def template_of(config: Config, tokenizer: Any, loss_on: Any) -> AnyTemplate:
     data = config.data
     if data.format == "plain":
         return Template(tokenizer, data.separator, loss_on)
-    path = config.tokenizer.path
+    path = config.student.path or config.tokenizer.path
     stops = () if path is None else generation_stop_ids(path)
     return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops)
 

@@ -20,12 +20,12 @@ from rich.console import Console
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
 from cotgrpo.run.checkpoint import restore_params
-from cotgrpo.run.evaluate import Accuracy, ExactMatch, mean_metrics
+from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.report import write_report
-from cotgrpo.run.setup import Setup, claim_folder, set_up
+from cotgrpo.run.setup import Setup, claim_folder, set_up, set_up_pretrained
 from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import jit_step
-from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
+from cotgrpo.train_steps import make_grpo_step, make_sft_step
 from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -49,21 +49,49 @@ def newest_stage(run_dir: Path) -> str:
         ConfigError: neither has one.
     """
     for name in ("grpo", "sft"):
-        if any((run_dir / name / "checkpoints").glob("[0-9]*")):
+        if has_checkpoint(run_dir / name):
             return name
     raise ConfigError(
         f"{run_dir} holds no trained student: expected {run_dir / 'sft' / 'checkpoints'}. Run `cotgrpo sft` first."
     )
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a stage's folder has one, damaged or not."""
+    return any((folder / "checkpoints").glob("[0-9]*"))
+
+
 def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measures the newest student of `run_dir` on held-out rows and writes `eval.json` beside it. Returns what it holds."""
     stage = Stage(newest_stage(Path(config.run_dir)), config, console or Console())
-    params, step = restore_params(stage.folder / "checkpoints", jax.eval_shape(stage.setup.init_params))
-    measured = {"student": str(stage.folder), "step": step} | stage.measure(params, f"{stage.folder} at step {step}")
+    params, step = restore_params(stage.folder / "checkpoints", stage.setup.model.abstract_params())
+    when = f"{stage.folder} at step {step}"
+    measured = {"student": str(stage.folder), "step": step} | stage.held_out.measure(params, when)
     write_json(stage.folder / "eval.json", measured)
     stage.console.print(f"written: {stage.folder / 'eval.json'}", highlight=False, soft_wrap=True)
     return measured
+
+
+def run_eval_pretrained(config: Config, out: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Measures the model at `student.path` on held-out rows; with `out`, writes `eval.json` in that folder. Returns what it holds."""
+    console = console or Console()
+    setup = set_up_pretrained(config)
+    print_reports(setup, console)
+    name = str(config.student.path)
+    measured = {"model": name} | HeldOut(setup, config.sft.batch_size, console).measure(
+        setup.model.first_params(), name
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "eval.json", measured)
+        console.print(f"written: {out / 'eval.json'}", highlight=False, soft_wrap=True)
+    return measured
+
+
+def print_reports(setup: Setup, console: Console) -> None:
+    """What was read, and what was left out."""
+    for title, report in setup.reports.items():
+        console.print(f"{title}: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass
@@ -84,9 +112,10 @@ class Stage:
 
     @property
     def origin(self) -> Path | None:
-        """The folder of the stage that the student comes from; None: from scratch."""
-        if self.settings.init_from is not None:
-            return Path(self.settings.init_from)
+        """The folder of the stage that the student comes from; None: pretrained, or from scratch."""
+        start = self.settings.init_from
+        if start is not None:
+            return None if start == self.config.student.path else Path(start)
         return None if self.name == "sft" else Path(self.config.run_dir) / "sft"
 
     @functools.cached_property
@@ -94,19 +123,8 @@ class Stage:
         return set_up(self.config, self.folder, self.origin)
 
     @functools.cached_property
-    def exact_match(self) -> ExactMatch:
-        evaluation = self.config.eval
-        return ExactMatch(
-            self.setup.decoder,
-            self.setup.template,
-            self.setup.test_triples,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=evaluation.batch_size,
-        )
-
-    @functools.cached_property
-    def eval_step(self) -> Any:
-        return jax.jit(make_eval_step(self.setup.student))
+    def held_out(self) -> HeldOut:
+        return HeldOut(self.setup, self.settings.batch_size, self.console)
 
     def run(self) -> dict[str, Any]:
         """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
@@ -118,11 +136,10 @@ class Stage:
             )
             return read_json(done)
         started = time.perf_counter()
-        setup = self.setup
-        for title, report in setup.reports.items():
-            self.console.print(f"{title}: {report}", highlight=False, markup=False, soft_wrap=True)
+        model = self.setup.model
+        print_reports(self.setup, self.console)
         params, start = self.start_params()
-        size = f"{setup.decoder.num_params() / 1e6:.2f} M parameters, {len(setup.template.tokenizer)} tokens in the vocabulary"
+        size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
         self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
         before = self.measured_once("before.json", params, f"before {self.name}")
         training = time.perf_counter()
@@ -138,13 +155,14 @@ class Stage:
         return self.report(before, after, wall)
 
     def train(self, params: Any) -> TrainState:
+        """Trains to the last step. `params` are donated, unless the objective keeps near them."""
         setup, settings = self.setup, self.settings
         tx = settings.optimizer.build(settings.steps)
         step, extra = self.build_step(tx, params)
         return train(
             step,
-            # The state is donated, and the parameters may still be wanted as a reference.
-            TrainState.create(params=jax.tree.map(jnp.copy, params), tx=tx, key=self.config.seed),
+            # The state is donated, and a reference's parameters are still wanted.
+            TrainState.create(params=jax.tree.map(jnp.copy, params) if extra else params, tx=tx, key=self.config.seed),
             make_batches(
                 setup.train,
                 batch_size=settings.batch_size,
@@ -163,38 +181,44 @@ class Stage:
                 max_skipped=self.config.max_skipped,
             ),
             extra=extra,
-            evaluate=self.held_out_metrics,
+            evaluate=self.held_out.loss,
             console=self.console,
         )
 
     def build_step(self, tx: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
         """The compiled step and its further arguments: the reference's parameters, where the objective keeps near one."""
-        student, micro_batches = self.setup.student, self.settings.micro_batches
+        student, micro_batches = self.setup.model.student, self.settings.micro_batches
         if self.name == "sft":
             return jit_step(make_sft_step(student, tx, micro_batches=micro_batches)), ()
         objective = self.settings.objective.build()
-        reference = student if getattr(objective, "needs_reference", False) else None
+        reference = student if self.needs_reference else None
         step = make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
         return jit_step(step), () if reference is None else (params,)
 
-    def start_params(self) -> tuple[Any, str]:
-        """Parameters before the first step, and where they come from."""
-        if self.origin is None:
-            return self.setup.init_params(), f"scratch (seed {self.config.seed})"
-        params, step = restore_params(self.origin / "checkpoints", jax.eval_shape(self.setup.init_params))
-        return params, f"{self.origin} at step {step}"
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective keeps near the student before this stage."""
+        return self.name == "grpo" and getattr(self.settings.objective.build(), "needs_reference", False)
 
-    def held_out_metrics(self, params: Any) -> dict[str, float]:
-        """Mean NLL of the held-out rationales and answers, with its companions."""
-        metrics = mean_metrics(self.eval_step, params, self.setup.test_batches(self.settings.batch_size))
-        return {name: value for name, value in metrics.items() if not name.endswith("tokens")}
+    def start_params(self) -> tuple[Any, str]:
+        """Parameters before the first step, and where they come from.
+
+        A stage that goes on takes its own newest ones, unless it keeps near the first: pretrained weights are not read again.
+        """
+        model, origin = self.setup.model, self.origin
+        if has_checkpoint(self.folder) and (self.folder / "before.json").is_file() and not self.needs_reference:
+            origin = self.folder
+        if origin is None:
+            return model.first_params(), self.config.student.path or f"scratch (seed {self.config.seed})"
+        params, step = restore_params(origin / "checkpoints", model.abstract_params())
+        return params, f"{origin} at step {step}"
 
     def measured_once(self, name: str, params: Any, when: str) -> dict[str, Any]:
         """What `measure` finds, kept in a file: a resumed run does not measure again, nor does GRPO what SFT has measured."""
         path = self.folder / name
         if not path.is_file():
             known = self.of_sft("after.json") if name == "before.json" else None
-            write_json(path, known or self.measure(params, when))
+            write_json(path, known or self.held_out.measure(params, when))
         return read_json(path)
 
     def of_sft(self, name: str) -> Any:
@@ -206,25 +230,10 @@ class Stage:
         asked = [triple.question for triple in self.setup.test_triples]
         return measured if [reply["question"] for reply in measured["replies"]] == asked else None
 
-    def measure(self, params: Any, when: str) -> dict[str, Any]:
-        """Accuracy and loss on the held-out rows."""
-        with self.console.status(f"held-out accuracy {when}") as status:
-            total = len(self.setup.test_triples)
-            show = lambda done: status.update(f"held-out accuracy {when}: {done} of {total} rows")
-            accuracy: Accuracy = self.exact_match(params, show)
-        loss = self.held_out_metrics(params)["loss"]
-        self.console.print(f"{when}: held-out accuracy {accuracy}, loss {loss:.4f}", highlight=False, soft_wrap=True)
-        return {
-            "accuracy": accuracy.figures(),
-            "truncated": accuracy.truncated,
-            "unparsable": accuracy.unparsable,
-            "loss": loss,
-            "replies": [dataclasses.asdict(reply) for reply in accuracy.replies],
-        }
-
     def report(self, before: dict[str, Any], after: dict[str, Any], wall: dict[str, float]) -> dict[str, Any]:
         """Writes `report.json` and `report.html`."""
-        measured = {"base": before, "sft": after} if self.name == "sft" else {"sft": before, "grpo": after}
+        start = "base" if self.name == "sft" or self.origin is None else "sft"
+        measured = {start: before, self.name: after}
         base = self.of_sft("before.json")
         measured = {"base": base} | measured if base else measured
         config = self.folder / "config.yaml"

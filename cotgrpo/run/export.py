@@ -1,0 +1,95 @@
+"""The command `export`: the newest student of a run as a folder that `transformers` loads, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cotgrpo.config import Config, load_config
+from cotgrpo.data.template import AnyTemplate
+from cotgrpo.models.weights import refuse_used, save_pretrained
+from cotgrpo.run.checkpoint import restore_params
+from cotgrpo.run.setup import model_of
+from cotgrpo.run.stages import newest_stage, read_json
+
+
+def run_export(run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None) -> Path:
+    """Writes the newest student of `run_dir` to `out`: weights, config.json, tokenizer, chat template, generation config, model card.
+
+    Args:
+        run_dir: a folder that `sft` or `grpo` has filled. Of a pretrained student, the JSON files at its `student.path` are read again.
+        out: new or empty.
+        dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
+        console: where it is said what was written.
+
+    Raises:
+        ConfigError, CheckpointError, ModelError, DataError: no trained student, none that can be read, or `out` is in use.
+    """
+    refuse_used(out)
+    stage = newest_stage(run_dir)
+    folder = run_dir / stage
+    config = load_config(folder / "config.yaml")
+    model = model_of(config, folder, folder, [])
+    params, step = restore_params(folder / "checkpoints", model.abstract_params())
+    template = model.template(config.data.loss_on)
+    stops = list(template.stop_ids)
+    of_source = model.source is not None and config.tokenizer.path is None
+    save_pretrained(
+        out,
+        model.decoder,
+        params,
+        source=model.source,
+        tokenizer=None if of_source else model.tokenizer,
+        # Generation stops where it did when accuracy was measured.
+        generation_config={"eos_token_id": stops if len(stops) > 1 else stops[0]},
+        card=facts(config, stage, step, template, folder),
+        dtype=dtype,
+    )
+    (console or Console()).print(f"{folder} at step {step} written to {out}", highlight=False, soft_wrap=True)
+    return out
+
+
+def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
+    """What the model card says of a run; the accuracy only where the report is that of this step."""
+    done = folder / "report.json"
+    report = read_json(done) if done.is_file() and step == getattr(config, stage).steps else None
+    sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
+    known: dict[str, Any] = {
+        "datasets": [name.partition(":")[0] for name in sources[0] if not is_file(name)],
+        "objective": objective(config, stage, step),
+        "data": data_text(config, template, *sources),
+        "config": dataclasses.asdict(config),
+    }
+    if report is not None:
+        known["versions"] = report["versions"]
+        known["accuracy"] = {
+            f"held-out rows, {name}": f"{row['value']:.1%} of {row['n']} (95 % interval {row['low']:.1%} to {row['high']:.1%})"
+            for name, row in report["accuracy"].items()
+        }
+    return known
+
+
+def is_file(source: str) -> bool:
+    """A file of rows, and no hub id."""
+    return source.endswith((".jsonl", ".json", ".parquet"))
+
+
+def objective(config: Config, stage: str, step: int) -> str:
+    """What was optimised, in words."""
+    what = f"Stage {stage}, step {step} of {getattr(config, stage).steps}. "
+    if stage == "sft":
+        return f"{what}Next-token loss on the {config.data.loss_on}."
+    start = config.grpo.init_from or "the SFT student of the same run"
+    return (
+        f"{what}GhostRespond Policy Optimization (not Group Relative) from {start}: `{config.grpo.objective.build()}`."
+    )
+
+
+def data_text(config: Config, template: AnyTemplate, train: list[str], test: list[str]) -> str:
+    """The rows, and how a prompt is written."""
+    held_out = f"`{', '.join(test)}`" if test else f"{config.data.test_rows} of these rows, left out of training"
+    prompt = template.tokenizer.decode(template.prompt("QUESTION"))
+    return f"Trained on `{', '.join(train)}`; held out: {held_out}.\n\nA prompt, as the student read it:\n\n```text\n{prompt}\n```"
