@@ -35,6 +35,7 @@ CORE_MODULES = {
     "models.attention",
     "models.config",
     "models.decoder",
+    "models.lora",
     "models.rotary",
 }
 CHAIN = ("types", "objectives", "token_engine", "train_steps", "run", "cli")

@@ -31,8 +31,6 @@ class ProgressLine:
             disable=not console.is_terminal,
             expand=True,
             refresh_per_second=4,
-            # The time left follows the last ten minutes, pauses for evaluation and checkpoints included.
-            speed_estimate_period=600,
         )
         self.task = self.progress.add_task(title, total=total, completed=done, row=None)
 
@@ -86,8 +84,10 @@ def pieces(task: Task) -> dict[str, str]:
         if row.get(f"train/{name}") is not None:
             shown[name] = form.format(row[f"train/{name}"])
     shown["speed"] = f"{compact(row['train/tokens_per_sec'])} tok/s"
-    if task.time_remaining is not None and not task.finished:
-        minutes, seconds = divmod(int(task.time_remaining), 60)
+    if not task.finished:
+        # By the step time of the newest row, and not by `rich`'s count of updates: steps are counted when they are handed to the device,
+        # many at once. Pauses for evaluation and checkpoints come on top.
+        minutes, seconds = divmod(int((task.remaining or 0) * row["train/step_time"]), 60)
         hours, minutes = divmod(minutes, 60)
         shown["left"] = f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
     return shown
