@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from cotgrpo.cli import EXPORT_HELP, main
 from cotgrpo.config import load_config
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
-from cotgrpo.models import load_pretrained, save_pretrained
+from cotgrpo.models import Pretrained, load_pretrained, save_pretrained
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.run import stages
@@ -88,6 +89,13 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
+def logits_of(model: Pretrained, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one sequence, `[T, V]`; what is padded behind it to one length for all does not reach back."""
+    tokens_BT = jnp.asarray(np.pad(tokens, (0, 320 - len(tokens)))[None], jnp.int32)
+    logits_BTV = model.student.logits(model.params, tokens_BT, jnp.arange(320)[None], jnp.ones_like(tokens_BT))
+    return np.asarray(logits_BTV[0, : len(tokens)], np.float64)
+
+
 @pytest.mark.parametrize("form", ["chat", "plain"])
 def test_trained_exported_and_measured_again(form: str, folder: Path, tmp_path: Path) -> None:
     run, out = folder / form, tmp_path / "export"
@@ -140,13 +148,8 @@ def test_the_first_stage_starts_from_the_weights(folder: Path) -> None:
     assert setup.model.vocab_size == loaded.student.vocab_size == loaded.config.vocab_size - 5
     total = weight = 0.0
     for example in setup.test:
-        tokens = example.tokens[None]
-        positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-        logits = np.asarray(loaded.student.logits(loaded.params, tokens, positions, np.ones_like(tokens)), np.float64)[
-            0
-        ]
-        logits = logits[:, : setup.model.vocab_size]
-        nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+        logits = logits_of(loaded, example.tokens)[:, : setup.model.vocab_size]
+        nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(logits) - 1), example.tokens[1:]]
         total += nll[example.supervised[1:]].sum()
         weight += example.supervised.sum()
     assert before["loss"] == pytest.approx(total / weight, rel=1e-5)
@@ -221,13 +224,11 @@ def test_transformers_computes_the_same(form: str, folder: Path, tmp_path: Path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = load_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    tokens = np.asarray([tokenizer.encode("What is 12 + 30?")], np.int32)
-    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    tokens = np.asarray(tokenizer.encode("What is 12 + 30?"))
     with torch.no_grad():
-        want = theirs(torch.tensor(tokens)).logits.numpy()
-    got = np.asarray(ours.student.logits(ours.params, tokens, positions, np.ones_like(tokens)))
+        want = theirs(torch.tensor(tokens[None])).logits[0].numpy()
     size = ours.student.vocab_size
-    np.testing.assert_allclose(got[..., :size], want[..., :size], atol=1e-4)
+    np.testing.assert_allclose(logits_of(ours, tokens)[:, :size], want[:, :size], atol=1e-4)
     # Greedy replies, and where they stop.
     reply = read(folder / form / "grpo" / "after.json")["replies"][0]
     text = [{"role": "user", "content": reply["question"]}]
