@@ -83,7 +83,8 @@ def count_tied(got: np.ndarray, want: np.ndarray, logits: np.ndarray, tie: float
     tied = 0
     for row in np.flatnonzero(np.any(got != want, axis=1)):
         at = int(np.argmax(got[row] != want[row]))
-        assert at < logits.shape[1], f"row {row}: no end after {at} tokens, where transformers has one"
+        going_on = at < logits.shape[1] and logits[row, at].argmax() == want[row, at]
+        assert going_on, f"row {row}: no end after {at} tokens, where transformers has one"
         ours, theirs = (float(logits[row, at, tokens[row, at]]) for tokens in (got, want))
         message = (
             f"row {row}, token {at}: {got[row, at]} and not {want[row, at]}, whose logit is {theirs - ours:.1e} higher"
