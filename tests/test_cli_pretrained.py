@@ -135,6 +135,7 @@ def test_the_model_card(folder: Path, tmp_path: Path) -> None:
         f"- orbax-checkpoint {report['versions']['orbax-checkpoint']}",
     ):
         assert text in card, text
+    assert "width:" not in card, "the shape is that of config.json"
     assert "datasets" not in yaml.safe_load(card.split("---")[1]), "files are no data sets of the hub"
     tensors = load_file(tmp_path / "named" / "model.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"bfloat16"}
@@ -195,7 +196,7 @@ def test_a_student_from_scratch_is_exported(folder: Path, tmp_path: Path) -> Non
     assert main(["export", "--run_dir", str(moved), "--out", str(out)]) == 0
     assert read(out / "config.json")["model_type"] == "llama"
     assert load_tokenizer(out).convert_tokens_to_ids("<eos>") == read(out / "generation_config.json")["eos_token_id"]
-    assert "Next-token loss on the sequence" in (out / "README.md").read_text(encoding="utf-8")
+    assert "Next-token loss on the sequence, from scratch" in (out / "README.md").read_text(encoding="utf-8")
     # The config file's shape does not count beside --model.
     assert main(["eval", *arguments, "--model", str(out), "--out", str(tmp_path / "eval")]) == 0
     measured, trained = read(tmp_path / "eval" / "eval.json"), read(moved / "sft" / "after.json")

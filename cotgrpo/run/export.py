@@ -57,11 +57,14 @@ def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: 
     done = folder / "report.json"
     report = read_json(done) if done.is_file() and step == getattr(config, stage).steps else None
     sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
+    settings = dataclasses.asdict(config)
+    for name in config.student.shape() if config.student.path is not None else ():
+        del settings["student"][name]  # that of config.json counts
     known: dict[str, Any] = {
         "datasets": [name.partition(":")[0] for name in sources[0] if not is_file(name)],
         "objective": objective(config, stage, step),
         "data": data_text(config, template, *sources),
-        "config": dataclasses.asdict(config),
+        "config": settings,
     }
     if report is not None:
         known["versions"] = report["versions"]
@@ -81,7 +84,8 @@ def objective(config: Config, stage: str, step: int) -> str:
     """What was optimised, in words."""
     what = f"Stage {stage}, step {step} of {getattr(config, stage).steps}. "
     if stage == "sft":
-        return f"{what}Next-token loss on the {config.data.loss_on}."
+        start = config.sft.init_from or config.student.path or "scratch"
+        return f"{what}Next-token loss on the {config.data.loss_on}, from {start}."
     start = config.grpo.init_from or "the SFT student of the same run"
     return (
         f"{what}GhostRespond Policy Optimization (not Group Relative) from {start}: `{config.grpo.objective.build()}`."
@@ -90,6 +94,12 @@ def objective(config: Config, stage: str, step: int) -> str:
 
 def data_text(config: Config, template: AnyTemplate, train: list[str], test: list[str]) -> str:
     """The rows, and how a prompt is written."""
-    held_out = f"`{', '.join(test)}`" if test else f"{config.data.test_rows} of these rows, left out of training"
+    data = config.data
+    held_out = named(test, data.test_split) if test else f"{data.test_rows} of these rows, left out of training"
     prompt = template.tokenizer.decode(template.prompt("QUESTION"))
-    return f"Trained on `{', '.join(train)}`; held out: {held_out}.\n\nA prompt, as the student read it:\n\n```text\n{prompt}\n```"
+    return f"Trained on {named(train, data.train_split)}; held out: {held_out}.\n\nA prompt, as the student read it:\n\n```text\n{prompt}\n```"
+
+
+def named(sources: list[str], split: str | None) -> str:
+    """Files and hub ids, and which of their rows."""
+    return f"`{', '.join(sources)}`" + (f" (split {split})" if split else "")
