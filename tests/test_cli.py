@@ -141,6 +141,17 @@ def test_bad_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{rows}:2: not valid JSON" in error and error.count("\n") == 1
 
 
+def test_a_command_that_is_mended_is_no_other_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What failed before training claims no folder, and leaves no tokenizer behind."""
+    more = ["--run_dir", str(tmp_path), "--sft.steps", "2"]
+    assert main(["sft", *options(trained, *more, "--data.seq_len", "2", "--tokenizer.vocab_size", "270")]) == 2
+    assert "seq_len" in capsys.readouterr().err
+    assert main(["sft", *options(trained, *more)]) == 0
+    assert "300 tokens in the vocabulary" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_never_finite_stops_the_run(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,21 +230,17 @@ def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[
     """
     if config.tokenizer.path is not None:
         return load_tokenizer(config.tokenizer.path)
-    own = folder / "tokenizer"
-    if (own / "tokenizer.json").is_file():
-        return load_tokenizer(own)
+    if (folder / "config.yaml").is_file() and (folder / "tokenizer" / "tokenizer.json").is_file():
+        return load_tokenizer(folder / "tokenizer")
     if origin is None:
         texts = (f"{t.question}\n{t.rationale}\n{t.answer}" for t in train)
-        tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size)
-    elif (origin / "tokenizer" / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(origin / "tokenizer")
-    else:
-        raise ConfigError(
-            f"{origin} keeps no tokenizer: run `cotgrpo sft` with this run_dir first, or name the student's folder in init_from "
-            "and its tokenizer in tokenizer.path."
-        )
-    tokenizer.save_pretrained(own)
-    return tokenizer
+        return train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size)
+    if (origin / "tokenizer" / "tokenizer.json").is_file():
+        return load_tokenizer(origin / "tokenizer")
+    raise ConfigError(
+        f"{origin} keeps no tokenizer: run `cotgrpo sft` with this run_dir first, or name the student's folder in init_from "
+        "and its tokenizer in tokenizer.path."
+    )
 
 
 def template_of(config: Config, tokenizer: Any, loss_on: Any) -> AnyTemplate:
@@ -257,8 +253,8 @@ def template_of(config: Config, tokenizer: Any, loss_on: Any) -> AnyTemplate:
     return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops)
 
 
-def claim_folder(folder: Path, config: Config, stage: str) -> None:
-    """Makes the stage's folder and writes its `config.yaml`, or checks that the one there is the same run's.
+def check_folder(folder: Path, config: Config, stage: str) -> None:
+    """Whether the stage's folder is free, or holds the same run.
 
     Settings that do not change what is learned (how often to log, evaluate and save; the other stage) may differ.
 
@@ -266,18 +262,26 @@ def claim_folder(folder: Path, config: Config, stage: str) -> None:
         ConfigError: the folder holds another run; names the settings that differ.
     """
     path = folder / "config.yaml"
-    if path.is_file():
-        before, now = (identity(c, stage) for c in (load_config(path), config))
-        differing = [
-            f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in now if before.get(key) != now[key]
-        ]
-        if differing:
-            raise ConfigError(
-                f"{folder} holds a run with another config: {'; '.join(differing)}. "
-                "Choose another run_dir, or give the same settings to go on with that run."
-            )
+    if not path.is_file():
+        return
+    before, now = (identity(c, stage) for c in (load_config(path), config))
+    differing = [f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in now if before.get(key) != now[key]]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a run with another config: {'; '.join(differing)}. "
+            "Choose another run_dir, or give the same settings to go on with that run."
+        )
+
+
+def claim_folder(folder: Path, model: Model) -> None:
+    """Makes the folder this run's: writes the tokenizer, where it is nobody else's, and then `config.yaml`.
+
+    Only once the rows and the student are known to be good: the command with a setting mended is not another run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+    if model.config.tokenizer.path is None and model.source is None:
+        model.tokenizer.save_pretrained(folder / "tokenizer")
+    save_config(model.config, folder / "config.yaml")
 
 
 def identity(config: Config, stage: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cotgrpo.data.batches import make_batches
 from cotgrpo.run.checkpoint import restore_params
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.report import write_report
-from cotgrpo.run.setup import Setup, claim_folder, set_up, set_up_pretrained
+from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
 from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import jit_step
 from cotgrpo.train_steps import make_grpo_step, make_sft_step
@@ -128,7 +128,7 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
-        claim_folder(self.folder, self.config, self.name)
+        check_folder(self.folder, self.config, self.name)
         done = self.folder / "report.json"
         if done.is_file():
             self.console.print(
@@ -139,6 +139,7 @@ class Stage:
         model = self.setup.model
         print_reports(self.setup, self.console)
         params, start = self.start_params()
+        claim_folder(self.folder, model)
         size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
         self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
         before = self.measured_once("before.json", params, f"before {self.name}")
