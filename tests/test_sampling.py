@@ -19,6 +19,8 @@ CONFIG = DecoderConfig(
 PARAMS = init_params(CONFIG, jax.random.key(0))
 PROMPTS = [np.array(p, np.int32) for p in ([5], [3, 4, 5, 6, 7], [1, 2, 3], [9, 9])]
 NEW = 12
+COLUMNS = 32
+LOGITS = jax.jit(make_student(CONFIG).logits)
 
 
 def sample(
@@ -30,10 +32,12 @@ def sample(
 
 
 def full_logits(tokens: np.ndarray) -> np.ndarray:
-    """The trainer's forward pass over one row: `[T, V]`."""
-    ids = jnp.asarray(tokens, jnp.int32)[None]
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    return np.asarray(make_student(CONFIG).logits(PARAMS, ids, positions, jnp.ones_like(ids))[0], np.float64)
+    """The trainer's forward pass over one row: `[T, V]`. What stands behind the row is a segment of its own, so one length serves all."""
+    ids = np.zeros((1, COLUMNS), np.int32)
+    ids[0, : len(tokens)] = tokens
+    segments = (np.arange(COLUMNS, dtype=np.int32) < len(tokens)).astype(np.int32)[None]
+    logits = LOGITS(PARAMS, ids, np.arange(COLUMNS, dtype=np.int32)[None], segments)
+    return np.asarray(logits[0, : len(tokens)], np.float64)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

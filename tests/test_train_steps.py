@@ -138,11 +138,17 @@ def test_one_compilation_over_a_run() -> None:
 
     tx = cotgrpo.make_optimizer(learning_rate=1e-3, total_steps=10, warmup_steps=2)
     step = cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(CONFIG), tx, counting))
-    state, _ = step(new_state(tx), make_batch(0))
-    first = traces
-    for seed in range(1, 8):
-        state, _ = step(state, make_batch(seed))
-    assert traces == first and step._cache_size() == 1
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **labels: compiled.append(event) if "backend_compile" in event else None
+    )
+    batches = [make_batch(seed) for seed in range(8)]
+    state, _ = step(new_state(tx), batches[0])
+    first = traces, len(compiled)
+    assert first[1] > 0, "the listener hears of compilations"
+    for batch in batches[1:]:
+        state, _ = step(state, batch)
+    assert (traces, len(compiled)) == first
 
 
 @pytest.mark.parametrize("make", [cotgrpo.make_sft_step, cotgrpo.make_grpo_step])
