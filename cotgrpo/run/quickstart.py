@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def combined(config: Config, sft: dict[str, Any], grpo: dict[str, Any], teacher_
     wall["total"] = sum(wall.values())
     return grpo | {
         "title": "cotgrpo quickstart",
-        "command": f"cotgrpo quickstart --out {config.run_dir} --seed {config.seed}",
+        "command": f"cotgrpo quickstart --out {shlex.quote(config.run_dir)} --seed {config.seed}",
         "wall_seconds": wall,
         "notes": [
             "GRPO goes on from the SFT student with the teacher's own text as context (teacher-forced), so part of its gain is "
