@@ -79,6 +79,17 @@ def test_the_newest_comes_back_and_old_ones_go(directory: Path) -> None:
     assert found[1:] == ({"place": 20}, [])
 
 
+def test_a_save_copies_the_position_too(tmp_path: Path) -> None:
+    """The loop adds to the sums of its window while Orbax, in its own thread, is still to write them."""
+    checkpoints = Checkpoints(tmp_path)
+    position: dict[str, Any] = {"window": {"sums": {"loss": [1.0, 2.0]}}}
+    checkpoints.save(1, make_state(1), position)
+    position["window"]["sums"]["loss"][0] = 5.0
+    checkpoints.close()
+    found = latest(tmp_path)
+    assert found is not None and found[1] == {"window": {"sums": {"loss": [1.0, 2.0]}}}
+
+
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     assert latest(tmp_path / "new" / "checkpoints") is None
 

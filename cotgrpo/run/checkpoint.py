@@ -6,6 +6,7 @@ compared before any array is read: a damaged checkpoint is told from one of anot
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -50,7 +51,7 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts to write the checkpoint of `step`; the arrays are copied first, so the state may be donated at once.
+        """Starts to write the checkpoint of `step`; everything is copied first, so state and position may change at once.
 
         Args:
             step: the name of the checkpoint.
@@ -60,6 +61,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full, now or when the checkpoint before this one was written.
         """
+        # Orbax copies the arrays at once, but turns the rest into JSON later, in its own thread, while the loop adds to its sums.
+        position = copy.deepcopy(position)
         items = self.ocp.args.Composite(
             state=self.ocp.args.StandardSave(state),
             position=self.ocp.args.JsonSave({"arrays": arrays_of(state), "position": position}),
