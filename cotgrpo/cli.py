@@ -83,7 +83,7 @@ def use_compilation_cache() -> None:
 
 def sft(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo sft`."""
-    from cotgrpo.config import parse_config
+    from cotgrpo.config_file import parse_config
     from cotgrpo.run.stages import run_sft
 
     run_sft(parse_config(arguments, prog="cotgrpo sft"), console)
@@ -91,7 +91,7 @@ def sft(arguments: Sequence[str], console: Console) -> None:
 
 def grpo(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo grpo`."""
-    from cotgrpo.config import parse_config
+    from cotgrpo.config_file import parse_config
     from cotgrpo.run.stages import run_grpo
 
     run_grpo(parse_config(arguments, prog="cotgrpo grpo"), console)
@@ -103,7 +103,8 @@ Of any model: --model FOLDER_OR_ID --data.test ROWS, and --out DIR to keep eval.
 
 def evaluate(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo eval`."""
-    from cotgrpo.config import Config, ConfigError, parse_config
+    from cotgrpo.config import Config, ConfigError
+    from cotgrpo.config_file import parse_config
     from cotgrpo.run.stages import newest_stage, run_eval, run_eval_pretrained
 
     model, rest = taken("--model", arguments)
@@ -175,7 +176,7 @@ def export(arguments: Sequence[str], console: Console) -> None:
 
 def quickstart(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo quickstart [--out DIR]`: `--out` is a short name of `--run_dir`."""
-    from cotgrpo.config import parse_config
+    from cotgrpo.config_file import parse_config
     from cotgrpo.run.quickstart import QUICKSTART, run_quickstart
 
     renamed = ["--run_dir" + a[len("--out") :] if a.partition("=")[0] == "--out" else a for a in arguments]

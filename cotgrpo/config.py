@@ -1,25 +1,19 @@
-"""The settings of a run: one tree of frozen dataclasses, read from YAML and from dotted options, and written back beside the run.
-
-    cotgrpo sft --config run.yaml --sft.optimizer.learning_rate 1e-3
-
-An unknown key is an error that suggests the nearest valid one; a value of the wrong type names the key.
-"""
+"""The settings of a run: one tree of frozen dataclasses. `cotgrpo.config_file` reads them from YAML and from dotted options."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import optax
 
-from cotgrpo.config_file import ConfigError, check_file, flat, nearest
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
 from cotgrpo.optimizers import make_optimizer
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message names the key, what was expected and what came."""
 
 
 def at_least(least: int, settings: Any, *names: str) -> None:
@@ -335,54 +329,3 @@ class Config:
     def __post_init__(self) -> None:
         at_least(0, self, "seed")
         at_least(1, self, "max_skipped")
-
-
-def make_parser(prog: str, defaults: Config = Config(), description: str | None = None) -> Any:
-    """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting."""
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file of settings; options after it override it")
-    parser.add_class_arguments(Config)
-    parser.set_defaults(dict(flat(dataclasses.asdict(defaults))))
-    return parser
-
-
-def parse_config(
-    arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = Config(), description: str | None = None
-) -> Config:
-    """The config that `--config FILE` and dotted options describe, later ones overriding earlier ones; `description` is for --help.
-
-    Raises:
-        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or outside its range.
-    """
-    known = [key for key, _ in flat(dataclasses.asdict(Config()))]
-    expecting_file = False
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if expecting_file or (option == "--config" and value):
-            check_file(Path(argument if expecting_file else value), known)
-        elif option.startswith("--") and option.rstrip("+")[2:] not in (*known, "config", "help", "print_config"):
-            raise ConfigError(f"Unknown option {option}.{nearest(option[2:], known, '--')}")
-        expecting_file = option == "--config" and not value
-    parser = make_parser(prog, defaults, description)
-    try:
-        parsed = parser.parse_args(list(arguments))
-        parsed.pop("config", None)
-        return Config(**vars(parser.instantiate(parsed)))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Writes all settings as YAML, whole or not at all."""
-    import yaml
-
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def load_config(path: Path) -> Config:
-    """The config in a YAML file. Raises ConfigError as `parse_config` does."""
-    return parse_config(["--config", str(path)])

@@ -20,7 +20,8 @@ from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cotgrpo.cli import main
-from cotgrpo.config import Config, ConfigError, DataConfig, parse_config
+from cotgrpo.config import Config, ConfigError, DataConfig
+from cotgrpo.config_file import parse_config
 from cotgrpo.data.batches import make_examples
 from cotgrpo.data.chat import DAY, ChatTemplate, generation_stop_ids
 from cotgrpo.data.template import Template

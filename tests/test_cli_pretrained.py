@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from cotgrpo.cli import EXPORT_HELP, main
-from cotgrpo.config import load_config
+from cotgrpo.config_file import load_config
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.models import Pretrained, load_pretrained, save_pretrained

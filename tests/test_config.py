@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cotgrpo.config import Config, ConfigError, ObjectiveConfig, flat, load_config, parse_config, save_config
+from cotgrpo.config import Config, ConfigError, ObjectiveConfig
+from cotgrpo.config_file import flat, load_config, parse_config, save_config
 from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient
 
 ROOT = Path(__file__).parents[1]

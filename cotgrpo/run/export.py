@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.config import Config, load_config
+from cotgrpo.config import Config
+from cotgrpo.config_file import load_config
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.weights import refuse_used, save_pretrained
 from cotgrpo.run.checkpoint import restore_params

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cotgrpo.config import Config, ConfigError, flat, load_config, save_config
+from cotgrpo.config import Config, ConfigError
+from cotgrpo.config_file import flat, load_config, save_config
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.template import AnyTemplate, Example, Template
