@@ -17,7 +17,6 @@ from typing import Any
 
 from cotgrpo.config import Config, ConfigError
 
-
 DEFAULTS = Config()
 
 
