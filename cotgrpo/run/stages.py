@@ -23,9 +23,9 @@ from cotgrpo.run.checkpoint import restore_params
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.report import write_report
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
+from cotgrpo.run.stage_step import StageName, needs_reference, stage_step
 from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import jit_step
-from cotgrpo.train_steps import make_grpo_step, make_sft_step
 from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -42,13 +42,14 @@ def run_grpo(config: Config, console: Console | None = None) -> dict[str, Any]:
     return Stage("grpo", config, console or Console()).run()
 
 
-def newest_stage(run_dir: Path) -> str:
+def newest_stage(run_dir: Path) -> StageName:
     """The last stage that has a checkpoint.
 
     Raises:
         ConfigError: neither has one.
     """
-    for name in ("grpo", "sft"):
+    stages: tuple[StageName, ...] = ("grpo", "sft")
+    for name in stages:
         if has_checkpoint(run_dir / name):
             return name
     raise ConfigError(
@@ -98,7 +99,7 @@ def print_reports(setup: Setup, console: Console) -> None:
 class Stage:
     """One stage of a run, "sft" or "grpo"."""
 
-    name: str
+    name: StageName
     config: Config
     console: Console
 
@@ -188,18 +189,13 @@ class Stage:
 
     def build_step(self, tx: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
         """The compiled step and its further arguments: the reference's parameters, where the objective keeps near one."""
-        student, micro_batches = self.setup.model.student, self.settings.micro_batches
-        if self.name == "sft":
-            return jit_step(make_sft_step(student, tx, micro_batches=micro_batches)), ()
-        objective = self.settings.objective.build()
-        reference = student if self.needs_reference else None
-        step = make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
-        return jit_step(step), () if reference is None else (params,)
+        step = stage_step(self.config, self.name, self.setup.model.student, tx)
+        return jit_step(step), (params,) if self.needs_reference else ()
 
     @property
     def needs_reference(self) -> bool:
         """Whether the objective keeps near the student before this stage."""
-        return self.name == "grpo" and getattr(self.settings.objective.build(), "needs_reference", False)
+        return needs_reference(self.config, self.name)
 
     def start_params(self) -> tuple[Any, str]:
         """Parameters before the first step, and where they come from.
