@@ -1,0 +1,197 @@
+"""The collectives of a compiled program, read from its text: what they move, among how many devices, and how often.
+
+    compiled = step.lower(state, batch).compile()
+    for collective in collectives(compiled.as_text()):
+        print(collective)
+
+A scanned layer's or a loop's body is written once in the text and runs many times, so each collective knows the loops around it. The text of CPU,
+GPU and TPU programs is understood, the TPU's asynchronous fusions (one operation, written down three times) and its fused reduce-scatter included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BITS = {"pred": 8, "c64": 64, "c128": 128}
+"""Of the element types whose name does not end in its number of bits."""
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+BELOW = re.compile(r"^pred\[\]\S* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of the text.
+
+    Attributes:
+        kind: one of `KINDS`.
+        arrays: (element type, shape) of each result, on one device. Several where the compiler combined operations.
+        group: the devices that take part together; of a permute, the pairs of sender and receiver.
+        loops: trip counts of the loops around it, outermost first; None where the text does not know one (a loop that ends by its data).
+        name: where it comes from in the source, as JAX names operations.
+    """
+
+    kind: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    group: int
+    loops: tuple[int | None, ...]
+    name: str
+
+    @property
+    def bytes(self) -> int:
+        """The whole payload: what every device holds after a gather or reduction, or before a reduce-scatter."""
+        held = sum(math.prod(shape) * bits_of(dtype) // 8 for dtype, shape in self.arrays)
+        return held * self.group if self.kind == "reduce-scatter" else held
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, in the algorithms that send least: `(g - 1) / g` of the payload, twice that for an all-reduce."""
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return float(self.bytes)
+        share = (self.group - 1) / self.group
+        return (2 if self.kind == "all-reduce" else 1) * share * self.bytes
+
+    def times(self, unknown: int = 1) -> int:
+        """How often it runs in one call of the program, where each loop of unknown length runs `unknown` times."""
+        return math.prod(unknown if trips is None else trips for trips in self.loops)
+
+    def __str__(self) -> str:
+        arrays = " ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
+        loops = "".join(f" x {'?' if trips is None else trips}" for trips in self.loops)
+        return f"{self.kind} {arrays} among {self.group}{loops} ({self.name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One computation named by another: `loop` says whether as the body of a loop, and `trips` how often that runs, if known."""
+
+    callee: str
+    loop: bool
+    trips: int | None
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective that the program runs, from `compiled.as_text()`; operations among single devices are left out.
+
+    Raises:
+        ValueError: text without an entry computation.
+    """
+    bodies, entry = computations(text)
+    found: list[Collective] = []
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+
+    def visit(name: str, loops: tuple[int | None, ...], path: tuple[int, ...]) -> None:
+        for number, line in enumerate(bodies.get(name, {}).values()):
+            collective = read(line, name, loops)
+            channel = re.search(r"channel_id=(\d+)", line)
+            # The start, the middle and the end of an asynchronous operation name the same channel.
+            key = (channel[1], path) if channel else None
+            if collective is not None and key not in seen:
+                if key is not None:
+                    seen.add(key)
+                if collective.group > 1 or collective.kind == "collective-permute":
+                    found.append(collective)
+            for call in calls(line, bodies):
+                inner = (*path, hash((name, number))) if call.loop else path
+                visit(call.callee, (*loops, call.trips) if call.loop else loops, inner)
+
+    visit(entry, (), ())
+    return found
+
+
+def bytes_sent(found: list[Collective], unknown: int = 1) -> dict[str, float]:
+    """Bytes that each device sends in one call of the program, by kind of collective; `unknown` as in `Collective.times`."""
+    sums: dict[str, float] = {}
+    for collective in found:
+        sums[collective.kind] = sums.get(collective.kind, 0.0) + collective.sent * collective.times(unknown)
+    return sums
+
+
+def computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
+    """({computation: {instruction: what it is}}, in the text's order; the name of the entry)."""
+    bodies: dict[str, dict[str, str]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if (head := COMPUTATION.match(line)) is not None:
+            current = bodies.setdefault(head[1], {})
+            entry = head[1] if line.startswith("ENTRY") else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (instruction := INSTRUCTION.match(line)) is not None:
+            current[instruction[1]] = instruction[2]
+    if entry is None:
+        raise ValueError("This is not the text of a compiled program, compiled.as_text(): it has no ENTRY computation.")
+    return bodies, entry
+
+
+def calls(line: str, bodies: dict[str, dict[str, str]]) -> Iterator[Call]:
+    """The computations that an instruction runs."""
+    loop = " while(" in line
+    for callee in CALLED.findall(line):
+        yield Call(callee, loop, trip_count(line, bodies) if loop else None)
+    for branches in BRANCHES.findall(line):
+        for callee in branches.split(","):
+            yield Call(callee.strip().lstrip("%"), False, None)
+
+
+def trip_count(line: str, bodies: dict[str, dict[str, str]]) -> int | None:
+    """How often a loop runs: what XLA has noted, or else N where its condition is `i < N`, since JAX's scans count from 0 by 1."""
+    if known := TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    within = bodies.get(condition[1], {}) if condition else {}
+    for what in within.values():
+        if below := BELOW.match(what):
+            limit = re.match(r"^s32\[\]\S* constant\((\d+)\)", within.get(below[2], ""))
+            return int(limit[1]) if limit and what is list(within.values())[-1] else None
+    return None
+
+
+def read(line: str, computation: str, loops: tuple[int | None, ...]) -> Collective | None:
+    """The collective of an instruction, if it is one."""
+    operation = OPERATION.search(line)
+    if operation is None:
+        return None
+    kind, result = operation[1], line[: operation.start()]
+    arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in ARRAY.findall(result)]
+    if operation[2] and kind != "all-reduce":
+        # The result of a start is (operands, results, and for a permute two counters).
+        arrays = [array for array in arrays if array[1] or kind != "collective-permute"]
+        arrays = arrays[len(arrays) // 2 :]
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        # A TPU's reduce-scatter: a fusion of an all-reduce and of the slice that the device keeps.
+        kind, size = "reduce-scatter", group_size(line)
+        arrays = [(dtype, (shape[0] // size, *shape[1:])) for dtype, shape in arrays]
+    name = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, tuple(arrays), group_size(line), loops, name[1] if name else "")
+
+
+def group_size(line: str) -> int:
+    """How many devices work together, from any of the ways in which XLA writes groups."""
+    if pairs := re.search(r"source_target_pairs=\{([{}\d,]*)\}", line):
+        return pairs[1].count("{")
+    if named := re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        # An axis may take part with a factor of its size alone: 'fsdp':(1)2.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(factor) if factor else sizes[axis] for axis, factor in axes)
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed[1].split(","))
+    raise ValueError(f"The devices of this collective cannot be read: {line.strip()[:300]}")
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element: 32 of `f32`, 16 of `bf16`, 8 of `f8e4m3fn` and `pred`."""
+    return BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
