@@ -101,10 +101,11 @@ class DataConfig:
 
     Attributes:
         train: .jsonl or .parquet files (one or a list), or hub ids ("org/name" or "org/name:config").
-        test: held-out rows, likewise; empty: test_rows of the training rows are held out.
+        test: held-out rows, likewise; empty: test_rows of the training rows are held out. All of them count for exact match, against
+            gold, or the answer of a row without gold; those whose reply is correct count for the loss.
         train_split: keep only rows whose split field is this; of a hub id, the split to load.
         test_split: the same for test.
-        test_rows: rows to hold out where test is empty.
+        test_rows: rows to hold out where test is empty, drawn by the seed from all that have a right answer, even where the reply is wrong.
         format: plain: question, rationale and answer with a separator between; chat: the tokenizer's own chat template.
         separator: of plain, the text between question, rationale and answer.
         reasoning: of chat, how the assistant replies: plain: rationale, blank line, answer; think: <think>rationale</think>, answer.
@@ -113,9 +114,9 @@ class DataConfig:
         loss_on: what is supervised, the whole sequence or what follows the question.
         seq_len: positions of a row.
         packing: several documents a row.
-        too_long: what to do with a document that does not fit.
+        too_long: what to do with a document that does not fit. A held-out question counts for exact match where its prompt fits.
         bad_rows: what to do with a row that cannot be used.
-        keep_incorrect: keep rows that are known mistakes of the teacher.
+        keep_incorrect: train on known mistakes of the teacher too; the held-out loss never counts them.
     """
 
     train: list[str] | str = dataclasses.field(default_factory=list)

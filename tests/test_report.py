@@ -146,6 +146,7 @@ def results(stages: tuple[str, ...] = ("base", "sft", "grpo")) -> dict[str, Any]
         "command": "cotgrpo quickstart --run_dir runs/first --seed 0",
         "accuracy": {s: wilson(right[s], 300) for s in stages},
         "held_out_loss": {s: {"base": 6.2415, "sft": 0.12345, "grpo": 0.0987}[s] for s in stages},
+        "held_out_rows": {"accuracy": 300, "loss": 290},
         "wall_seconds": {"teacher": 4.21, "sft": 233.4, "grpo": 401.9, "evaluation": 61.0, "total": 700.51},
         "samples": samples,
         "data": {"train rows": train, "test rows": whole_data},

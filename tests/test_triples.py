@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cotgrpo.data.triples import DataError, DropReport, Triple, hub_rows, read_triples, triple_of, write_triples
+from cotgrpo.data.sources import hub_rows
+from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples, triple_of, write_triples
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
@@ -218,7 +219,7 @@ def test_hub_data_sets_through_a_local_folder(tmp_path: Path, suffix: str) -> No
 
 def test_a_name_that_is_no_file_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("cotgrpo.data.triples.hub_rows", lambda *args: asked.append(args) or iter([("x:1", GOOD)]))
+    monkeypatch.setattr("cotgrpo.data.sources.hub_rows", lambda *args: asked.append(args) or iter([("x:1", GOOD)]))
     monkeypatch.chdir(tmp_path)
     for name in ("openai/gsm8k", "openai/gsm8k:main", "org/name-v1.5"):
         assert len(read_triples(name)[0]) == 1

@@ -26,6 +26,16 @@ def make_examples(
     Raises:
         DataError: a document that does not fit, or none that does.
     """
+    examples, report = encode_fitting(triples, template, seq_len, too_long=too_long)
+    if not examples:
+        raise DataError(f"No document fits into {seq_len} positions. {report}")
+    return examples, report
+
+
+def encode_fitting(
+    triples: Sequence[Triple], template: AnyTemplate, seq_len: int, *, too_long: Literal["error", "drop"]
+) -> tuple[list[Example], DropReport]:
+    """`make_examples`, of which there may be none."""
     if too_long not in ("error", "drop"):
         raise ValueError(f'too_long must be "error" or "drop", got {too_long!r}.')
     report = DropReport(read=len(triples))
@@ -42,8 +52,6 @@ def make_examples(
                 f"{triple.source}: needs {needed} positions, but the window (seq_len) has {seq_len}. "
                 'Raise seq_len, or set too_long to "drop".'
             )
-    if not examples:
-        raise DataError(f"No document fits into {seq_len} positions. {report}")
     return examples, report
 
 

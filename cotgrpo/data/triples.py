@@ -6,15 +6,14 @@ A bad row is an error that names the file, the line and the fix; rows that are l
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import glob
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from cotgrpo.data.sources import DataError as DataError
+from cotgrpo.data.sources import names_of, rows_of
 from cotgrpo.ghosts.verify import answers_match
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -24,14 +23,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Field of a triple -> the row keys that may hold it, the first one present counts."""
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPLETION_KEYS = ("completion", "response")
 EXAMPLES_KEPT = 3
 """Places that a `DropReport` remembers for each reason."""
+BadRows = Literal["error", "drop"]
+T = TypeVar("T")
 
 
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message names the place, what was expected and the fix."""
+class LeftOut(Exception):
+    """A row that is left out on purpose: the reason, and what is in it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ def read_triples(
     sources: str | Path | Sequence[str | Path],
     *,
     split: str | None = None,
-    bad_rows: Literal["error", "drop"] = "error",
+    bad_rows: BadRows = "error",
     keep_incorrect: bool = False,
     deduplicate: bool = True,
 ) -> tuple[list[Triple], DropReport]:
@@ -114,44 +118,93 @@ def read_triples(
     Raises:
         DataError: a file that is not there or not readable, a bad row, or nothing left.
     """
+    names = names_of(sources)
+    triples, report = triples_in(
+        rows_of(names, split),
+        split=split,
+        bad_rows=bad_rows,
+        keep_incorrect=keep_incorrect,
+        deduplicate=deduplicate,
+    )
+    check_usable(triples, names, report)
+    return triples, report
+
+
+def triples_in(
+    rows: Iterable[tuple[str, Any]],
+    *,
+    split: str | None = None,
+    bad_rows: BadRows = "error",
+    keep_incorrect: bool = False,
+    deduplicate: bool = True,
+) -> tuple[list[Triple], DropReport]:
+    """`read_triples` for rows that are read already, as `rows_of` gives them. There may be no triple in them."""
+
+    def make(row: Any, place: str) -> tuple[Triple, Sequence[str]]:
+        # A teacher's known mistake may well lack an answer.
+        if isinstance(row, Mapping) and not keep_incorrect and row.get("correct") is False:
+            raise LeftOut("wrong answer", f"{row.get('answer')!r}, gold {row.get('gold')!r}")
+        triple = triple_of(row, place)
+        if not keep_incorrect and is_incorrect(row, triple):
+            raise LeftOut("wrong answer", f"{triple.answer!r}, gold {row['gold']!r}")
+        return triple, (triple.question, triple.rationale, triple.answer)
+
+    return collect(rows, make, split=split, bad_rows=bad_rows, deduplicate=deduplicate)
+
+
+def collect(
+    rows: Iterable[tuple[str, Any]],
+    make: Callable[[Any, str], tuple[T, Sequence[str]]],
+    *,
+    split: str | None,
+    bad_rows: BadRows,
+    deduplicate: bool,
+) -> tuple[list[T], DropReport]:
+    """What `make(row, place)` gives for each row, and the report of the others.
+
+    Args:
+        rows: as `rows_of` gives them.
+        make: returns a thing and the texts that tell it from another; raises `LeftOut` for a row to leave out, `DataError` for a bad one.
+        split, bad_rows, deduplicate: as in `read_triples`.
+
+    Raises:
+        DataError: a bad row.
+    """
     if bad_rows not in ("error", "drop"):
         raise ValueError(f'bad_rows must be "error" or "drop", got {bad_rows!r}.')
-    names = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not names:
-        raise DataError("No data: expected at least one file or hub id.")
     report = DropReport()
-    triples: list[Triple] = []
-    seen: set[tuple[str, str, str]] = set()
-    for place, row in rows_of(names, split):
+    made: list[T] = []
+    seen: set[tuple[str, ...]] = set()
+    for place, row in rows:
         report.read += 1
-        # Rows left out on purpose first: a teacher's known mistake may well lack an answer.
         if isinstance(row, Mapping) and split is not None and row.get("split") not in (None, split):
             report.drop("other split", f"{place}: {row['split']!r}")
-            continue
-        if isinstance(row, Mapping) and not keep_incorrect and row.get("correct") is False:
-            report.drop("wrong answer", f"{place}: {row.get('answer')!r}, gold {row.get('gold')!r}")
             continue
         try:
             if isinstance(row, DataError):
                 raise row
-            triple = triple_of(row, place)
-            if not keep_incorrect and is_incorrect(row, triple):
-                report.drop("wrong answer", f"{place}: {triple.answer!r}, gold {row['gold']!r}")
-                continue
+            one, texts = make(row, place)
+        except LeftOut as left:
+            report.drop(left.reason, f"{place}: {left.detail}")
+            continue
         except DataError as error:
             if bad_rows == "error":
                 raise
             report.drop("bad row", str(error))
             continue
-        key = (squeeze(triple.question), squeeze(triple.rationale), squeeze(triple.answer))
+        key = tuple(squeeze(text) for text in texts)
         if deduplicate and key in seen:
             report.drop("duplicate", place)
         else:
             seen.add(key)
-            triples.append(triple)
-    if not triples:
-        raise DataError(f"No usable row in {', '.join(str(n) for n in names)}. {report}")
-    return triples, report
+            made.append(one)
+    return made, report
+
+
+def check_usable(found: Sequence[Any], names: Sequence[str | Path], report: DropReport) -> None:
+    """Raises DataError where nothing was found in these sources."""
+    if not found:
+        raise DataError(f"No usable row in {', '.join(map(str, names))}. {report}")
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
@@ -162,95 +215,26 @@ def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def rows_of(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[str, Any]]:
-    """("file:line", row) for every row; in place of a row that cannot be parsed, the `DataError` that says why."""
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)[:5])
-            raise DataError(
-                f"{path} is a directory: expected .jsonl or .parquet files, or a hub id. "
-                f"Name the files in it ({inside or 'it has none'})."
-            )
-        if path.is_file():
-            if path.suffix in (".jsonl", ".json"):
-                yield from jsonl_rows(path)
-            elif path.suffix == ".parquet":
-                # In its name, [ and * are letters and no pattern.
-                files = glob.escape(str(path))
-                yield from numbered(str(path), load_dataset(path, "parquet", data_files=files, split="train"))
-            else:
-                raise DataError(
-                    f"{path}: unknown kind of file {path.suffix!r}: expected .jsonl or .parquet; convert it."
-                )
-        elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(name)):
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else " Check the path."
-            raise DataError(f"{path}: no such file.{hint}")
-        else:
-            yield from hub_rows(str(name), split or "train")
-
-
-def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of "org/name" or "org/name:config", or of whatever else `datasets.load_dataset` takes, as in `rows_of`."""
-    hub_id, _, config = name.partition(":")
-    yield from numbered(
-        name, load_dataset(f"{name} is no file, and as a data set", hub_id, config or None, split=split)
-    )
-
-
-def load_dataset(name: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, streamed: nothing is copied into a cache. A failure becomes a `DataError` that starts with `name`."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(*args, **kwargs, streaming=True)
-    except Exception as error:  # the library raises many kinds: network, file system, arrow, its own
-        raise DataError(
-            f"{name} cannot be loaded ({type(error).__name__}: {error}). Check the name and the format."
-        ) from error
-
-
-def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """("name:row number", row), counted from 1; what the reader raises becomes a `DataError`."""
-    iterator = iter(rows)
-    for number in range(1, 2**63):
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise DataError(
-                f"{name}:{number}: cannot be read ({type(error).__name__}: {error}). Is the file whole?"
-            ) from error
-        yield f"{name}:{number}", row
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of a JSONL file as in `rows_of`; blank lines are no rows."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:  # a byte order mark
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            yield f"{path}:{number}", parsed(line.rstrip(), f"{path}:{number}")
-
-
-def parsed(line: bytes, place: str) -> Any:
-    """The JSON value in a line, or the `DataError` that says why there is none."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
-        return DataError(f"{place}: not UTF-8 ({byte}). Save the file as UTF-8.")
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets as deep
-        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return DataError(f"{place}: not valid JSON ({detail}). Expected one JSON object a line; mend or remove it.")
-
-
 def triple_of(row: Any, place: str) -> Triple:
     """The triple in one row. Raises DataError naming the place, the field, what was expected and what came."""
+    fields, whole = fields_of(row, place)
+    if fields["rationale"] is None and whole is not None and fields["question"] is not None:
+        raise DataError(
+            f"{place}: no rationale: expected a field {' or '.join(ALIASES['rationale'])}, "
+            "or a reply with '#### answer' or '</think>' in it. Add the field."
+        )
+    texts = {field: text_of(fields[field], field, row, place) for field in ALIASES}
+    return Triple(**texts, id=None if row.get("id") is None else str(row["id"]), source=place)
+
+
+def fields_of(row: Any, place: str) -> tuple[dict[str, Any], Any]:
+    """(the row's values for the fields of a triple, the reply in one text), each None where it has none.
+
+    A reply in one text is taken apart into rationale and answer where they can be told apart.
+
+    Raises:
+        DataError: the row is no object, or its messages are no chat of one turn.
+    """
     if not isinstance(row, Mapping):
         raise DataError(
             f"{place}: expected a JSON object with question, rationale and answer, got {type(row).__name__}."
@@ -265,13 +249,7 @@ def triple_of(row: Any, place: str) -> Triple:
         parts = split_reply(whole) if isinstance(whole, str) else None
         if parts is not None:
             fields["rationale"], fields["answer"] = parts
-        elif whole is not None and fields["question"] is not None:
-            raise DataError(
-                f"{place}: no rationale: expected a field {' or '.join(ALIASES['rationale'])}, "
-                "or a reply with '#### answer' or '</think>' in it. Add the field."
-            )
-    texts = {field: text_of(fields[field], field, row, place) for field in ALIASES}
-    return Triple(**texts, id=None if row.get("id") is None else str(row["id"]), source=place)
+    return fields, whole
 
 
 def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
@@ -282,7 +260,7 @@ def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
             f"{place}: missing field {field!r} (or {', '.join(ALIASES[field][1:]) or 'none'}); the row has {keys}. Add it."
         )
     is_number = (isinstance(value, float) and math.isfinite(value)) or type(value) is int
-    if field == "answer" and is_number:
+    if field in ("answer", "gold") and is_number:
         value = str(value)
     if not isinstance(value, str):
         raise DataError(
@@ -330,13 +308,18 @@ def split_reply(text: str) -> tuple[str, str] | None:
 
 def is_incorrect(row: Mapping[str, Any], triple: Triple) -> bool:
     """Whether `gold` is another answer than the triple's, in a row whose `correct` does not say. Raises DataError where `correct` is no bool."""
-    if row.get("correct") is not None:
-        if not isinstance(row["correct"], bool):
-            raise DataError(
-                f"{triple.source}: field 'correct' must be true or false, got {row['correct']!r:.40}. Mend the row."
-            )
-        return not row["correct"]
+    correct = said_correct(row, triple.source)
+    if correct is not None:
+        return not correct
     return row.get("gold") is not None and not answers_match(triple.answer, str(row["gold"]))
+
+
+def said_correct(row: Mapping[str, Any], place: str) -> bool | None:
+    """The row's `correct`, or None where it does not say. Raises DataError where it is no bool."""
+    correct = row.get("correct")
+    if correct is not None and not isinstance(correct, bool):
+        raise DataError(f"{place}: field 'correct' must be true or false, got {correct!r:.40}. Mend the row.")
+    return correct
 
 
 def squeeze(text: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.triples import Triple
 from cotgrpo.ghosts.verify import answers_match, extract_answer
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
@@ -71,12 +71,12 @@ class Accuracy:
 
 
 class ExactMatch:
-    """Greedy replies to the questions of `triples`, held against their answers. Built once, it compiles once for several parameters.
+    """Greedy replies to questions, held against their right answers. Built once, it compiles once for several parameters.
 
     Args:
         decoder: the student's shape.
         template: renders prompts and takes replies apart.
-        triples: held-out rows, at least one.
+        questions: held-out rows, at least one.
         max_new_tokens: replies are cut off here, and then have no answer.
         batch_size: prompts at a time.
         vocab_size: ids from here on are never drawn; None: the tokenizer's size.
@@ -89,22 +89,22 @@ class ExactMatch:
         self,
         decoder: DecoderConfig,
         template: AnyTemplate,
-        triples: Sequence[Triple],
+        questions: Sequence[Question],
         *,
         max_new_tokens: int,
         batch_size: int,
         vocab_size: int | None = None,
     ) -> None:
-        if not triples:
+        if not questions:
             raise ValueError("Exact match needs at least one held-out row, got none.")
-        self.template, self.triples = template, list(triples)
-        self.batch_size = min(batch_size, len(self.triples))
+        self.template, self.questions = template, list(questions)
+        self.batch_size = min(batch_size, len(self.questions))
         settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
         self.sampler = jax.jit(make_sampler(decoder, settings, vocab_size or len(template.tokenizer)))
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """The student's accuracy with these parameters; `progress` hears how many rows are done."""
-        prompts = [self.template.prompt(triple.question) for triple in self.triples]
+        prompts = [self.template.prompt(question.question) for question in self.questions]
         # Prompts of like length together: fewer columns, and rows that end at about the same time.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         replies: dict[int, Reply] = {}
@@ -116,9 +116,9 @@ class ExactMatch:
             written = jax.device_get(self.sampler(params, padded, jax.random.key(0)))
             for i, row in enumerate(rows):
                 ids = written.tokens[i, : written.lengths[i]]
-                replies[row] = self.judge(self.triples[row], ids, bool(written.finished[i]))
+                replies[row] = self.judge(self.questions[row], ids, bool(written.finished[i]))
             progress(len(replies))
-        in_order = [replies[row] for row in range(len(self.triples))]
+        in_order = [replies[row] for row in range(len(self.questions))]
         correct = sum(reply.correct for reply in in_order)
         low, high = wilson_interval(correct, len(in_order))
         return Accuracy(
@@ -131,14 +131,14 @@ class ExactMatch:
             replies=in_order,
         )
 
-    def judge(self, triple: Triple, ids: np.ndarray, finished: bool) -> Reply:
+    def judge(self, question: Question, ids: np.ndarray, finished: bool) -> Reply:
         """Takes a reply apart. The answer may stand in a phrase (`The answer is 42.`), and is then extracted from it."""
         _, answer = self.template.split_reply(ids)
         correct = answer is not None and (
-            answers_match(answer, triple.answer) or answers_match(extract_answer(answer), triple.answer)
+            answers_match(answer, question.gold) or answers_match(extract_answer(answer), question.gold)
         )
         text = self.template.tokenizer.decode(ids, skip_special_tokens=False)
-        return Reply(triple.question, triple.answer, text, answer, correct, finished)
+        return Reply(question.question, question.gold, text, answer, correct, finished)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Held-out rows, and how a student does on them: exact match of its greedy answers, and the loss of the reference replies."""
+"""Held-out rows, and how a student does on them: exact match of its greedy answers, and the loss of those reference replies that are correct."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HeldOut:
         return ExactMatch(
             model.decoder,
             self.setup.template,
-            self.setup.test_triples,
+            self.setup.test_questions,
             max_new_tokens=model.config.eval.max_new_tokens,
             batch_size=model.config.eval.batch_size,
             vocab_size=model.vocab_size,
@@ -45,22 +45,26 @@ class HeldOut:
         return jax.jit(make_eval_step(self.setup.model.student))
 
     def loss(self, params: Any) -> dict[str, float]:
-        """Mean NLL of the rationales and answers, with its companions."""
+        """Mean NLL of the correct rationales and answers, with its companions; nothing where no held-out row has any."""
+        if not self.setup.test:
+            return {}
         metrics = mean_metrics(self.eval_step, params, self.setup.test_batches(self.batch_size))
         return {name: value for name, value in metrics.items() if not name.endswith("tokens")}
 
     def measure(self, params: Any, when: str) -> dict[str, Any]:
-        """Accuracy, loss and replies; `when` is printed before them."""
+        """Accuracy, loss (None where no row has a correct reply) and replies; `when` is printed before them."""
+        asked, references = len(self.setup.test_questions), len(self.setup.test)
         with self.console.status(f"held-out accuracy {when}") as status:
-            total = len(self.setup.test_triples)
-            show = lambda done: status.update(f"held-out accuracy {when}: {done} of {total} rows")
+            show = lambda done: status.update(f"held-out accuracy {when}: {done} of {asked} rows")
             accuracy: Accuracy = self.exact_match(params, show)
-        loss = self.loss(params)["loss"]
-        self.console.print(f"{when}: held-out accuracy {accuracy}, loss {loss:.4f}", highlight=False, soft_wrap=True)
+        loss = self.loss(params).get("loss")
+        said = "no loss: no row has a correct reply that fits" if loss is None else f"loss {loss:.4f} on {references}"
+        self.console.print(f"{when}: held-out accuracy {accuracy}, {said}", highlight=False, soft_wrap=True)
         return {
             "accuracy": accuracy.figures(),
             "truncated": accuracy.truncated,
             "unparsable": accuracy.unparsable,
             "loss": loss,
+            "loss_rows": references,
             "replies": [dataclasses.asdict(reply) for reply in accuracy.replies],
         }

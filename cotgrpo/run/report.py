@@ -20,6 +20,7 @@ SHAPE: dict[str, Any] = {
     "command": str,
     "accuracy": {"*": {"value": float, "n": int, "low": float, "high": float}},
     "held_out_loss": {"*": float},
+    "held_out_rows": {"accuracy": int, "loss": int},
     "wall_seconds": {"*": float},
     "samples": [{"question": str, "gold": str, "replies": {"*": {"text": str, "correct": bool}}}],
     "data": {"*": {"read": int, "kept": int, "dropped": {"*": int}, "examples": {"*": [str]}}},

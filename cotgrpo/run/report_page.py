@@ -193,9 +193,15 @@ def accuracy(report: Mapping[str, Any]) -> str:
             f'<div style="{series_style(name)}"><dt>{clean(MOMENTS.get(name, name))}</dt><dd class="value">{row["value"]:.1%}</dd>'
             f'<dd class="quiet">{interval}{loss}</dd></div>'
         )
+    rows = report["held_out_rows"]
+    counted = (
+        f"The loss is that of the {rows['loss']:,} of {rows['accuracy']:,} with a correct reference reply."
+        if rows["loss"]
+        else "There is no loss: no question has a correct reference reply."
+    )
     chart = interval_chart("Accuracy", [(name, MOMENTS.get(name, name), measured[name]) for name in in_order(measured)])
     return (
-        f'{heading}<p class="quiet">The share of questions whose final answer is right, with its 95 % interval (Wilson).</p>'
+        f'{heading}<p class="quiet">The share of questions whose final answer is right, with its 95 % interval (Wilson). {counted}</p>'
         f'<div class="result"><dl class="moments">{"".join(items)}</dl>{chart}</div>'
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from cotgrpo.config import Config, ConfigError
 from cotgrpo.config_file import flat, load_config, save_config
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
+from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
+from cotgrpo.data.sources import names_of, rows_of
 from cotgrpo.data.template import AnyTemplate, Example, Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
-from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples
+from cotgrpo.data.triples import DataError, DropReport, Triple, check_usable, triples_in
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.families import ModelError
 from cotgrpo.models.model_folder import ModelFolder, open_folder
@@ -74,8 +77,8 @@ class Setup:
         model: the student.
         template: renders rows, with the tokenizer.
         train: tokenized training rows; none where a model is only measured.
-        test: tokenized held-out rows, supervised on rationale and answer.
-        test_triples: the same rows as text, for exact match.
+        test: tokenized correct replies of held-out rows, supervised on rationale and answer; maybe none.
+        test_questions: all held-out rows, for exact match.
         reports: what was left out while reading and tokenizing, by name.
     """
 
@@ -83,11 +86,11 @@ class Setup:
     template: AnyTemplate
     train: list[Example]
     test: list[Example]
-    test_triples: list[Triple]
+    test_questions: list[Question]
     reports: dict[str, DropReport]
 
     def test_batches(self, batch_size: int) -> Any:
-        """Every held-out row once, packed as in training."""
+        """Every correct held-out reply once, packed as in training."""
         data = self.model.config.data
         return make_batches(
             self.test, batch_size=batch_size, seq_len=data.seq_len, packing=data.packing, shuffle=False, num_epochs=1
@@ -132,57 +135,65 @@ def set_up_pretrained(config: Config) -> Setup:
     return with_test_rows(Setup(model, model.template(config.data.loss_on), [], [], [], reports), test)
 
 
-def with_test_rows(setup: Setup, test: list[Triple]) -> Setup:
+def with_test_rows(setup: Setup, test: list[Question]) -> Setup:
     """The setup with the held-out rows that fit into the window."""
     model, data = setup.model, setup.model.config.data
-    held_out = model.template("completion")
-    examples, report = make_examples(test, held_out, data.seq_len, too_long=data.too_long)
-    fitting = {example.source for example in examples}
-    return dataclasses.replace(
-        setup,
-        test=examples,
-        test_triples=[triple for triple in test if triple.source in fitting],
-        reports=setup.reports | {"held-out sequences": report},
+    questions, replies, reports = make_held_out(
+        test, model.template("completion"), data.seq_len, too_long=data.too_long
     )
+    return dataclasses.replace(setup, test=replies, test_questions=questions, reports=setup.reports | reports)
 
 
-def read_test_rows(config: Config) -> tuple[list[Triple], DropReport]:
+def read_test_rows(config: Config) -> tuple[list[Question], DropReport]:
     """The rows of `data.test`, and what was left out."""
     data = config.data
-    return read_triples(data.test, split=data.test_split, bad_rows=data.bad_rows)
+    return read_questions(data.test, split=data.test_split, bad_rows=data.bad_rows)
 
 
-def read_rows(config: Config) -> tuple[list[Triple], list[Triple], dict[str, DropReport]]:
+def read_rows(config: Config) -> tuple[list[Triple], list[Question], dict[str, DropReport]]:
     """(training rows, held-out rows, reports). Without test files, `test_rows` rows drawn by the seed are held out."""
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: name at least one .jsonl or .parquet file, or a hub id.")
-    train, report = read_triples(
-        data.train, split=data.train_split, keep_incorrect=data.keep_incorrect, bad_rows=data.bad_rows
-    )
+    names, split = names_of(data.train), data.train_split
+    rows = list(rows_of(names, split))
+    train, report = triples_in(rows, split=split, bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
+    check_usable(train, names, report)
     reports = {"training rows": report}
     if data.test:
         test, reports["held-out rows"] = read_test_rows(config)
     else:
-        if not 0 < data.test_rows < len(train):
-            raise ConfigError(
-                f"data.test_rows must leave rows to train on: expected 1 to {len(train) - 1}, got {data.test_rows}."
-            )
-        order = np.random.default_rng(config.seed).permutation(len(train))
-        chosen = {int(i) for i in order[: data.test_rows]}
-        test = [triple for i, triple in enumerate(train) if i in chosen]
+        # A bad row is an error by now; one with a wrong reply may lack the right answer.
+        questions, _ = questions_in(rows, split=split, bad_rows="drop")
+        test = drawn(questions, data.test_rows, config.seed)
         reports["held-out rows"] = DropReport(read=len(test))
-        for triple in test:
-            report.drop("held out for testing", triple.source)
-        train = [triple for i, triple in enumerate(train) if i not in chosen]
-    asked = {triple.question for triple in test}
-    for triple in train:
-        if triple.question in asked:
-            report.drop("question is in the test set", triple.source)
-    train = [triple for triple in train if triple.question not in asked]
+        train = left_out(train, {q.source for q in test}, lambda t: t.source, "held out for testing", report)
+    asked = {question.question for question in test}
+    train = left_out(train, asked, lambda t: t.question, "question is in the test set", report)
     if not train:
         raise DataError("No row is left to train on: every question is in the test set.")
     return train, test[: config.eval.rows], reports
+
+
+def drawn(questions: list[Question], count: int, seed: int) -> list[Question]:
+    """So many of the questions, those with a wrong reply too, in their order. Raises ConfigError where none would be left."""
+    if not 0 < count < len(questions):
+        raise ConfigError(
+            f"data.test_rows must leave rows to train on: expected 1 to {len(questions) - 1}, got {count}."
+        )
+    order = np.random.default_rng(seed).permutation(len(questions))
+    chosen = {int(i) for i in order[:count]}
+    return [question for i, question in enumerate(questions) if i in chosen]
+
+
+def left_out(
+    triples: list[Triple], known: set[str], text: Callable[[Triple], str], reason: str, report: DropReport
+) -> list[Triple]:
+    """The triples whose text is not a known one; the others are counted in the report."""
+    for triple in triples:
+        if text(triple) in known:
+            report.drop(reason, triple.source)
+    return [triple for triple in triples if text(triple) not in known]
 
 
 def model_of(config: Config, folder: Path, origin: Path | None, train: list[Triple]) -> Model:

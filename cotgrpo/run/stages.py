@@ -224,8 +224,9 @@ class Stage:
         if self.name == "sft" or self.origin != path.parent or not path.is_file():
             return None
         measured = read_json(path)
-        asked = [triple.question for triple in self.setup.test_triples]
-        return measured if [reply["question"] for reply in measured["replies"]] == asked else None
+        rows = [question.question for question in self.setup.test_questions], len(self.setup.test)
+        known = [reply["question"] for reply in measured["replies"]], measured.get("loss_rows")
+        return measured if known == rows else None
 
     def report(self, before: dict[str, Any], after: dict[str, Any], wall: dict[str, float]) -> dict[str, Any]:
         """Writes `report.json` and `report.html`."""
@@ -238,7 +239,8 @@ class Stage:
             "title": f"cotgrpo {self.name}",
             "command": f"cotgrpo {self.name} --config {shlex.quote(str(config))}",
             "accuracy": {name: m["accuracy"] for name, m in measured.items()},
-            "held_out_loss": {name: m["loss"] for name, m in measured.items()},
+            "held_out_loss": {name: m["loss"] for name, m in measured.items() if m["loss"] is not None},
+            "held_out_rows": {"accuracy": len(self.setup.test_questions), "loss": len(self.setup.test)},
             "wall_seconds": wall,
             "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
             "data": {title: r.to_dict() for title, r in self.setup.reports.items()},
