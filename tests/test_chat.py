@@ -371,7 +371,10 @@ def test_texts_and_a_template_that_together_spell_a_control_token() -> None:
 
 def test_texts_that_hold_the_mark_of_the_answer() -> None:
     plain, think = chat(CHATML), chat(CHATML, "think")
-    assert shown(plain, Triple("q", "r\n\n#### 3", "a"))[1] == "r\n\n#### 3\n\n#### a<|im_end|>"
+    assert shown(plain, Triple("q", "r\n\n#### 3. So", "a"))[1] == "r\n\n#### 3. So\n\n#### a<|im_end|>"
+    for marked in (Triple("q", "r\n#### 3\ns", "4", source="f:3"), Triple("q", "r", "3\ns", source="f:3")):
+        with pytest.raises(DataError, match=r"f:3: rationale and answer cannot be told apart.*must be one line"):
+            plain.encode(marked)
     with pytest.raises(
         DataError, match=r"f:3: rationale and answer cannot be told apart.*what marks the answer \('####'\)"
     ):
@@ -453,6 +456,24 @@ def test_answer_formats(reasoning: Any, answer_format: str, reply: str) -> None:
     assert shown(made, Triple("q", "{answer}", "{answer}"))[1].count("{answer}") == 2
 
 
+@pytest.mark.parametrize(
+    ("answer_format", "text", "expected"),
+    [
+        ("", "steps\n#### 12\n\nQuestion: next 99 apples", ("steps", "12")),
+        ("", "steps\n\n#### 12\n\nQuestion: next\n\nmore\n\n#### 99", ("steps", "12")),
+        ("", "steps\n#### 12 apples \r\n\nQuestion: next\n\n#### 99", ("steps", "12 apples")),
+        ("", "#### Step 1\n\n#### 2. Add\n\n#### 12", ("#### Step 1\n\n#### 2. Add", "12")),
+        ("", "#### Step one\n\nadd\n\n#### Paris", ("#### Step one\n\nadd", "Paris")),
+        ("", "r\n\n#### two\nlines", ("r", "two\nlines")),
+        (r"\boxed{{answer}}", "r\n\n\\boxed{12}\n\nQuestion: next 99\n\n\\boxed{7}", ("r", "12")),
+        ("The answer is {answer}.", "r\nThe answer is 12.\n\nQuestion: next 99", ("r", "12")),
+        ("{answer}", "9 is it\n\n42", ("9 is it", "42")),
+    ],
+)
+def test_what_follows_the_answer_does_not_change_it(answer_format: str, text: str, expected: tuple[str, str]) -> None:
+    assert chat(CHATML, answer_format=answer_format).split_reply(text) == expected
+
+
 def test_replies_are_taken_apart() -> None:
     plain, think = chat(CHATML), chat(CHATML, "think", answer_format=r"\boxed{{answer}}")
     assert plain.split_reply(" 1+2=3\n\n#### 3\n") == ("1+2=3", "3")
@@ -462,7 +483,8 @@ def test_replies_are_taken_apart() -> None:
     ids = plain.tokenizer.encode("1 is 2 is 3<|im_end|>")
     assert plain.split_reply(ids)[1] == "3"
     assert plain.split_reply(ids[:-1])[1] is None, "what was cut off has not answered"
-    assert plain.split_reply(plain.tokenizer.encode("1\n\n#### 3"))[1] == "3"
+    cut_off = {"1\n\n#### 3": None, "1\n\n#### 3\n": "3", "1\n\n#### 3\n\nQuestion: 9": "3", "1\n\n#### Par": None}
+    assert {text: plain.split_reply(plain.tokenizer.encode(text))[1] for text in cut_off} == cut_off
     assert plain.split_reply([]) == ("", None)
     assert think.split_reply("<think>\nr\n</think>\n\n\\boxed{3}") == ("r", "3")
     assert think.split_reply("r</think>So it is 3.") == ("r", "So it is 3.")
@@ -577,6 +599,12 @@ def test_generation_configs(tmp_path: Path) -> None:
     for stops, expected in ((7, (7,)), ([7, 3], (7, 3)), (None, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
         assert generation_stop_ids(tmp_path) == expected
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 5]}', encoding="utf-8")
+    assert generation_stop_ids(tmp_path) == (2, 5), "a generation config without stop tokens leaves it to config.json"
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    assert generation_stop_ids(tmp_path) == (7,)
+    (tmp_path / "generation_config.json").unlink()
+    assert generation_stop_ids(tmp_path) == (2, 5)
     for broken in ("{", "[1]", '{"eos_token_id": "<eos>"}'):
         (tmp_path / "generation_config.json").write_text(broken, encoding="utf-8")
         with pytest.raises(DataError, match=r"generation_config.json cannot be read .* Mend or remove it"):

@@ -196,7 +196,8 @@ def test_a_student_from_scratch_is_exported(folder: Path, tmp_path: Path) -> Non
     assert main(["export", "--run_dir", str(moved), "--out", str(out)]) == 0
     assert read(out / "config.json")["model_type"] == "llama"
     assert load_tokenizer(out).convert_tokens_to_ids("<eos>") == read(out / "generation_config.json")["eos_token_id"]
-    assert "Next-token loss on the sequence, from scratch" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Next-token loss on the sequence, from scratch" in card and "GhostRespond" not in card
     # The config file's shape does not count beside --model.
     assert main(["eval", *arguments, "--model", str(out), "--out", str(tmp_path / "eval")]) == 0
     measured, trained = read(tmp_path / "eval" / "eval.json"), read(moved / "sft" / "after.json")

@@ -59,7 +59,12 @@ def test_examples_in_docstrings(module: str) -> None:
         ("#### -1,250.50 ", "-1,250.50"),
         ("#### Paris\n", "Paris"),
         ("#### 5\n####\n 7", "5"),
-        ("#### 5 #### 6", "6"),
+        ("#### 5 #### 6", "5"),
+        ("steps\n#### 12\n\nQuestion: next 99 apples", "12"),
+        ("steps\n#### 12 apples.\n\nQuestion: next\n#### 99", "12 apples."),
+        ("#### $-3\n#### 99", "$-3"),
+        ("#### Step 1\nadd\n#### 2. Then\n#### 3) take\n#### .5\n#### 99", ".5"),
+        ("#### First, add\n#### Paris\n", "Paris"),
         ("#### \n so 3", "3"),
         # then the last number
         ("The answer is 1,000.", "1,000"),

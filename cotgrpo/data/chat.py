@@ -20,7 +20,7 @@ import numpy as np
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.tokenizer import transformers
 from cotgrpo.data.triples import DataError, Triple
-from cotgrpo.ghosts.verify import extract_answer
+from cotgrpo.ghosts.verify import begins_with_number, extract_answer
 
 PROBE = Triple("probe question 7351", "probe rationale 7352", "probe answer 7353", source="the chat template")
 ANSWER_FORMATS = {"plain": "#### {answer}", "think": "{answer}"}
@@ -114,7 +114,8 @@ class ChatTemplate(AnyTemplate):
         if said == reply or self.split_reply(said) != (triple.rationale.strip(), triple.answer.strip()):
             raise DataError(
                 f"{triple.source}: rationale and answer cannot be told apart in the assistant's turn, or the chat template changes them: "
-                f"{reply!r:.200}. Remove what marks the answer ({self.mark.strip() or 'a blank line'!r}) from the row's texts."
+                f"{reply!r:.200}. Remove what marks the answer ({self.mark.strip() or 'a blank line'!r}) from the row's texts; "
+                "an answer that begins with a number must be one line."
             )
         if triple.question.strip() not in before:
             raise DataError(f"{triple.source}: the chat template drops or changes the question: {before!r:.200}.")
@@ -137,24 +138,51 @@ class ChatTemplate(AnyTemplate):
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
         r"""(rationale, answer) of a generated reply, text or token ids up to a stop token.
 
-        "think": the answer is what follows `</think>`, without the words of `answer_format`; None where no `</think>` came. "plain": what
-        follows the last blank line and the first words of `answer_format`; where they did not come, what `extract_answer` finds (`\boxed{}`,
-        `####`, the last number), so that a student that was never trained on the format has answers too, but none of ids that were cut off.
+        "think": the answer is what follows `</think>`, without the words of `answer_format`; None where no `</think>` came. "plain": the
+        first whole line in `answer_format` whose answer begins with a number (`#### 12`), whatever the student writes after it; without
+        one, what follows the last blank line and the first words of `answer_format`; where they did not come, what `extract_answer` finds
+        (`\boxed{}`, `####`, the last number), so that a student that was never trained on the format has answers too. Ids that were cut off
+        have only an answer whose line has ended.
         """
-        text = (reply if isinstance(reply, str) else self.decode(reply)).strip()
-        first, last = (words.strip() for words in self.phrase.split("{answer}"))
+        text = reply if isinstance(reply, str) else self.decode(reply)
+        cut_off = not isinstance(reply, str) and not set(self.stop_ids).intersection(map(int, reply))
+        if self.reasoning == "plain" and (line := self.answer_line(text)) is not None:
+            rationale, answer, rest = line
+            return rationale.strip(), None if cut_off and not rest else answer
+        text = text.strip()
         if self.reasoning == "think":
             rationale, found, answer = text.partition(self.mark)
             rationale, answer = rationale.removeprefix("<think>"), answer.strip()
-            if len(answer) >= len(first) + len(last) and answer.startswith(first) and answer.endswith(last):
-                answer = answer[len(first) : len(answer) - len(last)]
+            within = self.within_phrase(answer)
+            answer = answer if within is None else within
         else:
             rationale, found, answer = text.rpartition(self.mark)
-            answer = answer.strip().removesuffix(last)
-            if not found:
-                cut_off = not isinstance(reply, str) and not set(self.stop_ids).intersection(map(int, reply))
-                return text, None if cut_off else extract_answer(text)
+            answer = answer.strip().removesuffix(self.phrase.partition("{answer}")[2].strip())
+            if not found or cut_off:
+                return (rationale if found else text).strip(), None if cut_off else extract_answer(text)
         return rationale.strip(), answer.strip() if found else None
+
+    def answer_line(self, text: str) -> tuple[str, str, str] | None:
+        """(what stands before, answer, what follows its end) of the first line in `answer_format` whose answer begins with a number, or None.
+
+        A format that begins with the answer marks no line.
+        """
+        if self.phrase.startswith("{answer}"):
+            return None
+        start = 0
+        for line in text.split("\n"):
+            answer, end = self.within_phrase(line.strip()), start + len(line)
+            if answer is not None and begins_with_number(answer):
+                return text[:start], answer, text[end:]
+            start = end + 1
+        return None
+
+    def within_phrase(self, words: str) -> str | None:
+        """The answer in a text that is `answer_format` with an answer in it; None where it is not."""
+        first, last = (part.strip() for part in self.phrase.split("{answer}"))
+        if len(words) < len(first) + len(last) or not (words.startswith(first) and words.endswith(last)):
+            return None
+        return words[len(first) : len(words) - len(last)].strip()
 
     @property
     def mark(self) -> str:
@@ -309,17 +337,22 @@ class ChatTemplate(AnyTemplate):
 
 
 def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:
-    """The stop tokens in the generation config of a local folder or a hub id; none where it has no such file.
+    """The stop tokens of a local folder or a hub id: `eos_token_id` of its generation config, else, as in `transformers`, of its config.json.
+
+    None where it has neither file, or neither names any.
 
     Raises:
-        DataError: the file is there and cannot be read.
+        DataError: a file is there and cannot be read.
     """
-    name = "generation_config.json"
-    try:
-        file = transformers().utils.cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
-        stops = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
-        return tuple(int(stop) for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None)
-    except Exception as error:  # a broken file or a broken connection, which raise many kinds
-        raise DataError(
-            f"{path_or_id}/{name} cannot be read ({type(error).__name__}: {error}). Mend or remove it."
-        ) from error
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = transformers().utils.cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
+            stops = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+            found = tuple(int(s) for s in (stops if isinstance(stops, list) else [stops]) if s is not None)
+        except Exception as error:  # a broken file or a broken connection, which raise many kinds
+            raise DataError(
+                f"{path_or_id}/{name} cannot be read ({type(error).__name__}: {error}). Mend or remove it."
+            ) from error
+        if found:
+            return found
+    return ()

@@ -39,6 +39,8 @@ WHOLE_NUMBER = re.compile(
 LATEX_FRACTION = re.compile(r"\\[dtc]?frac *\{([0-9]+)\} *\{([0-9]+)\}")
 CURRENCY = re.compile(r"^([-+]?)\s*\\?[$€£]\s*|\s*\\?[$€£]$")
 BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+LEADING_NUMBER = re.compile(rf"[$€£]?{SIGNED}(?![.)][ \t]+\S)")
+"""What begins an answer; `1. Add them` and `2) So` are headings."""
 HASHES = re.compile(r"####[ \t]*+([^\n#]*[^\s#])")
 
 WORD = re.compile(r"[^\W\d_]{3,}")
@@ -56,7 +58,10 @@ UNBOUNDED = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer in a reply, as it is written there: the last `\boxed{...}`, else what follows the last `####`, else the last number.
+    r"""The final answer in a reply, as it is written there: the last `\boxed{...}`, else what follows `####` in its line, else the last number.
+
+    Of several `####` the first that a number follows counts, as in GSM8K's own evaluation: what a student writes after its answer, such as
+    a next question with an answer of its own, does not change it. Where a number follows none, the last counts, since others may be headings.
 
     Args:
         text: a reply, or any text. Boxes may hold braces (`\boxed{\frac{1}{2}}`); a box that is empty or never closed does not count.
@@ -73,12 +78,20 @@ def extract_answer(text: str) -> str | None:
         '\\frac{1}{2}'
         >>> extract_answer("They cost 5 times $250.10.\n#### 1,250.50")
         '1,250.50'
+        >>> extract_answer("#### Add them\n5 + 7 = 12\n#### 12\n\nQuestion: Tom has 99 apples.\n#### 99")
+        '12'
     """
     boxed = last_box(text)
     if boxed is not None:
         return boxed
-    found = HASHES.findall(text) or NUMBER_IN_TEXT.findall(text)
-    return found[-1] if found else None
+    marked = HASHES.findall(text)
+    found = marked or NUMBER_IN_TEXT.findall(text)
+    return next(filter(begins_with_number, marked), found[-1]) if found else None
+
+
+def begins_with_number(text: str) -> bool:
+    """Whether a text begins with a number that can be an answer, and not with that of a heading (`1. Add them`)."""
+    return LEADING_NUMBER.match(text) is not None
 
 
 def last_box(text: str) -> str | None:

@@ -35,9 +35,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     }
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {name}\n"]
     base = f" from `{facts['base_model']}`" if facts.get("base_model") else ""
-    parts.append(
-        f"A student trained{base} with `cotgrpo`: chain-of-thought distillation and GhostRespond Policy Optimization.\n"
-    )
+    parts.append(f"A student that was trained{base} with `cotgrpo` to reason step by step.\n")
     for key, title in (("objective", "Objective"), ("data", "Data")):
         if facts.get(key):
             parts.append(f"## {title}\n\n{facts[key]}\n")
