@@ -43,6 +43,7 @@ class StudentConfig:
         dtype: compute type.
         param_dtype: storage type of the parameters.
         remat: what the backward pass recomputes.
+        attention: of whole sequences: xla on any device; splash, a kernel of TPUs; auto: splash on a TPU, xla elsewhere.
     """
 
     path: str | None = None
@@ -58,6 +59,7 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["nothing", "dots", "block"] = "nothing"
+    attention: Literal["auto", "xla", "splash"] = "auto"
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -72,14 +74,27 @@ class StudentConfig:
     @classmethod
     def shape(cls) -> list[str]:
         """The settings that a pretrained student does not have."""
-        shared = ("path", "dtype", "param_dtype", "remat")
+        shared = ("path", "dtype", "param_dtype", "remat", "attention")
         return [field.name for field in dataclasses.fields(cls) if field.name not in shared]
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
-        """The decoder with this shape and `vocab_size` tokens."""
-        settings = dataclasses.asdict(self)
-        del settings["path"]
-        return DecoderConfig(vocab_size=vocab_size, **settings)
+        """The decoder with this shape and `vocab_size` tokens, stored and computed as a `DecoderConfig` is by default."""
+        return DecoderConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in self.shape()})
+
+    def computed(self, shape: DecoderConfig, platform: str) -> DecoderConfig:
+        """A decoder of this shape, stored and computed as the settings say on JAX's platform "tpu", "gpu" or "cpu".
+
+        Raises:
+            ConfigError: attention that the platform does not have.
+        """
+        if self.attention == "splash" and platform != "tpu":
+            raise ConfigError(
+                f"student.attention is splash, a kernel of TPUs, and this is a {platform}. Leave it auto."
+            )
+        attention = self.attention if self.attention != "auto" else "splash" if platform == "tpu" else "xla"
+        return dataclasses.replace(
+            shape, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat, attention=attention
+        )
 
 
 @dataclasses.dataclass(frozen=True)

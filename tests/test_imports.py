@@ -37,6 +37,7 @@ CORE_MODULES = {
     "models.decoder",
     "models.lora",
     "models.rotary",
+    "models.splash",
 }
 CHAIN = ("types", "objectives", "token_engine", "train_steps", "run", "cli")
 """Each of these imports those to its left, never one to its right."""

@@ -7,6 +7,7 @@ import dataclasses
 from cotgrpo.models.rotary import RopeScaling
 
 REMAT_POLICIES = ("nothing", "dots", "block")
+ATTENTION = ("xla", "splash")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -31,6 +32,7 @@ class DecoderConfig:
         param_dtype: storage type of the parameters.
         remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products),
             "block" (everything inside a layer; only the residual stream is kept).
+        attention: of whole sequences: "xla" on any device, or "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
         activation: of the MLP's gate: "silu", "gelu" (by the error function) or "gelu_tanh" (its approximation).
         biases: the projections that add a bias, of "query", "key", "value", "out", "gate", "up", "down".
         qk_norm: RMSNorm over H of every query and key head, before the rotation.
@@ -61,6 +63,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "nothing"
+    attention: str = "xla"
     activation: str = "silu"
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
@@ -88,6 +91,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.head_dim must be even for rotary positions, got {self.head_dim}.")
         choices = (
             ("remat", REMAT_POLICIES),
+            ("attention", ATTENTION),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
             ("activation", ACTIVATIONS),

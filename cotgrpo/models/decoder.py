@@ -21,6 +21,7 @@ from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.rotary import rotate, rotation
+from cotgrpo.models.splash import splash_attention
 from cotgrpo.types import Params, Student
 
 if TYPE_CHECKING:
@@ -68,12 +69,14 @@ class View(flax.struct.PyTreeNode):
 
     Attributes:
         cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key.
-        mask: bool `[B, T, S]`, True where a query may read a key.
+        mask: bool `[B, T, S]`, True where a query may read a key; None where the kernel makes its own, from
+        segment_ids: int32 `[B, T]`, of the queries.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T S"] | None
+    segment_ids: Int[Array, "B T"]
 
 
 class Layer(nn.Module):
@@ -91,7 +94,7 @@ class Layer(nn.Module):
         c = self.config
         x, index, cached = carry
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
-        mixed, cached = self.attend(x, index, cached, view, slot)
+        mixed, cached = self.attend(x, index, cached, view, is_local, slot)
         mixed = self.dense("out", to_residual=True)(mixed)
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
@@ -100,7 +103,7 @@ class Layer(nn.Module):
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return (x, index + 1, cached), None
 
-    def attend(self, x: Any, index: Any, cached: Any, view: View, slot: Any) -> tuple[Any, Any]:
+    def attend(self, x: Any, index: Any, cached: Any, view: View, is_local: Any, slot: Any) -> tuple[Any, Any]:
         c = self.config
         B, T, _ = x.shape
         h = self.norm("attention_norm")(x)
@@ -116,7 +119,13 @@ class Layer(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
-        mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
+        if view.mask is None:
+            windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
+            mixed = splash_attention(
+                query, key, value, view.segment_ids, windows, is_local, c.query_scale, c.attention_softcap
+            )
+        else:
+            mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
         return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
     def norm(self, name: str) -> RMSNorm:
@@ -169,7 +178,8 @@ class Decoder(nn.Module):
             key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
             key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
             cached = (cache.keys, cache.values)
-        views = self.views(positions, segment_ids, key_positions, key_segments)
+        by_kernel = c.attention == "splash" and cache is None
+        views = self.views(positions, segment_ids, None if by_kernel else (key_positions, key_segments))
         is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
         layers = nn.scan(
             self.rematted_layer(),
@@ -184,18 +194,18 @@ class Decoder(nn.Module):
             return x_BTD, None
         return x_BTD, KvCache(cached[0], cached[1], key_positions, key_segments)
 
-    def views(self, positions: Any, segment_ids: Any, key_positions: Any, key_segments: Any) -> tuple[View, ...]:
-        """The global view, the local one, or both in this order: those that some layer uses."""
+    def views(self, positions: Any, segment_ids: Any, keys: tuple[Any, Any] | None) -> tuple[View, ...]:
+        """The global view, the local one, or both in this order: those that some layer uses. `keys` are their positions and segments."""
         c = self.config
-        segments = (positions, segment_ids, key_positions, key_segments)
+        mask = lambda window: None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
         views = []
         if c.num_local < c.num_layers:
             rotations = rotation(positions, c.rope_theta, c.head_dim, c.rope_scaling)
-            views.append(View(*rotations, causal_segment_mask(*segments)))
+            views.append(View(*rotations, mask(None), segment_ids))
         if c.num_local:
             own = c.local_rope_theta
             rotations = rotation(positions, own or c.rope_theta, c.head_dim, None if own else c.rope_scaling)
-            views.append(View(*rotations, causal_segment_mask(*segments, c.window)))
+            views.append(View(*rotations, mask(c.window), segment_ids))
         return tuple(views)
 
     def rematted_layer(self) -> Any:

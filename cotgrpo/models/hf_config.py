@@ -212,7 +212,7 @@ def differences(config: DecoderConfig, hf: HfConfig) -> list[str]:
             if c.window is not None
             else None,
             max_positions=config.max_positions and c.max_positions,
-            **{name: getattr(config, name) for name in ("dtype", "param_dtype", "remat", "init_scale")},
+            **{name: getattr(config, name) for name in ("dtype", "param_dtype", "remat", "attention", "init_scale")},
         )
 
     try:

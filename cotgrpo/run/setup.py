@@ -201,7 +201,8 @@ def model_of(config: Config, folder: Path, origin: Path | None, train: list[Trip
     if config.student.path is not None:
         return pretrained_model(config)
     tokenizer = tokenizer_of(config, folder, origin, train)
-    return Model(config, tokenizer, config.student.decoder(len(tokenizer)), len(tokenizer))
+    decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
+    return Model(config, tokenizer, decoder, len(tokenizer))
 
 
 def pretrained_model(config: Config) -> Model:
@@ -216,9 +217,7 @@ def pretrained_model(config: Config) -> Model:
     tokenizer = load_tokenizer(source.folder if path is None else path)
     if path is not None and (source.folder / "tokenizer.json").is_file():
         check_same_tokens(tokenizer, load_tokenizer(source.folder), path, settings.path)
-    decoder = dataclasses.replace(
-        source.config, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
-    )
+    decoder = settings.computed(source.config, jax.default_backend())
     size = source.vocab_size(tokenizer.get_vocab(), settings.path if path is None else path)
     return Model(config, tokenizer, decoder, size, source)
 
