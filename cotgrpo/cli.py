@@ -142,14 +142,15 @@ def taken(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]
     return value, rest
 
 
-EXPORT_HELP = """usage: cotgrpo export --run_dir DIR --out FOLDER [--dtype float32|bfloat16|float16]
+EXPORT_HELP = """usage: cotgrpo export --run_dir DIR --out FOLDER [--dtype float32|bfloat16|float16] [--adapter]
 
 Writes the newest student of a run as a folder that transformers loads: safetensors, config.json, tokenizer, chat template,
 generation_config.json, and a model card with the data, the objective, the settings and the measured accuracy.
 
   --run_dir DIR    the folder of the run
   --out FOLDER     new or empty
-  --dtype TYPE     how weights are stored; without it, as in the run"""
+  --dtype TYPE     how weights are stored; without it, as in the run
+  --adapter        of a run with LoRA: the adapters alone, as peft loads them; without it, they are merged into the weights"""
 
 
 def export(arguments: Sequence[str], console: Console) -> None:
@@ -162,16 +163,17 @@ def export(arguments: Sequence[str], console: Console) -> None:
         print(EXPORT_HELP)
         return
     options: dict[str, str | None] = {}
-    rest = list(arguments)
+    rest = [argument for argument in arguments if argument != "--adapter"]
+    adapter = len(rest) < len(arguments)
     for name in ("run_dir", "out", "dtype"):
         options[name], rest = taken(f"--{name}", rest)
     if rest:
         name = rest[0].partition("=")[0]
-        raise ConfigError(f"Unknown option {name}.{nearest(name.removeprefix('--'), list(options), '--')}")
+        raise ConfigError(f"Unknown option {name}.{nearest(name.removeprefix('--'), [*options, 'adapter'], '--')}")
     run_dir, out, dtype = options.values()
     if run_dir is None or out is None:
         raise ConfigError("export needs --run_dir DIR, the folder of the run, and --out FOLDER, where the model goes.")
-    run_export(Path(run_dir), Path(out), dtype, console)
+    run_export(Path(run_dir), Path(out), dtype, console, adapter=adapter)
 
 
 def quickstart(arguments: Sequence[str], console: Console) -> None:

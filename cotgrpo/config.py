@@ -8,6 +8,7 @@ from typing import Any, Literal
 import optax
 
 from cotgrpo.models.decoder import DecoderConfig
+from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
 from cotgrpo.optimizers import make_optimizer
 
@@ -95,6 +96,37 @@ class StudentConfig:
         return dataclasses.replace(
             shape, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat, attention=attention
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """LoRA: small matrices are trained beside the student's frozen weights; cotgrpo.models.lora has the formula.
+
+    Attributes:
+        rank: of the matrices; 0: no LoRA, all parameters are trained.
+        alpha: the matrices' product is scaled by alpha / rank.
+        dropout: share of the matrices' inputs that a train step sets to zero.
+        targets: what is adapted: patterns, each searched in the names of the layers' projections.
+        rslora: scale by alpha / sqrt(rank).
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(LoraConfig.targets))
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "rank")
+        given = dataclasses.asdict(self) | {"targets": tuple(self.targets)}
+        for name, value in given.items():
+            if not self.rank and name != "rank" and value != getattr(LoraConfig, name):
+                raise ConfigError(f"lora.{name} has no effect without LoRA. Remove it, or set lora.rank.")
+        self.build()
+
+    def build(self) -> LoraConfig | None:
+        """What is adapted, and how; None: no LoRA. Raises ValueError where a setting is outside its range."""
+        return LoraConfig(**dataclasses.asdict(self) | {"targets": tuple(self.targets)}) if self.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +355,7 @@ class Config:
         seed: of the parameters, the order of the data, and what is drawn.
         max_skipped: stop after this many updates in a row that were skipped because they were not finite.
         student: a pretrained student, or the shape of one from scratch.
+        lora: train small matrices beside frozen weights.
         tokenizer: the student's tokenizer.
         data: rows, and how they become sequences.
         sft: supervised fine-tuning on the triples (chain-of-thought distillation).
@@ -335,6 +368,7 @@ class Config:
     seed: int = 0
     max_skipped: int = 10
     student: StudentConfig = StudentConfig()
+    lora: LoraSettings = LoraSettings()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     sft: StageConfig = StageConfig()

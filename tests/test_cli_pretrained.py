@@ -58,14 +58,19 @@ def write_model(folder: Path, texts: list[str]) -> Path:
     return save_pretrained(folder, config, params, tokenizer=tokenizer, generation_config=stops)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, a model and a config; `chat` and `plain` are runs of both stages."""
-    folder = tmp_path_factory.mktemp("pretrained")
+def write_rows_and_model(folder: Path) -> None:
+    """`rows.jsonl`, `model` and `c.yaml`, which names the model and has small settings."""
     rows = ProceduralTeacher(seed=1).draw(60)
     write_triples(folder / "rows.jsonl", rows)
     write_model(folder / "model", [f"{t.question}\n{t.rationale}" for t in rows])
     (folder / "c.yaml").write_text(f"student: {{path: {folder / 'model'}}}\n{SETTINGS}", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows, a model and a config; `chat` and `plain` are runs of both stages."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_rows_and_model(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
         for form in ("chat", "plain"):

@@ -10,7 +10,7 @@ from typing import Any
 PARTS = ("base_model", "license", "language", "datasets", "data", "objective", "config", "accuracy", "versions")
 
 
-def model_card(name: str, facts: Mapping[str, Any]) -> str:
+def model_card(name: str, facts: Mapping[str, Any], library: str = "transformers") -> str:
     """README.md with the front matter that the hub reads; what is not known is left out.
 
     Args:
@@ -18,6 +18,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         facts: of `PARTS`. `base_model`, `license`, `language` and `datasets` are hub ids and go to the front matter; `data` and
             `objective` are text; `config` is a mapping; `accuracy` maps a test set's name to a number or to text; `versions` maps
             packages to versions, added to those found here.
+        library: what loads the folder.
 
     Raises:
         ValueError: a fact that has no place in the card.
@@ -29,7 +30,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         raise ValueError(f"A model card has no place for {unknown[0]!r}; expected some of {', '.join(PARTS)}.")
     front = {key: facts[key] for key in ("license", "language", "base_model", "datasets") if facts.get(key)}
     front |= {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["cotgrpo", "chain-of-thought"],
     }

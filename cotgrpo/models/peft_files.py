@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cotgrpo.models.card import model_card
 from cotgrpo.models.families import PROJECTIONS, ModelError
 from cotgrpo.models.lora import Adapters, LoraConfig, flat, kernels, nested
 from cotgrpo.models.tensor_files import NewTensor, StoredTensor, read_header, read_json, write_file
@@ -42,7 +43,13 @@ PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
 """Ways to start that leave the model's own weights as they are. After others (pissa, olora, ...) the adapter fits changed weights only."""
 
 
-def save_adapter(folder: str | Path, adapters: Adapters, lora: LoraConfig, base_model_name: str | None = None) -> Path:
+def save_adapter(
+    folder: str | Path,
+    adapters: Adapters,
+    lora: LoraConfig,
+    base_model_name: str | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, complete or not at all.
 
     In a run of several processes all of them call it, and the first one writes.
@@ -52,6 +59,7 @@ def save_adapter(folder: str | Path, adapters: Adapters, lora: LoraConfig, base_
         adapters: what was trained.
         lora: what it was trained with.
         base_model_name: the hub id or folder of the frozen model, which `peft`'s `AutoPeftModel` loads; None: not said.
+        card: facts for a model card (`cotgrpo.models.card.model_card`); None: no card.
 
     Raises:
         ModelError: a folder that is not empty, or an adapter of a projection that Hugging Face's models do not have.
@@ -76,6 +84,10 @@ def save_adapter(folder: str | Path, adapters: Adapters, lora: LoraConfig, base_
         write_file(partial / WEIGHTS_FILE, tensors)
         text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)
         (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if card is not None:
+            base = {"base_model": base_model_name} if base_model_name else {}
+            text = model_card(folder.name, base | dict(card), library="peft")
+            (partial / "README.md").write_text(text, encoding="utf-8")
         os.replace(partial, folder)
     return folder
 

@@ -8,49 +8,77 @@ from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.config import Config
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.config_file import load_config
 from cotgrpo.data.template import AnyTemplate
+from cotgrpo.models.peft_files import save_adapter
 from cotgrpo.models.weights import refuse_used, save_pretrained
-from cotgrpo.run.checkpoint import restore_params
 from cotgrpo.run.setup import model_of
+from cotgrpo.run.stage_weights import StageWeights, restore_weights
 from cotgrpo.run.stages import newest_stage, read_json
 
 
-def run_export(run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None) -> Path:
+def run_export(
+    run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None, *, adapter: bool = False
+) -> Path:
     """Writes the newest student of `run_dir` to `out`: weights, config.json, tokenizer, chat template, generation config, model card.
+
+    LoRA's adapters are merged into the weights, unless `adapter` asks for them alone.
 
     Args:
         run_dir: a folder that `sft` or `grpo` has filled. Of a pretrained student, the JSON files at its `student.path` are read again.
         out: new or empty.
         dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
         console: where it is said what was written.
+        adapter: write the adapters alone, as a folder that `peft` loads beside the pretrained student.
 
     Raises:
-        ConfigError, CheckpointError, ModelError, DataError: no trained student, none that can be read, or `out` is in use.
+        ConfigError, CheckpointError, ModelError, DataError: no trained student, none that can be read, or `out` is in use; with `adapter`,
+            a run without LoRA, a base that is no pretrained model, or a `dtype`.
     """
     refuse_used(out)
     stage = newest_stage(run_dir)
     folder = run_dir / stage
     config = load_config(folder / "config.yaml")
     model = model_of(config, folder, folder, [])
-    params, step = restore_params(folder / "checkpoints", model.abstract_params())
+    weights, step = restore_weights(folder, model)
     template = model.template(config.data.loss_on)
+    card = facts(config, stage, step, template, folder)
+    written = f"{folder} at step {step} written to {out}"
+    if adapter:
+        check_adapter(weights, folder, dtype)
+        assert weights.lora is not None
+        save_adapter(out, weights.trained, weights.lora, weights.base_name, card)
+        (console or Console()).print(f"adapter of {written}", highlight=False, soft_wrap=True)
+        return out
     stops = list(template.stop_ids)
     of_source = model.source is not None and config.tokenizer.path is None
     save_pretrained(
         out,
         model.decoder,
-        params,
+        weights.merged(),
         source=model.source,
         tokenizer=None if of_source else model.tokenizer,
         # Generation stops where it did when accuracy was measured.
         generation_config={"eos_token_id": stops if len(stops) > 1 else stops[0]},
-        card=facts(config, stage, step, template, folder),
+        card=card,
         dtype=dtype,
     )
-    (console or Console()).print(f"{folder} at step {step} written to {out}", highlight=False, soft_wrap=True)
+    (console or Console()).print(written, highlight=False, soft_wrap=True)
     return out
+
+
+def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:
+    """Raises ConfigError where a stage has no adapter that can be exported alone."""
+    if weights.lora is None:
+        raise ConfigError(f"{folder} was trained without LoRA and has no adapter. Leave --adapter out.")
+    if weights.base_name is None:
+        raise ConfigError(
+            f"The base of the adapters in {folder} is a trained stage and no pretrained model, so nobody could load them alone. "
+            "Leave --adapter out: they are merged into the weights then."
+        )
+    if dtype is not None:
+        raise ConfigError("Adapters are stored in float32, as they were trained. Leave --dtype out, or --adapter.")
 
 
 def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
@@ -61,6 +89,8 @@ def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: 
     settings = dataclasses.asdict(config)
     for name in config.student.shape() if config.student.path is not None else ():
         del settings["student"][name]  # that of config.json counts
+    if not config.lora.rank:
+        del settings["lora"]
     known: dict[str, Any] = {
         "datasets": [name.partition(":")[0] for name in sources[0] if not is_file(name)],
         "objective": objective(config, stage, step),

@@ -26,7 +26,7 @@ from cotgrpo.models.model_folder import ModelFolder, open_folder
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.types import Student
 
-IDENTITY = ("seed", "student", "tokenizer", "data")
+IDENTITY = ("seed", "student", "lora", "tokenizer", "data")
 """Sections of a config that decide, with the stage's own, what a stage learns."""
 FREE = ("log_every", "eval_every")
 """Settings of a stage that do not."""

@@ -7,6 +7,7 @@ from typing import Literal
 import optax
 
 from cotgrpo.config import Config
+from cotgrpo.models.lora import make_lora_step
 from cotgrpo.train_steps import Step, make_grpo_step, make_sft_step
 from cotgrpo.types import Student
 
@@ -14,13 +15,21 @@ StageName = Literal["sft", "grpo"]
 
 
 def stage_step(config: Config, stage: StageName, student: Student, tx: optax.GradientTransformation) -> Step:
-    """The pure step of a stage, not jitted; it takes a reference's parameters as its third argument where `needs_reference`."""
+    """The pure step of a stage, not jitted: `step(state, batch, *rest)`.
+
+    The rest are LoRA's frozen base, where LoRA is on and the state holds adapters, and then a reference's parameters where `needs_reference`.
+    """
     micro_batches = getattr(config, stage).micro_batches
-    if stage == "sft":
-        return make_sft_step(student, tx, micro_batches=micro_batches)
     reference = student if needs_reference(config, stage) else None
-    objective = config.grpo.objective.build()
-    return make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
+
+    def make_step(student: Student) -> Step:
+        if stage == "sft":
+            return make_sft_step(student, tx, micro_batches=micro_batches)
+        objective = config.grpo.objective.build()
+        return make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
+
+    lora = config.lora.build()
+    return make_step(student) if lora is None else make_lora_step(make_step, student, lora)
 
 
 def needs_reference(config: Config, stage: StageName) -> bool:

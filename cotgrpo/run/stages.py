@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from rich.console import Console
 
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
-from cotgrpo.run.checkpoint import restore_params
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.report import write_report
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
 from cotgrpo.run.stage_step import StageName, needs_reference, stage_step
+from cotgrpo.run.stage_weights import StageWeights, first_weights, origin_of, restore_weights, start_weights
 from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import jit_step
 from cotgrpo.types import TrainState
@@ -65,9 +66,9 @@ def has_checkpoint(folder: Path) -> bool:
 def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measures the newest student of `run_dir` on held-out rows and writes `eval.json` beside it. Returns what it holds."""
     stage = Stage(newest_stage(Path(config.run_dir)), config, console or Console())
-    params, step = restore_params(stage.folder / "checkpoints", stage.setup.model.abstract_params())
+    weights, step = restore_weights(stage.folder, stage.setup.model)
     when = f"{stage.folder} at step {step}"
-    measured = {"student": str(stage.folder), "step": step} | stage.held_out.measure(params, when)
+    measured = {"student": str(stage.folder), "step": step} | stage.held_out.measure(weights.merged(), when)
     write_json(stage.folder / "eval.json", measured)
     stage.console.print(f"written: {stage.folder / 'eval.json'}", highlight=False, soft_wrap=True)
     return measured
@@ -114,10 +115,7 @@ class Stage:
     @property
     def origin(self) -> Path | None:
         """The folder of the stage that the student comes from; None: pretrained, or from scratch."""
-        start = self.settings.init_from
-        if start is not None:
-            return None if start == self.config.student.path else Path(start)
-        return None if self.name == "sft" else Path(self.config.run_dir) / "sft"
+        return origin_of(self.name, self.config, Path(self.config.run_dir))
 
     @functools.cached_property
     def setup(self) -> Setup:
@@ -139,15 +137,20 @@ class Stage:
         started = time.perf_counter()
         model = self.setup.model
         print_reports(self.setup, self.console)
-        params, start = self.start_params()
+        weights, start = self.start_weights()
         claim_folder(self.folder, model)
         size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
         self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
-        before = self.measured_once("before.json", params, f"before {self.name}")
+        if weights.lora is not None:
+            count = sum(leaf.size for leaf in jax.tree.leaves(weights.trained))
+            self.console.print(
+                f"LoRA: {count / 1e6:.2f} M parameters are trained, beside the student's", highlight=False
+            )
+        before = self.measured_once("before.json", weights.merged, f"before {self.name}")
         training = time.perf_counter()
-        state = self.train(params)
+        state = self.train(weights)
         trained = time.perf_counter()
-        after = self.measured_once("after.json", state.params, f"after {self.name}")
+        after = self.measured_once("after.json", lambda: weights.merged(state.params), f"after {self.name}")
         ended = time.perf_counter()
         wall = {
             "training": trained - training,
@@ -156,15 +159,16 @@ class Stage:
         }
         return self.report(before, after, wall)
 
-    def train(self, params: Any) -> TrainState:
-        """Trains to the last step. `params` are donated, unless the objective keeps near them."""
+    def train(self, weights: StageWeights) -> TrainState:
+        """Trains to the last step. `weights.trained` are donated, unless the objective keeps near them."""
         setup, settings = self.setup, self.settings
         tx = settings.optimizer.build(settings.steps)
-        step, extra = self.build_step(tx, params)
+        step, extra = self.build_step(tx, weights)
+        # The state is donated, and a reference's parameters are still wanted.
+        first = jax.tree.map(jnp.copy, weights.trained) if self.needs_reference else weights.trained
         return train(
             step,
-            # The state is donated, and a reference's parameters are still wanted.
-            TrainState.create(params=jax.tree.map(jnp.copy, params) if extra else params, tx=tx, key=self.config.seed),
+            TrainState.create(params=first, tx=tx, key=self.config.seed),
             make_batches(
                 setup.train,
                 batch_size=settings.batch_size,
@@ -183,22 +187,23 @@ class Stage:
                 max_skipped=self.config.max_skipped,
             ),
             extra=extra,
-            evaluate=self.held_out.loss,
+            evaluate=lambda trained: self.held_out.loss(weights.merged(trained)),
             console=self.console,
         )
 
-    def build_step(self, tx: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
-        """The compiled step and its further arguments: the reference's parameters, where the objective keeps near one."""
-        step = stage_step(self.config, self.name, self.setup.model.student, tx)
-        return jit_step(step), (params,) if self.needs_reference else ()
+    def build_step(self, tx: Any, weights: StageWeights) -> tuple[Any, tuple[Any, ...]]:
+        """The compiled step and its further arguments: LoRA's frozen base, and the reference's parameters where the objective keeps near one."""
+        base = () if weights.lora is None else (weights.base,)
+        reference = (weights.merged(),) if self.needs_reference else ()
+        return jit_step(stage_step(self.config, self.name, self.setup.model.student, tx)), (*base, *reference)
 
     @property
     def needs_reference(self) -> bool:
         """Whether the objective keeps near the student before this stage."""
         return needs_reference(self.config, self.name)
 
-    def start_params(self) -> tuple[Any, str]:
-        """Parameters before the first step, and where they come from.
+    def start_weights(self) -> tuple[StageWeights, str]:
+        """Weights before the first step, and where they come from.
 
         A stage that goes on takes its own newest ones, unless it keeps near the first: pretrained weights are not read again.
         """
@@ -206,16 +211,16 @@ class Stage:
         if has_checkpoint(self.folder) and (self.folder / "before.json").is_file() and not self.needs_reference:
             origin = self.folder
         if origin is None:
-            return model.first_params(), self.config.student.path or f"scratch (seed {self.config.seed})"
-        params, step = restore_params(origin / "checkpoints", model.abstract_params())
-        return params, f"{origin} at step {step}"
+            return first_weights(model), self.config.student.path or f"scratch (seed {self.config.seed})"
+        weights, step = start_weights(origin, model)
+        return weights, f"{origin} at step {step}"
 
-    def measured_once(self, name: str, params: Any, when: str) -> dict[str, Any]:
+    def measured_once(self, name: str, params: Callable[[], Any], when: str) -> dict[str, Any]:
         """What `measure` finds, kept in a file: a resumed run does not measure again, nor does GRPO what SFT has measured."""
         path = self.folder / name
         if not path.is_file():
             known = self.of_sft("after.json") if name == "before.json" else None
-            write_json(path, known or self.held_out.measure(params, when))
+            write_json(path, known or self.held_out.measure(params(), when))
         return read_json(path)
 
     def of_sft(self, name: str) -> Any:

@@ -1,0 +1,138 @@
+"""What a stage trains and what it leaves alone: all parameters, or LoRA's adapters beside a frozen base."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cotgrpo.config import Config, ConfigError
+from cotgrpo.config_file import load_config
+from cotgrpo.models.lora import LoraConfig, init_lora, merge
+from cotgrpo.run.checkpoint import restore_params
+from cotgrpo.run.setup import Model
+from cotgrpo.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class StageWeights:
+    """The weights of a stage.
+
+    Attributes:
+        trained: what its state and checkpoints hold: the parameters, or adapters.
+        base: the frozen parameters beside adapters, or None.
+        lora: how the adapters are applied, or None.
+        base_name: hub id or folder of the pretrained model that the base is; None: it is another, or there is none.
+    """
+
+    trained: Any
+    base: Params | None = None
+    lora: LoraConfig | None = None
+    base_name: str | None = None
+
+    def merged(self, trained: Any = None) -> Params:
+        """The parameters of the whole student, with `self.trained` or others in its place."""
+        trained = self.trained if trained is None else trained
+        return trained if self.lora is None else merge(self.base, trained, self.lora)
+
+
+def first_weights(model: Model) -> StageWeights:
+    """Those of a student that no stage has trained: pretrained or fresh parameters, and fresh adapters where LoRA is on.
+
+    Raises:
+        ModelError: weights that cannot be read.
+        ConfigError: LoRA on a student from scratch, or a target that it does not have.
+    """
+    if model.config.lora.rank and model.source is None:
+        raise ConfigError(
+            "lora.rank is set, but the student is from scratch: frozen random weights learn nothing. Name a pretrained student "
+            "in student.path or a trained stage in init_from, or set lora.rank to 0."
+        )
+    return adapted(model, model.first_params(), base_name(model))
+
+
+def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
+    """The weights that a stage starts from which goes on from another's folder, and that one's step.
+
+    Adapters are trained on where both stages have the same; a stage without LoRA trains the student with its adapters merged.
+
+    Raises:
+        CheckpointError, ModelError: no weights that can be read.
+        ConfigError: adapters of another shape, or as in `first_weights`.
+    """
+    weights, step = restore_weights(folder, model)
+    lora = model.config.lora.build()
+    if weights.lora is None:
+        return adapted(model, weights.trained, None), step
+    if lora is None:
+        return StageWeights(weights.merged()), step
+    if dataclasses.replace(lora, dropout=weights.lora.dropout) != weights.lora:
+        raise ConfigError(
+            f"{folder} holds adapters of {weights.lora}, which cannot be trained on as {lora}. "
+            "Give the same lora settings (dropout may differ), or set lora.rank to 0 to train all parameters."
+        )
+    return dataclasses.replace(weights, lora=lora), step
+
+
+def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
+    """The newest weights of a stage's folder, as it trained them, and their step. Raises as `start_weights` does."""
+    saved = saved_config(folder)
+    lora = None if saved is None else saved.lora.build()
+    abstract = model.abstract_params()
+    if saved is None or lora is None:
+        params, step = restore_params(folder / "checkpoints", abstract)
+        return StageWeights(params), step
+    like = jax.eval_shape(functools.partial(init_lora, lora=lora, key=jax.random.key(0)), abstract)
+    adapters, step = restore_params(folder / "checkpoints", like)
+    base, name = base_of(folder, saved, model)
+    return StageWeights(adapters, base, lora, name), step
+
+
+def base_of(folder: Path, saved: Config, model: Model) -> tuple[Params, str | None]:
+    """The frozen parameters beside the adapters of a stage's folder, and their name where they are a pretrained model's."""
+    if folder.name not in ("sft", "grpo"):
+        raise ConfigError(
+            f"{folder} holds LoRA adapters, and where their base lies follows from its name: expected RUN_DIR/sft or RUN_DIR/grpo. "
+            "Name the folder in its run."
+        )
+    origin = origin_of(folder.name, saved, folder.parent)
+    if origin is None:
+        return model.first_params(), base_name(model)
+    before = saved_config(origin)
+    if before is not None and before.lora.rank:
+        return base_of(origin, before, model)
+    return restore_params(origin / "checkpoints", model.abstract_params())[0], None
+
+
+def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
+    """The folder of the stage that the student of `stage` comes from; None: pretrained, or from scratch."""
+    start = getattr(config, stage).init_from
+    if start is not None:
+        return None if start == config.student.path else Path(start)
+    return None if stage == "sft" else run_dir / "sft"
+
+
+def saved_config(folder: Path) -> Config | None:
+    """The config that a stage has saved in its folder."""
+    path = folder / "config.yaml"
+    return load_config(path) if path.is_file() else None
+
+
+def adapted(model: Model, params: Params, name: str | None) -> StageWeights:
+    """Fresh adapters beside `params`; without LoRA, the parameters."""
+    lora = model.config.lora.build()
+    if lora is None:
+        return StageWeights(params)
+    try:
+        adapters = init_lora(params, lora, jax.random.key(model.config.seed))
+    except ValueError as error:
+        raise ConfigError(f"lora.targets: {error}") from error
+    return StageWeights(adapters, params, lora, name)
+
+
+def base_name(model: Model) -> str | None:
+    """The hub id or folder of a pretrained student."""
+    return None if model.source is None else model.source.hub_id or str(model.source.folder)
