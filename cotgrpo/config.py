@@ -157,7 +157,7 @@ class DataConfig:
         separator: of plain, the text between question, rationale and answer.
         reasoning: of chat, how the assistant replies: plain: rationale, blank line, answer; think: <think>rationale</think>, answer.
         answer_format: of chat, how the answer is written, with {answer} in it; empty: "#### {answer}" in plain replies, else the answer alone.
-        system: of chat, a system message before every question; empty: none but what the template puts there.
+        system: of chat, a system message before every question whose row has none of its own; empty: none but what the template puts there.
         loss_on: what is supervised, the whole sequence or what follows the question.
         seq_len: positions of a row.
         packing: several documents a row.

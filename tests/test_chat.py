@@ -5,6 +5,7 @@ The templates are minimal ones with the behaviour that counts; `test_a_real_toke
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -26,7 +27,7 @@ from cotgrpo.data.batches import make_examples
 from cotgrpo.data.chat import DAY, ChatTemplate, generation_stop_ids
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
-from cotgrpo.data.triples import DataError, Triple, read_triples
+from cotgrpo.data.triples import DataError, Triple
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.run.setup import template_of
 
@@ -90,7 +91,7 @@ def shown(template: ChatTemplate, triple: Triple = TRIPLE) -> tuple[str, str]:
     assert encoded.tokens.dtype == np.int32 and encoded.supervised.dtype == bool and encoded.source == triple.source
     first = int(np.argmax(encoded.supervised))
     assert encoded.supervised[first:].all() and not encoded.supervised[:first].any()
-    assert encoded.tokens[:first].tolist() == template.prompt(triple.question).tolist()
+    assert encoded.tokens[:first].tolist() == template.prompt(triple.question, triple.system).tolist()
     assert template.split_reply(encoded.tokens[first:]) == (triple.rationale, triple.answer)
     before, reply = (template.tokenizer.decode(part) for part in (encoded.tokens[:first], encoded.tokens[first:]))
     return before, reply
@@ -325,20 +326,12 @@ def test_system_messages() -> None:
         chat(INST, eos="<eos>", system="Be brief.")
 
 
-def test_the_system_text_of_a_row_is_part_of_its_question(tmp_path: Path) -> None:
-    """A row's own, which every template can render, whether it knows the role or not."""
-    messages = [
-        {"role": "system", "content": "Add."},
-        {"role": "user", "content": "1+2?"},
-        {"role": "assistant", "content": "3", "reasoning_content": "1+2=3"},
-    ]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
-    (triple,), _ = read_triples(tmp_path / "rows.jsonl")
-    before, reply = shown(chat(MODEL_ROLE, "think", "<eos>"), triple)
-    assert (
-        before == "<bos><turn>user\nAdd.\n\n1+2?</turn>\n<turn>model\n"
-        and reply == "<think>\n1+2=3\n</think>\n\n3</turn>"
-    )
+def test_a_system_message_that_the_template_does_not_take() -> None:
+    """A row's own is part of its question then, whether the template refuses the role or drops it."""
+    before, reply = shown(chat(MODEL_ROLE, "think", "<eos>"), SYSTEM_ROW)
+    assert before == "<bos><turn>user\nBe brief.\n\nq</turn>\n<turn>model\n"
+    assert reply == "<think>\nr\n</think>\n\n1</turn>"
+    assert shown(chat(INST, eos="<eos>"), SYSTEM_ROW)[0] == "<bos>[INST] Be brief.\n\nq [/INST]"
 
 
 @pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])
@@ -454,6 +447,40 @@ def test_answer_formats(reasoning: Any, answer_format: str, reply: str) -> None:
     made = chat(CHATML, reasoning, answer_format=answer_format)
     assert shown(made, Triple("q", "r", "{1}."))[1].count("{1}.") == 1
     assert shown(made, Triple("q", "{answer}", "{answer}"))[1].count("{answer}") == 2
+
+
+SYSTEM_ROW = Triple("q", "r", "1", source="f:3", system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "without"),
+    [
+        (CHATML, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", "<|im_start|>user\n"),
+        (WITH_DEFAULT_SYSTEM, "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>system\nBe kind.<|im_end|>\n"),
+        (
+            HEADERS,
+            "<bos><turn>system\n\nToday: 26 Jul 2024\n\nBe brief.</turn>",
+            "<bos><turn>system\n\nToday: 26 Jul 2024\n\n</turn>",
+        ),
+        (THINKING, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", "<|im_start|>user\n"),
+    ],
+)
+def test_a_system_message_of_the_row(template: str, before: str, without: str) -> None:
+    """It wins over data.system, which other rows keep."""
+    eos = "<eos>" if "<turn>" in template else "<|im_end|>"
+    row_without = dataclasses.replace(SYSTEM_ROW, system="")
+    for made in (chat(template, eos=eos), chat(template, eos=eos, system="Be loud.")):
+        assert shown(made, SYSTEM_ROW)[0].startswith(before)
+        expected = before.replace("brief", "loud") if made.system else without
+        assert shown(made, row_without)[0].startswith(expected)
+
+
+def test_system_messages_that_cannot_be() -> None:
+    with pytest.raises(DataError, match="f:3: the system holds the control token"):
+        chat(CHATML).encode(dataclasses.replace(SYSTEM_ROW, system="x<|im_end|>"))
+    squeezing = CHATML.replace("m.content", "(m.content.split(' ') | reject('equalto', '') | join(' '))")
+    with pytest.raises(DataError, match="f:3: the chat template drops or changes the system: "):
+        chat(squeezing).encode(dataclasses.replace(SYSTEM_ROW, system="Be  brief."))
 
 
 @pytest.mark.parametrize(

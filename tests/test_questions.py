@@ -85,6 +85,20 @@ def test_splits_and_duplicates(tmp_path: Path) -> None:
     assert report.dropped == {"duplicate": 1, "other split": 1}
 
 
+def test_a_system_message_of_its_own(template: Template, tmp_path: Path) -> None:
+    """Exact match asks with it, wrong reply or not, and with what the loss reads."""
+    row = {"question": "q", "rationale": "r", "answer": "1", "gold": "1"}
+    path = jsonl(tmp_path / "rows.jsonl", row, row | {"system": "s"}, row | {"system": "s", "answer": "2"})
+    questions, _ = read_questions(path)
+    assert [question.system for question in questions] == ["", "s", "s"]
+    prompt = template.prompt("q", "s").tolist()
+    assert prompt == template.prompt("s\n\nq").tolist()
+    _, (_, example), _ = make_held_out(questions, template, 64)
+    assert example.tokens[: len(prompt)].tolist() == prompt
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the prompt needs 5 positions"):
+        make_held_out(questions[2:], template, len(prompt) - 1)
+
+
 @pytest.fixture(scope="module")
 def template() -> Template:
     return Template(train_tokenizer([], vocab_size=260), loss_on="completion")

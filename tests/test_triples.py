@@ -75,10 +75,20 @@ def test_aliases(tmp_path: Path, row: dict[str, Any]) -> None:
         assert (report.read, report.kept, report.dropped) == (2, 2, {})
 
 
-def test_system_text_stands_before_the_question() -> None:
-    row = {"messages": [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "1+2?"}]}
-    row["messages"].append({"role": "assistant", "content": "1+2=3 #### 3"})
-    assert triple_of(row, "x").question == "Be brief.\n\n1+2?"
+def test_system_messages(tmp_path: Path) -> None:
+    """From messages, or from a field; two rows that differ in it alone are two."""
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "1+2=3 #### 3"}]
+    said = [{"role": "system", "content": "Be brief. "}, *turns]
+    rows = [{"messages": said}, {"messages": turns}, {"messages": turns, "system": "Be kind."}, GOOD | {"system": " "}]
+    triples, _ = read_triples(jsonl(tmp_path / "rows.jsonl", *rows))
+    assert [(t.system, t.question) for t in triples] == [
+        ("Be brief.", "1+2?"),
+        ("", "1+2?"),
+        ("Be kind.", "1+2?"),
+        ("", "What is 1+2?"),
+    ]
+    write_triples(tmp_path / "again.jsonl", triples)
+    assert [t.system for t in read_triples(tmp_path / "again.jsonl")[0]] == [t.system for t in triples]
 
 
 BAD_ROWS = {
@@ -92,6 +102,7 @@ BAD_ROWS = {
     "bool": (GOOD | {"answer": True}, "'answer' must be text, got bool True"),
     "nan": (GOOD | {"answer": float("nan")}, "'answer' must be text, got float nan"),
     "surrogate": (GOOD | {"rationale": "a\ud83d"}, "half a surrogate pair.*Remove it"),
+    "system": (GOOD | {"system": 5}, "'system' must be text, got int 5"),
     "no object": ([GOOD], "expected a JSON object.*got list"),
     "text": ("row", "expected a JSON object.*got str"),
     "no rationale": ({"question": "q", "answer": "42"}, "no rationale: expected a field rationale or reasoning.*Add"),

@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotgrpo.data.template import AnyTemplate, Example
+from cotgrpo.data.template import AnyTemplate, Example, with_system
 from cotgrpo.data.tokenizer import transformers
 from cotgrpo.data.triples import DataError, Triple
 from cotgrpo.ghosts.verify import begins_with_number, extract_answer
 
 PROBE = Triple("probe question 7351", "probe rationale 7352", "probe answer 7353", source="the chat template")
+PROBE_WITH_SYSTEM = dataclasses.replace(PROBE, system="probe system 7350")
 ANSWER_FORMATS = {"plain": "#### {answer}", "think": "{answer}"}
 DAY = datetime.date(2024, 7, 26)
 """What templates that write today's date are told, so that a run that goes on tomorrow reads the same tokens; Llama's own falls back to it."""
@@ -46,7 +47,8 @@ class ChatTemplate(AnyTemplate):
         reasoning: "plain": the reply is the rationale, a blank line and the answer in `answer_format`; "think": the rationale goes into
             `<think>...</think>` (as `reasoning_content` where the template reads that), and the answer follows in `answer_format`.
         answer_format: text with `{answer}` in it, such as `\boxed{{answer}}`; empty: `#### {answer}` for "plain", `{answer}` for "think".
-        system: text of a system message; empty: none, and what the template itself puts there stays.
+        system: text of a system message, for rows that have none of their own; empty: none, and what the template itself puts there stays.
+            A row's own, where the template takes none (Gemma 2), stands before its question.
         loss_on: "sequence" supervises every token but the first; "completion" only the reply and its end-of-turn token.
         more_stop_ids: further tokens that end a generated reply (of the model's generation config).
 
@@ -117,11 +119,12 @@ class ChatTemplate(AnyTemplate):
                 f"{reply!r:.200}. Remove what marks the answer ({self.mark.strip() or 'a blank line'!r}) from the row's texts; "
                 "an answer that begins with a number must be one line."
             )
-        if triple.question.strip() not in before:
-            raise DataError(f"{triple.source}: the chat template drops or changes the question: {before!r:.200}.")
+        for field in ("system", "question"):
+            if getattr(triple, field).strip() not in before:
+                raise DataError(f"{triple.source}: the chat template drops or changes the {field}: {before!r:.200}.")
         prompt = self.ids(before)
         tokens = self.joined(prompt, before + reply, reply, triple.source)
-        if self.controls(tokens) != self.expected_controls:
+        if self.controls(tokens) != (self.controls_with_system if triple.system else self.expected_controls):
             raise DataError(f"{triple.source}: {self.held_control(triple)}")
         tokens = tokens[: tokens.index(self.eos_id, len(prompt)) + 1]
         early = set(self.stop_ids).intersection(tokens[len(prompt) : -1])
@@ -131,9 +134,9 @@ class ChatTemplate(AnyTemplate):
             )
         return self.example(tokens, len(prompt), triple.source)
 
-    def prompt(self, question: str) -> np.ndarray:
-        """int32 tokens of the chat up to where the assistant's reply begins."""
-        return np.asarray(self.ids(self.render(self.asked(question), prompt=True)), np.int32)
+    def prompt(self, question: str, system: str = "") -> np.ndarray:
+        """int32 tokens of the chat up to where the assistant's reply begins; a row's own `system` counts before that of the template."""
+        return np.asarray(self.ids(self.render(self.asked(question, system), prompt=True)), np.int32)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
         r"""(rationale, answer) of a generated reply, text or token ids up to a stop token.
@@ -197,7 +200,7 @@ class ChatTemplate(AnyTemplate):
         Raises:
             DataError: the prompt is no prefix of the whole in another way.
         """
-        asked, answered = self.asked(triple.question), self.answered(triple, self.reads_field)
+        asked, answered = self.asked(triple.question, triple.system), self.answered(triple, self.reads_field)
         before, whole = self.render(asked, prompt=True), self.render([*asked, answered])
         if whole.startswith(before):
             return before, whole[len(before) :]
@@ -280,26 +283,48 @@ class ChatTemplate(AnyTemplate):
 
     @functools.cached_property
     def expected_controls(self) -> list[int]:
-        """The control tokens of every chat, in order."""
-        before, reply = self.texts(PROBE)
-        return self.controls(self.joined(self.ids(before), before + reply, reply, PROBE.source))
+        """The control tokens of every chat whose row has no system message of its own, in order."""
+        return self.controls_of(PROBE)
+
+    @functools.cached_property
+    def controls_with_system(self) -> list[int]:
+        """The same where the row has one."""
+        return self.controls_of(PROBE_WITH_SYSTEM)
+
+    def controls_of(self, triple: Triple) -> list[int]:
+        before, reply = self.texts(triple)
+        return self.controls(self.joined(self.ids(before), before + reply, reply, triple.source))
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes a system message, and does not refuse or drop it."""
+        text = PROBE_WITH_SYSTEM.system
+        try:
+            return text in self.render(
+                [{"role": "system", "content": text}, *self.asked(PROBE.question)[-1:]], prompt=True
+            )
+        except DataError:
+            return False
 
     def controls(self, tokens: Sequence[int]) -> list[int]:
         return [i for i in tokens if i in self.control_ids]
 
     def held_control(self, triple: Triple) -> str:
         """An error message for a triple whose text holds control tokens."""
-        for field in ("question", "rationale", "answer"):
+        for field in ("system", "question", "rationale", "answer"):
             found = self.controls(self.ids(getattr(triple, field)))
             if found:
                 name = self.tokenizer.convert_ids_to_tokens(found[0])
                 return f"the {field} holds the control token {name!r}, which only the chat template may write. Remove it from the row."
         return "the text and the chat template together spell a control token. Remove what looks like one from the row."
 
-    def asked(self, question: str) -> list[dict[str, str]]:
-        """The messages before the reply."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": question}]
+    def asked(self, question: str, system: str = "") -> list[dict[str, str]]:
+        """The messages before the reply. A row's own system message counts before `self.system`, and is part of the question where it must be."""
+        if system and not self.takes_system:
+            return [{"role": "user", "content": with_system(question, system)}]
+        text = system or self.system
+        before = [{"role": "system", "content": text}] if text else []
+        return [*before, {"role": "user", "content": question}]
 
     def answered(self, triple: Triple, as_field: bool) -> dict[str, str]:
         """The assistant's message; `as_field`: with the rationale as `reasoning_content`."""

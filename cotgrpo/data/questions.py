@@ -20,8 +20,10 @@ from cotgrpo.data.triples import (
     check_usable,
     collect,
     fields_of,
+    is_blank,
     is_incorrect,
     said_correct,
+    system_of,
     text_of,
     triple_of,
 )
@@ -36,12 +38,14 @@ class Question:
         gold: the right answer, as text.
         reference: the row's reply, which answers `gold`; None where it has none, or a wrong one.
         source: where it came from, as "file:line".
+        system: the row's own system message; empty: none.
     """
 
     question: str
     gold: str
     reference: Triple | None = None
     source: str = ""
+    system: str = ""
 
 
 def read_questions(
@@ -89,12 +93,8 @@ def question_of(row: Any, place: str) -> tuple[Question, Sequence[str]]:
     if not (known_wrong or is_blank(rationale) or is_blank(answer)):
         triple = triple_of(row, place)
         reference = None if is_incorrect(row, triple) else triple
-    return Question(question, gold, reference, place), (question, gold, str(rationale), str(answer))
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a row has nothing here: None, or text of white space."""
-    return value is None or (isinstance(value, str) and not value.strip())
+    system = system_of(fields, row, place)
+    return Question(question, gold, reference, place, system), (system, question, gold, str(rationale), str(answer))
 
 
 def make_held_out(
@@ -124,7 +124,7 @@ def make_held_out(
     asked = DropReport(read=len(questions))
     fitting = []
     for question in questions:
-        needed = len(template.prompt(question.question))
+        needed = len(template.prompt(question.question, question.system))
         if needed <= seq_len:
             fitting.append(question)
         elif too_long == "drop":

@@ -59,8 +59,8 @@ class AnyTemplate(abc.ABC):
         """Tokens and mask of one triple. Raises DataError where its text cannot be rendered so that it comes back unchanged."""
 
     @abc.abstractmethod
-    def prompt(self, question: str) -> np.ndarray:
-        """int32 tokens of what the student reads before it replies: a prefix of `encode`'s."""
+    def prompt(self, question: str, system: str = "") -> np.ndarray:
+        """int32 tokens of what the student reads before it replies: a prefix of `encode`'s. `system`: the row's own system message."""
 
     @abc.abstractmethod
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
@@ -144,7 +144,11 @@ class Template(AnyTemplate):
         Raises:
             DataError: the text holds the separator or the eos token, the separator merges with this text, or nothing would be supervised.
         """
-        parts = {"question": triple.question, "rationale": triple.rationale, "answer": triple.answer}
+        parts = {
+            "question": with_system(triple.question, triple.system),
+            "rationale": triple.rationale,
+            "answer": triple.answer,
+        }
         text = self.separator.join(parts.values())
         if text.split(self.separator) != list(parts.values()):
             holders = [field for field, part in parts.items() if self.separator in part]
@@ -158,7 +162,7 @@ class Template(AnyTemplate):
                 f"{triple.source}: the text holds the eos token {self.tokenizer.eos_token!r}, where the student would learn to stop. "
                 "Remove it from the row."
             )
-        prompt = self.prompt(triple.question).tolist()
+        prompt = self.prompt(triple.question, triple.system).tolist()
         if tokens[: len(prompt)] != prompt:
             raise DataError(
                 f"{triple.source}: the tokenizer merges the separator {self.separator!r} with the text beside it, so the prompt is "
@@ -166,9 +170,9 @@ class Template(AnyTemplate):
             )
         return self.example(tokens, len(prompt), triple.source)
 
-    def prompt(self, question: str) -> np.ndarray:
-        """int32 tokens of `question <sep>`: what the student reads before it replies."""
-        return np.asarray(self.with_bos(self.ids(question + self.separator)), np.int32)
+    def prompt(self, question: str, system: str = "") -> np.ndarray:
+        """int32 tokens of `question <sep>`: what the student reads before it replies. A system message stands before the question."""
+        return np.asarray(self.with_bos(self.ids(with_system(question, system) + self.separator)), np.int32)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
         """(rationale, answer) of a generated reply, text or token ids up to eos; the answer is None when no separator came."""
@@ -192,3 +196,8 @@ class Template(AnyTemplate):
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         free = [token for token in added if token not in taken]
         return f", such as {'<sep>' if '<sep>' in free else free[0]!r}" if free else ""
+
+
+def with_system(question: str, system: str) -> str:
+    """The question with the system message, where there is one, and a blank line before it."""
+    return f"{system}\n\n{question}" if system else question

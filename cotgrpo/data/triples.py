@@ -48,6 +48,7 @@ class Triple:
         answer: the final answer, as text.
         id: the row's own id, if it has one.
         source: where it came from, as "file:line"; named in errors.
+        system: the row's own system message; empty: none.
     """
 
     question: str
@@ -55,6 +56,7 @@ class Triple:
     answer: str
     id: str | None = None
     source: str = ""
+    system: str = ""
 
 
 @dataclasses.dataclass
@@ -103,7 +105,8 @@ def read_triples(
     """Reads triples from files (`.jsonl`, `.json` with one object a line, `.parquet`) or hub data sets ("org/name" or "org/name:config").
 
     Rows hold `question / rationale / answer` (or `reasoning`, `solution`, ...), `prompt / completion`, or `messages`. Where rationale and answer stand in
-    one text they are told apart by `####` or `</think>`. Numbers are accepted as answers.
+    one text they are told apart by `####` or `</think>`. Numbers are accepted as answers. A system message comes from `messages` or from a
+    field `system`.
 
     Args:
         sources: one or several files or hub ids.
@@ -147,7 +150,7 @@ def triples_in(
         triple = triple_of(row, place)
         if not keep_incorrect and is_incorrect(row, triple):
             raise LeftOut("wrong answer", f"{triple.answer!r}, gold {row['gold']!r}")
-        return triple, (triple.question, triple.rationale, triple.answer)
+        return triple, (triple.system, triple.question, triple.rationale, triple.answer)
 
     return collect(rows, make, split=split, bad_rows=bad_rows, deduplicate=deduplicate)
 
@@ -208,10 +211,11 @@ def check_usable(found: Sequence[Any], names: Sequence[str | Path], report: Drop
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
-    """Writes triples as JSONL, one object `{id, question, rationale, answer}` a line, UTF-8."""
+    """Writes triples as JSONL, one object `{id, question, rationale, answer}` a line, and `system` where there is one, UTF-8."""
     with open(path, "w", encoding="utf-8") as file:
         for t in triples:
             row = {"id": t.id, "question": t.question, "rationale": t.rationale, "answer": t.answer}
+            row |= {"system": t.system} if t.system else {}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -224,11 +228,22 @@ def triple_of(row: Any, place: str) -> Triple:
             "or a reply with '#### answer' or '</think>' in it. Add the field."
         )
     texts = {field: text_of(fields[field], field, row, place) for field in ALIASES}
-    return Triple(**texts, id=None if row.get("id") is None else str(row["id"]), source=place)
+    system = system_of(fields, row, place)
+    return Triple(**texts, id=None if row.get("id") is None else str(row["id"]), source=place, system=system)
+
+
+def system_of(fields: Mapping[str, Any], row: Mapping[str, Any], place: str) -> str:
+    """The row's own system message, stripped; empty where it has none. Raises DataError where it is no text."""
+    return "" if is_blank(fields["system"]) else text_of(fields["system"], "system", row, place)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a row has nothing here: None, or text of white space."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def fields_of(row: Any, place: str) -> tuple[dict[str, Any], Any]:
-    """(the row's values for the fields of a triple, the reply in one text), each None where it has none.
+    """(the row's values for question, rationale, answer and system, the reply in one text), each None where it has none.
 
     A reply in one text is taken apart into rationale and answer where they can be told apart.
 
@@ -249,7 +264,7 @@ def fields_of(row: Any, place: str) -> tuple[dict[str, Any], Any]:
         parts = split_reply(whole) if isinstance(whole, str) else None
         if parts is not None:
             fields["rationale"], fields["answer"] = parts
-    return fields, whole
+    return fields | {"system": row.get("system")}, whole
 
 
 def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
@@ -276,7 +291,7 @@ def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
 
 
 def fields_of_messages(messages: Any, place: str) -> dict[str, Any]:
-    """Question and reply of a chat of one turn: a system text stands before the question, `reasoning_content` is the rationale."""
+    """System message, where there is one, question and reply of a chat of one turn: `reasoning_content` is the rationale."""
     valid = isinstance(messages, Sequence) and all(
         isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str | None) for m in messages
     )
@@ -288,13 +303,12 @@ def fields_of_messages(messages: Any, place: str) -> dict[str, Any]:
             f"{place}: expected one user and one assistant message, after a system message at most, got "
             f"{', '.join(map(str, roles)) or 'none'}. Split longer chats into rows."
         )
-    question, reply = messages[-2].get("content"), messages[-1]
-    system = messages[0].get("content") if len(messages) == 3 else None
-    if system and question and question.strip():
-        question = f"{system.strip()}\n\n{question.strip()}"
+    asked, reply = {"question": messages[-2].get("content")}, messages[-1]
+    if len(messages) == 3:
+        asked["system"] = messages[0].get("content")
     if reply.get("reasoning_content") is None:
-        return {"question": question, "completion": reply.get("content")}
-    return {"question": question, "rationale": reply["reasoning_content"], "answer": reply.get("content")}
+        return asked | {"completion": reply.get("content")}
+    return asked | {"rationale": reply["reasoning_content"], "answer": reply.get("content")}
 
 
 def split_reply(text: str) -> tuple[str, str] | None:

@@ -104,7 +104,7 @@ class ExactMatch:
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """The student's accuracy with these parameters; `progress` hears how many rows are done."""
-        prompts = [self.template.prompt(question.question) for question in self.questions]
+        prompts = [self.template.prompt(row.question, row.system) for row in self.questions]
         # Prompts of like length together: fewer columns, and rows that end at about the same time.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         replies: dict[int, Reply] = {}

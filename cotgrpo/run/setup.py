@@ -17,7 +17,7 @@ from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
 from cotgrpo.data.sources import names_of, rows_of
-from cotgrpo.data.template import AnyTemplate, Example, Template
+from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import DataError, DropReport, Triple, check_usable, triples_in
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
@@ -244,7 +244,7 @@ def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[
     if (folder / "config.yaml").is_file() and (folder / "tokenizer" / "tokenizer.json").is_file():
         return load_tokenizer(folder / "tokenizer")
     if origin is None:
-        texts = (f"{t.question}\n{t.rationale}\n{t.answer}" for t in train)
+        texts = (f"{with_system(t.question, t.system)}\n{t.rationale}\n{t.answer}" for t in train)
         return train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size)
     if (origin / "tokenizer" / "tokenizer.json").is_file():
         return load_tokenizer(origin / "tokenizer")
