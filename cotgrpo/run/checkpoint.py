@@ -7,56 +7,72 @@ compared before any array is read: a damaged checkpoint is told from one of anot
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import os
+import math
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from cotgrpo.run.hosts import from_first, is_first
+from cotgrpo.run.storage import (
+    CheckpointError,
+    check_folder_works,
+    explaining_disk_errors,
+    find_damage,
+    is_remote,
+    open_folder,
+    write_checksums,
+)
 from cotgrpo.types import TrainState
-
-CHECKSUMS = "checksums.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names it and says what to do."""
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, `directory/<step>/`.
+    """The checkpoints of one run, `directory/<step>/`.
 
-    A checkpoint appears under its step only when it is complete, so a process that dies while saving leaves the earlier ones as they were.
+    A checkpoint counts only when it is complete, so a process that dies while saving leaves the earlier ones as they were. Of several processes all
+    call every method at the same point; each writes and reads its own devices' part of the arrays, so the folder is one that all of them see.
 
     Args:
-        directory: made if need be.
+        directory: a folder of this machine or a gs:// bucket; made if need be.
         keep: how many of the newest stay.
+        keep_best: how many of the lowest loss stay beside them.
+
+    Raises:
+        CheckpointError: the folder cannot be used.
     """
 
-    def __init__(self, directory: Path, keep: int = 3) -> None:
+    def __init__(self, directory: str | Path, keep: int = 3, keep_best: int = 0) -> None:
         import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         self.ocp = ocp
-        self.directory = directory.absolute()
+        self.directory = open_folder(directory)
         self.saving = 0
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["loss"],
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
         with explaining_disk_errors(self.directory):
+            from_first(lambda: check_folder_works(self.directory))
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, position: dict[str, Any], loss: float | None = None) -> None:
         """Starts to write the checkpoint of `step`; everything is copied first, so state and position may change at once.
 
         Args:
             step: the name of the checkpoint.
             state: any pytree of arrays.
             position: JSON-able: where the data iterator stands, and the loop's counters.
+            loss: on held-out rows, by which the best are kept; None, or not finite: it is none of them.
 
         Raises:
             CheckpointError: the disk is full, now or when the checkpoint before this one was written.
@@ -69,12 +85,13 @@ class Checkpoints:
         )
         self.wait()
         self.saving = step
+        metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
         with explaining_disk_errors(self.directory):
-            self.manager.save(step, args=items, force=True)
+            self.manager.save(step, args=items, metrics=metrics, force=True)
 
     def seal(self) -> None:
-        """Orbax calls this, in its own thread, when all is written and before the folder gets its final name."""
-        (folder,) = self.directory.glob(f"{self.saving}.*")
+        """Orbax calls this, in its own thread and on process 0, when all is written and before the checkpoint counts."""
+        (folder,) = (path for path in self.directory.iterdir() if path.name.split(".")[0] == str(self.saving))
         write_checksums(folder)
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
@@ -91,36 +108,38 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and all are damaged (then none is moved), or the newest undamaged one is of another model or optimizer.
         """
-        damaged: dict[int, str] = {}
-        for step in steps_in(self.directory):
-            problem = find_damage(self.directory / str(step))
-            if problem is not None:
-                damaged[step] = problem
-                continue
-            saved = self.restore(step, position=self.ocp.args.JsonRestore())
-            check_arrays(self.directory / str(step), saved["arrays"], arrays_of(like))
-            state = self.restore(step, state=self.ocp.args.StandardRestore(jax.tree.map(abstract, like)))
-            return state, saved["position"], self.set_aside(damaged)
-        if damaged:
+        found = from_first(lambda: self.find_latest(arrays_of(like)))
+        if found is None:
+            return None
+        step, position, notes = found
+        self.manager.reload()
+        wanted = self.ocp.args.StandardRestore(jax.tree.map(abstract, like))
+        state = self.manager.restore(step, args=self.ocp.args.Composite(state=wanted))["state"]
+        return state, position, notes
+
+    def find_latest(self, arrays: dict[str, str]) -> tuple[int, dict[str, Any], list[str]] | None:
+        """The step of the newest undamaged checkpoint, its position, and notes; see `restore_latest`."""
+        step, damaged = newest_undamaged(self.directory)
+        if step is None and damaged:
             raise CheckpointError(
                 f"No checkpoint in {self.directory} can be read: {listed(damaged)}. To start anew, delete that folder."
             )
-        return None
-
-    def restore(self, step: int, **item: Any) -> Any:
-        (name,) = item
-        return self.manager.restore(step, args=self.ocp.args.Composite(**item))[name]
+        if step is None:
+            return None
+        saved = read_position(self.directory / str(step))
+        check_arrays(self.directory / str(step), saved["arrays"], arrays)
+        return step, saved["position"], self.set_aside(damaged)
 
     def set_aside(self, damaged: dict[int, str]) -> list[str]:
         """Moves damaged checkpoints away; what to tell the user."""
         notes = []
         for step, problem in damaged.items():
             aside = self.directory.parent / "unreadable_checkpoints" / str(step)
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                shutil.rmtree(aside) if isinstance(aside, Path) else aside.rmtree()
             aside.parent.mkdir(exist_ok=True)
-            shutil.move(self.directory / str(step), aside)
+            (self.directory / str(step)).rename(aside)
             notes.append(f"Checkpoint {step} cannot be read ({problem}). It was moved to {aside}.")
-        self.manager.reload()
         return notes
 
     def wait(self) -> None:
@@ -142,45 +161,61 @@ class Checkpoints:
                 raise errors[0]
 
 
-def restore_params(directory: Path, like: Any) -> tuple[Any, int]:
+def restore_params(directory: str | Path, like: Any) -> tuple[Any, int]:
     """The parameters of the newest undamaged checkpoint in `directory` and its step, for evaluation or as another run's start.
 
     Args:
-        directory: a `checkpoints` folder.
-        like: the parameter tree, or its `jax.eval_shape`.
+        directory: a folder of checkpoints, as `Checkpoints` has it.
+        like: the parameter tree, or its `jax.eval_shape`; where its leaves have shardings, the parameters come in them.
 
     Raises:
         CheckpointError: no folder, no checkpoint, none undamaged, or one of a model of another shape.
     """
     import orbax.checkpoint as ocp
 
-    if not directory.is_dir():
+    folder = open_folder(directory)
+    step = from_first(lambda: find_params(folder, params_only(arrays_of({"params": like}))))
+    # A partial restore: the state's other parts (optimizer moments) are not read.
+    item = {"params": jax.tree.map(abstract, like)}
+    restore = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder / str(step) / "state", args=restore)["params"], step
+
+
+def find_params(folder: Any, arrays: dict[str, str]) -> int:
+    """The step of the newest undamaged checkpoint; see `restore_params`."""
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{directory}: no such folder. Train first, or name the folder of a run that has checkpoints."
+            f"{folder}: no such folder. Train first, or name the folder of a run that has checkpoints."
         )
+    step, damaged = newest_undamaged(folder)
+    if step is None:
+        raise CheckpointError(f"No checkpoint in {folder} can be read: {listed(damaged) or 'the folder holds none'}.")
+    check_arrays(folder / str(step), params_only(read_position(folder / str(step))["arrays"]), arrays)
+    return step
+
+
+def newest_undamaged(directory: Any) -> tuple[int | None, dict[int, str]]:
+    """The step of the newest checkpoint that is undamaged, or None, and what is wrong with each newer one."""
     damaged: dict[int, str] = {}
     for step in steps_in(directory):
-        folder = directory.absolute() / str(step)
-        problem = find_damage(folder)
-        if problem is not None:
-            damaged[step] = problem
-            continue
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            saved = params_only(checkpointer.restore(folder / "position")["arrays"])
-        check_arrays(folder, saved, params_only(arrays_of({"params": like})))
-        # A partial restore: the state's other parts (optimizer moments) are not read.
-        item = {"params": jax.tree.map(abstract, like)}
-        restore = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder / "state", args=restore)["params"], step
-    raise CheckpointError(f"No checkpoint in {directory} can be read: {listed(damaged) or 'the folder holds none'}.")
+        problem = find_damage(directory / str(step))
+        if problem is None:
+            return step, damaged
+        damaged[step] = problem
+    return None, damaged
+
+
+def read_position(folder: Any) -> dict[str, Any]:
+    """What `Checkpoints.save` kept of a checkpoint beside the arrays: their shapes, and the position. By one process, so without Orbax."""
+    return dict(json.loads((folder / "position" / "metadata").read_text()))
 
 
 def abstract(array: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of an array; what has no sharding is wanted on the default device."""
-    sharding = getattr(array, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(array, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
@@ -208,78 +243,14 @@ def check_arrays(folder: Path, saved: dict[str, str], wanted: dict[str, str]) ->
             )
 
 
-def steps_in(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, newest first; half-written ones have other names."""
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
-
-
-def write_checksums(folder: Path) -> None:
-    """Writes `checksums.json`: `{path: [size, CRC-32]}` of every file in the folders of `folder`."""
-    sums = {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.glob("*/**/*")) if path.is_file()}
-    with open(folder / CHECKSUMS, "w", encoding="utf-8") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def find_damage(folder: Path) -> str | None:
-    """Compares a checkpoint's files with its `checksums.json`: the first that is missing or has changed, or None."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            if checksum(folder / name) != expected:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, AttributeError, OSError) as error:
-        return first_line(error)
-    return None
-
-
-def checksum(path: Path) -> list[int]:
-    """[size, CRC-32] of a file."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+def steps_in(directory: Any) -> list[int]:
+    """The steps of the checkpoints in a folder, newest first. Half-written ones have other names, or in a bucket no mark of success yet."""
+    paths = [path for path in directory.iterdir() if path.name.isdigit()]
+    if is_remote(directory):
+        paths = [path for path in paths if (path / "commit_success.txt").exists()]
+    return sorted((int(path.name) for path in paths), reverse=True)
 
 
 def listed(damaged: dict[int, str]) -> str:
     """Steps and what is wrong with each, for a message."""
     return "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
-
-
-class explaining_disk_errors:
-    """A context in which a full disk becomes a message that says where, how full, and what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and is_disk_full(error):
-            folder = self.path if self.path.is_dir() else self.path.parent
-            free = shutil.disk_usage(folder).free / 1e6
-            raise CheckpointError(
-                f"The disk is full: {self.path} could not be written ({free:.1f} MB free). Earlier checkpoints are intact: "
-                "make room and run the same command again."
-            ) from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """True if the error, or one that caused it, is ENOSPC or EDQUOT; libraries wrap it and keep only its text."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC).lower() in str(error).lower():
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def first_line(error: BaseException, width: int = 160) -> str:
-    """The error's type and the first line of its message, cut to `width`."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:width]}"

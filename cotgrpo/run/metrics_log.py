@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.run.checkpoint import explaining_disk_errors
+from cotgrpo.run.storage import explaining_disk_errors
 
 
 class MetricsLog:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.run.checkpoint import explaining_disk_errors
+from cotgrpo.run.storage import explaining_disk_errors
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.report_page import TRAINED, render
 
