@@ -64,10 +64,9 @@ def make_batches(
     packing: bool = True,
     shuffle: bool = True,
     num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    only_rows: Sequence[int] | None = None,
 ) -> Any:
-    """An iterator of `SftBatch`es of NumPy arrays, `[batch_size / process_count, seq_len]`.
+    """An iterator of `SftBatch`es of NumPy arrays, `[batch_size, seq_len]`.
 
     Documents are never cut and never cross rows; each is a segment of its own with positions from 0. Rows are packed once; every epoch has
     an order of its own. With `num_epochs` the last batch is filled up with empty rows (segment 0, mask 0), so every document comes exactly
@@ -75,13 +74,14 @@ def make_batches(
 
     Args:
         examples: tokenized documents, each of at most `seq_len + 1` tokens.
-        batch_size: rows of the global batch.
+        batch_size: rows of a batch.
         seq_len: positions of a row.
         seed: of the order, in [0, 2^32).
         packing: several documents a row, best fit; False: one a row.
         shuffle: False keeps the order of `examples` (of the first document of each row, where they are packed).
         num_epochs: at least 1, or None: without end.
-        process_index, process_count: this host takes its contiguous share of every global batch, which does not depend on the hosts.
+        only_rows: of several processes with parts of one batch, the rows that this one needs; it leaves the others empty. None: all. What a row holds,
+            and where the iterator stands, does not depend on it.
 
     Returns:
         A `grain.DatasetIterator`. `get_state()` is a JSON-able dict of the position after the last batch that was taken;
@@ -97,21 +97,17 @@ def make_batches(
         raise ValueError(
             f"batch_size, seq_len and num_epochs must be at least 1, got {batch_size}, {seq_len} and {num_epochs}."
         )
-    if not 0 <= process_index < process_count or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} must be a multiple of process_count {process_count}, and process_index {process_index} below it."
-        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
     check_examples(examples, seq_len)
     documents = [shifted(e) for e in examples]
     lengths = [len(document["tokens"]) for document in documents]
     rows = packed_rows(lengths, seq_len) if packing else [(i,) for i in range(len(documents))]
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    mine = set(range(batch_size) if only_rows is None else only_rows)
 
     def fill(batch: Sequence[tuple[int, ...]]) -> SftBatch:
-        return filled([[documents[i] for i in row] for row in batch[mine]], share, seq_len)
+        rows_here = [row if b in mine else () for b, row in enumerate(batch)]
+        return filled([[documents[i] for i in row] for row in rows_here], batch_size, seq_len)
 
     dataset = grain.MapDataset.source(rows).seed(seed)
     dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from cotgrpo.run.hosts import from_first, is_first
+from cotgrpo.run.hosts import from_first
 from cotgrpo.run.storage import (
     CheckpointError,
     check_folder_works,

@@ -40,7 +40,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     Raises:
         ConfigError: arguments that do not fit together, or processes that do not find each other.
     """
-    if num_processes == 1 or (coordinator, num_processes, process_id) == (None, None, None) and not on_a_cluster():
+    if num_processes == 1 or ((coordinator, num_processes, process_id) == (None, None, None) and not on_a_cluster()):
         return
     if num_processes is not None and not (process_id is None or 0 <= process_id < num_processes):
         raise ConfigError(
@@ -77,7 +77,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def console() -> Console:
+def process_console() -> Console:
     """Where this process prints: process 0 to the terminal, the others nowhere."""
     return Console(quiet=not is_first())
 
@@ -123,24 +123,9 @@ def process_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> np.nd
     return np.unique(np.concatenate(rows))
 
 
-def global_arrays(sharding: jax.sharding.NamedSharding, rows: np.ndarray, tree: Any, batch_size: int) -> Any:
-    """NumPy arrays that hold this process's `rows` as global arrays of `batch_size` rows.
-
-    Args:
-        sharding: of every array.
-        rows: from `process_rows`; row i of the arrays is row `rows[i]` of the global ones.
-        tree: arrays `[len(rows), ...]`, the further dimensions whole.
-        batch_size: rows of the global arrays.
-    """
-
-    def whole(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = np.arange(batch_size)[index[0]]
-            return array[(np.searchsorted(rows, wanted), *index[1:])]
-
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
-
-    return jax.tree.map(whole, tree)
+def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
+    """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, batch_size: int) -> np.ndarray:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.run.storage import explaining_disk_errors
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.report_page import TRAINED, render
+from cotgrpo.run.storage import explaining_disk_errors
 
 SHAPE: dict[str, Any] = {
     "title": str,

@@ -52,13 +52,14 @@ def check_folder_works(folder: Any) -> None:
         raise CheckpointError(
             f"{folder}: reading {folder.drive or 'gs://'} needs a library: pip install gcsfs."
         ) from error
-    except Exception as error:  # a client of a cloud raises its own kinds
+    except Exception as error:  # the client of a cloud raises its own kinds
         raise CheckpointError(
             f"{folder}: checkpoints cannot be kept there ({first_line(error)}). Check the name, and that this machine may read and write it."
         ) from error
 
 
 def is_remote(path: Any) -> bool:
+    """Whether a path is in a bucket."""
     return "://" in str(path)
 
 

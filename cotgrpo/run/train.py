@@ -2,12 +2,13 @@
 
 The step is compiled once, ahead of the loop; a second compilation is impossible, since the compiled step rejects other shapes. Metrics are fetched one step
 after the window they belong to, so the device never waits for the log.
+
+Several processes run the same loop side by side: each reads its rows of every batch, all save and evaluate, and process 0 writes the log.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 import zlib
 from collections.abc import Callable
@@ -19,9 +20,10 @@ import numpy as np
 from rich.console import Console
 
 from cotgrpo.run.checkpoint import Checkpoints
+from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, process_console, process_rows
 from cotgrpo.run.metrics_log import MetricsLog
 from cotgrpo.run.progress import ProgressLine
-from cotgrpo.sharding import state_sharding
+from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.types import Metrics, TrainState
 
 TIME_KEYS = ("train/step_time", "train/tokens_per_sec", "train/padded_tokens_per_sec")
@@ -50,7 +52,8 @@ class LoopSettings:
         log_every: steps of one row in `metrics.jsonl`.
         eval_every: steps between evaluations; 0: only after the last.
         checkpoint_every: steps between checkpoints; there is always one after the last.
-        keep: checkpoints kept.
+        keep: how many of the newest checkpoints stay.
+        keep_best: how many of those with the lowest held-out loss stay beside them; where it is not 0, every evaluation is saved.
         max_skipped: this many updates skipped in a row stop the run.
     """
 
@@ -60,6 +63,7 @@ class LoopSettings:
     eval_every: int = 0
     checkpoint_every: int = 100
     keep: int = 3
+    keep_best: int = 0
     max_skipped: int = 10
 
 
@@ -74,18 +78,23 @@ class Window:
         self.sums: dict[str, list[float]] = saved["sums"]
         self.crc: int = saved["crc"]
         self.on_device: list[Metrics] = []
+        self.row_crcs: list[np.ndarray] = []
         self.steps_here, self.seconds = 0, 0.0  # of this process
 
-    def add(self, metrics: Metrics, batch: Any) -> None:
+    def add(self, metrics: Metrics, batch: Any, rows: np.ndarray) -> None:
+        """One step: its metrics, and its batch, of which this process has these rows."""
         self.on_device.append(metrics)
         self.steps_here += 1
-        for array in (batch.tokens, batch.segment_ids):
-            self.crc = zlib.crc32(np.ascontiguousarray(array).data, self.crc)
+        crcs = [zlib.crc32(batch.segment_ids[row].data, zlib.crc32(batch.tokens[row].data)) for row in rows]
+        self.row_crcs.append(np.asarray(crcs, np.uint32))
 
-    def settle(self) -> list[Metrics]:
+    def settle(self, rows: np.ndarray, batch_size: int) -> list[Metrics]:
         """Waits for the steps, adds their metrics to the sums, and returns them one by one."""
         arrived = jax.device_get(self.on_device)
-        self.on_device = []
+        if arrived:
+            for crcs in gather_rows(rows, np.stack(self.row_crcs), batch_size):
+                self.crc = zlib.crc32(crcs.tobytes(), self.crc)
+        self.on_device, self.row_crcs = [], []
         for metrics in arrived:
             for name, metric in metrics.items():
                 sums = self.sums.setdefault(name, [0.0, 0.0])
@@ -119,6 +128,7 @@ def train(
     extra: tuple[Any, ...] = (),
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     console: Console | None = None,
+    checkpoint_folder: str | Path | None = None,
 ) -> TrainState:
     """Trains to `settings.total_steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -127,14 +137,15 @@ def train(
 
     Args:
         step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`. With a mesh, state and `extra` are put on it, also if the checkpoint
-            was written on another.
+            was written on another. Several processes need one.
         state: the state before the first step. It is donated: use what is returned.
-        batches: an endless iterator with `get_state()` and `set_state()`.
+        batches: an endless iterator with `get_state()` and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read.
         folder: the run folder.
         settings: how the loop runs.
         extra: further arguments of the step (a reference's parameters).
         evaluate: `evaluate(params)` -> numbers to log as `eval/...`.
-        console: where the progress goes.
+        console: where the progress goes; None: the terminal of process 0.
+        checkpoint_folder: where the checkpoints go, as `Checkpoints` has it; None: `folder/checkpoints`. Of several processes on several machines all see it.
 
     Returns:
         The state after the last step.
@@ -144,22 +155,25 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the run was saved.
         CheckpointError: the disk is full, or no checkpoint can be read.
     """
-    console = console or Console()
+    console = console or process_console()
+    if jax.process_count() > 1 and getattr(step, "mesh", None) is None:
+        raise ValueError("Several processes share one mesh: expected a step from jit_step(step, mesh=make_mesh(...)).")
     state, extra = on_mesh_of(step, state), on_mesh_of(step, extra)
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    checkpoints = Checkpoints(checkpoint_folder or folder / "checkpoints", settings.keep, settings.keep_best)
     try:
         state, position = resume(checkpoints, state, batches, console)
         done = int(state.step)
         if done >= settings.total_steps:
             console.print(f"{settings.title}: all {settings.total_steps} steps are done already.")
             return state
-        log = MetricsLog(folder, done)
+        log = MetricsLog(folder, done) if is_first() else None
         try:
-            with SignalFlag() as flag, ProgressLine(settings.title, settings.total_steps, done, console) as line:
-                loop = Loop(step, batches, settings, extra, evaluate, checkpoints, log, line, flag)
+            with Signals() as signals, ProgressLine(settings.title, settings.total_steps, done, console) as line:
+                loop = Loop(step, batches, settings, extra, evaluate, checkpoints, log, line, signals)
                 return loop.run(state, position)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
     finally:
         checkpoints.close()
 
@@ -185,34 +199,6 @@ def resume(
     return state, position
 
 
-class SignalFlag:
-    """Notes SIGINT and SIGTERM instead of dying from them, so that the loop can save first. A second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> SignalFlag:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.note) or signal.SIG_DFL
-        except ValueError:  # not in the main thread: signals stay with whoever has it
-            self.previous = {}
-        return self
-
-    def note(self, number: int, frame: Any) -> None:
-        self.received = number
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-    def __exit__(self, *exception: Any) -> None:
-        self.restore()
-
-
 @dataclasses.dataclass
 class Loop:
     """One call of `train`: what its steps share."""
@@ -223,24 +209,29 @@ class Loop:
     extra: tuple[Any, ...]
     evaluate: Callable[[Any], dict[str, float]] | None
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | None  # process 0 has it
     line: ProgressLine
-    flag: SignalFlag
+    signals: Signals
     skipped_in_a_row: int = 0
     clock: float = 0.0
+    rows: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.arange(0)
+    )  # of every batch, those that this process reads
+    batch_size: int = 0
     closed: tuple[int, Window] | None = None  # a full window whose row is not written yet
 
     def run(self, state: TrainState, position: dict[str, Any]) -> TrainState:
         self.skipped_in_a_row = position["skipped_in_a_row"]
         window = Window(position["window"])
         batch = next(self.batches)
-        compiled = self.step.lower(state, batch, *self.extra).compile()
+        self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
+        compiled = self.step.lower(state, self.on_devices(batch), *self.extra).compile()
         self.clock = time.perf_counter()
         total = self.settings.total_steps
         for number in range(int(state.step) + 1, total + 1):
             taken = self.batches.get_state()
-            state, metrics = compiled(state, batch, *self.extra)
-            window.add(metrics, batch)
+            state, metrics = compiled(state, self.on_devices(batch), *self.extra)
+            window.add(metrics, batch, self.rows)
             if number < total:
                 batch = next(self.batches)  # made while the device works
             self.write_closed()
@@ -251,24 +242,36 @@ class Loop:
         self.checkpoints.wait()
         return state
 
+    def own_rows(self, batch: Any) -> np.ndarray:
+        """The rows of every batch that this process reads."""
+        if jax.process_count() == 1:
+            return np.arange(len(batch.tokens))
+        return process_rows(batch_sharding(self.step.mesh), batch.tokens.shape)
+
+    def on_devices(self, batch: Any) -> Any:
+        """The batch as the step takes it."""
+        return batch if jax.process_count() == 1 else global_arrays(batch_sharding(self.step.mesh), batch)
+
     def pause(self, number: int, state: TrainState, taken: dict[str, Any], window: Window) -> None:
         """What has to wait for the device: evaluation and checkpoints, where they are due after this step."""
         settings = self.settings
-        last, signalled = number == settings.total_steps, self.flag.received
+        last, signalled = number == settings.total_steps, self.signals.stop_after(number)
         evaluating = self.evaluate is not None and (last or (settings.eval_every and number % settings.eval_every == 0))
         saving = last or signalled is not None or number % settings.checkpoint_every == 0
+        saving = saving or bool(evaluating and settings.keep_best)
         if not evaluating and not saving:
             return
         self.write_closed()
         self.count_skipped(self.wait_for(window))
-        if evaluating and self.evaluate is not None:
-            self.log.write(number, {f"eval/{name}": value for name, value in self.evaluate(state.params).items()})
+        evaluated = self.evaluate(state.params) if evaluating and self.evaluate is not None else {}
+        if evaluated and self.log is not None:
+            self.log.write(number, {f"eval/{name}": value for name, value in evaluated.items()})
         if saving:
             if signalled is not None:
                 self.line.say("Stopping: saving first. Once more stops at once.")
             # The rows up to here are on disk before the checkpoint is, so none is missing after a resume.
             counters = {"skipped_in_a_row": self.skipped_in_a_row, "window": window.saved()}
-            self.checkpoints.save(number, state, {"batches": taken} | counters)
+            self.checkpoints.save(number, state, {"batches": taken} | counters, evaluated.get("loss"))
         if signalled is not None and not last:
             self.checkpoints.wait()
             raise Interrupted(
@@ -284,13 +287,14 @@ class Loop:
         self.closed = None
         steps = self.wait_for(window)
         row = window.row()
-        self.log.write(number, row)
+        if self.log is not None:
+            self.log.write(number, row)
         self.line.show(number, row)
         self.count_skipped(steps)
 
     def wait_for(self, window: Window) -> list[Metrics]:
         """Settles the window, and counts the time since the clock was set as spent on it."""
-        steps = window.settle()
+        steps = window.settle(self.rows, self.batch_size)
         now = time.perf_counter()
         window.seconds += now - self.clock
         self.clock = now

@@ -7,6 +7,7 @@ JAX's own heartbeats take longer and name no host; they stay as the second line,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,25 +40,28 @@ class Watch:
         self.gone: set[int] = set()
         self.leaving = False
         listener = socket.create_server(("", 0), backlog=self.count) if is_first() else None
-        port = listener.getsockname()[1] if listener else 0
-        meeting = from_first(
-            lambda: {"at": own_addresses(), "port": port, "token": secrets.token_hex(8)} | self.about()
+        meeting: dict[str, Any] = from_first(
+            lambda: (
+                {"at": own_addresses(), "port": listener.getsockname()[1], "token": secrets.token_hex(8)} | self.about()
+            )
         )
-        if listener:
-            work, arguments = self.watch_others, (listener, meeting["token"])
-        else:
-            self.names[0] = meeting["name"]
-            line = connect(meeting["at"], meeting["port"])
-            if line is None:
-                print(
-                    f"cotgrpo: process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. The run goes "
-                    "on, but where a process ends the others end later, and without its name: open the ports between the machines.",
-                    file=sys.stderr,
-                )
-                return
-            self.lines[0] = line
-            send(line, {"token": meeting["token"], "id": self.id} | self.about())
-            work, arguments = self.watch_first, (line,)
+        if listener is not None:
+            self.start(self.watch_others, listener, meeting["token"])
+            return
+        self.names[0] = meeting["name"]
+        line = connect(meeting["at"], meeting["port"])
+        if line is None:
+            print(
+                f"cotgrpo: process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. The run goes on, but "
+                "where a process ends the others end later, and without its name: open the ports between the machines.",
+                file=sys.stderr,
+            )
+            return
+        self.lines[0] = line
+        send(line, {"token": meeting["token"], "id": self.id} | self.about())
+        self.start(self.watch_first, line)
+
+    def start(self, work: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=work, args=arguments, name="watch", daemon=True).start()
 
     def about(self) -> dict[str, Any]:
@@ -149,6 +154,7 @@ def connect(addresses: list[str], port: int) -> socket.socket | None:
 
 
 def keep_alive(line: socket.socket) -> None:
+    """Waits without end on this line, while the system asks from time to time whether the other side is still there."""
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
@@ -157,10 +163,9 @@ def keep_alive(line: socket.socket) -> None:
 
 
 def send(line: socket.socket, message: dict[str, Any]) -> None:
-    try:
+    """Sends a message. That the other side has ended is for whoever reads from it to notice."""
+    with contextlib.suppress(OSError):
         line.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        pass  # it has ended: whoever reads from it will notice
 
 
 def receive(line: socket.socket) -> dict[str, Any]:
