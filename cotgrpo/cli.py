@@ -1,13 +1,14 @@
 """The command line: `cotgrpo quickstart | sft | grpo | eval | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
 
 Every command but export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
-those, 3 when training stopped itself, and 128 + the signal's number when a signal ended a run that was saved.
+those, 3 when training stopped itself, 4 when another process of the run ended, and 128 + the signal's number when a signal ended a run that was saved.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,10 @@ commands:
   eval         exact match and loss on held-out rows, of the newest student of a run folder, or of any model   (--model FOLDER_OR_ID)
   export       the newest student of a run folder as a folder that transformers loads   (--run_dir DIR --out FOLDER)
 
-cotgrpo COMMAND --help lists every setting; cotgrpo --version prints the version."""
+cotgrpo COMMAND --help lists every setting; cotgrpo --version prints the version.
+
+On several machines the same command runs on each (docs/hosts.md). Cloud TPU, SLURM, Open MPI and Kubernetes are recognised; elsewhere add
+--distributed.coordinator HOST:PORT --distributed.num_processes N --distributed.process_id I."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,27 +53,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[str]) -> int:
-    """Runs one command, and turns the errors that a user can mend into a line and an exit code."""
+    """Runs one command, on this process or on several together, and turns the errors that a user can mend into a line and an exit code."""
+    import jax
+
     from cotgrpo.config import ConfigError
     from cotgrpo.data.triples import DataError
     from cotgrpo.models.families import ModelError
     from cotgrpo.run.checkpoint import CheckpointError
+    from cotgrpo.run.hosts import process_console
     from cotgrpo.run.train import Interrupted, TrainingStopped
+    from cotgrpo.run.watch import watching
 
-    console = Console()
+    mendable = (ConfigError, DataError, CheckpointError, ModelError)
     try:
-        use_compilation_cache()
-        command(arguments, console)
-    except (ConfigError, DataError, CheckpointError, ModelError) as error:
-        print(f"cotgrpo: {' '.join(str(error).split())}", file=sys.stderr)  # a library's words may be several lines
-        return 2
+        rest = join_processes(arguments)
+        with watching(together=(TrainingStopped, Interrupted), alone=mendable):
+            use_compilation_cache()
+            command(rest, process_console())
+        return 0
     except TrainingStopped as error:
         print(f"cotgrpo: {error}", file=sys.stderr)
         return 3
     except Interrupted as error:
         print(f"cotgrpo: {error}", file=sys.stderr)
         return 128 + error.signal_number
-    return 0
+    except mendable as error:
+        print(f"cotgrpo: {' '.join(str(error).split())}", file=sys.stderr)  # a library's words may be several lines
+        code = 2
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if jax.distributed.is_initialized():  # the others have ended, and at the exit JAX would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def join_processes(arguments: Sequence[str]) -> list[str]:
+    """Starts what makes several processes one run, and returns the arguments without those that say where they are."""
+    from cotgrpo.config import ConfigError
+    from cotgrpo.run import hosts
+
+    coordinator, rest = taken("--distributed.coordinator", arguments)
+    numbers: list[int | None] = []
+    for name in ("num_processes", "process_id"):
+        value, rest = taken(f"--distributed.{name}", rest)
+        if value is not None and not value.isdigit():
+            raise ConfigError(f"distributed.{name} must be a number, got {value!r}.")
+        numbers.append(None if value is None else int(value))
+    hosts.start(coordinator, *numbers)
+    return rest
 
 
 def use_compilation_cache() -> None:

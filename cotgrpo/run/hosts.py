@@ -74,7 +74,7 @@ def on_a_cluster() -> bool:
 
 def is_first() -> bool:
     """Whether this is process 0, which writes and prints."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def process_console() -> Console:
@@ -126,6 +126,22 @@ def process_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> np.nd
 def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
     """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put`, also onto devices of other processes, for arrays that are the same on every process, or global already."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(array: Any, sharding: jax.sharding.Sharding) -> Any:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+        here = np.asarray(array)
+        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, batch_size: int) -> np.ndarray:

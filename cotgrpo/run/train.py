@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from cotgrpo.run.checkpoint import Checkpoints
-from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, process_console, process_rows
+from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, place, process_console, process_rows
 from cotgrpo.run.metrics_log import MetricsLog
 from cotgrpo.run.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
@@ -181,7 +181,7 @@ def train(
 def on_mesh_of(step: Any, tree: Any) -> Any:
     """The arrays where a step from `jit_step(step, mesh=mesh)` wants them, so that none is moved at every call; without a mesh, as they are."""
     mesh = getattr(step, "mesh", None)
-    return tree if mesh is None else jax.device_put(tree, state_sharding(tree, mesh))
+    return tree if mesh is None else place(tree, state_sharding(tree, mesh))
 
 
 def resume(
@@ -268,7 +268,8 @@ class Loop:
             self.log.write(number, {f"eval/{name}": value for name, value in evaluated.items()})
         if saving:
             if signalled is not None:
-                self.line.say("Stopping: saving first. Once more stops at once.")
+                again = " Once more stops at once." if jax.process_count() == 1 else ""
+                self.line.say(f"Stopping: saving first.{again}")
             # The rows up to here are on disk before the checkpoint is, so none is missing after a resume.
             counters = {"skipped_in_a_row": self.skipped_in_a_row, "window": window.saved()}
             self.checkpoints.save(number, state, {"batches": taken} | counters, evaluated.get("loss"))

@@ -16,12 +16,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from cotgrpo.run.hosts import from_first, is_first
+from cotgrpo.run.storage import first_line
 
 OTHER_ENDED = 4
 """The exit code of a process that ended because another one did."""
@@ -40,11 +41,9 @@ class Watch:
         self.gone: set[int] = set()
         self.leaving = False
         listener = socket.create_server(("", 0), backlog=self.count) if is_first() else None
-        meeting: dict[str, Any] = from_first(
-            lambda: (
-                {"at": own_addresses(), "port": listener.getsockname()[1], "token": secrets.token_hex(8)} | self.about()
-            )
-        )
+        port = listener.getsockname()[1] if listener is not None else 0
+        here = {"at": own_addresses(), "port": port, "token": secrets.token_hex(8)}
+        meeting: dict[str, Any] = from_first(lambda: here | self.about())
         if listener is not None:
             self.start(self.watch_others, listener, meeting["token"])
             return
@@ -87,14 +86,16 @@ class Watch:
                     selector.unregister(key.fileobj)
                     assert isinstance(key.fileobj, socket.socket)
                     self.gone.add(key.data)
-                    farewell = receive(key.fileobj)
+                    with key.fileobj as line:
+                        farewell = receive(line)
                     if not farewell.get("done"):
                         self.end(key.data, farewell.get("because"))
 
     def watch_first(self, line: socket.socket) -> None:
         """The others: wait for what process 0 says, or for its end."""
-        keep_alive(line)
-        news = receive(line)
+        with line:
+            keep_alive(line)
+            news = receive(line)
         if not news.get("done"):
             self.names[news.get("id", 0)] = news.get("name", self.names[0])
             self.end(news.get("id", 0), news.get("because"))
@@ -115,8 +116,10 @@ class Watch:
         os._exit(OTHER_ENDED)
 
     def leave(self, because: str | None = None) -> None:
-        """Says farewell. With a reason the other processes end too, and this one must not wait for them: `os._exit` is to follow."""
+        """Says farewell; with a reason, the other processes end too."""
         self.leaving = True
+        if because is not None:
+            time.sleep(1)  # those that fail alike find it out themselves
         self.tell({"done": because is None, "id": self.id, "because": because} | self.about())
 
     def tell(self, news: dict[str, Any]) -> None:
@@ -127,6 +130,32 @@ class Watch:
         while self.id == 0 and not news.get("done") and self.lines.keys() - self.gone and time.monotonic() < until:
             time.sleep(0.05)
             self.gone |= {who for who in self.lines.keys() - self.gone if closed(self.lines[who])}
+
+
+@contextlib.contextmanager
+def watching(together: tuple[type[Exception], ...], alone: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Watches over what the processes do inside. With one process it does nothing.
+
+    Args:
+        together: what all processes raise at the same point; they end as if nothing had been raised.
+        alone: what one process raises for a reason of its own; the others end because of it. So they do for everything else, but that may be
+            a collective that failed because another process has ended: the watch, which knows which, is given time to say so first.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    watch = Watch()
+    try:
+        yield
+    except together:
+        watch.leave()
+        raise
+    except Exception as error:
+        if not isinstance(error, alone):
+            time.sleep(3)
+        watch.leave(first_line(error))
+        raise
+    watch.leave()
 
 
 def own_addresses() -> list[str]:
