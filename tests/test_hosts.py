@@ -1,18 +1,22 @@
 """Several processes as one run: the same rows, losses and checkpoints as one, and an end for all where one ends.
 
-Run as a program, `python test_hosts.py FOLDER [SLOWLY]` and with the options of `cotgrpo.cli`, this file is the training run of the tests, one process of it.
+Run as a program, `python test_hosts.py FOLDER SECONDS_A_STEP` and with the options of `cotgrpo.cli`, this file is the training run of the tests, one process of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
 
 STEPS = 24
 
@@ -97,6 +101,136 @@ class Run:
         while not all(str(batches) in self.output(i).split() for i in range(len(self.processes))):
             assert time.monotonic() < until and all(process.poll() is None for process in self.processes)
             time.sleep(0.02)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the log, without times."""
+    from cotgrpo.run.metrics_log import read_metrics
+    from cotgrpo.run.train import TIME_KEYS
+
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(folder)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def final_state(folder: Path) -> list[np.ndarray]:
+    from test_train_loop import as_arrays, new_state
+
+    from cotgrpo.run.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    found = checkpoints.restore_latest(new_state())
+    checkpoints.close()
+    assert found is not None
+    return as_arrays(found[0])
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """The same steps, the same rows of data (to the bit) and losses, the same last checkpoint. Sums over processes are in another order."""
+    got, want = rows_of(folder), rows_of(whole)
+    assert [row["step"] for row in got] == [row["step"] for row in want]
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.get("train/batch_crc") == theirs.get("train/batch_crc")
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert steps_of(folder) == steps_of(whole)
+    for a, b in zip(final_state(folder), final_state(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("hosts") / "whole"
+    assert Run(folder, 1).wait() == [0]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_the_run_of_one(whole: Path, tmp_path: Path, count: int) -> None:
+    run = Run(tmp_path / "run", count)
+    assert run.wait() == [0] * count
+    assert_same_run(tmp_path / "run", whole)
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    for i in range(count):
+        assert f"done {STEPS} {i} {count} 4" in run.output(i)
+        assert ("loss" in run.output(i)) == (i == 0)
+
+
+def test_a_killed_process_ends_the_other_with_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, 2, pause=0.1)
+    run.when_taken(10)
+    run.processes[1].kill()
+    killed = time.monotonic()
+    assert run.wait() == [4, -signal.SIGKILL]
+    assert time.monotonic() - killed < 60
+    name = f"process 1 of 2 ({socket.gethostname()}, pid {run.processes[1].pid})"
+    assert f"cotgrpo: {name} has ended: it was killed, or its machine is gone." in run.output(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_whichever_process_is_killed_and_however_many_go_on(whole: Path, tmp_path: Path, victim: int) -> None:
+    """Four processes; then two; then one, on the same checkpoints."""
+    folder = tmp_path / "run"
+    for count, taken in ((4, 7), (2, 14)):
+        run = Run(folder, count, pause=0.1)
+        run.when_taken(taken)
+        run.processes[victim % count].kill()
+        killed = time.monotonic()
+        codes = run.wait()
+        assert time.monotonic() - killed < 60
+        assert codes.pop(victim % count) == -signal.SIGKILL and all(codes)
+        for i in {*range(count)} - {victim % count}:
+            assert f"cotgrpo: process {victim % count} of {count} ({socket.gethostname()}, pid " in run.output(i)
+    assert Run(folder, 1).wait() == [0]
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_saves_all_at_one_step(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, 2, pause=0.3)
+    run.when_taken(5)
+    run.processes[1].send_signal(number)
+    signalled = time.monotonic()
+    assert run.wait() == [128 + signal.SIGTERM, 128 + number]
+    assert time.monotonic() - signalled < 30
+    last = max(steps_of(folder))
+    for i in (0, 1):
+        assert f"Stopped by a signal after step {last}, and saved: run the same command to go on." in run.output(i)
+    run = Run(folder, 4)
+    assert run.wait() == [0] * 4
+    assert f"Resuming after step {last}." in run.output(0)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_the_error_of_one_process_is_told_to_all(tmp_path: Path) -> None:
+    """Process 1 cannot read its rows, and process 0 would wait for it in the first step."""
+    program = """
+import sys
+import jax
+from jax.experimental import multihost_utils
+from cotgrpo.cli import run
+from cotgrpo.data.triples import DataError
+
+def work(rest, console):
+    if jax.process_index() == 1:
+        raise DataError("rows.jsonl: no such file.")
+    multihost_utils.sync_global_devices("a step")
+
+sys.exit(run(work, sys.argv[1:]))
+"""
+    run = Run(tmp_path / "run", 2, command=[sys.executable, "-W", "error", "-c", program])
+    assert run.wait(60) == [4, 2]
+    assert "cotgrpo: rows.jsonl: no such file." in run.output(1)
+    assert f"process 1 of 2 ({socket.gethostname()}" in run.output(0)
+    assert "has ended: DataError: rows.jsonl: no such file." in run.output(0)
 
 
 if __name__ == "__main__":
