@@ -128,7 +128,7 @@ def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def put_on_mesh(tree: Any, shardings: Any) -> Any:
     """`jax.device_put`, also onto devices of other processes, for arrays that are the same on every process, or global already."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from cotgrpo.run.checkpoint import Checkpoints
-from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, place, process_console, process_rows
+from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, process_console, process_rows, put_on_mesh
 from cotgrpo.run.metrics_log import MetricsLog
 from cotgrpo.run.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
@@ -181,7 +181,7 @@ def train(
 def on_mesh_of(step: Any, tree: Any) -> Any:
     """The arrays where a step from `jit_step(step, mesh=mesh)` wants them, so that none is moved at every call; without a mesh, as they are."""
     mesh = getattr(step, "mesh", None)
-    return tree if mesh is None else place(tree, state_sharding(tree, mesh))
+    return tree if mesh is None else put_on_mesh(tree, state_sharding(tree, mesh))
 
 
 def resume(
