@@ -337,13 +337,18 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints; there is always one at the end.
         keep: how many of the newest stay.
+        keep_best: how many of those with the lowest held-out loss stay beside them; where it is not 0, each evaluation (eval_every) is saved.
+        folder: where checkpoints go, in folders of their own for sft and grpo: a disk, or a gs:// bucket; null: beside the stage's logs in run_dir.
     """
 
     every: int = 200
     keep: int = 3
+    keep_best: int = 0
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         at_least(1, self, "every", "keep")
+        at_least(0, self, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +356,7 @@ class Config:
     """All settings of a run.
 
     Attributes:
-        run_dir: the folder of everything that the run writes.
+        run_dir: the folder of everything that the run writes; where it runs on several machines, one that all of them see.
         seed: of the parameters, the order of the data, and what is drawn.
         max_skipped: stop after this many updates in a row that were skipped because they were not finite.
         student: a pretrained student, or the shape of one from scratch.
@@ -379,3 +384,8 @@ class Config:
     def __post_init__(self) -> None:
         at_least(0, self, "seed")
         at_least(1, self, "max_skipped")
+        if "://" in self.run_dir:
+            raise ConfigError(
+                f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket does not do. "
+                "Mount it, or set checkpoint.folder, which may be a gs:// bucket."
+            )

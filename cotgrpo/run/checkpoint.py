@@ -184,6 +184,11 @@ def restore_params(directory: str | Path, like: Any) -> tuple[Any, int]:
         return checkpointer.restore(folder / str(step) / "state", args=restore)["params"], step
 
 
+def check_params(directory: Any, like: Any) -> None:
+    """Whether the newest undamaged checkpoint of a folder holds such parameters; arguments and errors as in `restore_params`. No array is read."""
+    from_first(lambda: find_params(open_folder(directory), params_only(arrays_of({"params": like}))))
+
+
 def find_params(folder: Any, arrays: dict[str, str]) -> int:
     """The step of the newest undamaged checkpoint; see `restore_params`."""
     if not folder.is_dir():

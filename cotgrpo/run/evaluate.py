@@ -14,6 +14,7 @@ from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.ghosts.verify import answers_match, extract_answer
 from cotgrpo.models.decoder import DecoderConfig
+from cotgrpo.run.hosts import fetch
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.types import Metrics
 
@@ -113,7 +114,7 @@ class ExactMatch:
             filled = rows + rows[:1] * (self.batch_size - len(rows))
             columns = -(-max(len(prompts[row]) for row in rows) // PROMPT_COLUMNS) * PROMPT_COLUMNS
             padded = pad_prompts([prompts[row] for row in filled], length=columns, pad_id=self.template.pad_id)
-            written = jax.device_get(self.sampler(params, padded, jax.random.key(0)))
+            written = fetch(self.sampler(params, padded, jax.random.key(0)))
             for i, row in enumerate(rows):
                 ids = written.tokens[i, : written.lengths[i]]
                 replies[row] = self.judge(self.questions[row], ids, bool(written.finished[i]))

@@ -27,6 +27,7 @@ from cotgrpo.config import (
 )
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.run.charts import interval_chart, standalone
+from cotgrpo.run.hosts import from_first
 from cotgrpo.run.report import write_report
 from cotgrpo.run.stages import run_grpo, run_sft, write_json
 
@@ -68,8 +69,7 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     started = time.perf_counter()
     if not config.data.train:
         train, test = folder / "train.jsonl", folder / "test.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        teach(train, test, config.seed)
+        from_first(lambda: teach(train, test, config.seed))
         console.print(
             f"teacher: {TRAIN_ROWS} triples in {train}, {TEST_ROWS} held out in {test}", highlight=False, soft_wrap=True
         )
@@ -80,10 +80,7 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     sft = run_sft(config, console)
     grpo = run_grpo(config, console)
     report = combined(config, sft, grpo, taught - started)
-    write_json(folder / "report.json", report)
-    page = write_report(folder)
-    rows = [(name, label, report["accuracy"][name]) for name, label in STAGES.items()]
-    (folder / "accuracy.svg").write_text(standalone(interval_chart("Held-out accuracy", rows)), encoding="utf-8")
+    page = from_first(lambda: str(write_combined(folder, report)))
     for name, label in STAGES.items():
         row = report["accuracy"][name]
         console.print(
@@ -94,11 +91,20 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     return report
 
 
+def write_combined(folder: Path, report: dict[str, Any]) -> Path:
+    """Writes `report.json`, its page and the chart of the accuracies; returns the page."""
+    write_json(folder / "report.json", report)
+    rows = [(name, label, report["accuracy"][name]) for name, label in STAGES.items()]
+    (folder / "accuracy.svg").write_text(standalone(interval_chart("Held-out accuracy", rows)), encoding="utf-8")
+    return write_report(folder)
+
+
 STAGES = {"base": "untrained", "sft": "after SFT", "grpo": "after GRPO"}
 
 
 def teach(train: Path, test: Path, seed: int) -> None:
     """Writes the teacher's triples where they are not there yet; their sums are divided between the two files by a hash."""
+    train.parent.mkdir(parents=True, exist_ok=True)
     for path, rows, held_out in ((test, TEST_ROWS, True), (train, TRAIN_ROWS, False)):
         if not path.is_file():
             temporary = path.with_suffix(".tmp")

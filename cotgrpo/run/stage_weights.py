@@ -12,8 +12,10 @@ import jax
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.config_file import load_config
 from cotgrpo.models.lora import LoraConfig, init_lora, merge
-from cotgrpo.run.checkpoint import restore_params
+from cotgrpo.run.checkpoint import restore_params, steps_in
+from cotgrpo.run.hosts import from_first
 from cotgrpo.run.setup import Model
+from cotgrpo.run.storage import open_folder
 from cotgrpo.types import Params
 
 
@@ -82,11 +84,12 @@ def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
     saved = saved_config(folder)
     lora = None if saved is None else saved.lora.build()
     abstract = model.abstract_params()
+    kept = checkpoints_of(folder, model.config)
     if saved is None or lora is None:
-        params, step = restore_params(folder / "checkpoints", abstract)
+        params, step = restore_params(kept, abstract)
         return StageWeights(params), step
     like = jax.eval_shape(functools.partial(init_lora, lora=lora, key=jax.random.key(0)), abstract)
-    adapters, step = restore_params(folder / "checkpoints", like)
+    adapters, step = restore_params(kept, like)
     base, name = base_of(folder, saved, model)
     return StageWeights(adapters, base, lora, name), step
 
@@ -104,7 +107,7 @@ def base_of(folder: Path, saved: Config, model: Model) -> tuple[Params, str | No
     before = saved_config(origin)
     if before is not None and before.lora.rank:
         return base_of(origin, before, model)
-    return restore_params(origin / "checkpoints", model.abstract_params())[0], None
+    return restore_params(checkpoints_of(origin, model.config), model.abstract_params())[0], None
 
 
 def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
@@ -113,6 +116,25 @@ def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
     if start is not None:
         return None if start == config.student.path else Path(start)
     return None if stage == "sft" else run_dir / "sft"
+
+
+def checkpoints_of(folder: Path, config: Config | None = None) -> Any:
+    """Where the checkpoints of a stage's folder are.
+
+    Args:
+        folder: of the stage.
+        config: of the run that asks; where the folder is not in its run_dir, or None is given, the folder's own config counts.
+    """
+    if config is None or folder.parent != Path(config.run_dir):
+        config = saved_config(folder)
+    kept = None if config is None else config.checkpoint.folder
+    return folder / "checkpoints" if kept is None else open_folder(kept) / folder.name
+
+
+def has_checkpoint(folder: Path, config: Config | None = None) -> bool:
+    """Whether a stage's folder has one, damaged or not; arguments as in `checkpoints_of`."""
+    kept = checkpoints_of(folder, config)
+    return from_first(lambda: kept.is_dir() and bool(steps_in(kept)))
 
 
 def saved_config(folder: Path) -> Config | None:

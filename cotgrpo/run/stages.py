@@ -16,17 +16,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
+from cotgrpo.run.checkpoint import check_params
 from cotgrpo.run.held_out import HeldOut
+from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
 from cotgrpo.run.report import write_report
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
 from cotgrpo.run.stage_step import StageName, needs_reference, stage_step
-from cotgrpo.run.stage_weights import StageWeights, first_weights, origin_of, restore_weights, start_weights
+from cotgrpo.run.stage_weights import (
+    StageWeights,
+    checkpoints_of,
+    first_weights,
+    has_checkpoint,
+    origin_of,
+    restore_weights,
+    start_weights,
+)
+from cotgrpo.run.storage import check_folder_works
 from cotgrpo.run.train import LoopSettings, train
-from cotgrpo.sharding import jit_step
+from cotgrpo.sharding import batch_sharding, jit_step, make_mesh, state_sharding
 from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -58,18 +70,14 @@ def newest_stage(run_dir: Path) -> StageName:
     )
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a stage's folder has one, damaged or not."""
-    return any((folder / "checkpoints").glob("[0-9]*"))
-
-
 def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measures the newest student of `run_dir` on held-out rows and writes `eval.json` beside it. Returns what it holds."""
     stage = Stage(newest_stage(Path(config.run_dir)), config, console or Console())
     weights, step = restore_weights(stage.folder, stage.setup.model)
     when = f"{stage.folder} at step {step}"
     measured = {"student": str(stage.folder), "step": step} | stage.held_out.measure(weights.merged(), when)
-    write_json(stage.folder / "eval.json", measured)
+    if is_first():
+        write_json(stage.folder / "eval.json", measured)
     stage.console.print(f"written: {stage.folder / 'eval.json'}", highlight=False, soft_wrap=True)
     return measured
 
@@ -83,7 +91,7 @@ def run_eval_pretrained(config: Config, out: Path | None = None, console: Consol
     measured = {"model": name} | HeldOut(setup, config.sft.batch_size, console).measure(
         setup.model.first_params(), name
     )
-    if out is not None:
+    if out is not None and is_first():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "eval.json", measured)
         console.print(f"written: {out / 'eval.json'}", highlight=False, soft_wrap=True)
@@ -127,18 +135,20 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
-        check_folder(self.folder, self.config, self.name)
-        done = self.folder / "report.json"
-        if done.is_file():
-            self.console.print(
-                f"{self.folder} is complete: {done.with_suffix('.html')}", highlight=False, soft_wrap=True
-            )
-            return read_json(done)
+        from_first(lambda: self.check_folders())
+        path = self.folder / "report.json"
+        done = from_first(lambda: read_json(path) if path.is_file() else None)
+        if done is not None:
+            page = path.with_suffix(".html")
+            self.console.print(f"{self.folder} is complete: {page}", highlight=False, soft_wrap=True)
+            return dict(done)
         started = time.perf_counter()
         model = self.setup.model
         print_reports(self.setup, self.console)
         weights, start = self.start_weights()
-        claim_folder(self.folder, model)
+        if has_checkpoint(self.folder, self.config):
+            check_params(self.checkpoints, weights.trained)
+        from_first(lambda: claim_folder(self.folder, model))
         size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
         self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
         if weights.lora is not None:
@@ -157,7 +167,22 @@ class Stage:
             "evaluation": ended - trained + training - started,
             "total": ended - started,
         }
-        return self.report(before, after, wall)
+        return from_first(lambda: self.report(before, after, wall))
+
+    @property
+    def checkpoints(self) -> Any:
+        return checkpoints_of(self.folder, self.config)
+
+    def check_folders(self) -> None:
+        """Whether the run can go on in its folders; of a folder for checkpoints elsewhere, whether it can be written."""
+        check_folder(self.folder, self.config, self.name)
+        if self.config.checkpoint.folder is not None:
+            check_folder_works(self.checkpoints)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices of all processes, each with rows of its own; with one process, none."""
+        return make_mesh(data=-1) if jax.process_count() > 1 else None
 
     def train(self, weights: StageWeights) -> TrainState:
         """Trains to the last step. `weights.trained` are donated, unless the objective keeps near them."""
@@ -175,6 +200,7 @@ class Stage:
                 seq_len=self.config.data.seq_len,
                 seed=self.config.seed,
                 packing=self.config.data.packing,
+                only_rows=self.own_rows(),
             ),
             self.folder,
             LoopSettings(
@@ -184,18 +210,29 @@ class Stage:
                 eval_every=settings.eval_every,
                 checkpoint_every=self.config.checkpoint.every,
                 keep=self.config.checkpoint.keep,
+                keep_best=self.config.checkpoint.keep_best,
                 max_skipped=self.config.max_skipped,
             ),
             extra=extra,
             evaluate=lambda trained: self.held_out.loss(weights.merged(trained)),
             console=self.console,
+            checkpoint_folder=self.checkpoints,
         )
+
+    def own_rows(self) -> Any:
+        """The rows of every batch that this process reads; None: all."""
+        if self.mesh is None:
+            return None
+        return process_rows(batch_sharding(self.mesh), (self.settings.batch_size, self.config.data.seq_len))
 
     def build_step(self, tx: Any, weights: StageWeights) -> tuple[Any, tuple[Any, ...]]:
         """The compiled step and its further arguments: LoRA's frozen base, and the reference's parameters where the objective keeps near one."""
         base = () if weights.lora is None else (weights.base,)
         reference = (weights.merged(),) if self.needs_reference else ()
-        return jit_step(stage_step(self.config, self.name, self.setup.model.student, tx)), (*base, *reference)
+        return jit_step(stage_step(self.config, self.name, self.setup.model.student, tx), self.mesh), (
+            *base,
+            *reference,
+        )
 
     @property
     def needs_reference(self) -> bool:
@@ -208,20 +245,34 @@ class Stage:
         A stage that goes on takes its own newest ones, unless it keeps near the first: pretrained weights are not read again.
         """
         model, origin = self.setup.model, self.origin
-        if has_checkpoint(self.folder) and (self.folder / "before.json").is_file() and not self.needs_reference:
+        measured = from_first(lambda: (self.folder / "before.json").is_file())
+        if measured and has_checkpoint(self.folder, self.config) and not self.needs_reference:
             origin = self.folder
         if origin is None:
-            return first_weights(model), self.config.student.path or f"scratch (seed {self.config.seed})"
-        weights, step = start_weights(origin, model)
-        return weights, f"{origin} at step {step}"
+            weights, start = first_weights(model), self.config.student.path or f"scratch (seed {self.config.seed})"
+        else:
+            weights, step = start_weights(origin, model)
+            start = f"{origin} at step {step}"
+        if self.mesh is None:
+            return weights, start
+        spread = lambda tree: put_on_mesh(tree, state_sharding(tree, self.mesh))
+        return dataclasses.replace(weights, trained=spread(weights.trained), base=spread(weights.base)), start
 
     def measured_once(self, name: str, params: Callable[[], Any], when: str) -> dict[str, Any]:
         """What `measure` finds, kept in a file: a resumed run does not measure again, nor does GRPO what SFT has measured."""
         path = self.folder / name
-        if not path.is_file():
-            known = self.of_sft("after.json") if name == "before.json" else None
-            write_json(path, known or self.held_out.measure(params(), when))
-        return read_json(path)
+        known = from_first(lambda: self.known(path))
+        if known is None:
+            known = self.held_out.measure(params(), when)
+        if is_first() and not path.is_file():
+            write_json(path, known)
+        return dict(known)
+
+    def known(self, path: Path) -> Any:
+        """What an earlier call of `measured_once` has measured, or SFT's; None: nothing yet."""
+        if path.is_file():
+            return read_json(path)
+        return self.of_sft("after.json") if path.name == "before.json" else None
 
     def of_sft(self, name: str) -> Any:
         """What the SFT stage that the student comes from measured, on the same rows; None otherwise."""
