@@ -79,6 +79,43 @@ def test_the_newest_comes_back_and_old_ones_go(directory: Path) -> None:
     assert found[1:] == ({"place": 20}, [])
 
 
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    """Also across a restart, and where a later checkpoint was not measured or its loss is not finite."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 4.0, 6: float("nan"), 7: 1.5, 8: None}
+    for steps in ((1, 2, 3), (4, 5, 6, 7, 8)):
+        checkpoints = Checkpoints(tmp_path, keep=2, keep_best=2)
+        for step in steps:
+            checkpoints.save(step, make_state(step), {}, losses[step])
+        checkpoints.close()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 7, 8]
+    found = latest(tmp_path)
+    assert found is not None
+    assert_same(found[0], make_state(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (
+            "s3://bucket/run",
+            r"s3://bucket/run: Orbax writes checkpoints to disks and to gs:// buckets.*Mount the bucket",
+        ),
+        ("ftp://host/run", "and not to ftp://"),
+        (
+            "gs://a-bucket-that-is-not-there/run",
+            "gs://a-bucket-that-is-not-there/run: .*(pip install gcsfs|cannot be kept there)",
+        ),
+        (
+            "/proc/run",
+            r"/proc/run: checkpoints cannot be kept there \((FileNotFound|Permission|OS)Error: .*may read and write it",
+        ),
+    ],
+)
+def test_a_place_that_cannot_keep_checkpoints(name: str, problem: str) -> None:
+    with pytest.raises(CheckpointError, match=problem):
+        Checkpoints(name)
+
+
 def test_a_save_copies_the_position_too(tmp_path: Path) -> None:
     """The loop adds to the sums of its window while Orbax, in its own thread, is still to write them."""
     checkpoints = Checkpoints(tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -101,6 +102,60 @@ class Run:
         while not all(str(batches) in self.output(i).split() for i in range(len(self.processes))):
             assert time.monotonic() < until and all(process.poll() is None for process in self.processes)
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, True),
+        ({"SLURM_NTASKS": "8", "TPU_SKIP_MDS_QUERY": "1"}, False),  # in the batch script, not under srun
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host", "TPU_WORKER_HOSTNAMES": "localhost"}, True),
+    ],
+)
+def test_the_environment_tells_of_several_processes(
+    environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cotgrpo.run.hosts import on_a_cluster
+
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert on_a_cluster() == several
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--distributed.coordinator host --distributed.num_processes 2 --distributed.process_id 0",
+            "must be HOST:PORT, got 'host'",
+        ),
+        (
+            "--distributed.num_processes 2 --distributed.process_id 2",
+            "process_id must be 0 to 1 for 2 processes, got 2",
+        ),
+        ("--distributed.num_processes two", "distributed.num_processes must be a number, got 'two'"),
+        ("--distributed.process_id", "--distributed.process_id needs a value"),
+        (
+            "--distributed.num_processes 2 --distributed.process_id 1",
+            "did not find each other .*Give every one of them",
+        ),
+    ],
+)
+def test_wrong_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cotgrpo.cli import main
+
+    assert main(["sft", *options.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ compared before any array is read: a damaged checkpoint is told from one of anot
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -45,24 +46,19 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 3, keep_best: int = 0) -> None:
         import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         self.ocp = ocp
         self.directory = open_folder(directory)
+        self.keep, self.keep_best = keep, keep_best
         self.saving = 0
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
-            reverse=True,
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            preservation_policy=self,  # Orbax asks `should_preserve` after each save
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
         with explaining_disk_errors(self.directory):
             from_first(lambda: check_folder_works(self.directory))
+            self.losses = dict(from_first(lambda: losses_in(self.directory)))
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any], loss: float | None = None) -> None:
@@ -79,15 +75,24 @@ class Checkpoints:
         """
         # Orbax copies the arrays at once, but turns the rest into JSON later, in its own thread, while the loop adds to its sums.
         position = copy.deepcopy(position)
+        if loss is not None and math.isfinite(loss):
+            self.losses[step] = loss
+        beside = {"arrays": arrays_of(state), "position": position, "loss": self.losses.get(step)}
         items = self.ocp.args.Composite(
             state=self.ocp.args.StandardSave(state),
-            position=self.ocp.args.JsonSave({"arrays": arrays_of(state), "position": position}),
+            position=self.ocp.args.JsonSave(beside),
         )
         self.wait()
         self.saving = step
-        metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
         with explaining_disk_errors(self.directory):
-            self.manager.save(step, args=items, metrics=metrics, force=True)
+            self.manager.save(step, args=items, force=True)
+
+    def should_preserve(self, checkpoints: Any, **context: Any) -> list[bool]:
+        """Which of the checkpoints stay: the newest, and of those with a loss the best, the newer of equals."""
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        measured = sorted((step for step in steps if step in self.losses), key=lambda step: (self.losses[step], -step))
+        kept = {*steps[-self.keep :], *measured[: self.keep_best]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def seal(self) -> None:
         """Orbax calls this, in its own thread and on process 0, when all is written and before the checkpoint counts."""
@@ -213,8 +218,17 @@ def newest_undamaged(directory: Any) -> tuple[int | None, dict[int, str]]:
     return None, damaged
 
 
+def losses_in(directory: Any) -> list[tuple[int, float]]:
+    """The steps and losses of the checkpoints that were saved with one and whose position can be read."""
+    found = []
+    for step in steps_in(directory):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found.append((step, read_position(directory / str(step))["loss"]))
+    return [(step, loss) for step, loss in found if loss is not None]
+
+
 def read_position(folder: Any) -> dict[str, Any]:
-    """What `Checkpoints.save` kept of a checkpoint beside the arrays: their shapes, and the position. By one process, so without Orbax."""
+    """What `Checkpoints.save` kept of a checkpoint beside the arrays: their shapes, the position and the loss. By one process, so without Orbax."""
     return dict(json.loads((folder / "position" / "metadata").read_text()))
 
 
