@@ -28,6 +28,9 @@ from cotgrpo.run.storage import (
 )
 from cotgrpo.types import TrainState
 
+COMMITTED = "commit_success.txt"
+"""Orbax's mark of a whole checkpoint, which is what counts in a bucket; a disk has the name of the folder."""
+
 
 class Checkpoints:
     """The checkpoints of one run, `directory/<step>/`.
@@ -136,14 +139,18 @@ class Checkpoints:
         return step, saved["position"], self.set_aside(damaged)
 
     def set_aside(self, damaged: dict[int, str]) -> list[str]:
-        """Moves damaged checkpoints away; what to tell the user."""
+        """Moves damaged checkpoints away, or in a bucket, where that would be a copy, takes their mark of success; what to tell the user."""
         notes = []
         for step, problem in damaged.items():
+            folder = self.directory / str(step)
+            if is_remote(folder):
+                (folder / COMMITTED).unlink()
+                notes.append(f"Checkpoint {step} cannot be read ({problem}). It no longer counts.")
+                continue
             aside = self.directory.parent / "unreadable_checkpoints" / str(step)
-            if aside.exists():
-                shutil.rmtree(aside) if isinstance(aside, Path) else aside.rmtree()
+            shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            shutil.move(folder, aside)
             notes.append(f"Checkpoint {step} cannot be read ({problem}). It was moved to {aside}.")
         return notes
 
@@ -264,9 +271,11 @@ def check_arrays(folder: Path, saved: dict[str, str], wanted: dict[str, str]) ->
 
 def steps_in(directory: Any) -> list[int]:
     """The steps of the checkpoints in a folder, newest first. Half-written ones have other names, or in a bucket no mark of success yet."""
+    if not directory.is_dir():  # a bucket has no empty folders
+        return []
     paths = [path for path in directory.iterdir() if path.name.isdigit()]
     if is_remote(directory):
-        paths = [path for path in paths if (path / "commit_success.txt").exists()]
+        paths = [path for path in paths if (path / COMMITTED).exists()]
     return sorted((int(path.name) for path in paths), reverse=True)
 
 
