@@ -1,20 +1,44 @@
-"""From a pure step to a compiled one: jit, donation of the state, and shardings by rules over parameter paths."""
+"""Where arrays lie on a mesh of devices, and from a pure step to a compiled one.
+
+Parameters lie by rules over their paths, `PARAM_RULES`; activations by the letters of their dimensions, `DIMENSIONS`. Neither a model nor a step
+is given a mesh: `jit_step` traces the step with its mesh as JAX's ambient one, and `place(x, "BTD")` asks there. Without a mesh it does nothing.
+
+    data      sequences; parameters whole on each device
+    fsdp      sequences; parameters and optimizer state split, each layer gathered when it is used
+    tensor    heads, the MLP's middle and the vocabulary
+    context   tokens of each sequence; attention gathers the keys and values
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
+
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "T": ("context",),
+    "Q": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+"""Mesh axes of an activation's dimensions, by the letters of `cotgrpo.types`; a letter that is not here is whole on every device."""
 
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", ("tensor", "fsdp")),
     (r"(^|/)head$", ("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(out|down)/kernel$", (None, "tensor", "fsdp")),
+    # A bias lies as the outputs that it is added to; those of out and down are whole, as the residual stream is, and so are norms.
+    (r"(query|key|value|gate|up)/bias$", (None, "tensor")),
     # LoRA's A and B beside a kernel lie as its inputs and outputs do; their rank is small and stays whole.
     (r"(query|key|value|gate|up)/lora_a$", (None, "fsdp", None)),
     (r"(query|key|value|gate|up)/lora_b$", (None, None, "tensor")),
@@ -47,7 +71,15 @@ def make_mesh(**sizes: int) -> Mesh:
         fixed = devices
     if fixed != devices:
         raise ValueError(f"The mesh {sizes} asks for {fixed} devices (or a multiple), but there are {devices}.")
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_spec(name: str, shape: tuple[int, ...], sizes: Any) -> PartitionSpec:
+    """How the parameter of a path lies, by `PARAM_RULES`; `sizes` are those of the mesh's axes. A dimension that its axis does not divide stays whole."""
+    for pattern, axes in PARAM_RULES:
+        if re.search(pattern, name) and len(axes) == len(shape):
+            return PartitionSpec(*(a if a and n % sizes.get(a, 1) == 0 else None for a, n in zip(axes, shape, strict=True)))
+    return PartitionSpec()
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
@@ -55,19 +87,74 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
-        for pattern, axes in PARAM_RULES:
-            if re.search(pattern, name) and len(axes) == leaf.ndim:
-                # A dimension that the axis does not divide stays whole.
-                fits = [a if a and leaf.shape[i] % mesh.shape.get(a, 1) == 0 else None for i, a in enumerate(axes)]
-                return NamedSharding(mesh, PartitionSpec(*fits))
-        return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def place(x: Any, letters: str) -> Any:
+    """`x` laid out by its dimensions' letters on the mesh that is being traced for, as `place(x_BTD, "BTD")`; without a mesh, `x`."""
+    return constrained(x, spec_of(letters, x.shape))
+
+
+def place_param(x: Any, name: str) -> Any:
+    """`x` laid out as the parameter `name` is, on the mesh that is being traced for; without a mesh, `x`."""
+    sizes = open_axes()
+    return constrained(x, PartitionSpec(*(axis if axis in sizes else None for axis in param_spec(name, x.shape, sizes))))
+
+
+def gathered(x: Any, letters: str, name: str) -> Any:
+    """The parameter `name` laid out by its letters, as `place` does, and its gradient summed into the layout that the parameter has."""
+
+    @jax.custom_vjp
+    def gather(x: Any) -> Any:
+        return place(x, letters)
+
+    gather.defvjp(lambda x: (place(x, letters), None), lambda _, gradient: (place_param(gradient, name),))
+    return gather(x) if open_axes() else x
+
+
+def constrained(x: Any, spec: PartitionSpec) -> Any:
+    return jax.lax.with_sharding_constraint(x, spec) if open_axes() else x
+
+
+def spec_of(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The axes of each dimension by its letter, of the mesh that is being traced for. A dimension that its axes do not divide stays whole."""
+    sizes = open_axes()
+
+    def of(letter: str, size: int) -> tuple[str, ...] | None:
+        axes = tuple(axis for axis in DIMENSIONS.get(letter, ()) if axis in sizes)
+        return axes if axes and size % math.prod(sizes[axis] for axis in axes) == 0 else None
+
+    return PartitionSpec(*(of(letter, size) for letter, size in zip(letters, shape, strict=True)))
+
+
+def axis_names(spec: PartitionSpec) -> tuple[str, ...]:
+    """All axes that a spec of `spec_of` names, in its order."""
+    return tuple(axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def open_axes() -> dict[str, int]:
+    """Axes of more than one device of the mesh that is being traced for, that XLA may use: not those of a `shard_map` around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+
+
+def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with `mesh` as JAX's ambient one while it is traced."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences over the `data` and `fsdp` axes together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Sequences over the `data` and `fsdp` axes together, their tokens over `context`."""
+    return NamedSharding(mesh, PartitionSpec(DIMENSIONS["B"], DIMENSIONS["T"]))
 
 
 def jit_step(step: Any, mesh: Mesh | None = None) -> Any:
@@ -105,7 +192,7 @@ class ShardedStep:
             rest_shardings = tuple(state_sharding(tree, self.mesh) for tree in rest)
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             self.compiled = jax.jit(
-                self.step,
+                traced_on(self.mesh, self.step),
                 in_shardings=(state_shardings, batch_sharding(self.mesh), *rest_shardings),
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,

@@ -10,6 +10,10 @@ The language-model head is never applied to the whole batch. For each tile of to
 That is three matrix products a token, the least possible: nothing is recomputed, and no `[B, T, V]` array exists. It is a `custom_vjp`
 whose backward pass only scales the stored gradients. Tokens with a weight are moved to the front and the loop ends after them, so
 prompt and padding tokens cost nothing here: the head costs what the response costs.
+
+On a mesh every shard of the batch walks over its own tokens, in a loop of its own length. The head is gathered once, before the loop (its columns
+stay spread over the tensor axis), and each shard's `d head` is summed with the others' once, after it: left to itself, XLA would do both in
+every tile.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 
 from cotgrpo import objectives
 from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow
+from cotgrpo.sharding import axis_names, place, place_param, spec_of
 from cotgrpo.types import project
 
 if TYPE_CHECKING:
@@ -33,21 +38,21 @@ DRAW_BLOCK = 256
 
 
 class TokenRows(flax.struct.PyTreeNode):
-    """What the engine needs to know of all N tokens of a batch, beside their hidden rows.
+    """What the engine needs to know of the tokens of a batch, `[B, T]` or `[N]`, beside their hidden rows.
 
     Attributes:
-        ghost: int32 `[N]`, y*.
-        weight: float32 `[N]`; tokens with weight 0 are skipped.
-        drawn: int32 `[N, G]`, drawn tokens that came with the batch, or None.
-        uniform: float32 `[N, G]` in [0, 1), one random number for each token to draw here, or None.
-        reference_hidden: `[N, D']`, the hidden rows of a frozen reference model, or None.
+        ghost: int32 `[B, T]`, y*.
+        weight: float32 `[B, T]`; tokens with weight 0 are skipped.
+        drawn: int32 `[B, T, G]`, drawn tokens that came with the batch, or None.
+        uniform: float32 `[B, T, G]` in [0, 1), one random number for each token to draw here, or None.
+        reference_hidden: `[B, T, D']`, the hidden rows of a frozen reference model, or None.
     """
 
-    ghost: Int[Array, "N"]
-    weight: Float[Array, "N"]
-    drawn: Int[Array, "N G"] | None = None
-    uniform: Float[Array, "N G"] | None = None
-    reference_hidden: Float[Array, "N D"] | None = None
+    ghost: Int[Array, "*batch"]
+    weight: Float[Array, "*batch"]
+    drawn: Int[Array, "*batch G"] | None = None
+    uniform: Float[Array, "*batch G"] | None = None
+    reference_hidden: Float[Array, "*batch D"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ class HeadSpec:
 
 def token_loss(
     objective: Objective,
-    hidden_ND: Float[Array, "N D"],
+    hidden: Float[Array, "*batch D"],
     head_DV: Float[Array, "D V"] | None,
     rows: TokenRows,
     *,
@@ -88,7 +93,7 @@ def token_loss(
 
     Args:
         objective: see `cotgrpo.objectives`.
-        hidden_ND: the rows that the head reads, any float type.
+        hidden: the rows that the head reads, `[B, T, D]` or `[N, D]`, any float type.
         head_DV: the head in the compute type, or None where the hidden rows are logits.
         rows: ghost ids, weights and the rest, a row for each token.
         spec: soft-cap and real vocabulary size.
@@ -99,9 +104,7 @@ def token_loss(
     Returns:
         The loss sum and a dict of metric sums, float32 scalars. Only the loss carries a gradient, and only to `hidden` and `head`.
     """
-    num_tokens, width = hidden_ND.shape
-    tile = tile_size or default_tile_size(num_tokens, width if head_DV is None else head_DV.shape[1])
-    walk = Walk(objective, spec, reference_spec, min(tile, num_tokens))
+    walk = Walk(objective, spec, reference_spec, tile_size)
 
     @jax.custom_vjp
     def total(hidden: Any, head: Any, rest: Any) -> Any:
@@ -115,10 +118,10 @@ def token_loss(
         scaled = jax.tree.map(lambda g, like: (scale * g).astype(like.dtype), grads, (hidden_like, head_like))
         return (*scaled, None)
 
-    hidden_like = jax.ShapeDtypeStruct(hidden_ND.shape, hidden_ND.dtype)
+    hidden_like = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
     head_like = None if head_DV is None else jax.ShapeDtypeStruct(head_DV.shape, head_DV.dtype)
     total.defvjp(forward, backward)
-    return total(hidden_ND, head_DV, (rows, reference_head))
+    return total(hidden, head_DV, (rows, reference_head))
 
 
 def default_tile_size(num_tokens: int, vocab_size: int) -> int:
@@ -135,23 +138,56 @@ class Walk:
     objective: Objective
     spec: HeadSpec
     reference_spec: HeadSpec
-    tile: int
+    tile_size: int | None
 
-    def run(self, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any, *, with_grad: bool) -> Any:
-        """`((loss_sum, metric_sums), (d hidden, d head))`; the gradients are None without `with_grad`."""
+    def run(self, hidden: Any, head_DV: Any, rows: TokenRows, reference_head: Any, *, with_grad: bool) -> Any:
+        """`((loss_sum, metric_sums), (d hidden, d head))`; each gradient is None without `with_grad`."""
+        batch = hidden.shape[:-1]
+        spec = spec_of("BT"[: len(batch)], batch)
+        shards, whole = axis_names(spec), jax.sharding.PartitionSpec()
+
+        def one_shard(hidden: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
+            flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
+            sums, grads = self.walk(flat(hidden), head_DV, jax.tree.map(flat, rows), reference_head, with_grad)
+            return (sums, grads[1]), grads[0].reshape(hidden.shape) if with_grad else None
+
+        def stacked(*arguments: Any) -> Any:
+            partial, dhidden = one_shard(*arguments)
+            return jax.tree.map(lambda x: x[None], partial), dhidden
+
+        if not shards:
+            (sums, dhead), dhidden = one_shard(hidden, head_DV, rows, reference_head)
+            return sums, (dhidden, dhead)
+        # Gathered here, and summed below, not by collectives inside: those made XLA gather over the tensor axis as well.
+        head_DV, reference_head = jax.tree.map(lambda head: place(head, "DV"), (head_DV, reference_head))
+        partial, dhidden = jax.shard_map(
+            stacked,
+            in_specs=(spec, whole, spec, whole),
+            out_specs=(jax.sharding.PartitionSpec(shards), spec),
+            axis_names=set(shards),
+            check_vma=False,
+        )(hidden, head_DV, rows, reference_head)
+        sums, dhead = jax.tree.map(lambda x: jnp.sum(x, axis=0), partial)
+        return sums, (dhidden, jax.tree.map(lambda x: place_param(x, "head"), dhead))
+
+    def walk(self, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any, with_grad: bool) -> Any:
+        """`run` on the tokens of one shard."""
         num_tokens, width = hidden_ND.shape
-        num_tiles = -(-num_tokens // self.tile)
+        tile = min(
+            self.tile_size or default_tile_size(num_tokens, width if head_DV is None else head_DV.shape[1]), num_tokens
+        )
+        num_tiles = -(-num_tokens // tile)
         live_N = rows.weight != 0
         # Live tokens first, in their order; then the walk may stop after the last of them.
         order_N = jnp.argsort(~live_N, stable=True)
-        order = jnp.pad(order_N, (0, num_tiles * self.tile - num_tokens))
+        order = jnp.pad(order_N, (0, num_tiles * tile - num_tokens))
         num_live = jnp.sum(live_N)
 
         def one_tile(index: Any, carry: Any) -> Any:
             sums, grads = carry
-            start = index * self.tile
-            picked_T = jax.lax.dynamic_slice_in_dim(order, start, self.tile)
-            in_play_T = start + jnp.arange(self.tile) < num_live
+            start = index * tile
+            picked_T = jax.lax.dynamic_slice_in_dim(order, start, tile)
+            in_play_T = start + jnp.arange(tile) < num_live
             # What a skipped row holds, even NaN, must not reach `d head` as NaN * 0.
             hidden_TD = jnp.where(in_play_T[:, None], hidden_ND[picked_T], 0)
             tile_rows = jax.tree.map(lambda x: x[picked_T], rows)
@@ -172,12 +208,12 @@ class Walk:
             dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, tile_dhidden.astype(dhidden.dtype), start, axis=0)
             return sums, (dhidden, dhead)
 
-        sums = self.zero_sums(hidden_ND, head_DV, rows, reference_head)
-        grads = None
+        sums = self.zero_sums(tile, hidden_ND, head_DV, rows, reference_head)
+        grads = (None, None)
         if with_grad:
-            dhidden = jnp.zeros((num_tiles * self.tile, width), hidden_ND.dtype)
+            dhidden = jnp.zeros((num_tiles * tile, width), hidden_ND.dtype)
             grads = (dhidden, None if head_DV is None else jnp.zeros(head_DV.shape, jnp.float32))
-        live_tiles = (num_live + self.tile - 1) // self.tile
+        live_tiles = (num_live + tile - 1) // tile
         sums, grads = jax.lax.fori_loop(0, live_tiles, one_tile, (sums, grads))
         if with_grad:
             grads = (grads[0][jnp.argsort(order_N)], grads[1])
@@ -221,12 +257,12 @@ class Walk:
         results = jax.vmap(lambda drawn: evaluate(row.replace(drawn=drawn)))(row.drawn)
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
 
-    def zero_sums(self, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
+    def zero_sums(self, tile: int, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
         """Zeros in the shape of `tile_sums`'s first result, found by abstract evaluation."""
 
         def first_tile(hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
-            rows_T = jax.tree.map(lambda x: x[: self.tile], rows)
-            return self.tile_sums(hidden_ND[: self.tile], head_DV, rows_T, reference_head, False)[0]
+            rows_T = jax.tree.map(lambda x: x[:tile], rows)
+            return self.tile_sums(hidden_ND[:tile], head_DV, rows_T, reference_head, False)[0]
 
         shapes = jax.eval_shape(first_tile, hidden_ND, head_DV, rows, reference_head)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -145,23 +145,22 @@ def make_batch_loss(
 
     def batch_loss(params: Params, ghosts: GhostBatch, uniform: Any, reference_params: Params | None) -> Any:
         inputs = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
-        flat = lambda x: jnp.reshape(x, (ghosts.tokens.size, *x.shape[2:]))
         reference_hidden = reference_head = None
         if reference is not None:
             frozen = jax.lax.stop_gradient(reference_params)
-            reference_hidden = flat(reference.hidden(frozen, *inputs))
+            reference_hidden = reference.hidden(frozen, *inputs)
             reference_head = None if reference.head is None else reference.head(frozen)
         drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
         rows = TokenRows(
-            ghost=flat(ghosts.ghost_tokens),
-            weight=flat(ghosts.loss_mask).astype(jnp.float32),
-            drawn=None if drawn is None else jnp.reshape(drawn, (ghosts.tokens.size, -1)),
-            uniform=None if uniform is None else flat(uniform),
+            ghost=ghosts.ghost_tokens,
+            weight=ghosts.loss_mask.astype(jnp.float32),
+            drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
+            uniform=uniform,
             reference_hidden=reference_hidden,
         )
         loss, sums = token_loss(
             objective,
-            flat(student.hidden(params, *inputs)),
+            student.hidden(params, *inputs),
             None if student.head is None else student.head(params),
             rows,
             spec=HeadSpec(student.softcap, student.vocab_size),

@@ -22,6 +22,7 @@ from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
+from cotgrpo.sharding import gathered, place
 from cotgrpo.types import Params, Student
 
 if TYPE_CHECKING:
@@ -93,13 +94,15 @@ class Layer(nn.Module):
         """
         c = self.config
         x, index, cached = carry
+        x = place(x, "BTD")
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         mixed, cached = self.attend(x, index, cached, view, is_local, slot)
-        mixed = self.dense("out", to_residual=True)(mixed)
+        mixed = place(self.dense("out", to_residual=True)(mixed), "BTD")
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
         activation = {"silu": nn.silu, "gelu": exact_gelu, "gelu_tanh": nn.gelu}[c.activation]
-        h = self.dense("down", to_residual=True)(activation(self.dense("gate")(h)) * self.dense("up")(h))
+        h = place(activation(self.dense("gate")(h)) * self.dense("up")(h), "BTF")
+        h = place(self.dense("down", to_residual=True)(h), "BTD")
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return (x, index + 1, cached), None
 
@@ -113,12 +116,15 @@ class Layer(nn.Module):
         if c.qk_norm:
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
+        query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
         if cached is not None:
             at = (index, 0, slot, 0, 0)
             cached = tuple(
                 jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
+        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
+        key, value = place(key, "BSKH"), place(value, "BSKH")
         if view.mask is None:
             windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
             mixed = splash_attention(
@@ -126,6 +132,7 @@ class Layer(nn.Module):
             )
         else:
             mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
+        mixed = place(mixed, "BTQH")
         return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
     def norm(self, name: str) -> RMSNorm:
@@ -169,7 +176,7 @@ class Decoder(nn.Module):
         )
         if not c.tied_head:
             self.param("head", nn.initializers.normal(c.init_scale), (c.width, c.vocab_size), jnp.dtype(c.param_dtype))
-        x_BTD = embedding_VD[tokens].astype(jnp.dtype(c.dtype))
+        x_BTD = place(gathered(embedding_VD, "VD", "embedding")[tokens].astype(jnp.dtype(c.dtype)), "BTD")
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:
