@@ -352,6 +352,31 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work; their number is the product. It may change between one start of a run and the next.
+
+    Attributes:
+        data: devices that share the sequences of a batch, each with all parameters; -1 at one axis: all devices that are left.
+        fsdp: devices that share the sequences, and the parameters and optimizer state too.
+        tensor: devices that share the heads, the MLP and the vocabulary.
+        context: devices that share the tokens of each sequence.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ConfigError(
+                f"mesh sizes must be at least 1, or -1 for one of them, got {dataclasses.asdict(self)}. "
+                "data is -1 where it is not given: give it a size too."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run.
 
@@ -367,6 +392,7 @@ class Config:
         grpo: GhostRespond Policy Optimization (not Group Relative).
         eval: how exact match is measured.
         checkpoint: when the run is saved.
+        mesh: how the devices share the work.
     """
 
     run_dir: str = "runs/run"
@@ -380,6 +406,7 @@ class Config:
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed")

@@ -55,30 +55,77 @@ def make_mesh(**sizes: int) -> Mesh:
     Raises:
         ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
+    shape = mesh_shape(sizes, jax.device_count())
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """The size of every axis on so many devices; raises as `make_mesh` does."""
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
         raise ValueError(f"Unknown mesh axis {unknown[0]!r}: the axes are {', '.join(AXES)}.")
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
-    open_axes = [axis for axis, size in shape.items() if size == -1]
-    fixed = 1
-    for size in shape.values():
-        fixed *= size if size != -1 else 1
-    devices = jax.device_count()
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+    open_ones = [axis for axis, size in shape.items() if size == -1]
+    if len(open_ones) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"Mesh sizes must be positive, with at most one -1, got {sizes}.")
-    if open_axes and devices % fixed == 0:
-        shape[open_axes[0]] = devices // fixed
-        fixed = devices
-    if fixed != devices:
-        raise ValueError(f"The mesh {sizes} asks for {fixed} devices (or a multiple), but there are {devices}.")
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    if devices % fixed or (fixed != devices and not open_ones):
+        raise ValueError(
+            f"The mesh {sizes} asks for {'a multiple of ' * bool(open_ones)}{fixed} devices, but there are {devices}: "
+            "give sizes whose product is that, or -1 to one axis."
+        )
+    return shape | dict.fromkeys(open_ones, devices // fixed)
+
+
+def check_mesh(shape: Any, sizes: dict[str, int]) -> None:
+    """Raises ValueError where an axis does not divide the dimension of a model that it splits.
+
+    Args:
+        shape: {axis: its size}, as `mesh.shape`.
+        sizes: {name: size} of a model's dimensions, as `DecoderConfig.split_sizes` gives them.
+    """
+    splits = {
+        "width": "fsdp",
+        "num_heads": "tensor",
+        "num_kv_heads": "tensor",
+        "mlp_width": "tensor",
+        "vocab_size": "tensor",
+    }
+    for name, axis in splits.items():
+        if sizes[name] % shape.get(axis, 1):
+            raise ValueError(
+                f"The mesh axis {axis}={shape[axis]} does not divide the model's {name}, {sizes[name]}, which it splits: expected a divisor of "
+                f"{math.gcd(*(sizes[other] for other, own in splits.items() if own == axis))}."
+            )
+
+
+def check_batch(shape: Any, batch_size: int, seq_len: int, micro_batches: int = 1) -> None:
+    """Raises ValueError where sequences or their tokens cannot be split evenly over a mesh of this shape."""
+    over = batch_shards(shape)
+    parts = f"{micro_batches} micro-batches of a " if micro_batches > 1 else "a "
+    if batch_size % (over * micro_batches):
+        raise ValueError(
+            f"The mesh spreads the sequences over data x fsdp = {over} devices, which {parts}batch of {batch_size} cannot fill evenly: "
+            f"expected a multiple of {over * micro_batches}."
+        )
+    if seq_len % shape.get("context", 1):
+        raise ValueError(
+            f"The mesh axis context={shape['context']} does not divide the {seq_len} tokens of a sequence: expected a multiple of it."
+        )
+
+
+def batch_shards(shape: Any) -> int:
+    """Over how many shards a mesh of this shape spreads the sequences of a batch."""
+    return math.prod(shape.get(axis, 1) for axis in DIMENSIONS["B"])
 
 
 def param_spec(name: str, shape: tuple[int, ...], sizes: Any) -> PartitionSpec:
     """How the parameter of a path lies, by `PARAM_RULES`; `sizes` are those of the mesh's axes. A dimension that its axis does not divide stays whole."""
     for pattern, axes in PARAM_RULES:
         if re.search(pattern, name) and len(axes) == len(shape):
-            return PartitionSpec(*(a if a and n % sizes.get(a, 1) == 0 else None for a, n in zip(axes, shape, strict=True)))
+            return PartitionSpec(
+                *(a if a and n % sizes.get(a, 1) == 0 else None for a, n in zip(axes, shape, strict=True))
+            )
     return PartitionSpec()
 
 
@@ -100,7 +147,9 @@ def place(x: Any, letters: str) -> Any:
 def place_param(x: Any, name: str) -> Any:
     """`x` laid out as the parameter `name` is, on the mesh that is being traced for; without a mesh, `x`."""
     sizes = open_axes()
-    return constrained(x, PartitionSpec(*(axis if axis in sizes else None for axis in param_spec(name, x.shape, sizes))))
+    return constrained(
+        x, PartitionSpec(*(axis if axis in sizes else None for axis in param_spec(name, x.shape, sizes)))
+    )
 
 
 def gathered(x: Any, letters: str, name: str) -> Any:
@@ -110,11 +159,13 @@ def gathered(x: Any, letters: str, name: str) -> Any:
     def gather(x: Any) -> Any:
         return place(x, letters)
 
-    gather.defvjp(lambda x: (place(x, letters), None), lambda _, gradient: (place_param(gradient, name),))
+    # Summed as a whole and then cut: XLA makes one reduce-scatter of both. Asked for the cut alone, it moves the activations instead.
+    gather.defvjp(lambda x: (place(x, letters), None), lambda _, g: (place_param(place(g, letters), name),))
     return gather(x) if open_axes() else x
 
 
 def constrained(x: Any, spec: PartitionSpec) -> Any:
+    """`x` under a sharding constraint of the mesh that is being traced for, if there is one."""
     return jax.lax.with_sharding_constraint(x, spec) if open_axes() else x
 
 
@@ -166,10 +217,32 @@ def jit_step(step: Any, mesh: Mesh | None = None) -> Any:
 
     Returns:
         The compiled step. The state passed in is donated: its buffers are reused, so keep only the state that comes back.
+        With a mesh, a batch that cannot be spread over it is a ValueError before anything is compiled.
     """
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     return ShardedStep(step, mesh)
+
+
+def jit_reader(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
+    """Compiles `function(params, batch, ...)` that reads parameters, such as an evaluation step or a sampler.
+
+    With a mesh the parameters lie as `state_sharding` says, every `[B, T]` array of the batch as a batch of `jit_step` does (`[B]` over the sequences
+    alone), and the result is whole on each device; a batch that does not divide stays whole. Nothing is donated.
+    """
+    if mesh is None:
+        return jax.jit(function)
+
+    def spread(params: Any, batch: Any, *rest: Any) -> Any:
+        laid = jax.tree.map(lambda x: place(x, "BT"[: x.ndim]), batch)
+        return function(params, laid, *rest)
+
+    compiled = jax.jit(traced_on(mesh, spread), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def call(params: Any, batch: Any, *rest: Any) -> Any:
+        return compiled(jax.device_put(params, state_sharding(params, mesh)), batch, *rest)
+
+    return call
 
 
 class ShardedStep:
@@ -180,13 +253,14 @@ class ShardedStep:
         self.compiled: Any = None
 
     def __call__(self, state: Any, batch: Any, *rest: Any) -> Any:
-        return self.jitted(state, *rest)(state, batch, *rest)
+        return self.jitted(state, batch, *rest)(state, batch, *rest)
 
     def lower(self, state: Any, batch: Any, *rest: Any) -> Any:
         """As `jax.jit(...).lower`: arguments may be abstract."""
-        return self.jitted(state, *rest).lower(state, batch, *rest)
+        return self.jitted(state, batch, *rest).lower(state, batch, *rest)
 
-    def jitted(self, state: Any, *rest: Any) -> Any:
+    def jitted(self, state: Any, batch: Any, *rest: Any) -> Any:
+        check_batch(self.mesh.shape, *jax.tree.leaves(batch)[0].shape[:2])
         if self.compiled is None:
             state_shardings = state_sharding(state, self.mesh)
             rest_shardings = tuple(state_sharding(tree, self.mesh) for tree in rest)

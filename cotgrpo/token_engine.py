@@ -11,7 +11,7 @@ That is three matrix products a token, the least possible: nothing is recomputed
 whose backward pass only scales the stored gradients. Tokens with a weight are moved to the front and the loop ends after them, so
 prompt and padding tokens cost nothing here: the head costs what the response costs.
 
-On a mesh every shard of the batch walks over its own tokens, in a loop of its own length. The head is gathered once, before the loop (its columns
+On a mesh every shard of the batch walks over its own tokens, live ones first, until the shard with the most is done. The head is gathered once, before the loop (its columns
 stay spread over the tensor axis), and each shard's `d head` is summed with the others' once, after it: left to itself, XLA would do both in
 every tile.
 """
@@ -148,7 +148,7 @@ class Walk:
 
         def one_shard(hidden: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
             flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
-            sums, grads = self.walk(flat(hidden), head_DV, jax.tree.map(flat, rows), reference_head, with_grad)
+            sums, grads = self.walk(flat(hidden), head_DV, jax.tree.map(flat, rows), reference_head, with_grad, shards)
             return (sums, grads[1]), grads[0].reshape(hidden.shape) if with_grad else None
 
         def stacked(*arguments: Any) -> Any:
@@ -170,8 +170,16 @@ class Walk:
         sums, dhead = jax.tree.map(lambda x: jnp.sum(x, axis=0), partial)
         return sums, (dhidden, jax.tree.map(lambda x: place_param(x, "head"), dhead))
 
-    def walk(self, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any, with_grad: bool) -> Any:
-        """`run` on the tokens of one shard."""
+    def walk(
+        self,
+        hidden_ND: Any,
+        head_DV: Any,
+        rows: TokenRows,
+        reference_head: Any,
+        with_grad: bool,
+        shards: tuple[str, ...] = (),
+    ) -> Any:
+        """`run` on the tokens of one of the shards over some mesh axes."""
         num_tokens, width = hidden_ND.shape
         tile = min(
             self.tile_size or default_tile_size(num_tokens, width if head_DV is None else head_DV.shape[1]), num_tokens
@@ -209,11 +217,14 @@ class Walk:
             return sums, (dhidden, dhead)
 
         sums = self.zero_sums(tile, hidden_ND, head_DV, rows, reference_head)
-        grads = (None, None)
+        grads: Any = (None, None)
         if with_grad:
             dhidden = jnp.zeros((num_tiles * tile, width), hidden_ND.dtype)
             grads = (dhidden, None if head_DV is None else jnp.zeros(head_DV.shape, jnp.float32))
         live_tiles = (num_live + tile - 1) // tile
+        if shards:
+            # A loop with collectives in it, those of the tensor axis, has to be as long on every device; all would wait for the longest anyway.
+            live_tiles = jax.lax.pmax(live_tiles, shards)
         sums, grads = jax.lax.fori_loop(0, live_tiles, one_tile, (sums, grads))
         if with_grad:
             grads = (grads[0][jnp.argsort(order_N)], grads[1])

@@ -152,8 +152,8 @@ def make_batch_loss(
             reference_head = None if reference.head is None else reference.head(frozen)
         drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
         rows = TokenRows(
-            ghost=ghosts.ghost_tokens,
-            weight=ghosts.loss_mask.astype(jnp.float32),
+            ghost=jnp.asarray(ghosts.ghost_tokens),
+            weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
             drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
             uniform=uniform,
             reference_hidden=reference_hidden,

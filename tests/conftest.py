@@ -72,6 +72,7 @@ sys.meta_path.insert(0, CheckedFinder)
 
 import jax  # noqa: E402  after the environment is set
 
-# For meshes; what names no mesh runs on the first device. Subprocesses of a test have one, as a user's process has.
+# For meshes; what names no mesh runs on the first device, commands too. Subprocesses of a test have one, as a user's process has.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import cotgrpo
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 from cotgrpo.objectives import Nll, Pair, ReferenceKl
+from cotgrpo.run.hlo import collectives
+from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sharding import check_batch, check_mesh, jit_reader, mesh_shape, state_sharding
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
 
 # Grouped heads, biases, both kinds of norms, a tied head with a soft-cap, a window in every other layer.
@@ -140,3 +144,154 @@ def test_sft(mesh: str) -> None:
 
 def test_grpo_near_a_reference_with_lora() -> None:
     assert_same(PLAIN, ReferenceKl(Pair(), 0.3), MIXED, lora=True, micro_batches=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("config", [TIED, PLAIN], ids=["tied", "plain"])
+@pytest.mark.parametrize("objective", [Nll(), Pair(), DRAWN, ReferenceKl(Pair(), 0.3)], ids=["sft", "exact", "drawn", "kl"])  # fmt: skip
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_every_combination(mesh: str, config: DecoderConfig, objective: Any, lora: bool, micro_batches: int) -> None:
+    assert_same(config, objective, mesh, lora=lora, micro_batches=micro_batches)
+
+
+@pytest.mark.parametrize("mesh", [MIXED, pytest.param("tensor", marks=pytest.mark.slow)])
+def test_generation_and_evaluation(mesh: str) -> None:
+    """Replies drawn with a temperature, their log-probabilities, and held-out metrics."""
+    params = init_params(TIED, jax.random.key(1))
+    rng = np.random.default_rng(0)
+    prompts = pad_prompts([rng.integers(0, 60, n).astype(np.int32) for n in (3, 8, 5, 1, 7, 7, 2, 6)])
+    sample = make_sampler(TIED, SamplingSettings(12, eos_ids=(7,), temperature=0.7), 60)
+    evaluate = cotgrpo.make_eval_step(make_student(TIED, 60), Pair())
+    where = cotgrpo.make_mesh(**MESHES[mesh])
+    want = jax.device_get(jit_reader(sample)(params, prompts, jax.random.key(0)))
+    got = jax.device_get(jit_reader(sample, where)(params, prompts, jax.random.key(0)))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
+    assert len(set(want.lengths)) > 1, "rows end at different times"
+    batch = make_batch(0, False)
+    one, many = (jit_reader(evaluate, mesh)(params, batch) for mesh in (None, where))
+    for name, metric in one.items():
+        assert many[name].mean() == pytest.approx(metric.mean(), rel=1e-5), name
+
+
+WIDE = DecoderConfig(
+    vocab_size=2_048, width=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=32, tied_head=False
+)  # fmt: skip
+TILE = 16
+
+
+def compiled_text(devices: Any, objective: Any, micro_batches: int, **sizes: int) -> str:
+    """The program of a train step of `WIDE` for these devices, from shapes alone."""
+    shape = mesh_shape(sizes, len(devices))
+    mesh = Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * 4)
+    tx = optax.sgd(0.1)
+    step = cotgrpo.make_grpo_step(make_student(WIDE), tx, objective, micro_batches=micro_batches, tile_size=TILE)
+    params = jax.eval_shape(functools.partial(init_params, WIDE), jax.random.key(0))
+    state = jax.eval_shape(lambda params: TrainState.create(params=params, tx=tx, key=0), params)
+    batch = jax.eval_shape(lambda: make_batch(0, True, B=16, T=64))
+    return cotgrpo.jit_step(step, mesh=mesh).lower(state, batch).compile().as_text()
+
+
+def devices_of(platform: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if platform == "cpu":
+        return jax.devices()
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    for name, value in {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-16", "WORKER_HOSTNAMES": "localhost"}.items():  # fmt: skip
+        monkeypatch.setenv(f"TPU_{name}", value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_head_travels_once(platform: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine's docstring says, in the compiled text: nothing in the loop over tiles is larger than a tile of hidden rows."""
+    objective = Pair(estimator="drawn")
+    text = compiled_text(devices_of(platform, monkeypatch), objective, micro_batches, fsdp=4, tensor=2)
+    found = collectives(text)
+    of_tiles = [c for c in found if None in c.loops]
+    assert of_tiles, "the loop over tiles has the reductions over the tensor axis"
+    rows = TILE * WIDE.width
+    assert max(math.prod(shape) for c in of_tiles for _, shape in c.arrays) <= rows
+    assert {c.group for c in of_tiles if c.kind != "collective-permute"} == {2}, "of the tensor axis alone"
+    # The head has D x V / 2 elements on a device; the embedding, which is as large, is untied. Layouts differ, so elements are counted.
+    whole = WIDE.width * WIDE.vocab_size // 2
+    gathers = [c for c in found if c.kind == "all-gather" for _, shape in c.arrays if math.prod(shape) == whole]
+    assert [c.times() for c in gathers] == [1, 1], "the head and the embedding, before the loop over micro-batches"
+    reductions = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and None not in c.loops]
+    sizes = [
+        (math.prod(shape) * (c.group if c.kind == "reduce-scatter" else 1), c)
+        for c in reductions
+        for _, shape in c.arrays
+    ]
+    assert [c.times() for size, c in sizes if size == whole] == [micro_batches] * 2
+
+
+def test_activations_lie_as_the_batch_does() -> None:
+    """No layer moves the residual stream between devices but for the sums over the tensor axis."""
+    found = collectives(compiled_text(jax.devices(), Nll(), 1, data=2, fsdp=4))
+    stream = 2 * 64 * WIDE.width
+    kernels = max(WIDE.width * WIDE.mlp_width, WIDE.width * 32)
+    assert stream > kernels
+    in_layers = [math.prod(shape) for c in found if c.loops and None not in c.loops for _, shape in c.arrays]
+    assert in_layers and max(in_layers) <= kernels
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, r"asks for 3 devices, but there are 8"),
+        ({"tensor": 3, "data": -1}, r"a multiple of 3 devices, but there are 8"),
+        ({"data": -1, "fsdp": -1}, r"at most one -1"),
+        ({"data": 0}, r"must be positive"),
+        ({"model": 8}, r"Unknown mesh axis 'model': the axes are data, fsdp, tensor, context"),
+    ],
+)
+def test_meshes_that_cannot_be_made(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cotgrpo.make_mesh(**sizes)
+
+
+def test_one_axis_is_filled() -> None:
+    assert dict(cotgrpo.make_mesh(tensor=2, fsdp=-1).shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert mesh_shape({"data": 8, "fsdp": -1}, 8)["fsdp"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 16}, r"tensor=16 does not divide the model's num_kv_heads, 8, .* a divisor of 8"),
+        ({"tensor": 3}, r"tensor=3 does not divide the model's num_heads, 16"),
+        ({"fsdp": 64}, r"fsdp=64 does not divide the model's width, 32, .* a divisor of 32"),
+    ],
+)
+def test_models_that_are_too_small(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_mesh(sizes, dataclasses.asdict(TIED))
+    with pytest.raises(ValueError, match="vocab_size, 1003"):
+        check_mesh({"tensor": 2}, dataclasses.asdict(TIED) | {"vocab_size": 1003})
+
+
+def test_batches_that_cannot_be_spread() -> None:
+    tx = optax.sgd(0.1)
+    step = cotgrpo.jit_step(cotgrpo.make_sft_step(make_student(PLAIN), tx), mesh=cotgrpo.make_mesh(data=4, context=2))
+    params = jax.eval_shape(functools.partial(init_params, PLAIN), jax.random.key(0))
+    state = jax.eval_shape(lambda params: TrainState.create(params=params, tx=tx, key=0), params)
+    with pytest.raises(ValueError, match=r"data x fsdp = 4 devices, which a batch of 6 cannot fill evenly: .* of 4"):
+        step.lower(state, make_batch(0, False, B=6))
+    with pytest.raises(ValueError, match=r"context=2 does not divide the 15 tokens"):
+        step.lower(state, make_batch(0, False, T=15))
+    with pytest.raises(ValueError, match=r"2 micro-batches of a batch of 12 .* a multiple of 8"):
+        check_batch({"data": 4}, 12, 16, micro_batches=2)
+
+
+def test_parameters_lie_by_rule() -> None:
+    params = jax.eval_shape(functools.partial(init_params, TIED), jax.random.key(0))
+    layers = state_sharding(params, cotgrpo.make_mesh(fsdp=2, tensor=2, data=2))["layers"]
+    specs = {f"{name}/{leaf}": s.spec for name, module in layers.items() for leaf, s in module.items()}
+    assert specs["query/kernel"] == P(None, "fsdp", "tensor") and specs["query/bias"] == P(None, "tensor")
+    assert specs["down/kernel"] == P(None, "tensor", "fsdp")
+    assert {specs[name] for name in specs if name.endswith("scale")} == {P()}, "norms are whole"

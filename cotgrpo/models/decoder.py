@@ -117,14 +117,14 @@ class Layer(nn.Module):
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
         query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
+        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
+        key, value = place(key, "BSKH"), place(value, "BSKH")
         if cached is not None:
             at = (index, 0, slot, 0, 0)
             cached = tuple(
                 jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
-        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
-        key, value = place(key, "BSKH"), place(value, "BSKH")
         if view.mask is None:
             windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
             mixed = splash_attention(
@@ -264,8 +264,8 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
     """An empty cache of `length` slots for `batch` rows."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return KvCache(
-        keys=jnp.zeros(shape, jnp.dtype(config.dtype)),
-        values=jnp.zeros(shape, jnp.dtype(config.dtype)),
+        keys=place(jnp.zeros(shape, jnp.dtype(config.dtype)), "LBSKH"),
+        values=place(jnp.zeros(shape, jnp.dtype(config.dtype)), "LBSKH"),
         positions=jnp.zeros((batch, length), jnp.int32),
         segment_ids=jnp.full((batch, length), -1, jnp.int32),
     )

@@ -16,6 +16,7 @@ from cotgrpo.ghosts.verify import answers_match, extract_answer
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.run.hosts import fetch
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sharding import batch_shards, jit_reader
 from cotgrpo.types import Metrics
 
 PROMPT_COLUMNS = 64
@@ -81,6 +82,7 @@ class ExactMatch:
         max_new_tokens: replies are cut off here, and then have no answer.
         batch_size: prompts at a time.
         vocab_size: ids from here on are never drawn; None: the tokenizer's size.
+        mesh: where the parameters lie and the replies are written; None: JAX's default device.
 
     Raises:
         ValueError: no rows.
@@ -95,13 +97,16 @@ class ExactMatch:
         max_new_tokens: int,
         batch_size: int,
         vocab_size: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         if not questions:
             raise ValueError("Exact match needs at least one held-out row, got none.")
         self.template, self.questions = template, list(questions)
-        self.batch_size = min(batch_size, len(self.questions))
+        over = 1 if mesh is None else batch_shards(mesh.shape)
+        # Rounded up, so that every device has the same number of rows.
+        self.batch_size = -(-min(batch_size, len(self.questions)) // over) * over
         settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
-        self.sampler = jax.jit(make_sampler(decoder, settings, vocab_size or len(template.tokenizer)))
+        self.sampler = jit_reader(make_sampler(decoder, settings, vocab_size or len(template.tokenizer)), mesh)
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """The student's accuracy with these parameters; `progress` hears how many rows are done."""

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from cotgrpo.run.evaluate import Accuracy, ExactMatch, mean_metrics
 from cotgrpo.run.setup import Setup
+from cotgrpo.sharding import jit_reader
 from cotgrpo.train_steps import make_eval_step
 
 
@@ -38,11 +38,12 @@ class HeldOut:
             max_new_tokens=model.config.eval.max_new_tokens,
             batch_size=model.config.eval.batch_size,
             vocab_size=model.vocab_size,
+            mesh=model.mesh,
         )
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        return jax.jit(make_eval_step(self.setup.model.student))
+        return jit_reader(make_eval_step(self.setup.model.student), self.setup.model.mesh)
 
     def loss(self, params: Any) -> dict[str, float]:
         """Mean NLL of the correct rationales and answers, with its companions; nothing where no held-out row has any."""

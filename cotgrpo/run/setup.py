@@ -24,6 +24,7 @@ from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.families import ModelError
 from cotgrpo.models.model_folder import ModelFolder, open_folder
 from cotgrpo.models.weights import load_pretrained
+from cotgrpo.run.run_mesh import check_model, laid_out, made_on, run_mesh
 from cotgrpo.types import Student
 
 IDENTITY = ("seed", "student", "lora", "tokenizer", "data")
@@ -54,16 +55,24 @@ class Model:
     def student(self) -> Student:
         return make_student(self.decoder, self.vocab_size)
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        return run_mesh(self.config)
+
     def abstract_params(self) -> Any:
-        """Shapes and types of the parameters, for which no weights are read."""
-        return jax.eval_shape(functools.partial(init_params, self.decoder), jax.random.key(0))
+        """Shapes, types and places of the parameters, for which no weights are read."""
+        shapes = jax.eval_shape(functools.partial(init_params, self.decoder), jax.random.key(0))
+        return laid_out(shapes, self.mesh)
 
     def first_params(self) -> Any:
         """The pretrained weights, or fresh ones from the config's seed. Raises ModelError for weights that cannot be read."""
         if self.source is None:
-            return init_params(self.decoder, jax.random.key(self.config.seed))
+            make = functools.partial(init_params, self.decoder)
+            return made_on(self.mesh, make, jax.random.key(self.config.seed))
         c = self.decoder
-        return load_pretrained(self.source.folder, c.param_dtype, compute_dtype=c.dtype, remat=c.remat).params
+        return load_pretrained(
+            self.source.folder, c.param_dtype, mesh=self.mesh, compute_dtype=c.dtype, remat=c.remat
+        ).params
 
     def template(self, loss_on: Any) -> AnyTemplate:
         return template_of(self.config, self.tokenizer, loss_on)
@@ -218,6 +227,7 @@ def pretrained_model(config: Config) -> Model:
     if path is not None and (source.folder / "tokenizer.json").is_file():
         check_same_tokens(tokenizer, load_tokenizer(source.folder), path, settings.path)
     decoder = settings.computed(source.config, jax.default_backend())
+    check_model(config, decoder)
     size = source.vocab_size(tokenizer.get_vocab(), settings.path if path is None else path)
     return Model(config, tokenizer, decoder, size, source)
 

@@ -14,6 +14,7 @@ from cotgrpo.config_file import load_config
 from cotgrpo.models.lora import LoraConfig, init_lora, merge
 from cotgrpo.run.checkpoint import restore_params, steps_in
 from cotgrpo.run.hosts import from_first
+from cotgrpo.run.run_mesh import laid_out, made_on
 from cotgrpo.run.setup import Model
 from cotgrpo.run.storage import open_folder
 from cotgrpo.types import Params
@@ -89,7 +90,7 @@ def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
         params, step = restore_params(kept, abstract)
         return StageWeights(params), step
     like = jax.eval_shape(functools.partial(init_lora, lora=lora, key=jax.random.key(0)), abstract)
-    adapters, step = restore_params(kept, like)
+    adapters, step = restore_params(kept, laid_out(like, model.mesh))
     base, name = base_of(folder, saved, model)
     return StageWeights(adapters, base, lora, name), step
 
@@ -149,7 +150,8 @@ def adapted(model: Model, params: Params, name: str | None) -> StageWeights:
     if lora is None:
         return StageWeights(params)
     try:
-        adapters = init_lora(params, lora, jax.random.key(model.config.seed))
+        make = functools.partial(init_lora, params, lora)
+        adapters = made_on(model.mesh, make, jax.random.key(model.config.seed))
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
     return StageWeights(adapters, params, lora, name)

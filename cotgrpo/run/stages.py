@@ -25,6 +25,7 @@ from cotgrpo.run.checkpoint import check_params
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
 from cotgrpo.run.report import write_report
+from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
 from cotgrpo.run.stage_step import StageName, needs_reference, stage_step
 from cotgrpo.run.stage_weights import (
@@ -38,7 +39,7 @@ from cotgrpo.run.stage_weights import (
 )
 from cotgrpo.run.storage import check_folder_works
 from cotgrpo.run.train import LoopSettings, train
-from cotgrpo.sharding import batch_sharding, jit_step, make_mesh, state_sharding
+from cotgrpo.sharding import batch_sharding, jit_step, state_sharding
 from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -135,6 +136,7 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """The whole stage. Run again, it goes on where it was; a finished one only returns its report."""
+        check_stage_batch(self.config, self.name)
         from_first(lambda: self.check_folders())
         path = self.folder / "report.json"
         done = from_first(lambda: read_json(path) if path.is_file() else None)
@@ -181,8 +183,8 @@ class Stage:
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
-        """The devices of all processes, each with rows of its own; with one process, none."""
-        return make_mesh(data=-1) if jax.process_count() > 1 else None
+        """The devices of all processes, in the layout of the config; None where there is one device."""
+        return run_mesh(self.config)
 
     def train(self, weights: StageWeights) -> TrainState:
         """Trains to the last step. `weights.trained` are donated, unless the objective keeps near them."""
@@ -221,7 +223,7 @@ class Stage:
 
     def own_rows(self) -> Any:
         """The rows of every batch that this process reads; None: all."""
-        if self.mesh is None:
+        if self.mesh is None or jax.process_count() == 1:
             return None
         return process_rows(batch_sharding(self.mesh), (self.settings.batch_size, self.config.data.seq_len))
 
@@ -229,10 +231,8 @@ class Stage:
         """The compiled step and its further arguments: LoRA's frozen base, and the reference's parameters where the objective keeps near one."""
         base = () if weights.lora is None else (weights.base,)
         reference = (weights.merged(),) if self.needs_reference else ()
-        return jit_step(stage_step(self.config, self.name, self.setup.model.student, tx), self.mesh), (
-            *base,
-            *reference,
-        )
+        model = self.setup.model
+        return jit_step(stage_step(self.config, self.name, model.student, tx), self.mesh), (*base, *reference)
 
     @property
     def needs_reference(self) -> bool:
