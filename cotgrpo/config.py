@@ -367,14 +367,6 @@ class MeshConfig:
     tensor: int = 1
     context: int = 1
 
-    def __post_init__(self) -> None:
-        sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ConfigError(
-                f"mesh sizes must be at least 1, or -1 for one of them, got {dataclasses.asdict(self)}. "
-                "data is -1 where it is not given: give it a size too."
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:

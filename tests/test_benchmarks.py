@@ -73,6 +73,15 @@ def test_compile_time(run: Any) -> None:
     assert result["last_over_first"] == pytest.approx(last["total_s"] / first["total_s"])
 
 
+def test_weak_scaling(run: Any) -> None:
+    """What the compiled step sends is what theory says, to 1 %, and what it says besides is small."""
+    _, result = run("weak_scaling", "--devices", "1", "4", "--axes", "fsdp", "context")
+    rows = {(row["axis"], row["devices"]): row for row in result["rows"]}
+    for axis in ("fsdp", "context"):
+        assert rows[axis, 1]["sent"] == rows[axis, 1]["theory"] == 0
+        assert rows[axis, 4]["theory"] < rows[axis, 4]["sent"] < 1.01 * rows[axis, 4]["theory"]
+
+
 def test_gpu_numerics(run: Any) -> None:
     """On a CPU the float32 rows are the same computation twice, and bfloat16 is not."""
     code, result = run("gpu_numerics", "--smoke", "--objectives", "pair_drawn")

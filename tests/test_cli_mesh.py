@@ -67,8 +67,11 @@ def test_eight_devices_are_one(options: list[str], tmp_path: Path, capsys: pytes
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
             assert ours["replies"] == theirs["replies"]
     # Trained on eight devices in one layout, measured on eight in another, and on one.
-    for mesh in (["--mesh.data", "8"], ["--mesh.fsdp", "-1", "--mesh.data", "1"]):
-        assert main(["eval", *options, "--run_dir", str(many), *mesh, "--grpo.batch_size", "8"]) == 0
+    sizes = ("data", "8", "fsdp", "1"), ("data", "1", "fsdp", "-1")
+    for mesh in (
+        [f"--mesh.{a}", x, f"--mesh.{b}", y, "--mesh.tensor", "1", "--mesh.context", "1"] for a, x, b, y in sizes
+    ):
+        assert main(["eval", *options, "--run_dir", str(many), *mesh]) == 0
         measured = json.loads((many / "grpo" / "eval.json").read_text())
         assert measured["loss"] == pytest.approx(
             json.loads((one / "grpo" / "after.json").read_text())["loss"], rel=1e-4
@@ -87,7 +90,7 @@ def test_eight_devices_are_one(options: list[str], tmp_path: Path, capsys: pytes
             "context=8 does not divide the 250 tokens",
         ),
         (["--mesh.model", "8"], "mesh.model"),
-        (["--mesh.fsdp", "-1"], "-1 for one of them"),
+        (["--mesh.fsdp", "-1"], "with at most one -1"),
     ],
 )
 def test_refused(settings: list[str], message: str, options: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -24,7 +24,7 @@ def run_mesh(config: Config) -> jax.sharding.Mesh | None:
     try:
         mesh_shape(sizes, devices)
     except ValueError as error:
-        raise ConfigError(f"mesh: {error}") from error
+        raise ConfigError(f"mesh: {error} (mesh.data is -1 where it is not given.)") from error
     return None if devices == 1 else make_mesh(**sizes)
 
 

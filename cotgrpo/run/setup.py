@@ -211,6 +211,7 @@ def model_of(config: Config, folder: Path, origin: Path | None, train: list[Trip
         return pretrained_model(config)
     tokenizer = tokenizer_of(config, folder, origin, train)
     decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
+    check_model(config, decoder)
     return Model(config, tokenizer, decoder, len(tokenizer))
 
 
