@@ -11,6 +11,7 @@ from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
 from cotgrpo.optimizers import make_optimizer
+from cotgrpo.sharding import MeshConfig
 
 
 class ConfigError(ValueError):
@@ -349,23 +350,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "every", "keep")
         at_least(0, self, "keep_best")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How the devices share the work; their number is the product. It may change between one start of a run and the next.
-
-    Attributes:
-        data: devices that share the sequences of a batch, each with all parameters; -1 at one axis: all devices that are left.
-        fsdp: devices that share the sequences, and the parameters and optimizer state too.
-        tensor: devices that share the heads, the MLP and the vocabulary.
-        context: devices that share the tokens of each sequence.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

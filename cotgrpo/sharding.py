@@ -11,6 +11,7 @@ is given a mesh: `jit_step` traces the step with its mesh as JAX's ambient one, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -47,6 +48,23 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """(pattern searched in the path, mesh axis of each dimension). The first match counts; a leaf that none matches is on every device.
 Optimizer moments have their parameter's path at the end of their own, and so its sharding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work; their number is the product. It may change between one start of a run and the next.
+
+    Attributes:
+        data: devices that share the sequences of a batch, each with all parameters; -1 at one axis: all devices that are left.
+        fsdp: devices that share the sequences, and the parameters and optimizer state too.
+        tensor: devices that share the heads, the MLP and the vocabulary.
+        context: devices that share the tokens of each sequence.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
 
 
 def make_mesh(**sizes: int) -> Mesh:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from cotgrpo.cli import main
-from cotgrpo.config import Config, ConfigError, MeshConfig
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.run_mesh import run_mesh
 from cotgrpo.run.train import TIME_KEYS
+from cotgrpo.sharding import MeshConfig
 
 SETTINGS = """
 student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, mlp_width: 64}
