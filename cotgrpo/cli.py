@@ -1,4 +1,4 @@
-"""The command line: `cotgrpo quickstart | sft | grpo | eval | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
+"""The command line: `cotgrpo quickstart | sft | grpo | eval | plan | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
 
 Every command but export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
 those, 3 when training stopped itself, 4 when another process of the run ended, and 128 + the signal's number when a signal ended a run that was saved.
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -24,6 +25,7 @@ commands:
   sft          chain-of-thought distillation: fine-tune a student on (question, rationale, answer) triples
   grpo         GhostRespond Policy Optimization, from the student that sft left in the same run folder
   eval         exact match and loss on held-out rows, of the newest student of a run folder, or of any model   (--model FOLDER_OR_ID)
+  plan         whether a run fits on TPUs or GPUs that are not here, and how fast it can be   (--topology v5p:4x4x4)
   export       the newest student of a run folder as a folder that transformers loads   (--run_dir DIR --out FOLDER)
 
 cotgrpo COMMAND --help lists every setting; cotgrpo --version prints the version.
@@ -212,6 +214,33 @@ def export(arguments: Sequence[str], console: Console) -> None:
     run_export(Path(run_dir), Path(out), dtype, console, adapter=adapter)
 
 
+PLAN_HELP = """Compiles the train step of a config for a TPU slice, on a machine without one: memory, collectives and the time to expect. GPUs by arithmetic.
+--topology v5p:4x4x4|v5e:4x4|v4:...|v6e:...|tpu7x:...|h100:8|a100:8|h200:8, --stage sft|grpo (grpo), --search to rank meshes, remat policies
+and micro-batches, --out FILE.json (run_dir/plans/...; the printed table goes beside it). No data and no weights are read."""
+
+
+def plan(arguments: Sequence[str], console: Console) -> None:
+    """`cotgrpo plan`."""
+    import jax
+
+    from cotgrpo.config import ConfigError
+    from cotgrpo.config_file import parse_config
+    from cotgrpo.run.plan_page import run_plan
+
+    topology, rest = taken("--topology", arguments)
+    stage, rest = taken("--stage", rest)
+    out, rest = taken("--out", rest)
+    search = "--search" in rest
+    config = parse_config([a for a in rest if a != "--search"], prog="cotgrpo plan", description=PLAN_HELP)
+    if topology is None:
+        raise ConfigError("plan needs --topology, such as v5p:4x4x4 (a TPU slice) or h100:8 (GPUs).")
+    names: dict[str | None, Literal["sft", "grpo"]] = {None: "grpo", "grpo": "grpo", "sft": "sft"}
+    if stage not in names:
+        raise ConfigError(f"--stage must be sft or grpo, got {stage}.")
+    jax.config.update("jax_platforms", "cpu")  # the machine's own accelerator, if there is one, is not wanted
+    run_plan(config, names[stage], topology, None if out is None else Path(out), console, search=search)
+
+
 def quickstart(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo quickstart [--out DIR]`: `--out` is a short name of `--run_dir`."""
     from cotgrpo.config_file import parse_config
@@ -226,6 +255,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], Console], None]] = {
     "sft": sft,
     "grpo": grpo,
     "eval": evaluate,
+    "plan": plan,
     "export": export,
 }
 

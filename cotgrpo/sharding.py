@@ -15,11 +15,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -67,14 +67,16 @@ class MeshConfig:
     context: int = 1
 
 
-def make_mesh(**sizes: int) -> Mesh:
+def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A device mesh, as `make_mesh(data=2, fsdp=4)`; one size may be -1, for all devices that are left.
+
+    `devices` are those of this run, or others to compile for.
 
     Raises:
         ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
-    shape = mesh_shape(sizes, jax.device_count())
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
@@ -147,7 +149,7 @@ def param_spec(name: str, shape: tuple[int, ...], sizes: Any) -> PartitionSpec:
     return PartitionSpec()
 
 
-def state_sharding(state: Any, mesh: Mesh) -> Any:
+def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The `NamedSharding` of every leaf of a train state or parameter tree, by `PARAM_RULES`."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -221,7 +223,7 @@ def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sequences over the `data` and `fsdp` axes together, their tokens over `context`."""
     return NamedSharding(mesh, PartitionSpec(DIMENSIONS["B"], DIMENSIONS["T"]))
 

@@ -124,9 +124,9 @@ def token_loss(
     return total(hidden, head_DV, (rows, reference_head))
 
 
-def default_tile_size(num_tokens: int, vocab_size: int) -> int:
+def default_tile_size(num_tokens: int, vocab_size: int, platform: str | None = None) -> int:
     """Tokens a tile: float32 logits of about 64 MiB on CPU and 1 GiB elsewhere, and at least eight tiles, so that skipping has a grain."""
-    budget = 2**26 if jax.default_backend() == "cpu" else 2**30
+    budget = 2**26 if (platform or jax.default_backend()) == "cpu" else 2**30
     most = max(budget // (4 * vocab_size), 1)
     return min(most, max(-(-num_tokens // 8), 256), num_tokens)
 

@@ -20,6 +20,8 @@ BITS = {"pred": 8, "c64": 64, "c128": 128}
 """Of the element types whose name does not end in its number of bits."""
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+END = re.compile(r"^\}(?:$|, execution_thread)")
+"""Of a computation. A kernel's settings may run over several lines, of which one begins with a brace too."""
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -125,7 +127,7 @@ def computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
         if (head := COMPUTATION.match(line)) is not None:
             current = bodies.setdefault(head[1], {})
             entry = head[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif END.match(line) is not None:
             current = None
         elif current is not None and (instruction := INSTRUCTION.match(line)) is not None:
             current[instruction[1]] = instruction[2]
@@ -195,3 +197,30 @@ def group_size(line: str) -> int:
 def bits_of(dtype: str) -> int:
     """Bits of an element: 32 of `f32`, 16 of `bf16`, 8 of `f8e4m3fn` and `pred`."""
     return BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
+
+
+ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+NO_ESTIMATE = 2**63 - 1
+"""What the compiler writes where it has none, as for kernels of others."""
+
+
+def estimated_cycles(text: str, unknown: int = 1) -> int:
+    """The TPU compiler's own estimate of one call of the program, in cycles of a core: that of each operation, as often as its loops run.
+
+    Communication and kernels written in Pallas are not in it.
+    """
+    bodies, entry = computations(text)
+
+    def cycles(name: str) -> int:
+        total = 0
+        for line in bodies.get(name, {}).values():
+            own = ESTIMATE.search(line)
+            if own is not None and int(own[1]) != NO_ESTIMATE:
+                total += int(own[1])
+            elif own is None:  # a fusion's estimate is that of what it calls
+                for call in calls(line, bodies):
+                    times = 1 if not call.loop else unknown if call.trips is None else call.trips
+                    total += times * cycles(call.callee)
+        return total
+
+    return cycles(entry)

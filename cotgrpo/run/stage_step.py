@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
@@ -14,19 +14,26 @@ from cotgrpo.types import Student
 StageName = Literal["sft", "grpo"]
 
 
-def stage_step(config: Config, stage: StageName, student: Student, tx: optax.GradientTransformation) -> Step:
+def stage_step(
+    config: Config,
+    stage: StageName,
+    student: Student,
+    tx: optax.GradientTransformation,
+    *,
+    tile_size: int | None = None,
+) -> Step:
     """The pure step of a stage, not jitted: `step(state, batch, *rest)`.
 
     The rest are LoRA's frozen base, where LoRA is on and the state holds adapters, and then a reference's parameters where `needs_reference`.
+    `tile_size` is the token engine's; None: what suits JAX's platform here.
     """
-    micro_batches = getattr(config, stage).micro_batches
+    parts: dict[str, Any] = {"micro_batches": getattr(config, stage).micro_batches, "tile_size": tile_size}
     reference = student if needs_reference(config, stage) else None
 
     def make_step(student: Student) -> Step:
         if stage == "sft":
-            return make_sft_step(student, tx, micro_batches=micro_batches)
-        objective = config.grpo.objective.build()
-        return make_grpo_step(student, tx, objective, reference=reference, micro_batches=micro_batches)
+            return make_sft_step(student, tx, **parts)
+        return make_grpo_step(student, tx, config.grpo.objective.build(), reference=reference, **parts)
 
     lora = config.lora.build()
     return make_step(student) if lora is None else make_lora_step(make_step, student, lora)

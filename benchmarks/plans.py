@@ -1,0 +1,46 @@
+"""Writes docs/plans: `cotgrpo plan` for the configs of docs/launch.md, each as JSON and as the printed table. Needs the `tpu` extra, and no TPU.
+
+    python benchmarks/plans.py              all of them
+    python benchmarks/plans.py NAME ...     those whose names begin so
+
+One process a plan, so that each starts from nothing; a plan of Llama-3-8B compiles for about a minute on two idle cores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PLANS: dict[str, tuple[str, str, str]] = {
+    f"{config}-{stage}-{topology.replace(':', '-')}": (config, stage, topology)
+    for config, topology in (
+        ("llama3_8b_v5p32", "v5p:4x4x4"),
+        ("llama3_8b_v5e16", "v5e:4x4"),
+        ("llama3_8b_v5e16_full", "v5e:4x4"),
+        ("llama3_8b_v5p32", "v5p:2x2x4"),
+        ("llama3_8b_8gpu", "h100:8"),
+        ("gemma3_1b_v5e8", "v5e:2x4"),
+        ("qwen3_0.6b_v5e8", "v5e:2x4"),
+    )
+    for stage in ("grpo", "sft")
+}
+MODELS = {"llama3": "llama-3-8b", "gemma3": "gemma-3-1b", "qwen3": "qwen3-0.6b"}
+"""Folders in configs/models with the config.json of each, so that nothing is read from a hub."""
+
+
+def main(names: list[str]) -> None:
+    for name, (config, stage, topology) in PLANS.items():
+        if names and not any(name.startswith(asked) for asked in names):
+            continue
+        command = [sys.executable, "-m", "cotgrpo.cli", "plan", "--config", f"configs/{config}.yaml"]
+        command += ["--topology", topology, "--stage", stage, "--out", f"docs/plans/{name}.json"]
+        command += ["--student.path", f"configs/models/{MODELS[config.partition('_')[0]]}"]
+        print(" ".join(command[1:]), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
