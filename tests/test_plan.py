@@ -250,9 +250,21 @@ def test_cycles_count_as_often_as_they_run() -> None:
     assert estimated_cycles(PROGRAM, unknown=3) == 7 * 10 + 3 * 10 + 5
 
 
-def test_the_memory_that_was_missing_is_read_from_the_message() -> None:
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 15.75G hbm. Exceeded hbm capacity by 17.75G."
-    assert needed_bytes(RuntimeError(message)) == 33.5 * 2**30
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 33.50G of 15.75G hbm. Exceeded hbm capacity by 17.75G.",
+            33.5 * 2**30,
+        ),
+        (
+            "the total memory required for HLO temporaries (116.50G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            116.5 * 2**30,
+        ),
+    ],
+)
+def test_the_memory_that_was_missing_is_read_from_the_message(message: str, size: float) -> None:
+    assert needed_bytes(RuntimeError(f"RESOURCE_EXHAUSTED: {message}")) == size
     with pytest.raises(RuntimeError, match="another"):
         needed_bytes(RuntimeError("another"))
 
@@ -280,7 +292,7 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
 
 
 @needs_libtpu
-def test_what_does_not_fit_a_tpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_a_tpu_is_said() -> None:
     config = dataclasses.replace(TINY, student=StudentConfig(width=16_384, num_layers=2, mlp_width=65_536))
     figures = Planned(config, "grpo", parse_topology("v5e:2x2"), {"data": 4}).figures()
     assert not figures["fits"]

@@ -302,8 +302,8 @@ def tpu_devices(topology: Topology) -> Any:
 
 
 def needed_bytes(error: Exception) -> int:
-    """What a program would have needed, from the compiler's message. Raises the error if it is another one."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
+    """What a program would have needed, from the compiler's message (either form of it). Raises the error if it is another one."""
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)(?: of [\d.]+[KMGT]? hbm|\) exceeds)", str(error))
     if used is None:
         raise error
     return round(float(used[1]) * 2 ** (10 * " KMGT".index(used[2] or " ")))
@@ -313,7 +313,7 @@ def by_kind(found: list[Collective], tiles: int) -> dict[str, dict[str, float]]:
     """How often each kind of collective runs in a step, and the bytes that a device sends in it."""
     sums: dict[str, dict[str, float]] = {}
     for collective in found:
-        own = sums.setdefault(collective.kind, {"times": 0, "sent_bytes": 0.0})
+        own = sums.setdefault(collective.kind, {"times": 0.0, "sent_bytes": 0.0})
         own["times"] += collective.times(tiles)
         own["sent_bytes"] += collective.sent * collective.times(tiles)
     return sums
