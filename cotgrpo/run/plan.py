@@ -242,15 +242,28 @@ class Planned:
             },
             "fits": True,  # or it would not have compiled
             "argument_bytes": memory.argument_size_in_bytes,
-            "sent_bytes": sum(c.sent * c.times(self.num_tiles) for c in found),
-            "collectives": by_kind(found, self.num_tiles),
+            "sent_bytes": sum(c.sent * self.times(c) for c in found),
+            "collectives": self.by_kind(found),
             "tile_loop": self.tile_loop(found),
             "compiler_seconds": estimated_cycles(text, self.num_tiles) / clock if clock else None,
         } | seconds_since(started)
 
+    def times(self, collective: Collective) -> int:
+        """How often it runs in a step. A loop that the compiler made around a product, to send while it multiplies, has a turn for each device."""
+        return collective.times(self.num_tiles if in_tile_loop(collective) else collective.group)
+
+    def by_kind(self, found: list[Collective]) -> dict[str, dict[str, float]]:
+        """How often each kind of collective runs in a step, and the bytes that a device sends in it."""
+        sums: dict[str, dict[str, float]] = {}
+        for collective in found:
+            own = sums.setdefault(collective.kind, {"times": 0.0, "sent_bytes": 0.0})
+            own["times"] += self.times(collective)
+            own["sent_bytes"] += collective.sent * self.times(collective)
+        return sums
+
     def tile_loop(self, found: list[Collective]) -> dict[str, Any]:
         """The largest collective inside the token engine's loop, whose length the data decides, beside a tile of hidden states."""
-        inside = [c.bytes for c in found if None in c.loops]
+        inside = [c.bytes for c in found if in_tile_loop(c)]
         tile = self.tile_size * self.decoder.width * jnp.dtype(self.decoder.dtype).itemsize
         return {"tiles": self.num_tiles, "largest_collective_bytes": max(inside, default=0), "tile_bytes": tile}
 
@@ -309,14 +322,9 @@ def needed_bytes(error: Exception) -> int:
     return round(float(used[1]) * 2 ** (10 * " KMGT".index(used[2] or " ")))
 
 
-def by_kind(found: list[Collective], tiles: int) -> dict[str, dict[str, float]]:
-    """How often each kind of collective runs in a step, and the bytes that a device sends in it."""
-    sums: dict[str, dict[str, float]] = {}
-    for collective in found:
-        own = sums.setdefault(collective.kind, {"times": 0.0, "sent_bytes": 0.0})
-        own["times"] += collective.times(tiles)
-        own["sent_bytes"] += collective.sent * collective.times(tiles)
-    return sums
+def in_tile_loop(collective: Collective) -> bool:
+    """Whether it is in the token engine's loop, whose length the data decides, and not in one that the compiler made around a product."""
+    return None in collective.loops and "shard_map/while" in collective.name
 
 
 def seconds_since(started: float) -> dict[str, float]:
