@@ -84,7 +84,7 @@ class Run:
                 process = subprocess.Popen([*command, *where], stdout=file, stderr=subprocess.STDOUT, env=environment)
             self.processes.append(process)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         """The exit codes, once all have ended."""
         until = time.monotonic() + seconds
         try:
@@ -262,6 +262,24 @@ def test_a_signal_to_one_process_saves_all_at_one_step(whole: Path, tmp_path: Pa
     assert run.wait() == [0] * 4
     assert f"Resuming after step {last}." in run.output(0)
     assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_to_the_quick_start(tmp_path: Path, count: int) -> None:
+    """Saved, and ended with the documented code, within 30 s."""
+    folder = tmp_path / "run"
+    run = Run(folder, count, command=[sys.executable, "-m", "cotgrpo.cli", "quickstart", "--out", str(folder)])
+    until = time.monotonic() + 300
+    while "sft  20/680" not in run.output(0):
+        assert time.monotonic() < until and run.processes[0].poll() is None
+        time.sleep(0.1)
+    run.processes[-1].send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    assert run.wait() == [128 + signal.SIGTERM] * count
+    assert time.monotonic() - signalled < 30
+    (kept,) = (folder / "sft" / "checkpoints").iterdir()
+    assert f"Stopped by a signal after step {kept.name}, and saved" in run.output(0)
 
 
 @pytest.mark.slow
