@@ -19,7 +19,7 @@ def run_mesh(config: Config) -> jax.sharding.Mesh | None:
     Raises:
         ConfigError: sizes that do not make the number of devices.
     """
-    devices = 1 if jax.config.jax_default_device is not None else jax.device_count()
+    devices = 1 if jax.config.values["jax_default_device"] is not None else jax.device_count()
     sizes = dataclasses.asdict(config.mesh)
     try:
         mesh_shape(sizes, devices)

@@ -85,7 +85,8 @@ class Window:
         """One step: its metrics, and its batch, of which this process has these rows."""
         self.on_device.append(metrics)
         self.steps_here += 1
-        crcs = [zlib.crc32(batch.segment_ids[row].data, zlib.crc32(batch.tokens[row].data)) for row in rows]
+        tokens, segments = (np.ascontiguousarray(array) for array in (batch.tokens, batch.segment_ids))
+        crcs = [zlib.crc32(segments[row], zlib.crc32(tokens[row])) for row in rows]
         self.row_crcs.append(np.asarray(crcs, np.uint32))
 
     def settle(self, rows: np.ndarray, batch_size: int) -> list[Metrics]:
