@@ -1,6 +1,6 @@
-"""The command line: `cotgrpo quickstart | sft | grpo | eval | plan | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
+"""The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | plan | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
 
-Every command but export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
+Every command but gold and export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
 those, 3 when training stopped itself, 4 when another process of the run ended, and 128 + the signal's number when a signal ended a run that was saved.
 """
 
@@ -22,6 +22,8 @@ Teach small language models to reason. GRPO here is GhostRespond Policy Optimiza
 
 commands:
   quickstart   the whole method on a made-up task, on a CPU in minutes: teacher, SFT, GRPO, a report   (--out DIR)
+  generate     questions in, verified triples out, from a teacher behind an OpenAI-compatible endpoint or in a folder
+  gold         ghosts corrected by people: student's reply and ghost side by side in a file to edit, and back to triples
   sft          chain-of-thought distillation: fine-tune a student on (question, rationale, answer) triples
   grpo         GhostRespond Policy Optimization, from the student that sft left in the same run folder
   eval         exact match and loss on held-out rows, of the newest student of a run folder, or of any model   (--model FOLDER_OR_ID)
@@ -60,6 +62,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
 
     from cotgrpo.config import ConfigError
     from cotgrpo.data.triples import DataError
+    from cotgrpo.ghosts.teacher import TeacherError
     from cotgrpo.models.families import ModelError
     from cotgrpo.run.checkpoint import CheckpointError
     from cotgrpo.run.hosts import process_console
@@ -73,6 +76,9 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
             use_compilation_cache()
             command(rest, process_console())
         return 0
+    except TeacherError as error:
+        print(f"cotgrpo: {error}", file=sys.stderr)
+        return 2
     except TrainingStopped as error:
         print(f"cotgrpo: {error}", file=sys.stderr)
         return 3
@@ -117,6 +123,61 @@ def use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "cotgrpo" / "jax"))
+
+
+GENERATE_HELP = """Questions in, verified triples out: --questions ROWS --out DIR, and a teacher: --teacher.base_url URL --teacher.model NAME
+with the key in the environment, or --teacher.path FOLDER. Run again, it asks only for what is missing."""
+
+
+def generate(arguments: Sequence[str], console: Console) -> None:
+    """`cotgrpo generate`."""
+    from cotgrpo.config_file import parse_settings
+    from cotgrpo.run.generate import run_generate
+    from cotgrpo.run.generate_config import GenerateConfig
+
+    config = parse_settings(arguments, GenerateConfig(), prog="cotgrpo generate", description=GENERATE_HELP)
+    run_generate(config, console)
+
+
+GOLD_HELP = """usage: cotgrpo gold --student FILE --ghosts TRIPLES --out EDIT.jsonl [--rows all|wrong]
+       cotgrpo gold --edited EDIT.jsonl --out GOLD.jsonl [--rows all|edited]
+
+The first writes the student's reply and the ghost side by side, one question a line. Edit rationale and answer there, or empty both to
+throw a row away. The second writes the rows as triples to train on.
+
+  --student FILE      eval.json of `cotgrpo eval`, or replies.jsonl of `cotgrpo generate --teacher.path STUDENT`
+  --ghosts TRIPLES    the teacher's triples, .jsonl or .parquet, for the same questions
+  --edited FILE       the file that was edited
+  --out FILE          a new file
+  --rows WHICH        wrong: only where the student's answer is; edited: only rows that differ from the ghost; without it, all"""
+
+
+def gold(arguments: Sequence[str], console: Console) -> None:
+    """`cotgrpo gold`, both ways."""
+    from cotgrpo.config import ConfigError
+    from cotgrpo.data.triples import read_triples, write_triples
+    from cotgrpo.ghosts.gold import read_edited, read_student_replies, write_pairs
+
+    if {"-h", "--help"} & set(arguments):
+        print(GOLD_HELP)
+        return
+    options = options_of(("student", "ghosts", "edited", "out", "rows"), arguments)
+    student, ghosts, edited, out, rows = options.values()
+    importing = edited is not None
+    if out is None or importing == (student is not None) or (student is None) != (ghosts is None):
+        raise ConfigError("gold needs --student, --ghosts and --out, or --edited and --out. See cotgrpo gold --help.")
+    choices = ("all", "edited" if importing else "wrong")
+    if rows not in (None, *choices):
+        raise ConfigError(f"--rows must be {' or '.join(choices)}, got {rows!r}.")
+    if edited is not None:
+        triples, report = read_edited(Path(edited), rows="edited" if rows == "edited" else "all")
+        write_triples(out, triples)
+    else:
+        assert student is not None and ghosts is not None
+        replies = read_student_replies(Path(student))
+        triples, _ = read_triples(ghosts)
+        report = write_pairs(Path(out), triples, replies, rows="wrong" if rows == "wrong" else "all")
+    console.print(f"{report}\nwritten: {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sft(arguments: Sequence[str], console: Console) -> None:
@@ -180,6 +241,21 @@ def taken(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]
     return value, rest
 
 
+def options_of(names: Sequence[str], arguments: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | None]:
+    """The value of each option, None where it is not given. Raises ConfigError for any other argument, and names the nearest, `flags` among them."""
+    from cotgrpo.config import ConfigError
+    from cotgrpo.config_file import nearest
+
+    options: dict[str, str | None] = {}
+    rest = list(arguments)
+    for name in names:
+        options[name], rest = taken(f"--{name}", rest)
+    if rest:
+        name = rest[0].partition("=")[0]
+        raise ConfigError(f"Unknown option {name}.{nearest(name.removeprefix('--'), [*options, *flags], '--')}")
+    return options
+
+
 EXPORT_HELP = """usage: cotgrpo export --run_dir DIR --out FOLDER [--dtype float32|bfloat16|float16] [--adapter]
 
 Writes the newest student of a run as a folder that transformers loads: safetensors, config.json, tokenizer, chat template,
@@ -194,21 +270,14 @@ generation_config.json, and a model card with the data, the objective, the setti
 def export(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo export`."""
     from cotgrpo.config import ConfigError
-    from cotgrpo.config_file import nearest
     from cotgrpo.run.export import run_export
 
     if {"-h", "--help"} & set(arguments):
         print(EXPORT_HELP)
         return
-    options: dict[str, str | None] = {}
     rest = [argument for argument in arguments if argument != "--adapter"]
     adapter = len(rest) < len(arguments)
-    for name in ("run_dir", "out", "dtype"):
-        options[name], rest = taken(f"--{name}", rest)
-    if rest:
-        name = rest[0].partition("=")[0]
-        raise ConfigError(f"Unknown option {name}.{nearest(name.removeprefix('--'), [*options, 'adapter'], '--')}")
-    run_dir, out, dtype = options.values()
+    run_dir, out, dtype = options_of(("run_dir", "out", "dtype"), rest, flags=("adapter",)).values()
     if run_dir is None or out is None:
         raise ConfigError("export needs --run_dir DIR, the folder of the run, and --out FOLDER, where the model goes.")
     run_export(Path(run_dir), Path(out), dtype, console, adapter=adapter)
@@ -252,6 +321,8 @@ def quickstart(arguments: Sequence[str], console: Console) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str], Console], None]] = {
     "quickstart": quickstart,
+    "generate": generate,
+    "gold": gold,
     "sft": sft,
     "grpo": grpo,
     "eval": evaluate,

@@ -13,20 +13,23 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cotgrpo.config import Config, ConfigError
 
 DEFAULTS = Config()
 
+Settings = TypeVar("Settings")
+"""A frozen dataclass of settings, each with a default: `Config`, or that of a command with settings of its own."""
 
-def make_parser(prog: str, defaults: Config = DEFAULTS, description: str | None = None) -> Any:
-    """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting."""
+
+def make_parser(prog: str, defaults: Any = DEFAULTS, description: str | None = None) -> Any:
+    """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting of `defaults`."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file of settings; options after it override it")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(type(defaults))
     parser.set_defaults(dict(flat(dataclasses.asdict(defaults))))
     return parser
 
@@ -34,12 +37,21 @@ def make_parser(prog: str, defaults: Config = DEFAULTS, description: str | None 
 def parse_config(
     arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = DEFAULTS, description: str | None = None
 ) -> Config:
-    """The config that `--config FILE` and dotted options describe, later ones overriding earlier ones; `description` is for --help.
+    """The config that `--config FILE` and dotted options describe, as `parse_settings` reads them."""
+    return parse_settings(arguments, defaults, prog=prog, description=description)
+
+
+def parse_settings(
+    arguments: Sequence[str], defaults: Settings, *, prog: str = "cotgrpo", description: str | None = None
+) -> Settings:
+    """The settings that `--config FILE` and dotted options describe, later ones overriding earlier ones; `description` is for --help.
+
+    They are of the type of `defaults`, which count where nothing is given.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or outside its range.
     """
-    known = [key for key, _ in flat(dataclasses.asdict(Config()))]
+    known = [key for key, _ in flat(dataclasses.asdict(defaults))]  # type: ignore[call-overload]
     expecting_file = False
     for argument in arguments:
         option, _, value = argument.partition("=")
@@ -52,12 +64,12 @@ def parse_config(
     try:
         parsed = parser.parse_args(list(arguments))
         parsed.pop("config", None)
-        return Config(**vars(parser.instantiate(parsed)))
+        return type(defaults)(**vars(parser.instantiate(parsed)))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Any, path: Path) -> None:
     """Writes all settings as YAML, whole or not at all."""
     import yaml
 
