@@ -152,10 +152,8 @@ def test_grpo_near_a_reference_with_lora() -> None:
     ("config", "objective", "options"),
     [
         pytest.param(TIED, Nll(), {"micro_batches": 2}, id="sft"),
-        pytest.param(PLAIN, Nll(), {"lora": True}, id="sft-lora"),
         pytest.param(PLAIN, Pair(), {"micro_batches": 2}, id="exact"),
         pytest.param(TIED, DRAWN, {"lora": True, "micro_batches": 2}, id="drawn-lora"),
-        pytest.param(TIED, ReferenceKl(Pair(), 0.3), {}, id="kl"),
     ],
 )
 def test_every_mesh(mesh: str, config: DecoderConfig, objective: Any, options: dict[str, Any]) -> None:
