@@ -1,0 +1,152 @@
+"""Ghost tokens at the contexts that the student itself makes: what a frozen model says after every prefix of the student's own reply.
+
+GRPO here is GhostRespond Policy Optimization, not Group Relative. A ghost reply written beforehand fits the student's own reply only up to the first
+token in which they differ; what stands at the same index behind that means nothing. A *live* ghost is asked at each prefix, and one forward
+pass of the frozen model over the student's reply asks it at all of them. Two models can be asked, by the same function:
+
+    teacher_model      another model with the same tokenizer, any size: it reads the student's prompt and reply
+    privileged_self    the frozen student itself, which reads the ghost reply in its prompt, and behind that the student's reply: how the text of a
+                       teacher that can only be asked for text guides the student's own prefixes
+
+A reply that ends too early or goes on too long is corrected in the same way: the end is a token, and supervised like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from cotgrpo.sampling import Prompts, Replies
+from cotgrpo.token_engine import HeadSpec, default_tile_size, draw
+from cotgrpo.types import GhostBatch, Params, SftBatch, Student
+
+if TYPE_CHECKING:
+    from cotgrpo.types import Array, Bool, Float, Int
+
+
+def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
+    """The student's prompts and replies as contexts `[B, P + N]`, one a row: the target of each is the student's own next token.
+
+    Row b is its prompt, padded on the left to P columns, and its reply, padded on the right to N; padding is segment 0. The loss mask is 1 where the
+    target is a token of the reply, its end included, so every row supervises `replies.lengths[b]` contexts.
+    """
+    B, P = prompts.tokens.shape
+    N = replies.tokens.shape[1]
+    tokens_BT = jnp.concatenate([jnp.asarray(prompts.tokens), replies.tokens], axis=1)
+    column_T = jnp.arange(P + N)[None, :]
+    first_B, behind_B = P - jnp.asarray(prompts.lengths)[:, None], P + replies.lengths[:, None]
+    real_BT = (column_T >= first_B) & (column_T < behind_B)
+    return SftBatch(
+        tokens=tokens_BT,
+        targets=jnp.roll(tokens_BT, -1, axis=1),
+        positions=jnp.where(real_BT, column_T - first_B, 0),
+        segment_ids=real_BT.astype(jnp.int32),
+        loss_mask=((column_T >= P - 1) & (column_T < behind_B - 1)).astype(jnp.float32),
+    )
+
+
+def live_ghosts(
+    teacher: Student,
+    params: Params,
+    prompts: Prompts,
+    replies: Replies,
+    *,
+    reads: Prompts | None = None,
+    key: Any = None,
+    tile_size: int | None = None,
+) -> GhostBatch:
+    """The student's replies with the ghost token at each of their prefixes.
+
+        y*_t = argmax_v  q(v | reads, y_1 ... y_{t-1}),    or drawn from q
+
+    Args:
+        teacher: the frozen model q; its `vocab_size` must not exceed the student's, so that it names no token that the student lacks.
+        params: the teacher's parameters; no gradient reaches them.
+        prompts: what the student read.
+        replies: what the student wrote (`cotgrpo.sampling.make_sampler`).
+        reads: what the teacher reads instead of `prompts`, a row for each reply, of any width; None: the same.
+        key: draws each ghost token from the teacher's distribution; None: takes the likeliest, the first of equals.
+        tile_size: rows whose logits exist at one time; None chooses.
+
+    Returns:
+        A batch `[B, P + N]` as `with_replies` lays it out, `drawn_tokens` being the student's own. Ghost tokens are 0 where nothing is supervised.
+    """
+    own = with_replies(prompts, replies)
+    read = own if reads is None else with_replies(reads, replies)
+    uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
+
+    def choose(logits_V: Any, uniform: Any) -> Any:
+        return jnp.argmax(logits_V).astype(jnp.int32) if uniform is None else draw(logits_V, uniform[None])[0]
+
+    ghost_BT = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
+    # The contexts are the last N + 1 columns but one in both: in a row of another width they are moved, never reordered.
+    N = replies.tokens.shape[1]
+    before = ((0, 0), (own.tokens.shape[1] - N - 1, 0))
+    return GhostBatch(
+        tokens=own.tokens,
+        ghost_tokens=jnp.pad(ghost_BT[:, -N - 1 :], before),
+        positions=own.positions,
+        segment_ids=own.segment_ids,
+        loss_mask=own.loss_mask,
+        drawn_tokens=own.targets,
+    )
+
+
+def reply_rewards(student: Student, params: Params, ghosts: GhostBatch) -> Float[Array, "B T"]:
+    """`R = log p(y*) - log p(y)` of every supervised context with its drawn token, in nats; 0 elsewhere. For logs: the step never needs it."""
+    reward = lambda logits_V, ids: logits_V[ids[0]] - logits_V[ids[1]]
+    batch = SftBatch(ghosts.tokens, ghosts.ghost_tokens, ghosts.positions, ghosts.segment_ids, ghosts.loss_mask)
+    rewards_BT: Any = map_contexts(student, params, batch, reward, (ghosts.ghost_tokens, ghosts.drawn_tokens))
+    return rewards_BT
+
+
+def map_contexts(
+    student: Student,
+    params: Params,
+    batch: SftBatch,
+    function: Callable[[Any, Any], Any],
+    columns: Any,
+    *,
+    tile_size: int | None = None,
+) -> Any:
+    """`function(logits_V, columns[b, t])` at every supervised context, `[B, T]`; 0 elsewhere.
+
+    As in the token engine, supervised contexts come first and the loop over tiles ends behind them: the head costs what the replies cost, and no
+    `[B, T, V]` array exists.
+
+    Args:
+        student: any model.
+        params: its parameters.
+        batch: contexts; those with a loss mask of 0 are skipped.
+        function: a scalar of one row of logits and of one entry of `columns`.
+        columns: a pytree of `[B, T]` arrays, or None.
+        tile_size: rows of logits at a time; None chooses.
+    """
+    flat = lambda x: jnp.reshape(jnp.asarray(x), (batch.tokens.size, *x.shape[2:]))
+    hidden_ND = flat(student.hidden(params, batch.tokens, batch.positions, batch.segment_ids))
+    head_DV = None if student.head is None else student.head(params)
+    spec = HeadSpec(student.softcap, student.vocab_size)
+    num_tokens, width = hidden_ND.shape
+    tile = min(tile_size or default_tile_size(num_tokens, width if head_DV is None else head_DV.shape[1]), num_tokens)
+    num_tiles = -(-num_tokens // tile)
+    live_N = flat(batch.loss_mask) != 0
+    order_N = jnp.argsort(~live_N, stable=True)
+    order = jnp.pad(order_N, (0, num_tiles * tile - num_tokens))
+    columns_N = jax.tree.map(flat, columns)
+
+    def of_tile(picked_T: Any) -> Any:
+        logits_TV = spec.logits(hidden_ND[picked_T], head_DV)
+        return jax.vmap(function)(logits_TV, jax.tree.map(lambda x: x[picked_T], columns_N))
+
+    def one_tile(index: Any, values: Any) -> Any:
+        picked_T = jax.lax.dynamic_slice_in_dim(order, index * tile, tile)
+        return jax.lax.dynamic_update_slice_in_dim(values, of_tile(picked_T), index * tile, axis=0)
+
+    like = jax.eval_shape(of_tile, order[:tile])
+    values = jnp.zeros((num_tiles * tile,), like.dtype)
+    values = jax.lax.fori_loop(0, (jnp.sum(live_N) + tile - 1) // tile, one_tile, values)
+    values_N = jnp.where(live_N, values[jnp.argsort(order_N)], 0)
+    return values_N.reshape(batch.tokens.shape)
