@@ -50,9 +50,7 @@ REPLIES = [[11, 12, EOS], [20, 21, 22, 23, 24, 25], [EOS], [30, 31, 32, 33, EOS]
 
 
 def prefixes_of(prompts: list[np.ndarray]) -> list[list[int]]:
-    return [
-        [*prompt, *reply[:t]] for prompt, reply in zip(prompts, REPLIES, strict=True) for t in range(len(reply))
-    ]
+    return [[*prompt, *reply[:t]] for prompt, reply in zip(prompts, REPLIES, strict=True) for t in range(len(reply))]
 
 
 @pytest.mark.parametrize("tile_size", [None, 3, 100])
@@ -102,7 +100,9 @@ def test_a_reply_that_ends_too_early_or_goes_on_too_long() -> None:
     """The teacher counts from the prompt's 5 to 8. One reply stops at 6, one goes past 8, one is right."""
     rows = [[6, EOS], [6, 7, 8, 9, EOS], [6, 7, 8, EOS]]
     ghosts = live_ghosts(counting(8), {}, pad_prompts([np.array([5], np.int32)] * 3), replies_of(rows))
-    said = [np.asarray(g)[np.asarray(m) == 1].tolist() for g, m in zip(ghosts.ghost_tokens, ghosts.loss_mask, strict=True)]
+    said = [
+        np.asarray(g)[np.asarray(m) == 1].tolist() for g, m in zip(ghosts.ghost_tokens, ghosts.loss_mask, strict=True)
+    ]
     assert said == [[6, 7], [6, 7, 8, EOS, 10], [6, 7, 8, EOS]]
 
 
@@ -138,7 +138,10 @@ def test_rewards_are_log_ratios_of_the_student() -> None:
     supervised = np.asarray(ghosts.loss_mask) == 1
     logits = reading(prefixes_of(PROMPTS), PARAMS)
     rows = np.arange(len(logits))
-    want = logits[rows, np.asarray(ghosts.ghost_tokens)[supervised]] - logits[rows, sum(REPLIES, [])]
+    want = (
+        logits[rows, np.asarray(ghosts.ghost_tokens)[supervised]]
+        - logits[rows, [i for reply in REPLIES for i in reply]]
+    )
     np.testing.assert_allclose(rewards[supervised], want, rtol=1e-4, atol=1e-5)
     assert not rewards[~supervised].any() and np.abs(want).max() > 0.1
 

@@ -24,7 +24,7 @@ from cotgrpo.token_engine import HeadSpec, default_tile_size, draw
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Bool, Float, Int
+    from cotgrpo.types import Array, Float
 
 
 def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
@@ -33,7 +33,7 @@ def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
     Row b is its prompt, padded on the left to P columns, and its reply, padded on the right to N; padding is segment 0. The loss mask is 1 where the
     target is a token of the reply, its end included, so every row supervises `replies.lengths[b]` contexts.
     """
-    B, P = prompts.tokens.shape
+    P = prompts.tokens.shape[1]
     N = replies.tokens.shape[1]
     tokens_BT = jnp.concatenate([jnp.asarray(prompts.tokens), replies.tokens], axis=1)
     column_T = jnp.arange(P + N)[None, :]

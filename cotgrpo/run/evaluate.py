@@ -122,7 +122,7 @@ class ExactMatch:
             written = fetch(self.sampler(params, padded, jax.random.key(0)))
             for i, row in enumerate(rows):
                 ids = written.tokens[i, : written.lengths[i]]
-                replies[row] = self.judge(self.questions[row], ids, bool(written.finished[i]))
+                replies[row] = judge(self.template, self.questions[row], ids, bool(written.finished[i]))
             progress(len(replies))
         in_order = [replies[row] for row in range(len(self.questions))]
         correct = sum(reply.correct for reply in in_order)
@@ -137,14 +137,15 @@ class ExactMatch:
             replies=in_order,
         )
 
-    def judge(self, question: Question, ids: np.ndarray, finished: bool) -> Reply:
-        """Takes a reply apart. The answer may stand in a phrase (`The answer is 42.`), and is then extracted from it."""
-        _, answer = self.template.split_reply(ids)
-        correct = answer is not None and (
-            answers_match(answer, question.gold) or answers_match(extract_answer(answer), question.gold)
-        )
-        text = self.template.tokenizer.decode(ids, skip_special_tokens=False)
-        return Reply(question.question, question.gold, text, answer, correct, finished)
+
+def judge(template: AnyTemplate, question: Question, ids: np.ndarray, finished: bool) -> Reply:
+    """Takes a reply apart. The answer may stand in a phrase (`The answer is 42.`), and is then extracted from it."""
+    _, answer = template.split_reply(ids)
+    correct = answer is not None and (
+        answers_match(answer, question.gold) or answers_match(extract_answer(answer), question.gold)
+    )
+    text = template.tokenizer.decode(ids, skip_special_tokens=False)
+    return Reply(question.question, question.gold, text, answer, correct, finished)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
