@@ -36,7 +36,7 @@ from cotgrpo.ghosts.procedural import ProceduralTeacher
 from cotgrpo.models import load_pretrained, save_pretrained
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.run.evaluate import ExactMatch
-from cotgrpo.run.on_policy import OnPolicyBatches, Question, make_draw
+from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
 from cotgrpo.run.quickstart import QUICKSTART
 from cotgrpo.sampling import SamplingSettings, make_sampler
 
@@ -111,8 +111,8 @@ FULL = Sizes()
 SHORT = Sizes(
     kinds=("column_addition",),
     student=dataclasses.replace(QUICKSTART.student, width=96, num_layers=2, num_heads=6, num_kv_heads=3, mlp_width=256),
-    rows=500,
-    sft_steps=300,
+    rows=1_000,
+    sft_steps=1_000,
     teacher_rows=20_000,
     teacher_steps=1_200,
     steps=150,
@@ -170,14 +170,20 @@ class Ablation:
 
     def on_policy(self, seed: int, replies: int, forced: Any = None) -> OnPolicyBatches:
         """Batches of the student's own replies with the teacher's ghosts."""
+        forced_rows = 0 if forced is None else self.sizes.packed_rows // 2
+        settings = RolloutSettings(
+            replies,
+            SEQ_LEN if forced_rows else PROMPT_COLUMNS + self.sizes.new_tokens,
+            self.sizes.new_tokens,
+            forced_rows,
+        )
         return OnPolicyBatches(
             self.draw,
             self.teacher.params,
+            make_student(self.decoder),
             self.template,
-            [Question(triple, self.template.prompt(triple.question)) for triple in self.train_rows],
-            batch_size=replies,
-            seq_len=SEQ_LEN if forced is not None else PROMPT_COLUMNS + self.sizes.new_tokens,
-            max_new_tokens=self.sizes.new_tokens,
+            [Asked(triple, self.template.prompt(triple.question)) for triple in self.train_rows],
+            settings,
             seed=seed,
             forced=forced,
         )
@@ -252,7 +258,7 @@ def corrupting(draw: Any, share: float, template: Template) -> Any:
     digits = jnp.asarray([template.ids(str(digit))[-1] for digit in range(10)])
 
     def corrupted(params: Any, teacher_params: Any, prompts: Any, reads: Any, forced: Any, key: Any) -> Any:
-        batch, replies = draw(params, teacher_params, prompts, reads, forced, key)
+        batch, replies, log_probs = draw(params, teacher_params, prompts, reads, forced, key)
         place, which, other = jax.random.split(jax.random.fold_in(key, 1), 3)
         ghost_BT = batch.ghost_tokens
         own_B1 = jnp.arange(ghost_BT.shape[0])[:, None] < prompts.tokens.shape[0]
@@ -262,7 +268,7 @@ def corrupting(draw: Any, share: float, template: Template) -> Any:
         hit_BT = hit_B1 & (rank_BT > 0) & (rank_BT == jnp.max(rank_BT, axis=1, keepdims=True))
         value_BT = jnp.argmax(ghost_BT[..., None] == digits[None, None, :], axis=-1)
         changed_BT = digits[(value_BT + jax.random.randint(other, own_B1.shape, 1, 10)) % 10]
-        return batch.replace(ghost_tokens=jnp.where(hit_BT, changed_BT, ghost_BT)), replies
+        return batch.replace(ghost_tokens=jnp.where(hit_BT, changed_BT, ghost_BT)), replies, log_probs
 
     return corrupted
 

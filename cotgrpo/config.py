@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import optax
 
+from cotgrpo.config_ghosts import GhostsConfig
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
@@ -304,13 +305,19 @@ class GrpoConfig(StageConfig):
 
     Attributes:
         objective: what is optimised at each token.
+        ghosts: where the ideal token comes from, and on whose contexts.
+        max_entropy_growth: stop where the student's entropy is more than so many times what it was at first; null: never.
     """
 
     objective: ObjectiveConfig = ObjectiveConfig()
+    ghosts: GhostsConfig = GhostsConfig()
+    max_entropy_growth: float | None = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.build()
+        if self.max_entropy_growth is not None and not self.max_entropy_growth > 1:
+            raise ConfigError(f"max_entropy_growth must be above 1 or null, got {self.max_entropy_growth}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Metric(flax.struct.PyTreeNode):
         weight: sum of weights (for most metrics: the number of supervised tokens), float32 scalar.
     """
 
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
+    total: Float[AnyArray, ""]
+    weight: Float[AnyArray, ""]
 
     def __add__(self, other: Metric) -> Metric:
         return Metric(self.total + other.total, self.weight + other.weight)

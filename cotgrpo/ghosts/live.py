@@ -24,7 +24,7 @@ from cotgrpo.token_engine import HeadSpec, default_tile_size, draw
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Float
+    from cotgrpo.types import Array, Bool, Float, Int
 
 
 def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
@@ -96,17 +96,52 @@ def live_ghosts(
 
 
 def reply_rewards(student: Student, params: Params, ghosts: GhostBatch) -> Float[Array, "B T"]:
-    """`R = log p(y*) - log p(y)` of every supervised context with its drawn token, in nats; 0 elsewhere. For logs: the step never needs it."""
+    """`R = log p(y*) - log p(y)` of every supervised context, y being the token that stands behind it, in nats; 0 elsewhere. For logs: no step needs it."""
     reward = lambda logits_V, ids: logits_V[ids[0]] - logits_V[ids[1]]
-    batch = SftBatch(ghosts.tokens, ghosts.ghost_tokens, ghosts.positions, ghosts.segment_ids, ghosts.loss_mask)
-    rewards_BT: Any = map_contexts(student, params, batch, reward, (ghosts.ghost_tokens, ghosts.drawn_tokens))
+    rewards_BT: Any = map_contexts(student, params, ghosts, reward, (ghosts.ghost_tokens, own_targets(ghosts)))
     return rewards_BT
+
+
+def reweighted(
+    student: Student,
+    params: Params,
+    ghosts: GhostBatch,
+    log_probs: Float[Array, "B T"],
+    own: Bool[Array, "B 1"],
+    clip: float,
+) -> GhostBatch:
+    """Replies of an earlier student for the present one: each context weighted by how much likelier it has become, within bounds.
+
+        w_t = clip(prod_{s < t} p(y_s | c_s) / p_old(y_s | c_s), 1 - clip, 1 + clip)
+
+    A context is the reply's tokens before it, so the ratio that turns the mean over the old student's contexts into that over the present one's is the product
+    over those tokens; the token drawn at the context itself has no part in it. One forward pass, no gradient.
+
+    Args:
+        student: the student.
+        params: its present parameters.
+        ghosts: the batch as it was made.
+        log_probs: log p_old of the token behind each context; 0 where nothing is supervised.
+        own: which rows are the student's own replies; the others keep their weights.
+        clip: in (0, 1).
+    """
+    log_prob = lambda logits_V, token: logits_V[token] - jax.nn.logsumexp(logits_V)
+    now_BT = map_contexts(student, jax.lax.stop_gradient(params), ghosts, log_prob, own_targets(ghosts))
+    change_BT = jnp.where(jnp.asarray(ghosts.loss_mask) != 0, now_BT - log_probs, 0.0)
+    before_BT = jnp.cumsum(change_BT, axis=1) - change_BT
+    weight_BT = jnp.where(own, jnp.clip(jnp.exp(before_BT), 1 - clip, 1 + clip), 1.0)
+    return ghosts.replace(loss_mask=ghosts.loss_mask * weight_BT)
+
+
+def own_targets(batch: GhostBatch) -> Int[Array, "B T"]:
+    """The token that stands behind each context of a row (the last column's is meaningless, and supervised nowhere)."""
+    return jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
 
 
 def map_contexts(
     student: Student,
     params: Params,
-    batch: SftBatch,
+    batch: SftBatch | GhostBatch,
     function: Callable[[Any, Any], Any],
     columns: Any,
     *,

@@ -52,6 +52,10 @@ class HeldOut:
         metrics = mean_metrics(self.eval_step, params, self.setup.test_batches(self.batch_size))
         return {name: value for name, value in metrics.items() if not name.endswith("tokens")}
 
+    def loss_and_accuracy(self, params: Any) -> dict[str, float]:
+        """The same, and the accuracy of greedy replies."""
+        return self.loss(params) | {"accuracy": self.exact_match(params).value}
+
     def measure(self, params: Any, when: str) -> dict[str, Any]:
         """Accuracy, loss (None where no row has a correct reply) and replies; `when` is printed before them."""
         asked, references = len(self.setup.test_questions), len(self.setup.test)

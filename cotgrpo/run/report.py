@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cotgrpo.run.completions import read_completions
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.report_page import TRAINED, render
 from cotgrpo.run.storage import explaining_disk_errors
@@ -29,6 +30,8 @@ SHAPE: dict[str, Any] = {
 }
 """What `report.json` holds, beside the optional `notes`, a list of text. "*": any names."""
 
+COMPLETIONS_SHOWN = 12
+
 KINDS = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
 
 
@@ -41,7 +44,7 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of both (`sft/metrics.jsonl`, `grpo/metrics.jsonl`).
-            Without rows in the logs there are no curves.
+            Without rows in the logs there are no curves; where there is a `completions.jsonl` beside the log, its newest replies are shown.
 
     Returns:
         The page's path.
@@ -50,13 +53,18 @@ def write_report(folder: Path) -> Path:
         ReportError: `report.json` is missing or not what `SHAPE` says.
     """
     report = read_report(folder / "report.json")
-    page = render(report, read_stages(folder, report))
+    page = render(report, read_stages(folder, report), read_completions(completions_of(folder), COMPLETIONS_SHOWN))
     path = folder / "report.html"
     temporary = folder / "report.html.tmp"
     with explaining_disk_errors(path):
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     return path
+
+
+def completions_of(folder: Path) -> Path:
+    """The folder whose `completions.jsonl` belongs to a report: a stage's own, or that of a run's last stage."""
+    return folder if (folder / "metrics.jsonl").is_file() else folder / TRAINED[-1]
 
 
 def read_report(path: Path) -> dict[str, Any]:

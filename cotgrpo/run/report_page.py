@@ -22,6 +22,7 @@ from cotgrpo.run.charts import (
     interval_chart,
     series_style,
 )
+from cotgrpo.run.completions_page import COMPLETIONS_STYLE, completions
 
 MOMENTS = {"base": "Before training", "sft": "After SFT", "grpo": "After GRPO"}
 TRAINED = ("sft", "grpo")
@@ -32,6 +33,7 @@ CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
     ("Ghost and drawn tokens", "their mean probability", "train/ghost_prob", "train/drawn_prob", {"percent": True}),
     ("Match rate", "drawn token is the ghost token", "train/match_rate", "", {"percent": True}),
     ("Token accuracy", "the likeliest token is the right one", "train/token_accuracy", "", {"percent": True}),
+    ("Sampled accuracy", "the student's own replies in training", "train/accuracy", "eval/accuracy", {"percent": True}),
     ("Entropy", "of the next token, nats", "train/entropy", "", {"log": True}),
     ("KL", "to the frozen reference, nats", "train/kl", "", {"log": True}),
     ("Gradient norm", "before clipping", "train/grad_norm", "", {"log": True}),
@@ -42,6 +44,8 @@ CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
 LEGENDS = {
     "train/loss": "training",
     "eval/loss": "held out",
+    "train/accuracy": "sampled, training questions",
+    "eval/accuracy": "greedy, held out",
     "train/ghost_prob": "ghost",
     "train/drawn_prob": "drawn",
 }
@@ -118,17 +122,23 @@ pre { margin: 1rem 0; padding: 1rem 1.1rem; border: 1px solid var(--rule); borde
 """
 
 
-def render(report: Mapping[str, Any], stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def render(
+    report: Mapping[str, Any],
+    stages: Mapping[str, Sequence[Mapping[str, Any]]],
+    replies: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The page.
 
     Args:
         report: the content of `report.json`.
         stages: stage -> rows of its log.
+        replies: rows of `completions.jsonl`; none, and the page has no such section.
     """
     sections = {
         "Accuracy": accuracy(report),
         "Curves": curves(stages),
         "Answers": samples(report["samples"]),
+        **({"Completions": completions(replies)} if replies else {}),
         "Data": data(report["data"]),
         "Time": times(report["wall_seconds"]),
         "Config": f"<h2>Config</h2><pre>{clean(report['config'])}</pre>",
@@ -142,7 +152,7 @@ def render(report: Mapping[str, Any], stages: Mapping[str, Sequence[Mapping[str,
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{clean(report['title'])}</title><style>{CHART_STYLE}{STYLE}</style></head>\n<body>"
+        f"<title>{clean(report['title'])}</title><style>{CHART_STYLE}{STYLE}{COMPLETIONS_STYLE}</style></head>\n<body>"
         f"<header><h1>{clean(report['title'])}</h1>{introduction(report, stages)}<nav>{links}</nav></header>\n"
         f"<main>{body}</main></body></html>\n"
     )

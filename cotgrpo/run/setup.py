@@ -86,6 +86,7 @@ class Setup:
         model: the student.
         template: renders rows, with the tokenizer.
         train: tokenized training rows; none where a model is only measured.
+        train_triples: the same rows as text.
         test: tokenized correct replies of held-out rows, supervised on rationale and answer; maybe none.
         test_questions: all held-out rows, for exact match.
         reports: what was left out while reading and tokenizing, by name.
@@ -94,6 +95,7 @@ class Setup:
     model: Model
     template: AnyTemplate
     train: list[Example]
+    train_triples: list[Triple]
     test: list[Example]
     test_questions: list[Question]
     reports: dict[str, DropReport]
@@ -122,7 +124,9 @@ def set_up(config: Config, folder: Path, origin: Path | None) -> Setup:
     model = model_of(config, folder, origin, train)
     template = model.template(data.loss_on)
     examples, reports["training sequences"] = make_examples(train, template, data.seq_len, too_long=data.too_long)
-    return with_test_rows(Setup(model, template, examples, [], [], reports), test)
+    fitting = {example.source for example in examples}
+    triples = [triple for triple in train if triple.source in fitting]
+    return with_test_rows(Setup(model, template, examples, triples, [], [], reports), test)
 
 
 def set_up_pretrained(config: Config) -> Setup:
@@ -141,7 +145,7 @@ def set_up_pretrained(config: Config) -> Setup:
             "data.test is empty: name at least one .jsonl or .parquet file of held-out rows, or a hub id."
         )
     model = pretrained_model(config)
-    return with_test_rows(Setup(model, model.template(config.data.loss_on), [], [], [], reports), test)
+    return with_test_rows(Setup(model, model.template(config.data.loss_on), [], [], [], [], reports), test)
 
 
 def with_test_rows(setup: Setup, test: list[Question]) -> Setup:

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.data.batches import make_batches
 from cotgrpo.run.checkpoint import check_params
+from cotgrpo.run.guard import Guard
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
+from cotgrpo.run.live_source import live_batches, text_batches
 from cotgrpo.run.report import write_report
 from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
@@ -148,6 +149,7 @@ class Stage:
         model = self.setup.model
         print_reports(self.setup, self.console)
         weights, start = self.start_weights()
+        batches = self.make_batches(weights)
         if has_checkpoint(self.folder, self.config):
             check_params(self.checkpoints, weights.trained)
         from_first(lambda: claim_folder(self.folder, model))
@@ -160,7 +162,7 @@ class Stage:
             )
         before = self.measured_once("before.json", weights.merged, f"before {self.name}")
         training = time.perf_counter()
-        state = self.train(weights)
+        state = self.train(weights, batches)
         trained = time.perf_counter()
         after = self.measured_once("after.json", lambda: weights.merged(state.params), f"after {self.name}")
         ended = time.perf_counter()
@@ -186,24 +188,29 @@ class Stage:
         """The devices of all processes, in the layout of the config; None where there is one device."""
         return run_mesh(self.config)
 
-    def train(self, weights: StageWeights) -> TrainState:
+    def make_batches(self, weights: StageWeights) -> Any:
+        """What the stage learns from; `weights` are those before its first step."""
+        if self.live:
+            return live_batches(self.config, self.setup, weights, self.folder)
+        return text_batches(self.config, self.setup, self.settings.batch_size, self.own_rows())
+
+    @property
+    def live(self) -> bool:
+        """Whether the contexts are the student's own replies."""
+        return self.name == "grpo" and self.config.grpo.ghosts.live
+
+    def train(self, weights: StageWeights, batches: Any) -> TrainState:
         """Trains to the last step. `weights.trained` are donated, unless the objective keeps near them."""
-        setup, settings = self.setup, self.settings
+        settings = self.settings
         tx = settings.optimizer.build(settings.steps)
         step, extra = self.build_step(tx, weights)
         # The state is donated, and a reference's parameters are still wanted.
         first = jax.tree.map(jnp.copy, weights.trained) if self.needs_reference else weights.trained
+        measure = self.held_out.loss_and_accuracy if self.live else self.held_out.loss
         return train(
             step,
             TrainState.create(params=first, tx=tx, key=self.config.seed),
-            make_batches(
-                setup.train,
-                batch_size=settings.batch_size,
-                seq_len=self.config.data.seq_len,
-                seed=self.config.seed,
-                packing=self.config.data.packing,
-                only_rows=self.own_rows(),
-            ),
+            batches,
             self.folder,
             LoopSettings(
                 title=self.name,
@@ -216,7 +223,8 @@ class Stage:
                 max_skipped=self.config.max_skipped,
             ),
             extra=extra,
-            evaluate=lambda trained: self.held_out.loss(weights.merged(trained)),
+            evaluate=lambda trained: measure(weights.merged(trained)),
+            watch=Guard(self.folder, settings.max_entropy_growth) if self.name == "grpo" else None,
             console=self.console,
             checkpoint_folder=self.checkpoints,
         )
@@ -245,8 +253,9 @@ class Stage:
         A stage that goes on takes its own newest ones, unless it keeps near the first: pretrained weights are not read again.
         """
         model, origin = self.setup.model, self.origin
+        keeps_first = self.needs_reference or (self.live and self.config.grpo.ghosts.source == "privileged_self")
         measured = from_first(lambda: (self.folder / "before.json").is_file())
-        if measured and has_checkpoint(self.folder, self.config) and not self.needs_reference:
+        if measured and has_checkpoint(self.folder, self.config) and not keeps_first:
             origin = self.folder
         if origin is None:
             weights, start = first_weights(model), self.config.student.path or f"scratch (seed {self.config.seed})"

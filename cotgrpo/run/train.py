@@ -26,7 +26,12 @@ from cotgrpo.run.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.types import Metrics, TrainState
 
-TIME_KEYS = ("train/step_time", "train/tokens_per_sec", "train/padded_tokens_per_sec")
+TIME_KEYS = (
+    "train/step_time",
+    "train/tokens_per_sec",
+    "train/padded_tokens_per_sec",
+    "train/rollout_tokens_per_sec",
+)
 """The keys of a row that differ between a run and its repetition; all others are the same to the bit."""
 
 
@@ -116,6 +121,8 @@ class Window:
         row["train/step_time"] = self.seconds / self.steps_here
         row["train/tokens_per_sec"] = row["train/tokens"] / row["train/step_time"]
         row["train/padded_tokens_per_sec"] = row["train/padded_tokens"] / row["train/step_time"]
+        if "rollout_tokens" in self.sums:
+            row["train/rollout_tokens_per_sec"] = row["train/rollout_tokens"] / row["train/step_time"]
         return row
 
 
@@ -128,6 +135,7 @@ def train(
     *,
     extra: tuple[Any, ...] = (),
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
     checkpoint_folder: str | Path | None = None,
 ) -> TrainState:
@@ -140,11 +148,14 @@ def train(
         step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`. With a mesh, state and `extra` are put on it, also if the checkpoint
             was written on another. Several processes need one.
         state: the state before the first step. It is donated: use what is returned.
-        batches: an endless iterator with `get_state()` and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read.
+        batches: an endless iterator with `get_state()` and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read. One whose
+            batches depend on the parameters has `follow(params)` too, called before each batch is taken; one may have `observed()`, the metrics that the host
+            finds in the batch of the step just begun.
         folder: the run folder.
         settings: how the loop runs.
         extra: further arguments of the step (a reference's parameters).
         evaluate: `evaluate(params)` -> numbers to log as `eval/...`.
+        watch: is told each row of the log, and may raise TrainingStopped.
         console: where the progress goes; None: the terminal of process 0.
         checkpoint_folder: where the checkpoints go, as `Checkpoints` has it; None: `folder/checkpoints`. Of several processes on several machines all see it.
 
@@ -170,7 +181,7 @@ def train(
         log = MetricsLog(folder, done) if is_first() else None
         try:
             with Signals() as signals, ProgressLine(settings.title, settings.total_steps, done, console) as line:
-                loop = Loop(step, batches, settings, extra, evaluate, checkpoints, log, line, signals)
+                loop = Loop(step, batches, settings, extra, evaluate, watch, checkpoints, log, line, signals)
                 return loop.run(state, position)
         finally:
             if log is not None:
@@ -209,6 +220,7 @@ class Loop:
     settings: LoopSettings
     extra: tuple[Any, ...]
     evaluate: Callable[[Any], dict[str, float]] | None
+    watch: Callable[[dict[str, Any]], None] | None
     checkpoints: Checkpoints
     log: MetricsLog | None  # process 0 has it
     line: ProgressLine
@@ -224,7 +236,7 @@ class Loop:
     def run(self, state: TrainState, position: dict[str, Any]) -> TrainState:
         self.skipped_in_a_row = position["skipped_in_a_row"]
         window = Window(position["window"])
-        batch = next(self.batches)
+        batch = self.next_batch(state)
         self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
         compiled = self.step.lower(state, self.on_devices(batch), *self.extra).compile()
         self.clock = time.perf_counter()
@@ -232,9 +244,9 @@ class Loop:
         for number in range(int(state.step) + 1, total + 1):
             taken = self.batches.get_state()
             state, metrics = compiled(state, self.on_devices(batch), *self.extra)
-            window.add(metrics, batch, self.rows)
+            window.add(metrics | self.observed(), batch, self.rows)
             if number < total:
-                batch = next(self.batches)  # made while the device works
+                batch = self.next_batch(state)  # made while the device works
             self.write_closed()
             if number % self.settings.log_every == 0 or number == total:
                 self.closed, window = (number, window), Window()
@@ -253,6 +265,23 @@ class Loop:
         """The batch as the step takes it."""
         return batch if jax.process_count() == 1 else global_arrays(batch_sharding(self.step.mesh), batch)
 
+    def next_batch(self, state: TrainState) -> Any:
+        """The next batch; a source that draws it with the student is told the newest parameters first."""
+        if hasattr(self.batches, "follow"):
+            self.batches.follow(state.params)
+        return next(self.batches)
+
+    def observed(self) -> Metrics:
+        """What the host finds in the newest batch; nothing, for text."""
+        return self.batches.observed() if hasattr(self.batches, "observed") else {}
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        """One row of the log."""
+        if self.log is not None:
+            self.log.write(number, values)
+        if self.watch is not None:
+            self.watch({"step": number} | values)
+
     def pause(self, number: int, state: TrainState, taken: dict[str, Any], window: Window) -> None:
         """What has to wait for the device: evaluation and checkpoints, where they are due after this step."""
         settings = self.settings
@@ -265,8 +294,8 @@ class Loop:
         self.write_closed()
         self.count_skipped(self.wait_for(window))
         evaluated = self.evaluate(state.params) if evaluating and self.evaluate is not None else {}
-        if evaluated and self.log is not None:
-            self.log.write(number, {f"eval/{name}": value for name, value in evaluated.items()})
+        if evaluated:
+            self.write(number, {f"eval/{name}": value for name, value in evaluated.items()})
         if saving:
             if signalled is not None:
                 again = " Once more stops at once." if jax.process_count() == 1 else ""
@@ -289,8 +318,7 @@ class Loop:
         self.closed = None
         steps = self.wait_for(window)
         row = window.row()
-        if self.log is not None:
-            self.log.write(number, row)
+        self.write(number, row)
         self.line.show(number, row)
         self.count_skipped(steps)
 

@@ -1,0 +1,87 @@
+"""The settings of `grpo.ghosts`: where ghost tokens come from, and on whose contexts. GRPO is GhostRespond Policy Optimization, not Group Relative."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+PRIVILEGED_PROMPT = (
+    "{question}\n\nA correct solution, for reference:\n{rationale}\n{answer}\n\nNow answer the question: {question}"
+)
+LIVE = ("teacher_model", "privileged_self")
+"""Sources that are asked at the student's own prefixes."""
+
+OF_LIVE = ("choice", "temperature", "max_new_tokens", "teacher_forced_share", "reuse", "ratio_clip")
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "teacher_forced": (),
+    "teacher_model": ("teacher", *OF_LIVE),
+    "privileged_self": ("privileged_prompt", *OF_LIVE),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GhostsConfig:
+    """Where ghost tokens come from.
+
+    Attributes:
+        source: teacher_forced: the text of the training rows, which is the context too; or, on the student's own replies to their questions (on-policy),
+            teacher_model: another model with the same tokenizer; privileged_self: the student before this stage, which reads the row's solution.
+        teacher: of teacher_model, a folder or hub id.
+        choice: the live ghost's likeliest token, or one drawn from its distribution.
+        privileged_prompt: of privileged_self, the question as it is put to the student that knows; holds {question}, {rationale} and {answer}.
+        temperature: of the student's replies.
+        max_new_tokens: the student's replies are cut off here; what data.seq_len leaves beside them is for the question.
+        teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
+        reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
+        ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
+    """
+
+    source: Literal["teacher_forced", "teacher_model", "privileged_self"] = "teacher_forced"
+    teacher: str | None = None
+    choice: Literal["argmax", "drawn"] = "argmax"
+    privileged_prompt: str = PRIVILEGED_PROMPT
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    teacher_forced_share: float = 0.0
+    reuse: int = 1
+    ratio_clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name) != field.default
+            if given and field.name != "source" and field.name not in OWN_SETTINGS[self.source]:
+                own = ", ".join(OWN_SETTINGS[self.source]) or "no settings of its own"
+                raise ValueError(
+                    f"ghosts.{field.name} is no setting of the source {self.source!r}, which has {own}. "
+                    "Remove it, or choose another ghosts.source."
+                )
+        if self.source == "teacher_model" and not self.teacher:
+            raise ValueError("ghosts.teacher must name the folder or hub id of the live teacher, got none.")
+        self.require(self.temperature > 0, "temperature", "above 0, so that replies differ")
+        self.require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        self.require(0 <= self.teacher_forced_share < 1, "teacher_forced_share", "in [0, 1)")
+        self.require(self.reuse >= 1, "reuse", "at least 1")
+        self.require(0 < self.ratio_clip < 1, "ratio_clip", "in (0, 1)")
+        try:
+            text = self.privileged(question="\0q", rationale="\0r", answer="\0a")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"ghosts.privileged_prompt holds a field that is not known: {error}.") from None
+        self.require("\0q" in text and "\0a" in text, "privileged_prompt", "a text with {question} and {answer}")
+
+    def require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            value: Any = getattr(self, name)
+            raise ValueError(f"ghosts.{name} must be {expected}, got {value!r}.")
+
+    def privileged(self, question: str, rationale: str, answer: str) -> str:
+        """The question as the student that knows the solution reads it."""
+        return self.privileged_prompt.format(question=question, rationale=rationale, answer=answer)
+
+    @property
+    def live(self) -> bool:
+        """Whether the contexts are the student's own replies."""
+        return self.source in LIVE
+
+    def forced_rows(self, batch_size: int) -> int:
+        """How many of a batch's rows are teacher-forced; at least one is the student's own."""
+        return min(round(self.teacher_forced_share * batch_size), batch_size - 1)

@@ -1,0 +1,58 @@
+"""The part of the report that shows the student's own replies in training, each token coloured by its reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cotgrpo.run.charts import clean
+
+STRONGEST = 4.0
+"""Nats of reward at which the colour is full."""
+LONGEST_REPLY = 600
+"""Tokens of a reply that are shown."""
+
+COMPLETIONS_STYLE = """
+.completion { margin-top: 1rem; }
+.completion h3 { display: flex; justify-content: space-between; gap: .6rem; }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: .86rem/1.9 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: .6rem 0 0; }
+.tokens span { border-radius: 3px; border-bottom: 2px solid transparent; }
+.tokens .other { border-bottom-color: currentColor; }
+"""
+
+EXPLAINED = (
+    "What the student wrote by itself in training, a few replies at a time, the newest first. A token is underlined where the ghost says another one there; the colour is the reward "
+    "<em>log p(ghost) \N{MINUS SIGN} log p(token)</em>: red where the student preferred its own token, green where it already found the ghost's likelier. "
+    "Point at a token to read the ghost's and the reward."
+)
+
+
+def completions(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The section, of rows as `completions.jsonl` holds them, in the order of training."""
+    cards = "".join(card(row) for row in reversed(rows))
+    return f'<h2>Completions</h2><p class="quiet">{EXPLAINED}</p>{cards}'
+
+
+def card(row: Mapping[str, Any]) -> str:
+    """One reply."""
+    right = row["correct"]
+    mark = f'<span class="mark {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
+    triples = list(zip(row["tokens"], row["ghosts"], row["rewards"], strict=True))
+    spans = "".join(token(*triple) for triple in triples[:LONGEST_REPLY])
+    rest = len(triples) - LONGEST_REPLY
+    more = f'<p class="quiet">{rest:,} more tokens are in completions.jsonl</p>' if rest > 0 else ""
+    return (
+        f'<article class="card completion"><h3><span>Step {row["step"]:,}: {clean(row["question"])}</span>{mark}</h3>'
+        f'<div class="quiet">Right answer: {clean(row["gold"])}</div><div class="tokens" dir="auto">{spans}</div>{more}</article>'
+    )
+
+
+def token(text: str, ghost: str | None, reward: float) -> str:
+    """A token with its ghost and reward behind it."""
+    strength = min(abs(reward) / STRONGEST, 1.0)
+    # Both hues are dark enough to be told apart, and pale enough for the text to be read, in light and dark.
+    hue = "46, 160, 90" if reward > 0 else "214, 60, 50"
+    style = f' style="background: rgba({hue}, {0.1 + 0.5 * strength:.2f})"' if reward else ""
+    kind = "" if ghost is None else ' class="other"'
+    said = "the ghost agrees" if ghost is None else f"ghost: {ghost}"
+    return f'<span{kind}{style} title="{clean(f"{said}; reward {reward:+.2f}")}">{clean(text)}</span>'

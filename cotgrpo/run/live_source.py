@@ -1,0 +1,134 @@
+"""From a config to the batches of a GhostRespond stage: text, or the student's own replies with a live ghost. GRPO is not Group Relative here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cotgrpo.config import Config, ConfigError
+from cotgrpo.data.batches import make_batches
+from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.models.decoder import make_student
+from cotgrpo.models.families import ModelError
+from cotgrpo.models.model_folder import open_folder
+from cotgrpo.models.weights import load_pretrained
+from cotgrpo.run.completions import CompletionsLog
+from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
+from cotgrpo.run.setup import Model, Setup
+from cotgrpo.run.stage_weights import StageWeights
+from cotgrpo.sampling import SamplingSettings, make_sampler
+from cotgrpo.sharding import batch_sharding
+from cotgrpo.types import Params, Student
+
+COMPLETIONS_SHOWN = 4
+"""Replies that are logged at a time."""
+
+
+def text_batches(config: Config, setup: Setup, batch_size: int, only_rows: Any = None) -> Any:
+    """Packed batches of the training rows; of several processes each makes only its rows."""
+    data = config.data
+    return make_batches(
+        setup.train,
+        batch_size=batch_size,
+        seq_len=data.seq_len,
+        seed=config.seed,
+        packing=data.packing,
+        only_rows=only_rows,
+    )
+
+
+def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path, mesh: Any = None) -> OnPolicyBatches:
+    """The batches of a stage whose `grpo.ghosts.source` is live.
+
+    Args:
+        config: the settings.
+        setup: rows and student.
+        weights: the student's before the stage, which `privileged_self` keeps.
+        folder: of the stage, for the completions.
+        mesh: of the training, or None.
+
+    Raises:
+        ModelError, DataError, ConfigError: a teacher with another tokenizer, or that cannot be read; rows that leave no room for a reply.
+    """
+    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "Live ghosts run in one process so far: set grpo.ghosts.source to teacher_forced on several hosts."
+        )
+    if ghosts.source == "teacher_model":
+        teacher, teacher_params = live_teacher(model, str(ghosts.teacher), mesh)
+    else:
+        teacher, teacher_params = model.student, jax.tree.map(jnp.copy, weights.merged())
+    forced_rows = ghosts.forced_rows(config.grpo.batch_size)
+    settings = RolloutSettings(
+        replies=config.grpo.batch_size - forced_rows,
+        seq_len=config.data.seq_len,
+        max_new_tokens=ghosts.max_new_tokens,
+        forced_rows=forced_rows,
+        reuse=ghosts.reuse,
+        ratio_clip=ghosts.ratio_clip,
+    )
+    sampling = SamplingSettings(
+        ghosts.max_new_tokens, template.stop_ids, temperature=ghosts.temperature, pad_id=template.pad_id
+    )
+    draw = make_draw(
+        make_sampler(model.decoder, sampling, model.vocab_size), teacher, drawn_ghosts=ghosts.choice == "drawn"
+    )
+    on_mesh = None if mesh is None else batch_sharding(mesh)
+    return OnPolicyBatches(
+        jax.jit(draw, out_shardings=on_mesh),
+        teacher_params,
+        model.student,
+        template,
+        asked_in(config, setup),
+        settings,
+        seed=config.seed,
+        merged=weights.merged,
+        forced=text_batches(config, setup, forced_rows) if forced_rows else None,
+        completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
+        place=lambda tree: tree if on_mesh is None else jax.device_put(tree, on_mesh),
+    )
+
+
+def asked_in(config: Config, setup: Setup) -> list[Asked]:
+    """The training rows as prompts; for `privileged_self` with the prompt that holds the solution."""
+    ghosts, template = config.grpo.ghosts, setup.template
+    found: dict[str, Asked] = {}
+    for triple in setup.train_triples:
+        reads = None
+        if ghosts.source == "privileged_self":
+            reads = template.prompt(ghosts.privileged(triple.question, triple.rationale, triple.answer))
+        found.setdefault(triple.question, Asked(triple, template.prompt(triple.question), reads))
+    return list(found.values())
+
+
+def live_teacher(model: Model, path: str, mesh: Any = None) -> tuple[Student, Params]:
+    """The frozen teacher, in the student's compute type. Raises ModelError where its tokens are not the student's."""
+    check_same_vocabulary(model, path)
+    teacher = load_pretrained(path, model.decoder.dtype, mesh)
+    return make_student(teacher.config, model.vocab_size), teacher.params
+
+
+def check_same_vocabulary(model: Model, path: str) -> None:
+    """Raises ModelError unless every id of the student's tokenizer is the same token in the teacher's, and has a row in its embedding.
+
+    The teacher may know tokens beyond: they are never said.
+    """
+    source = open_folder(path)
+    theirs = {i: token for token, i in load_tokenizer(source.folder).get_vocab().items()}
+    for token, i in sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(i) != token:
+            there = f"is {theirs[i]!r}" if i in theirs else "does not exist"
+            raise ModelError(
+                f"The live teacher {path} has another tokenizer than the student: token {i} is {token!r} in the student's, and {there} in the teacher's. "
+                "Ghost tokens are ids, so both need the same tokens: choose a teacher of the same family, or grpo.ghosts.source privileged_self "
+                "with the text of this one."
+            )
+    if source.config.vocab_size < model.vocab_size:
+        raise ModelError(
+            f"The live teacher {path} has {source.config.vocab_size} rows in its embedding, but the student's tokenizer has {model.vocab_size} tokens: "
+            "choose the model that belongs to the tokenizer."
+        )

@@ -1,0 +1,214 @@
+"""On-policy training through the command line: real runs of a tiny student and its teacher, killed and resumed, and what a wrong teacher is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cotgrpo.cli import main
+from cotgrpo.data.tokenizer import train_tokenizer
+from cotgrpo.ghosts.live import map_contexts, reweighted, with_replies
+from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
+from cotgrpo.models import save_pretrained
+from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.run.completions import read_completions
+from cotgrpo.run.guard import Guard
+from cotgrpo.run.metrics_log import read_metrics
+from cotgrpo.run.train import TIME_KEYS, TrainingStopped
+from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.types import GhostBatch
+
+SETTINGS = """
+student: {width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8, mlp_width: 32, init_scale: 0.2}
+tokenizer: {path: TOKENIZER}
+data: {seq_len: 128, test_rows: 8, loss_on: completion}
+sft: {steps: 2, batch_size: 2, log_every: 2}
+grpo:
+  steps: 6
+  batch_size: 3
+  log_every: 3
+  eval_every: 3
+  ghosts: {source: teacher_model, teacher: TEACHER, max_new_tokens: 10}
+eval: {rows: 8, batch_size: 8, max_new_tokens: 10}
+checkpoint: {every: 2}
+"""
+SHAPE = DecoderConfig(
+    vocab_size=300, width=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32, init_scale=0.2
+)
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set to nothing, the variable turns the compilation cache off."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows, a teacher that is larger than the student and has a padded embedding, the student after SFT, and an on-policy run of it."""
+    folder = tmp_path_factory.mktemp("on_policy")
+    triples = ProceduralTeacher(seed=1).draw(60)
+    write_triples(folder / "rows.jsonl", triples)
+    tokenizer = train_tokenizer((f"{t.question}\n{t.rationale}\n{t.answer}" for t in triples), vocab_size=280)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    save_pretrained(folder / "teacher", SHAPE, init_params(SHAPE, jax.random.key(5)), tokenizer=tokenizer)
+    settings = SETTINGS.replace("TOKENIZER", str(folder / "tokenizer")).replace("TEACHER", str(folder / "teacher"))
+    (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{settings}", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        for command in ("sft", "grpo"):
+            assert main([command, *options(folder)]) == 0
+    return folder
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(folder / "c.yaml"), "--data.train", str(folder / "rows.jsonl"), *more]
+
+
+def from_sft(folder: Path, run_dir: Path, *more: str) -> list[str]:
+    """Another on-policy run from the same student."""
+    start = str(folder / "run" / "sft")
+    return options(folder, "--run_dir", str(run_dir), "--grpo.init_from", start, *more)
+
+
+def lasting(stage: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(stage)]
+
+
+def test_what_a_run_reports(folder: Path) -> None:
+    stage = folder / "run" / "grpo"
+    *_, row = [row for row in read_metrics(stage) if "train/loss" in row]
+    promised = (
+        "loss reward ghost_prob drawn_prob match_rate entropy accuracy reply_length unfinished rollout_tokens_per_sec"
+    )
+    assert all(isinstance(row[f"train/{name}"], float) for name in promised.split())
+    assert row["train/rollout_tokens"] == pytest.approx(3 * row["train/reply_length"])
+    assert [r["step"] for r in read_metrics(stage) if "eval/accuracy" in r] == [3, 6]
+    rows = read_completions(stage, 100)
+    assert [row["step"] for row in rows] == [1] * 3 + [3] * 3 + [6] * 3
+    for row in rows:
+        assert len(row["tokens"]) == len(row["ghosts"]) == len(row["rewards"]) <= 10
+        assert [reward == 0 for reward in row["rewards"]] == [ghost is None for ghost in row["ghosts"]]
+    assert len({row["question"] for row in rows}) > 3
+    page = (stage / "report.html").read_text()
+    assert 'id="completions"' in page
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--grpo.ghosts.reuse", "3", "--grpo.ghosts.choice", "drawn", "--grpo.ghosts.teacher_forced_share", "0.34"],
+    ],
+    ids=["plain", "reused_drawn_mixed"],
+)
+def test_a_run_that_is_cut_off_goes_on_as_the_same_run(folder: Path, tmp_path: Path, more: list[str]) -> None:
+    """Cut off behind step 4, where replies that are used three times have been used once: as a killed process leaves the folder."""
+    whole, cut = tmp_path / "whole" / "grpo", tmp_path / "cut" / "grpo"
+    assert main(["grpo", *from_sft(folder, whole.parent, *more)]) == 0
+    shutil.copytree(whole, cut)
+    for name in ("checkpoints/6", "report.json", "after.json"):
+        path = cut / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["grpo", *from_sft(folder, cut.parent, *more)]) == 0
+    assert lasting(cut) == lasting(whole)
+    assert (cut / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    replies = [json.loads((stage / "after.json").read_text())["replies"] for stage in (whole, cut)]
+    assert replies[0] == replies[1]
+
+
+def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) -> None:
+    more = ["--grpo.ghosts.source", "privileged_self", "--grpo.ghosts.teacher", "null", "--grpo.steps", "2"]
+    assert main(["grpo", *from_sft(folder, tmp_path, *more)]) == 0
+    assert read_completions(tmp_path / "grpo", 1)[0]["rewards"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--grpo.ghosts.teacher", "OTHER"],
+            "has another tokenizer than the student: token 3 is '!' in the student's, and is",
+        ),
+        (["--grpo.ghosts.teacher", "nowhere"], "No folder nowhere"),
+        (["--grpo.ghosts.max_new_tokens", "120"], "leaves 8 beside a reply of 120 (grpo.ghosts.max_new_tokens)"),
+        (["--grpo.ghosts.teacher", "null"], "ghosts.teacher must name the folder or hub id"),
+        (["--grpo.ghosts.source", "teacher_forced"], "ghosts.teacher is no setting of the source 'teacher_forced'"),
+        (["--grpo.ghosts.temperature", "0"], "ghosts.temperature must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    tokenizer = train_tokenizer(
+        ["other words altogether"], vocab_size=262, special_tokens=("<pad>", "<eos>", "<sep>", "<x>")
+    )
+    save_pretrained(tmp_path / "other", SHAPE, init_params(SHAPE, jax.random.key(5)), tokenizer=tokenizer)
+    more = [str(tmp_path / "other") if word == "OTHER" else word for word in more]
+    assert main(["grpo", *from_sft(folder, tmp_path / "run", *more)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_replies_used_again_are_weighted_by_what_came_before() -> None:
+    """Against NumPy: the clipped product of the ratios of the reply's earlier tokens; and 1 for the student that wrote them."""
+    config = DecoderConfig(vocab_size=19, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
+    old, new = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
+    student = make_student(config)
+    prompts = pad_prompts([np.array([3, 4], np.int32), np.array([5], np.int32)])
+    replies = make_sampler(config, SamplingSettings(5, temperature=1.0))(old, prompts, jax.random.key(2))
+    batch = GhostBatch.teacher_forced(with_replies(prompts, replies))
+    log_probs = jnp.pad(replies.log_probs, ((0, 0), (1, 1)))
+    own = jnp.array([[True], [False]])
+    call = lambda params, clip: np.asarray(reweighted(student, params, batch, log_probs, own, clip).loss_mask)
+    np.testing.assert_allclose(call(old, 0.5), batch.loss_mask, atol=1e-5)
+    log_prob = lambda logits_V, token: jax.nn.log_softmax(logits_V)[token]
+    now = np.asarray(map_contexts(student, new, batch, log_prob, batch.ghost_tokens))
+    ratios = np.exp((now - np.asarray(log_probs))[0, 1:6])
+    want = np.clip(np.concatenate([[1.0], np.cumprod(ratios)[:-1]]), 0.9, 1.1)
+    assert len(set(np.round(want, 4))) > 2
+    np.testing.assert_allclose(call(new, 0.1)[0, 1:6], want, rtol=1e-4)
+    np.testing.assert_array_equal(call(new, 0.1)[1], batch.loss_mask[1])
+
+
+def feed(folder: Path, rows: list[dict[str, Any]], growth: float | None = 2.0) -> None:
+    guard = Guard(folder, growth)
+    for number, row in enumerate(rows, 1):
+        guard({"step": number} | row)
+
+
+def test_doubled_entropy_stops_the_run(tmp_path: Path) -> None:
+    entropies = lambda *values: [{"train/entropy": value} for value in values]
+    feed(tmp_path, entropies(0.3, 0.5, 0.7, 0.5, 0.7))  # one high row may be chance
+    feed(tmp_path, entropies(0.3, 9.0, 9.0), None)
+    feed(tmp_path, entropies(1e-4, 9e-3, 9e-3))
+    with pytest.raises(TrainingStopped, match=r"entropy is 0\.650 nats at step 3, more than 2 times the 0\.300"):
+        feed(tmp_path, entropies(0.3, 0.7, 0.65))
+
+
+def test_sampled_accuracy_that_falls_while_greedy_holds_stops_the_run(tmp_path: Path) -> None:
+    def rows(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
+        return [row for sampled, greedy in pairs for row in ({"train/accuracy": sampled}, {"eval/accuracy": greedy})]
+
+    feed(tmp_path, rows((0.5, 0.6), (0.45, 0.6), (0.3, 0.5)))  # both fall: the student forgets, which is not this
+    with pytest.raises(TrainingStopped, match=r"answer 35\.0% right up to step 6, and 50\.0% at best"):
+        feed(tmp_path, rows((0.5, 0.6), (0.45, 0.6), (0.35, 0.61)))
+
+
+def test_a_run_that_flattens_the_student_is_stopped_also_after_a_resume(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Literal REINFORCE raises the entropy without end; the rows of the log before the resume count."""
+    more = ["--grpo.objective.name", "reinforce", "--grpo.optimizer.learning_rate", "0.1", "--grpo.log_every", "1"]
+    more += ["--grpo.steps", "40", "--grpo.max_entropy_growth", "1.05", "--grpo.eval_every", "0"]
+    for _ in range(2):
+        assert main(["grpo", *from_sft(folder, tmp_path, *more)]) == 3
+        assert "more than 1.05 times" in capsys.readouterr().err
