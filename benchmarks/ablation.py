@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {'; '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates of an arm")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3, 1e-3, 5e-4])
     parser.add_argument(
         "--work", type=Path, default=Path("runs/ablation"), help="keeps the teacher and the SFT students"
     )
@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = {(row["arm"], row["rate"], row["seed"], row["steps"]) for row in rows}
     ablation = Ablation(sizes, work)
     wanted = [("teacher", 0.0, 0, 0), *(("before", 0.0, seed, 0) for seed in range(seeds))]
-    wanted += [(arm, rate, seed, steps) for seed in range(seeds) for arm in arms for rate in options.learning_rates]
+    wanted += [(arm, rate, seed, steps) for rate in options.learning_rates for seed in range(seeds) for arm in arms]
     for arm, rate, seed, count in wanted:
         if (arm, rate, seed, count) in done:
             continue
