@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from cotgrpo import Nll, Pair, Reinforce, RewardGradient, TrainState, jit_step, make_grpo_step, make_optimizer
 from cotgrpo.config import StudentConfig
 from cotgrpo.data.batches import make_batches
+from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import Triple
@@ -155,7 +156,7 @@ class Ablation:
         self.train_rows = draw(0, sizes.rows, False)
         held_out = draw(0, sum(sizes.held_out), True)
         match = lambda rows: ExactMatch(
-            self.decoder, self.template, rows, max_new_tokens=sizes.new_tokens, batch_size=250
+            self.decoder, self.template, [asked(row) for row in rows], max_new_tokens=sizes.new_tokens, batch_size=250
         )
         self.validation, self.test = match(held_out[: sizes.held_out[0]]), match(held_out[sizes.held_out[0] :])
         sampling = SamplingSettings(
@@ -182,7 +183,7 @@ class Ablation:
             self.teacher.params,
             make_student(self.decoder),
             self.template,
-            [Asked(triple, self.template.prompt(triple.question)) for triple in self.train_rows],
+            [Asked(asked(triple), self.template.prompt(triple.question)) for triple in self.train_rows],
             settings,
             seed=seed,
             forced=forced,
@@ -236,6 +237,11 @@ class Ablation:
 
     def measure(self, params: Any) -> dict[str, float]:
         return {"validation": self.validation(params).value, "test": self.test(params).value}
+
+
+def asked(triple: Triple) -> Question:
+    """The row as a question with its right answer."""
+    return Question(triple.question, triple.answer)
 
 
 def corrupt(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:

@@ -111,14 +111,17 @@ def test_what_a_run_reports(folder: Path) -> None:
 )
 def test_a_run_that_is_cut_off_goes_on_as_the_same_run(folder: Path, tmp_path: Path, more: list[str]) -> None:
     """Cut off behind step 4, where replies that are used three times have been used once: as a killed process leaves the folder."""
-    whole, cut = (tmp_path / "whole" if more else folder / "run") / "grpo", tmp_path / "cut" / "grpo"
+    run = folder / "run"
     if more:
-        assert main(["grpo", *from_sft(folder, whole.parent, *more)]) == 0
-    shutil.copytree(whole, cut)
+        run = tmp_path / "whole"
+        shutil.copytree(folder / "run" / "sft", run / "sft")
+        assert main(["grpo", *options(folder, "--run_dir", str(run), *more)]) == 0
+    shutil.copytree(run, tmp_path / "cut")
+    whole, cut = run / "grpo", tmp_path / "cut" / "grpo"
     for name in ("checkpoints/6", "report.json", "after.json"):
         path = cut / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert main(["grpo", *from_sft(folder, cut.parent, *more)]) == 0
+    assert main(["grpo", *options(folder, "--run_dir", str(cut.parent), *more)]) == 0
     assert lasting(cut) == lasting(whole)
     assert (cut / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     replies = [json.loads((stage / "after.json").read_text())["replies"] for stage in (whole, cut)]
@@ -213,7 +216,7 @@ def test_a_resumed_run_is_judged_by_the_rows_before_it(tmp_path: Path) -> None:
     log.write(10, {"train/entropy": 0.3})
     log.write(20, {"train/entropy": 0.7})
     log.close()
-    with pytest.raises(TrainingStopped, match="at step 30, more than 2 times the 0.300"):
+    with pytest.raises(TrainingStopped, match=r"at step 30, more than 2 times the 0\.300"):
         Guard(tmp_path, 2.0)({"step": 30, "train/entropy": 0.65})
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.batches import make_batches
+from cotgrpo.data.questions import Question
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.families import ModelError
@@ -101,7 +102,8 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
         reads = None
         if ghosts.source == "privileged_self":
             reads = template.prompt(ghosts.privileged(triple.question, triple.rationale, triple.answer))
-        found.setdefault(triple.question, Asked(triple, template.prompt(triple.question), reads))
+        question = Question(triple.question, triple.answer, triple, triple.source)
+        found.setdefault(triple.question, Asked(question, template.prompt(triple.question), reads))
     return list(found.values())
 
 

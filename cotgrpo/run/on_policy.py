@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cotgrpo.data.questions import Question
+from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.triples import DataError, Triple
 from cotgrpo.ghosts.live import live_ghosts, reply_rewards, reweighted
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.evaluate import judge
@@ -35,12 +36,12 @@ class Asked:
     """A training row whose reply the student writes itself.
 
     Attributes:
-        triple: the row; its answer judges the reply.
+        question: the row; its right answer judges the reply.
         prompt: int32 tokens that the student reads.
         reads: int32 tokens that the live ghost reads instead, or None for the same.
     """
 
-    triple: Triple
+    question: Question
     prompt: np.ndarray
     reads: np.ndarray | None = None
 
@@ -241,7 +242,8 @@ class OnPolicyBatches:
         written, rewards = jax.device_get((held.replies, held.rewards))
         ids = [row[:length] for row, length in zip(written.tokens, written.lengths, strict=True)]
         replies = [
-            judge(self.template, q.triple, i, bool(end)) for q, i, end in zip(asked, ids, written.finished, strict=True)
+            judge(self.template, q.question, i, bool(end))
+            for q, i, end in zip(asked, ids, written.finished, strict=True)
         ]
         if self.completions is not None and rewards is not None:
             ghosts, values = (part[:, self.settings.prompt_columns - 1 : -1] for part in rewards)
@@ -281,6 +283,6 @@ def check_questions(questions: Sequence[Asked], settings: RolloutSettings) -> No
     longest = max(questions, key=lambda q: len(q.prompt))
     if len(longest.prompt) > settings.prompt_columns:
         raise DataError(
-            f"{longest.triple.source or 'A training row'}: its prompt has {len(longest.prompt)} tokens, but data.seq_len {settings.seq_len} leaves "
+            f"{longest.question.source or 'A training row'}: its prompt has {len(longest.prompt)} tokens, but data.seq_len {settings.seq_len} leaves "
             f"{settings.prompt_columns} beside a reply of {settings.max_new_tokens} (grpo.ghosts.max_new_tokens). Raise the one, or lower the other."
         )
