@@ -41,7 +41,9 @@ def text_batches(config: Config, setup: Setup, batch_size: int, only_rows: Any =
     )
 
 
-def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path, mesh: Any = None) -> OnPolicyBatches:
+def live_batches(
+    config: Config, setup: Setup, weights: StageWeights, folder: Path, mesh: Any = None
+) -> OnPolicyBatches:
     """The batches of a stage whose `grpo.ghosts.source` is live.
 
     Args:
