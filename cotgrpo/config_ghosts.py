@@ -16,6 +16,7 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher_forced": (),
     "teacher_model": ("teacher", *OF_LIVE),
     "privileged_self": ("privileged_prompt", *OF_LIVE),
+    "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens"),
 }
 
 
@@ -25,7 +26,8 @@ class GhostsConfig:
 
     Attributes:
         source: teacher_forced: the text of the training rows, which is the context too; or, on the student's own replies to their questions (on-policy),
-            teacher_model: another model with the same tokenizer; privileged_self: the student before this stage, which reads the row's solution.
+            teacher_model: another model with the same tokenizer; privileged_self: the student before this stage, which reads the row's solution. Or
+            self_reply: the text of the student's own right replies to the questions, the likeliest of several, written anew from time to time.
         teacher: of teacher_model, a folder or hub id.
         choice: the live ghost's likeliest token, or one drawn from its distribution.
         privileged_prompt: of privileged_self, the question as it is put to the student that knows; holds {question}, {rationale} and {answer}.
@@ -34,9 +36,13 @@ class GhostsConfig:
         teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
         reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
         ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
+        candidates: of self_reply, replies to a question, of which the best is kept.
+        temperatures: of self_reply, those of the candidates, in turn.
+        questions: of self_reply, how many are asked at a time.
+        refresh_every: of self_reply, updates between two times.
     """
 
-    source: Literal["teacher_forced", "teacher_model", "privileged_self"] = "teacher_forced"
+    source: Literal["teacher_forced", "teacher_model", "privileged_self", "self_reply"] = "teacher_forced"
     teacher: str | None = None
     choice: Literal["argmax", "drawn"] = "argmax"
     privileged_prompt: str = PRIVILEGED_PROMPT
@@ -45,6 +51,10 @@ class GhostsConfig:
     teacher_forced_share: float = 0.0
     reuse: int = 1
     ratio_clip: float = 0.2
+    candidates: int = 4
+    temperatures: tuple[float, ...] = (0.7, 1.0)
+    questions: int = 256
+    refresh_every: int = 50
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -62,6 +72,10 @@ class GhostsConfig:
         self.require(0 <= self.teacher_forced_share < 1, "teacher_forced_share", "in [0, 1)")
         self.require(self.reuse >= 1, "reuse", "at least 1")
         self.require(0 < self.ratio_clip < 1, "ratio_clip", "in (0, 1)")
+        for name in ("candidates", "questions", "refresh_every"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        sampled = bool(self.temperatures) and all(t > 0 for t in self.temperatures)
+        self.require(sampled, "temperatures", "one or more numbers above 0")
         try:
             text = self.privileged(question="\0q", rationale="\0r", answer="\0a")
         except (KeyError, IndexError, ValueError) as error:

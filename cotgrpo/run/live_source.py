@@ -18,6 +18,7 @@ from cotgrpo.models.model_folder import open_folder
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
+from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.run.setup import Model, Setup
 from cotgrpo.run.stage_weights import StageWeights
 from cotgrpo.sampling import SamplingSettings, make_sampler
@@ -103,10 +104,40 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
     for triple in setup.train_triples:
         reads = None
         if ghosts.source == "privileged_self":
-            reads = template.prompt(ghosts.privileged(triple.question, triple.rationale, triple.answer))
-        question = Question(triple.question, triple.answer, triple, triple.source)
-        found.setdefault(triple.question, Asked(question, template.prompt(triple.question), reads))
+            told = ghosts.privileged(triple.question, triple.rationale, triple.answer)
+            reads = template.prompt(told, triple.system)
+        question = Question(triple.question, triple.answer, triple, triple.source, triple.system)
+        prompt = template.prompt(triple.question, triple.system)
+        found.setdefault(f"{triple.system}\n{triple.question}", Asked(question, prompt, reads))
     return list(found.values())
+
+
+def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> SelfReplyBatches:
+    """The batches of a stage that learns from the student's own best replies."""
+    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
+    settings = SelfReplySettings(
+        candidates=ghosts.candidates,
+        questions=ghosts.questions,
+        refresh_every=ghosts.refresh_every,
+        batch_size=config.grpo.batch_size,
+        seq_len=config.data.seq_len,
+        prompt_columns=config.data.seq_len - ghosts.max_new_tokens,
+        packing=config.data.packing,
+        prompts_at_once=config.eval.batch_size,
+    )
+    samplers = [
+        jax.jit(
+            make_sampler(
+                model.decoder,
+                SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=t, pad_id=template.pad_id),
+                model.vocab_size,
+            )
+        )
+        for t in ghosts.temperatures
+    ]
+    return SelfReplyBatches(
+        samplers, template, setup.train_triples, settings, folder / "self_replies", config.seed, weights.merged
+    )
 
 
 def live_teacher(model: Model, path: str, mesh: Any = None) -> tuple[Student, Params]:

@@ -24,7 +24,7 @@ from cotgrpo.run.checkpoint import check_params
 from cotgrpo.run.guard import Guard
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
-from cotgrpo.run.live_source import live_batches, text_batches
+from cotgrpo.run.live_source import live_batches, self_reply_batches, text_batches
 from cotgrpo.run.report import write_report
 from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
@@ -192,6 +192,8 @@ class Stage:
         """What the stage learns from; `weights` are those before its first step."""
         if self.live:
             return live_batches(self.config, self.setup, weights, self.folder)
+        if self.name == "grpo" and self.config.grpo.ghosts.source == "self_reply":
+            return self_reply_batches(self.config, self.setup, weights, self.folder)
         return text_batches(self.config, self.setup, self.settings.batch_size, self.own_rows())
 
     @property
