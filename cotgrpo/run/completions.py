@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cotgrpo.run.checkpoint import explaining_disk_errors
 from cotgrpo.run.evaluate import Reply
 from cotgrpo.run.metrics_log import append, length_up_to, open_to_append, step_of
+from cotgrpo.run.storage import explaining_disk_errors
 
 DIGITS = 5
 """Of a reward, in the file."""

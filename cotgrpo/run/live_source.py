@@ -58,10 +58,7 @@ def live_batches(
         ModelError, DataError, ConfigError: a teacher with another tokenizer, or that cannot be read; rows that leave no room for a reply.
     """
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    if jax.process_count() > 1:
-        raise ConfigError(
-            "Live ghosts run in one process so far: set grpo.ghosts.source to teacher_forced on several hosts."
-        )
+    check_one_process()
     if ghosts.source == "teacher_model":
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher), mesh)
     else:
@@ -97,6 +94,14 @@ def live_batches(
     )
 
 
+def check_one_process() -> None:
+    """Raises ConfigError in a run of several processes, where the student's replies cannot be drawn yet."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "The student's own replies are drawn in one process so far: on several hosts set grpo.ghosts.source to teacher_forced."
+        )
+
+
 def asked_in(config: Config, setup: Setup) -> list[Asked]:
     """The training rows as prompts; for `privileged_self` with the prompt that holds the solution."""
     ghosts, template = config.grpo.ghosts, setup.template
@@ -114,6 +119,7 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
 
 def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> SelfReplyBatches:
     """The batches of a stage that learns from the student's own best replies."""
+    check_one_process()
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     settings = SelfReplySettings(
         candidates=ghosts.candidates,

@@ -17,7 +17,7 @@ from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple, read_triples, write_triples
 from cotgrpo.ghosts.self_reply import Candidate, best_replies
-from cotgrpo.run.checkpoint import explaining_disk_errors
+from cotgrpo.run.storage import explaining_disk_errors
 from cotgrpo.sampling import Sampler, pad_prompts
 from cotgrpo.types import Params, SftBatch
 
