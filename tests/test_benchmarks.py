@@ -127,6 +127,56 @@ def test_run_gpu_names_the_parts_that_fail(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_ablation(run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every finished run is a line; called again, nothing is repeated, and the table is the same."""
+    ablation = importlib.import_module("ablation")
+    path = tmp_path / "rows.jsonl"
+    arms = ["nll, teacher_forced", "pair, on_policy", "nll+pair, half, 10 % corrupted"]
+    options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path), "--learning_rates", "1e-3", "2e-3"]
+    tables = []
+    for _ in range(2):
+        assert ablation.main([*options, "--seeds", "2", "--arms", *arms]) == 0
+        tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["arm"] for row in rows[:3]] == ["teacher", "before", "before"] and len(rows) == 3 + 2 * 2 * 3
+    assert tables[0] == tables[1] and len(tables[0]) == 2 + 2 + 3
+
+
+def test_an_arm_is_reported_at_its_own_best_learning_rate(run: Any) -> None:
+    ablation = importlib.import_module("ablation")
+    rows = [
+        {
+            "arm": "a",
+            "rate": rate,
+            "seed": seed,
+            "steps": 9,
+            "validation": validation,
+            "test": test,
+            "entropy": 0.1,
+            "cpu_seconds": 1.0,
+        }
+        for rate, seed, validation, test in [
+            (1.0, 0, 0.5, 0.9),
+            (1.0, 1, 0.5, 0.9),
+            (2.0, 0, 0.6, 0.3),
+            (2.0, 1, 0.6, 0.5),
+            (4.0, 0, 0.9, 0.9),
+        ]
+    ]
+    assert "| a | 9 | 2 (1: 90.0, 2: 40.0, 4: 90.0) | 2 | 40.0 +- 14.1 | 0.100 | 1 |" in ablation.table(rows)
+
+
+def test_a_corrupted_row_has_one_wrong_digit(run: Any) -> None:
+    ablation = importlib.import_module("ablation")
+    triples = ablation.ProceduralTeacher(seed=1).draw(300)
+    changed = [
+        sum(a != b for a, b in zip(f"{t.rationale}|{t.answer}", f"{c.rationale}|{c.answer}", strict=True))
+        for t, c in zip(triples, ablation.corrupt(triples, 0.1, 0), strict=True)
+    ]
+    assert set(changed) == {0, 1} and 15 < sum(changed) < 50
+
+
+@pytest.mark.slow
 def test_run_gpu_smoke(tmp_path: pathlib.Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(["bash", BENCHMARKS / "run_gpu.sh", "--smoke"], env=environment, timeout=300)
