@@ -119,11 +119,13 @@ class SelfReplyBatches:
         settings = self.settings
         count = min(settings.questions, len(self.questions))
         first = self.taken // settings.refresh_every * count
-        asked = [self.questions[int(self.order[i])] for i in range(first, first + count)]
+        # Where one round through all questions ends and the next begins, a question could come twice.
+        numbers = dict.fromkeys(int(self.order[i]) for i in range(first, first + count))
+        asked = [self.questions[number] for number in numbers]
         found = best_replies(self.template, asked, self.candidates(asked))
         if not found:
             raise DataError(
-                f"None of {settings.candidates} replies to each of {count} questions was right after {self.taken} updates: the student cannot be its own "
+                f"None of {settings.candidates} replies to each of {len(asked)} questions was right after {self.taken} updates: the student cannot be its own "
                 "ghost yet. Train it longer by SFT, or raise grpo.ghosts.candidates or grpo.ghosts.max_new_tokens."
             )
         path, temporary = self.path, self.path.with_suffix(".tmp")
