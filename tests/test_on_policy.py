@@ -197,7 +197,7 @@ def test_doubled_entropy_stops_the_run(tmp_path: Path) -> None:
     entropies = lambda *values: [{"train/entropy": value} for value in values]
     feed(tmp_path, entropies(0.3, 0.5, 0.7, 0.5, 0.7))  # one high row may be chance
     feed(tmp_path, entropies(0.3, 9.0, 9.0), None)
-    feed(tmp_path, entropies(1e-4, 9e-3, 9e-3))
+    feed(tmp_path, entropies(1e-4, 0.19, 0.19))
     with pytest.raises(TrainingStopped, match=r"entropy is 0\.650 nats at step 3, more than 2 times the 0\.300"):
         feed(tmp_path, entropies(0.3, 0.7, 0.65))
 

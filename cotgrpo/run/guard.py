@@ -8,8 +8,8 @@ from typing import Any
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.train import TrainingStopped
 
-ENTROPY_FLOOR = 0.02
-"""Nats: growth below this is no sign of anything."""
+ENTROPY_FLOOR = 0.1
+"""Nats. A student that is surer than this is not flattened by becoming half as sure: a new learning rate alone does that."""
 SAMPLED_FALL, GREEDY_SLACK = 0.1, 0.02
 """Accuracy that sampled replies may lose while greedy ones lose less than the slack."""
 

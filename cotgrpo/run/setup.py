@@ -29,7 +29,7 @@ from cotgrpo.types import Student
 
 IDENTITY = ("seed", "student", "lora", "tokenizer", "data")
 """Sections of a config that decide, with the stage's own, what a stage learns."""
-FREE = ("log_every", "eval_every")
+FREE = ("log_every", "eval_every", "max_entropy_growth")
 """Settings of a stage that do not."""
 
 

@@ -276,9 +276,10 @@ class Loop:
         return self.batches.observed() if hasattr(self.batches, "observed") else {}
 
     def write(self, number: int, values: dict[str, Any]) -> None:
-        """One row of the log."""
-        if self.log is not None:
-            self.log.write(number, values)
+        """One row of the log, on process 0, which stops the others where it stops."""
+        if self.log is None:
+            return
+        self.log.write(number, values)
         if self.watch is not None:
             self.watch({"step": number} | values)
 
