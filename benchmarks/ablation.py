@@ -113,7 +113,7 @@ SHORT = Sizes(
     kinds=("column_addition",),
     student=dataclasses.replace(QUICKSTART.student, width=96, num_layers=2, num_heads=6, num_kv_heads=3, mlp_width=256),
     rows=1_000,
-    sft_steps=1_000,
+    sft_steps=600,
     teacher_rows=20_000,
     teacher_steps=1_200,
     steps=150,
