@@ -18,11 +18,11 @@ from cotgrpo.models.model_folder import open_folder
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
+from cotgrpo.run.run_mesh import run_mesh
 from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.run.setup import Model, Setup
 from cotgrpo.run.stage_weights import StageWeights
 from cotgrpo.sampling import SamplingSettings, make_sampler
-from cotgrpo.sharding import batch_sharding
 from cotgrpo.types import Params, Student
 
 COMPLETIONS_SHOWN = 4
@@ -42,9 +42,7 @@ def text_batches(config: Config, setup: Setup, batch_size: int, only_rows: Any =
     )
 
 
-def live_batches(
-    config: Config, setup: Setup, weights: StageWeights, folder: Path, mesh: Any = None
-) -> OnPolicyBatches:
+def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> OnPolicyBatches:
     """The batches of a stage whose `grpo.ghosts.source` is live.
 
     Args:
@@ -52,15 +50,14 @@ def live_batches(
         setup: rows and student.
         weights: the student's before the stage, which `privileged_self` keeps.
         folder: of the stage, for the completions.
-        mesh: of the training, or None.
 
     Raises:
         ModelError, DataError, ConfigError: a teacher with another tokenizer, or that cannot be read; rows that leave no room for a reply.
     """
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    check_one_process()
+    check_one_device(config)
     if ghosts.source == "teacher_model":
-        teacher, teacher_params = live_teacher(model, str(ghosts.teacher), mesh)
+        teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
         teacher, teacher_params = model.student, jax.tree.map(jnp.copy, weights.merged())
     forced_rows = ghosts.forced_rows(config.grpo.batch_size)
@@ -78,9 +75,8 @@ def live_batches(
     draw = make_draw(
         make_sampler(model.decoder, sampling, model.vocab_size), teacher, drawn_ghosts=ghosts.choice == "drawn"
     )
-    on_mesh = None if mesh is None else batch_sharding(mesh)
     return OnPolicyBatches(
-        jax.jit(draw, out_shardings=on_mesh),
+        jax.jit(draw),
         teacher_params,
         model.student,
         template,
@@ -90,15 +86,15 @@ def live_batches(
         merged=weights.merged,
         forced=text_batches(config, setup, forced_rows) if forced_rows else None,
         completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
-        place=lambda tree: tree if on_mesh is None else jax.device_put(tree, on_mesh),
     )
 
 
-def check_one_process() -> None:
-    """Raises ConfigError in a run of several processes, where the student's replies cannot be drawn yet."""
-    if jax.process_count() > 1:
+def check_one_device(config: Config) -> None:
+    """Raises ConfigError in a run on several devices, where the student's replies cannot be drawn yet."""
+    if run_mesh(config) is not None:
         raise ConfigError(
-            "The student's own replies are drawn in one process so far: on several hosts set grpo.ghosts.source to teacher_forced."
+            f"The student's own replies are drawn on one device so far, and there are {jax.device_count()}: make one visible, or set "
+            "grpo.ghosts.source to teacher_forced."
         )
 
 
@@ -119,7 +115,7 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
 
 def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> SelfReplyBatches:
     """The batches of a stage that learns from the student's own best replies."""
-    check_one_process()
+    check_one_device(config)
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     settings = SelfReplySettings(
         candidates=ghosts.candidates,
@@ -146,10 +142,10 @@ def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, fold
     )
 
 
-def live_teacher(model: Model, path: str, mesh: Any = None) -> tuple[Student, Params]:
+def live_teacher(model: Model, path: str) -> tuple[Student, Params]:
     """The frozen teacher, in the student's compute type. Raises ModelError where its tokens are not the student's."""
     check_same_vocabulary(model, path)
-    teacher = load_pretrained(path, model.decoder.dtype, mesh)
+    teacher = load_pretrained(path, model.decoder.dtype)
     return make_student(teacher.config, model.vocab_size), teacher.params
 
 

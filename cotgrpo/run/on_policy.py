@@ -161,7 +161,6 @@ class OnPolicyBatches:
         merged: the student's whole parameters from those that are trained (LoRA's adapters).
         forced: an iterator of teacher-forced batches of the same width, whose rows join each batch, or None.
         completions: a log of some replies with their rewards, or None.
-        place: puts prompts where the device mesh wants them.
 
     Raises:
         DataError: no question, or a prompt that leaves no room for the reply.
@@ -180,14 +179,13 @@ class OnPolicyBatches:
         merged: Callable[[Any], Params] = lambda trained: trained,
         forced: Any = None,
         completions: CompletionsLog | None = None,
-        place: Callable[[Any], Any] = lambda tree: tree,
     ) -> None:
         import grain
 
         check_questions(questions, settings)
         self.draw, self.teacher_params, self.template = draw, teacher_params, template
         self.questions, self.settings, self.forced = list(questions), settings, forced
-        self.completions, self.place, self.merged = completions, place, merged
+        self.completions, self.merged = completions, merged
         self.read_columns = max(len(q.reads) if q.reads is not None else 0 for q in questions)
         self.order = grain.MapDataset.range(len(questions)).seed(seed).shuffle().repeat(None)
         self.key = jax.random.fold_in(jax.random.key(seed), ROLLOUTS)
@@ -219,10 +217,10 @@ class OnPolicyBatches:
         first = number // settings.reuse * settings.replies
         asked = [self.questions[int(self.order[i])] for i in range(first, first + settings.replies)]
         pad = functools.partial(pad_prompts, pad_id=self.template.pad_id)
-        prompts = self.place(pad([q.prompt for q in asked], length=settings.prompt_columns))
+        prompts = pad([q.prompt for q in asked], length=settings.prompt_columns)
         reads = [q.reads for q in asked if q.reads is not None]
-        read = self.place(pad(reads, length=self.read_columns)) if reads else None
-        forced = None if self.forced is None else self.place(next(self.forced))
+        read = pad(reads, length=self.read_columns) if reads else None
+        forced = None if self.forced is None else next(self.forced)
         key = jax.random.fold_in(self.key, number)
         batch, replies, log_probs = self.draw(self.params, self.teacher_params, prompts, read, forced, key)
         log, rewards = self.completions, None
