@@ -112,14 +112,14 @@ FULL = Sizes()
 SHORT = Sizes(
     kinds=("column_addition",),
     student=dataclasses.replace(QUICKSTART.student, width=96, num_layers=2, num_heads=6, num_kv_heads=3, mlp_width=256),
-    rows=1_000,
+    rows=500,
     sft_steps=600,
     teacher_rows=20_000,
     teacher_steps=1_200,
     steps=150,
     packed_rows=6,
     replies=16,
-    new_tokens=64,
+    new_tokens=72,
     held_out=(300, 700),
 )
 """One kind of problem and a student of 0.2 M parameters: what two slow cores can do in an hour."""

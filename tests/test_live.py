@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -23,14 +24,17 @@ PROMPTS = [np.array(p, np.int32) for p in ([5], [3, 4, 5, 6, 7], [1, 2, 3], [9, 
 LONGER = [np.array(p, np.int32) for p in ([8, 8, 5], [9, 3, 4, 5, 6, 7, 1, 2], [4, 1, 2, 3], [7, 9, 9, 2, 1, 4, 4])]
 
 
-def reading(prefixes: list[list[int]], params: Any = TEACHER_PARAMS, student: Student | None = None) -> np.ndarray:
+LOGITS = jax.jit(make_student(CONFIG).logits)
+"""Compiled once: all prefixes below are read in the same shape."""
+
+
+def reading(prefixes: list[list[int]], params: Any = TEACHER_PARAMS) -> np.ndarray:
     """The logits behind each prefix, every one read alone and unpadded on the left: `[len(prefixes), V]`."""
-    width = max(map(len, prefixes))
-    tokens, segments = np.zeros((2, len(prefixes), width), np.int32)
+    tokens, segments = np.zeros((2, 16, 16), np.int32)
     for row, prefix in enumerate(prefixes):
         tokens[row, : len(prefix)], segments[row, : len(prefix)] = prefix, 1
-    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
-    logits = (student or make_student(CONFIG)).logits(params, tokens, positions, segments)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    logits = LOGITS(params, tokens, positions, segments)
     return np.asarray(logits)[np.arange(len(prefixes)), [len(prefix) - 1 for prefix in prefixes]]
 
 
@@ -53,19 +57,17 @@ def prefixes_of(prompts: list[np.ndarray]) -> list[list[int]]:
     return [[*prompt, *reply[:t]] for prompt, reply in zip(prompts, REPLIES, strict=True) for t in range(len(reply))]
 
 
-@pytest.mark.parametrize("tile_size", [None, 3, 100])
-@pytest.mark.parametrize("reads", [None, LONGER, PROMPTS[::-1]], ids=["teacher", "privileged", "shorter"])
+@pytest.mark.parametrize(
+    ("reads", "tile_size"),
+    [(None, None), (None, 3), (LONGER, 3), (PROMPTS[::-1], 100)],
+    ids=["teacher", "teacher_tiles", "privileged_tiles", "shorter"],
+)
 def test_the_ghost_is_the_argmax_after_exactly_that_prefix(reads: Any, tile_size: int | None) -> None:
     """Ragged prompts and replies, padded here and read one by one there; what the teacher reads may be longer or shorter than the prompt."""
     read = PROMPTS if reads is None else reads
-    ghosts = live_ghosts(
-        make_student(CONFIG),
-        TEACHER_PARAMS,
-        pad_prompts(PROMPTS, length=7),
-        replies_of(REPLIES),
-        reads=None if reads is None else pad_prompts(reads),
-        tile_size=tile_size,
-    )
+    call = jax.jit(functools.partial(live_ghosts, make_student(CONFIG), tile_size=tile_size))
+    prompts, read_prompts = pad_prompts(PROMPTS, length=7), None if reads is None else pad_prompts(reads)
+    ghosts = call(TEACHER_PARAMS, prompts, replies_of(REPLIES), reads=read_prompts)
     supervised = np.asarray(ghosts.loss_mask) == 1
     assert supervised.sum(axis=1).tolist() == [len(reply) for reply in REPLIES]
     assert np.asarray(ghosts.drawn_tokens)[supervised].tolist() == [i for reply in REPLIES for i in reply]
@@ -133,8 +135,8 @@ def test_tokens_that_do_not_exist_are_never_said(key: int | None) -> None:
 
 def test_rewards_are_log_ratios_of_the_student() -> None:
     prompts, replies = pad_prompts(PROMPTS), replies_of(REPLIES)
-    ghosts = live_ghosts(make_student(CONFIG), TEACHER_PARAMS, prompts, replies)
-    rewards = np.asarray(reply_rewards(make_student(CONFIG), PARAMS, ghosts))
+    ghosts = live_ghosts(counting(40), {}, prompts, replies)
+    rewards = np.asarray(jax.jit(functools.partial(reply_rewards, make_student(CONFIG)))(PARAMS, ghosts))
     supervised = np.asarray(ghosts.loss_mask) == 1
     logits = reading(prefixes_of(PROMPTS), PARAMS)
     rows = np.arange(len(logits))
@@ -146,7 +148,7 @@ def test_rewards_are_log_ratios_of_the_student() -> None:
     assert not rewards[~supervised].any() and np.abs(want).max() > 0.1
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.7, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.0, 1.0))])
 def test_the_samplers_log_probs_are_those_of_the_trainer(temperature: float) -> None:
     """At each token of a reply: the cached, padded, token-by-token sampler against one forward pass over `with_replies`."""
     settings = SamplingSettings(NEW, eos_ids=(EOS,), temperature=temperature)
@@ -154,7 +156,8 @@ def test_the_samplers_log_probs_are_those_of_the_trainer(temperature: float) -> 
     replies = jax.jit(make_sampler(CONFIG, settings))(PARAMS, prompts, jax.random.key(5))
     batch = with_replies(prompts, replies)
     log_prob = lambda logits_V, token: jax.nn.log_softmax(logits_V)[token]
-    trainer = np.asarray(map_contexts(make_student(CONFIG), PARAMS, batch, log_prob, batch.targets))
+    logits = functools.partial(map_contexts, make_student(CONFIG), function=log_prob)
+    trainer = np.asarray(jax.jit(logits)(PARAMS, batch, columns=batch.targets))
     columns = slice(prompts.tokens.shape[1] - 1, -1)
     np.testing.assert_allclose(trainer[:, columns], replies.log_probs, atol=1e-4)
     assert (np.asarray(batch.loss_mask)[:, columns].sum(axis=1) == np.asarray(replies.lengths)).all()
