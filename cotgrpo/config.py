@@ -32,8 +32,7 @@ class StudentConfig:
     """The student: a pretrained model, or a shape that is trained from scratch.
 
     Attributes:
-        path: a folder or hub id of a pretrained model, which brings its shape and tokenizer along; null: from scratch, with the
-            shape below and the tokenizer's vocabulary.
+        path: a folder or hub id of a pretrained model, which brings its shape and tokenizer along; null: the shape below, from scratch.
         width: D, the size of the residual stream.
         num_layers: L.
         num_heads: query heads.

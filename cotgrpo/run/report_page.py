@@ -44,8 +44,8 @@ CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
 LEGENDS = {
     "train/loss": "training",
     "eval/loss": "held out",
-    "train/accuracy": "sampled, training questions",
-    "eval/accuracy": "greedy, held out",
+    "train/accuracy": "training, sampled",
+    "eval/accuracy": "held out, greedy",
     "train/ghost_prob": "ghost",
     "train/drawn_prob": "drawn",
 }
