@@ -70,9 +70,12 @@ class CheckedFinder:
 assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before tests/conftest.py: its signatures would go unchecked"
 sys.meta_path.insert(0, CheckedFinder)
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the environment is set
 
 # For meshes; what names no mesh runs on the first device, commands too. Subprocesses of a test have one, as a user's process has.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("cotgrpo", deadline=None)  # tests do not time
+hypothesis.settings.load_profile("cotgrpo")

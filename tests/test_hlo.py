@@ -124,6 +124,7 @@ def test_what_tpus_and_gpus_write() -> None:
 
 def test_groups() -> None:
     assert group_size("x, replica_groups=mesh['data'=2,'fsdp'=8,'tensor'=2] {'data','fsdp':(2)4}, y") == 8
+    assert group_size("x, replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a','b'}, y") == 2
     assert group_size("x, replica_groups=[2,4]<=[4,2]T(1,0), y") == 4
     with pytest.raises(ValueError, match="The devices of this collective cannot be read: x"):
         group_size("x")

@@ -261,7 +261,9 @@ def test_a_finished_run_says_so_and_leaves_no_threads(tmp_path: Path, baseline: 
     text = io.StringIO()
     assert_same_run(tmp_path, run(tmp_path, console=Console(file=text)), baseline)
     assert "all 60 steps are done already" in text.getvalue()
-    assert set(threading.enumerate()) <= before
+    # Orbax's event loop keeps the idle workers in which it makes folders and reads metadata.
+    left = {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+    assert left <= before
 
 
 def poisoned(bad: Any, mask_value: float = float("nan")) -> Batches:
@@ -349,20 +351,27 @@ def test_a_grpo_run_emits_every_promised_metric(tmp_path: Path) -> None:
 
 
 def test_step_time_counts_every_step_and_no_pause(tmp_path: Path) -> None:
-    """Steps of 20 ms, with pauses of 300 ms for evaluation inside the windows of the log."""
+    """Steps of 20 ms or more, with pauses of 300 ms for evaluation inside the windows of the log."""
+    batches_at, evaluated_at = [], []
 
     def slowly(number: int, batch: Any) -> Any:
+        batches_at.append(time.perf_counter())
         time.sleep(0.02)
         return batch
 
     def evaluate(params: Any) -> dict[str, float]:
+        evaluated_at.append(time.perf_counter())
         time.sleep(0.3)
         return {"loss": 0.0}
 
     settings = LoopSettings("grpo", total_steps=24, log_every=8, eval_every=5, checkpoint_every=7)
     run(tmp_path, Batches(slowly), settings, evaluate=evaluate)
     times = [row["train/step_time"] for row in read_metrics(tmp_path) if "train/step_time" in row]
-    assert len(times) == 3 and all(0.019 < seconds < 0.06 for seconds in times), times
+    # The second batch is made while the first step runs, and the last evaluation follows the last step.
+    wall = evaluated_at[-1] - batches_at[1]
+    pauses = 0.3 * (len(evaluated_at) - 1)
+    assert len(times) == 3 and len(evaluated_at) == 5
+    assert 24 * 0.019 < 8 * sum(times) < wall - pauses / 2, (times, wall)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def group_size(line: str) -> int:
     """How many devices work together, from any of the ways in which XLA writes groups."""
     if pairs := re.search(r"source_target_pairs=\{([{}\d,]*)\}", line):
         return pairs[1].count("{")
-    if named := re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+    if named := re.search(r"replica_groups=\w*mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         # An axis may take part with a factor of its size alone: 'fsdp':(1)2.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
