@@ -313,6 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {'; '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates of an arm")
+    parser.add_argument(
+        "--rows", type=int, help="the student's training problems, instead of the size's; has a work folder of its own"
+    )
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3, 1e-3, 5e-4])
     parser.add_argument(
         "--work", type=Path, default=Path("runs/ablation"), help="keeps the teacher and the SFT students"
@@ -321,6 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     name = "short" if options.quick else options.size
     sizes, work = SIZES[name], options.work / name
+    if options.rows:
+        sizes, work = dataclasses.replace(sizes, rows=options.rows), options.work / f"{name}_{options.rows}"
     arms = options.arms or (MAIN if options.quick else ARMS)
     seeds = 1 if options.quick else options.seeds
     steps = options.steps or sizes.steps
