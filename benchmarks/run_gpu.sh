@@ -2,7 +2,7 @@
 # Everything this project wants to know from one GPU, in under nine minutes, with jax, flax, optax and numpy alone.
 #
 #     benchmarks/run_gpu.sh            results in $OUT (default: benchmarks/results/gpu)
-#     benchmarks/run_gpu.sh --smoke    the same parts at tiny shapes, on whatever device there is, in under two minutes
+#     benchmarks/run_gpu.sh --smoke    the same parts at tiny shapes, on whatever device there is, in a minute or two
 #
 # A part that fails or runs out of its time does not stop the others. The exit code is the number of such parts, and run.log
 # and the last lines printed say which. PYTHON names the interpreter (default: python3).
@@ -35,10 +35,10 @@ part() {
 }
 
 if [ "${1:-}" = --smoke ]; then
-    part numerics 80 gpu_numerics.py --smoke --objectives pair_drawn
-    part step_time_tiny 30 step_time.py --shape tiny --batch 2 --seq 64 --repeats 3
-    part compile_time 40 compile_time.py --layers 1 2 --batch 1 --seq 16 --repeats 1
-    part engine_memory 30 engine_memory.py --vocab 4096 --tokens 1024 --width 64 --objectives pair
+    part numerics 240 gpu_numerics.py --smoke --objectives pair_drawn
+    part step_time_tiny 120 step_time.py --shape tiny --batch 2 --seq 64 --repeats 3
+    part compile_time 120 compile_time.py --layers 1 2 --batch 1 --seq 16 --repeats 1
+    part engine_memory 120 engine_memory.py --vocab 4096 --tokens 1024 --width 64 --objectives pair
 elif [ $# -gt 0 ]; then
     echo "run_gpu.sh takes --smoke or nothing, got: $*" >&2
     exit 2
