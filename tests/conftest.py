@@ -72,6 +72,7 @@ sys.meta_path.insert(0, CheckedFinder)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the environment is set
+import pytest  # noqa: E402
 
 # For meshes; what names no mesh runs on the first device, commands too. Subprocesses of a test have one, as a user's process has.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -79,3 +80,9 @@ jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("cotgrpo", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("cotgrpo")
+
+
+@pytest.fixture
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set to nothing, the variable turns the compilation cache off."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import pytest
-from test_cli import SETTINGS, no_shared_cache, options, read
+from test_cli import SETTINGS, options, read
 
 from cotgrpo.cli import main
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 
-__all__ = ["no_shared_cache"]
+pytestmark = pytest.mark.usefixtures("no_shared_cache")
 
 
 @pytest.fixture(scope="module")

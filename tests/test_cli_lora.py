@@ -20,7 +20,7 @@ from cotgrpo.run.checkpoint import CheckpointError
 from cotgrpo.run.setup import model_of
 from cotgrpo.run.stage_weights import restore_weights
 
-no_shared_cache = test_cli_pretrained.no_shared_cache
+pytestmark = pytest.mark.usefixtures("no_shared_cache")
 LORA = ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "[query, value, down]", "--data.format", "chat"]
 
 

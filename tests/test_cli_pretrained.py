@@ -40,10 +40,7 @@ checkpoint: {every: 2}
 """
 
 
-@pytest.fixture(autouse=True)
-def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set to nothing, the variable turns the compilation cache off."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+pytestmark = pytest.mark.usefixtures("no_shared_cache")
 
 
 def write_model(folder: Path, texts: list[str]) -> Path:

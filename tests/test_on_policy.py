@@ -44,10 +44,7 @@ SHAPE = DecoderConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set to nothing, the variable turns the compilation cache off."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+pytestmark = pytest.mark.usefixtures("no_shared_cache")
 
 
 @pytest.fixture(scope="module")

@@ -95,12 +95,6 @@ def from_first(make: Callable[[], T]) -> T:
     return json.loads(np.asarray(whole, np.uint8).tobytes())
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def fetch(tree: Any) -> Any:
     """The arrays of a tree as NumPy arrays on every process, however they are spread over devices."""
     if jax.process_count() == 1:
