@@ -39,20 +39,34 @@ def encode_fitting(
     if too_long not in ("error", "drop"):
         raise ValueError(f'too_long must be "error" or "drop", got {too_long!r}.')
     report = DropReport(read=len(triples))
-    examples = []
-    for triple in triples:
-        example = template.encode(triple)
-        needed = len(example.tokens) - 1
-        if needed <= seq_len:
-            examples.append(example)
-        elif too_long == "drop":
-            report.drop("too long", f"{triple.source}: {needed} positions")
-        else:
-            raise DataError(
-                f"{triple.source}: needs {needed} positions, but the window (seq_len) has {seq_len}. "
-                'Raise seq_len, or set too_long to "drop".'
-            )
-    return examples, report
+    examples = (template.encode(triple) for triple in triples)
+    return [e for e in examples if fits(e.source, len(e.tokens) - 1, seq_len, too_long, report)], report
+
+
+def fits(
+    source: str, needed: int, seq_len: int, too_long: Literal["error", "drop"], report: DropReport, part: str = ""
+) -> bool:
+    """Whether what needs so many positions fits into the window; where not, it is counted in the report, or an error.
+
+    Args:
+        source: of the row, as "file:line".
+        needed, seq_len: positions needed, and there.
+        too_long: "error" or "drop".
+        report: counts what is left out.
+        part: of the row, where it is not the whole document: "prompt".
+
+    Raises:
+        DataError: it does not fit, and `too_long` is "error".
+    """
+    if needed <= seq_len:
+        return True
+    if too_long == "error":
+        raise DataError(
+            f"{source}: {f'the {part} ' if part else ''}needs {needed} positions, but the window (seq_len) has {seq_len}. "
+            'Raise seq_len, or set too_long to "drop".'
+        )
+    report.drop("too long", f"{source}: {f'a {part} of ' if part else ''}{needed} positions")
+    return False
 
 
 def make_batches(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cotgrpo.data.batches import encode_fitting
+from cotgrpo.data.batches import encode_fitting, fits
 from cotgrpo.data.sources import DataError, names_of, rows_of
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import (
@@ -122,18 +122,8 @@ def make_held_out(
         DataError: a prompt or a reply that does not fit, or no prompt that does.
     """
     asked = DropReport(read=len(questions))
-    fitting = []
-    for question in questions:
-        needed = len(template.prompt(question.question, question.system))
-        if needed <= seq_len:
-            fitting.append(question)
-        elif too_long == "drop":
-            asked.drop("too long", f"{question.source}: a prompt of {needed} positions")
-        else:
-            raise DataError(
-                f"{question.source}: the prompt needs {needed} positions, but the window (seq_len) has {seq_len}. "
-                'Raise seq_len, or set too_long to "drop".'
-            )
+    positions = lambda question: len(template.prompt(question.question, question.system))
+    fitting = [q for q in questions if fits(q.source, positions(q), seq_len, too_long, asked, "prompt")]
     if not fitting:
         raise DataError(f"No held-out question fits into {seq_len} positions. {asked}")
     references = [question.reference for question in fitting if question.reference is not None]
