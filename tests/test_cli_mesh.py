@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 
 from cotgrpo.cli import main
 from cotgrpo.config import Config, ConfigError
+from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
+from cotgrpo.models import save_pretrained
+from cotgrpo.models.decoder import DecoderConfig, init_params
+from cotgrpo.run.completions import read_completions
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.run_mesh import run_mesh
 from cotgrpo.run.train import TIME_KEYS
@@ -78,6 +83,40 @@ def test_eight_devices_are_one(options: list[str], tmp_path: Path, capsys: pytes
             json.loads((one / "grpo" / "after.json").read_text())["loss"], rel=1e-4
         )
     capsys.readouterr()
+
+
+def test_on_policy_on_eight_devices(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replies of the student with a live teacher of another shape, used twice, beside rows of text: what is logged, each reply, and what was learned."""
+    many, one, teacher = tmp_path / "many", tmp_path / "one", tmp_path / "teacher"
+    with jax.default_device(jax.devices()[0]):
+        assert main(["sft", *options, "--run_dir", str(one), "--sft.steps", "1"]) == 0
+    tokenizer = load_tokenizer(one / "sft" / "tokenizer")
+    shape = DecoderConfig(
+        vocab_size=304, width=48, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_width=32, init_scale=0.2
+    )
+    save_pretrained(teacher, shape, init_params(shape, jax.random.key(5)), tokenizer=tokenizer)
+    live = ["--grpo.ghosts.source", "teacher_model", "--grpo.ghosts.teacher", str(teacher), "--grpo.steps", "3"]
+    live += ["--grpo.ghosts.reuse", "2", "--grpo.ghosts.teacher_forced_share", "0.25", "--grpo.ghosts.max_new_tokens", "8"]
+    live += ["--grpo.init_from", str(one / "sft"), *options]
+    assert main(["grpo", "--run_dir", str(many), *MESH, *live]) == 0
+    with jax.default_device(jax.devices()[0]):
+        assert main(["grpo", "--run_dir", str(one), *live]) == 0
+    here, there = numbers(many / "grpo"), numbers(one / "grpo")
+    assert len(here) == len(there) >= 3
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for ours, theirs in zip(*(read_completions(run / "grpo", 100) for run in (many, one)), strict=True):
+        assert ours.pop("rewards") == pytest.approx(theirs.pop("rewards"), abs=1e-4)
+        assert ours == theirs
+    ours, theirs = (json.loads((run / "grpo" / "after.json").read_text())["replies"] for run in (many, one))
+    assert ours == theirs
+    capsys.readouterr()
+    shape, other = dataclasses.replace(shape, mlp_width=33), tmp_path / "other"
+    save_pretrained(other, shape, init_params(shape, jax.random.key(5)), tokenizer=tokenizer)
+    live += ["--grpo.ghosts.teacher", str(other), "--run_dir", str(tmp_path / "third")]
+    assert main(["grpo", *MESH, *live]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "mesh and the live teacher do not go together. The mesh axis tensor=2 does not divide" in said
 
 
 @pytest.mark.parametrize(

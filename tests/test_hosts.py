@@ -282,6 +282,41 @@ def test_a_signal_to_the_quick_start(tmp_path: Path, count: int) -> None:
     assert f"Stopped by a signal after step {kept.name}, and saved" in run.output(0)
 
 
+ON_POLICY = """
+student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, mlp_width: 64, init_scale: 0.2}
+tokenizer: {vocab_size: 300}
+data: {seq_len: 128, test_rows: 8}
+sft: {steps: 1, batch_size: 4}
+grpo: {steps: 3, batch_size: 4, log_every: 1, ghosts: {source: privileged_self, max_new_tokens: 8, reuse: 2}}
+eval: {rows: 8, batch_size: 8, max_new_tokens: 8}
+mesh: {fsdp: 2}
+"""
+
+
+@pytest.mark.slow
+def test_on_policy_over_two_processes(tmp_path: Path) -> None:
+    """Each process's devices write the replies to their share of the questions; the log, and the text of the replies, are those of one process."""
+    from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
+    from cotgrpo.run.completions import read_completions
+
+    write_triples(tmp_path / "rows.jsonl", ProceduralTeacher(seed=1).draw(60))
+    (tmp_path / "c.yaml").write_text(ON_POLICY, encoding="utf-8")
+    for count in (1, 2):
+        for command in ("sft", "grpo"):
+            folder = tmp_path / f"run{count}"
+            options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
+            program = [sys.executable, "-m", "cotgrpo.cli", command, *options, "--run_dir", str(folder)]
+            run = Run(folder, count, command=program)
+            assert run.wait() == [0] * count, run.output(0)
+    one, two = (tmp_path / f"run{count}" / "grpo" for count in (1, 2))
+    got, want = rows_of(two), rows_of(one)
+    assert len(got) == len(want) >= 3
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    replies = [[row["text"] for row in read_completions(folder, 100)] for folder in (one, two)]
+    assert replies[0] == replies[1] and len(replies[0]) == 8
+
+
 @pytest.mark.slow
 def test_the_error_of_one_process_is_told_to_all(tmp_path: Path) -> None:
     """Process 1 cannot read its rows, and process 0 would wait for it in the first step."""

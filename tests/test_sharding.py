@@ -15,10 +15,12 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import cotgrpo
+from cotgrpo.ghosts.live import reply_rewards, reweighted
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 from cotgrpo.objectives import Nll, Pair, ReferenceKl
 from cotgrpo.run.hlo import collectives
+from cotgrpo.run.on_policy import make_draw
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.sharding import check_batch, check_mesh, jit_reader, mesh_shape, state_sharding
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
@@ -178,6 +180,39 @@ def test_generation_and_evaluation(mesh: str) -> None:
     one, many = (jit_reader(evaluate, mesh)(params, batch) for mesh in (None, where))
     for name, metric in one.items():
         assert many[name].mean() == pytest.approx(metric.mean(), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data", MIXED, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp", "tensor", "context"))]
+)
+def test_rollouts(mesh: str) -> None:
+    """Replies, their ghosts by a teacher of another shape that reads longer prompts, drawn from its distribution, and the weights of a later use."""
+    student, teacher = make_student(TIED, 60), make_student(PLAIN, 60)
+    models = init_params(TIED, jax.random.key(1)), init_params(PLAIN, jax.random.key(2))
+    rng = np.random.default_rng(0)
+    prompts, reads = (
+        pad_prompts([rng.integers(0, 60, n).astype(np.int32) for n in lengths], length=12)
+        for lengths in ((3, 8, 5, 1, 7, 7, 2, 6), (5, 9, 6, 4, 8, 8, 3, 7))
+    )
+    sample = make_sampler(TIED, SamplingSettings(12, eos_ids=tuple(range(8)), temperature=0.7), 60)
+    draw = make_draw(sample, teacher, drawn_ghosts=True)
+    own = np.ones((8, 1), bool)
+    again = lambda params, held: reweighted(student, params, *held, own, 0.2)
+
+    def rolled(mesh: Any = None) -> Any:
+        batch, replies, log_probs = jit_reader(draw, mesh)(models, (prompts, reads, None), jax.random.key(0))
+        later = jax.tree.map(lambda x: 1.1 * x, models[0])
+        weights = jit_reader(again, mesh)(later, (batch, log_probs)).loss_mask
+        rewards = jit_reader(functools.partial(reply_rewards, student), mesh)(models[0], batch)
+        return jax.device_get((batch, replies.tokens, (log_probs, weights, rewards)))
+
+    where = cotgrpo.make_mesh(**MESHES[mesh])
+    (batch, tokens, floats), (their_batch, their_tokens, theirs) = rolled(where), rolled()
+    np.testing.assert_array_equal(tokens, their_tokens)
+    jax.tree.map(np.testing.assert_array_equal, batch, their_batch)
+    for ours, one in zip(floats, theirs, strict=True):
+        np.testing.assert_allclose(ours, one, atol=1e-5)
+    assert len(set(floats[1][batch.loss_mask != 0].round(3).tolist())) > 5
 
 
 WIDE = DecoderConfig(

@@ -13,6 +13,7 @@ A reply that ends too early or goes on too long is corrected in the same way: th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.sampling import Prompts, Replies
+from cotgrpo.sharding import axis_names, place, spec_of
 from cotgrpo.token_engine import HeadSpec, default_tile_size, draw
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
@@ -150,7 +152,7 @@ def map_contexts(
     """`function(logits_V, columns[b, t])` at every supervised context, `[B, T]`; 0 elsewhere.
 
     As in the token engine, supervised contexts come first and the loop over tiles ends behind them: the head costs what the replies cost, and no
-    `[B, T, V]` array exists.
+    `[B, T, V]` array exists. On a mesh every shard of the batch walks over its own.
 
     Args:
         student: any model.
@@ -160,17 +162,41 @@ def map_contexts(
         columns: a pytree of `[B, T]` arrays, or None.
         tile_size: rows of logits at a time; None chooses.
     """
-    flat = lambda x: jnp.reshape(jnp.asarray(x), (batch.tokens.size, *x.shape[2:]))
-    hidden_ND = flat(student.hidden(params, batch.tokens, batch.positions, batch.segment_ids))
-    head_DV = None if student.head is None else student.head(params)
-    spec = HeadSpec(student.softcap, student.vocab_size)
+    hidden_BTD = student.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
+    head_DV = None if student.head is None else place(student.head(params), "DV")
+    live_BT, columns = jax.tree.map(jnp.asarray, (batch.loss_mask, columns))
+    walk = functools.partial(map_live, HeadSpec(student.softcap, student.vocab_size), function, tile_size)
+    rows = spec_of("BT", batch.tokens.shape)
+    shards, whole = axis_names(rows), jax.sharding.PartitionSpec()
+    if not shards:
+        return walk(shards, hidden_BTD, head_DV, live_BT != 0, columns)
+    return jax.shard_map(
+        functools.partial(walk, shards),
+        in_specs=(rows, whole, rows, rows),
+        out_specs=rows,
+        axis_names=set(shards),
+        check_vma=False,
+    )(hidden_BTD, head_DV, live_BT != 0, columns)
+
+
+def map_live(
+    spec: HeadSpec,
+    function: Callable[[Any, Any], Any],
+    tile_size: int | None,
+    shards: tuple[str, ...],
+    hidden_BTD: Any,
+    head_DV: Any,
+    live_BT: Any,
+    columns: Any,
+) -> Any:
+    """`map_contexts` on the contexts of one of the shards over some mesh axes, those of `live_BT`."""
+    flat = lambda x: jnp.reshape(x, (live_BT.size, *x.shape[2:]))
+    hidden_ND, live_N, columns_N = jax.tree.map(flat, (hidden_BTD, live_BT, columns))
     num_tokens, width = hidden_ND.shape
     tile = min(tile_size or default_tile_size(num_tokens, width if head_DV is None else head_DV.shape[1]), num_tokens)
     num_tiles = -(-num_tokens // tile)
-    live_N = flat(batch.loss_mask) != 0
     order_N = jnp.argsort(~live_N, stable=True)
     order = jnp.pad(order_N, (0, num_tiles * tile - num_tokens))
-    columns_N = jax.tree.map(flat, columns)
 
     def of_tile(picked_T: Any) -> Any:
         logits_TV = spec.logits(hidden_ND[picked_T], head_DV)
@@ -182,6 +208,9 @@ def map_contexts(
 
     like = jax.eval_shape(of_tile, order[:tile])
     values = jnp.zeros((num_tiles * tile,), like.dtype)
-    values = jax.lax.fori_loop(0, (jnp.sum(live_N) + tile - 1) // tile, one_tile, values)
-    values_N = jnp.where(live_N, values[jnp.argsort(order_N)], 0)
-    return values_N.reshape(batch.tokens.shape)
+    live_tiles = (jnp.sum(live_N) + tile - 1) // tile
+    if shards:
+        # A loop with collectives in it, those of the tensor axis, has to be as long on every device.
+        live_tiles = jax.lax.pmax(live_tiles, shards)
+    values = jax.lax.fori_loop(0, live_tiles, one_tile, values)
+    return jnp.where(live_N, values[jnp.argsort(order_N)], 0).reshape(live_BT.shape)

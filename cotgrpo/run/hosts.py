@@ -118,8 +118,14 @@ def process_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> np.nd
 
 
 def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
-    """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays."""
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+    """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays; arrays that are global already are moved."""
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
 
 
 def put_on_mesh(tree: Any, shardings: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.config import Config, ConfigError
+from cotgrpo.config import Config
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.questions import Question
 from cotgrpo.data.tokenizer import load_tokenizer
@@ -18,11 +18,12 @@ from cotgrpo.models.model_folder import open_folder
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
-from cotgrpo.run.run_mesh import run_mesh
+from cotgrpo.run.run_mesh import check_model
 from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.run.setup import Model, Setup
 from cotgrpo.run.stage_weights import StageWeights
 from cotgrpo.sampling import SamplingSettings, make_sampler
+from cotgrpo.sharding import jit_reader
 from cotgrpo.types import Params, Student
 
 COMPLETIONS_SHOWN = 4
@@ -55,7 +56,6 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         ModelError, DataError, ConfigError: a teacher with another tokenizer, or that cannot be read; rows that leave no room for a reply.
     """
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    check_one_device(config)
     if ghosts.source == "teacher_model":
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
@@ -76,7 +76,7 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         make_sampler(model.decoder, sampling, model.vocab_size), teacher, drawn_ghosts=ghosts.choice == "drawn"
     )
     return OnPolicyBatches(
-        jax.jit(draw),
+        jit_reader(draw, model.mesh),
         teacher_params,
         model.student,
         template,
@@ -86,16 +86,8 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         merged=weights.merged,
         forced=text_batches(config, setup, forced_rows) if forced_rows else None,
         completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
+        mesh=model.mesh,
     )
-
-
-def check_one_device(config: Config) -> None:
-    """Raises ConfigError in a run on several devices, where the student's replies cannot be drawn yet."""
-    if run_mesh(config) is not None:
-        raise ConfigError(
-            f"The student's own replies are drawn on one device so far, and there are {jax.device_count()}: make one visible, or set "
-            "grpo.ghosts.source to teacher_forced."
-        )
 
 
 def asked_in(config: Config, setup: Setup) -> list[Asked]:
@@ -115,7 +107,6 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
 
 def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> SelfReplyBatches:
     """The batches of a stage that learns from the student's own best replies."""
-    check_one_device(config)
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     settings = SelfReplySettings(
         candidates=ghosts.candidates,
@@ -128,12 +119,13 @@ def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, fold
         prompts_at_once=config.eval.batch_size,
     )
     samplers = [
-        jax.jit(
+        jit_reader(
             make_sampler(
                 model.decoder,
                 SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=t, pad_id=template.pad_id),
                 model.vocab_size,
-            )
+            ),
+            model.mesh,
         )
         for t in ghosts.temperatures
     ]
@@ -143,9 +135,10 @@ def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, fold
 
 
 def live_teacher(model: Model, path: str) -> tuple[Student, Params]:
-    """The frozen teacher, in the student's compute type. Raises ModelError where its tokens are not the student's."""
+    """The frozen teacher, in the student's compute type and on its mesh. Raises ModelError where its tokens are not the student's."""
     check_same_vocabulary(model, path)
-    teacher = load_pretrained(path, model.decoder.dtype)
+    check_model(model.config, open_folder(path).config, "the live teacher")
+    teacher = load_pretrained(path, model.decoder.dtype, mesh=model.mesh)
     return make_student(teacher.config, model.vocab_size), teacher.params
 
 

@@ -24,7 +24,9 @@ from cotgrpo.data.template import AnyTemplate
 from cotgrpo.ghosts.live import live_ghosts, reply_rewards, reweighted
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.evaluate import judge
+from cotgrpo.run.hosts import is_first
 from cotgrpo.sampling import Prompts, Replies, Sampler, pad_prompts
+from cotgrpo.sharding import jit_reader
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student
 
 ROLLOUTS = 0x726F6C6C
@@ -106,7 +108,9 @@ class Held:
 
 
 def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) -> Callable[..., Any]:
-    """`draw(params, teacher_params, prompts, reads, forced, key) -> (batch, replies, log_probs)`: replies with their ghosts, as one pure function.
+    """`draw((params, teacher_params), (prompts, reads, forced), key) -> (batch, replies, log_probs)`: replies with their ghosts, as one pure function.
+
+    Parameters come first and rows second, as `cotgrpo.sharding.jit_reader` spreads them over a mesh.
 
     Args:
         sample: the student's sampler.
@@ -120,13 +124,9 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) 
     """
 
     def draw(
-        params: Params,
-        teacher_params: Params,
-        prompts: Prompts,
-        reads: Prompts | None,
-        forced: SftBatch | None,
-        key: Any,
+        models: tuple[Params, Params], rows: tuple[Prompts, Prompts | None, SftBatch | None], key: Any
     ) -> tuple[GhostBatch, Replies, Any]:
+        (params, teacher_params), (prompts, reads, forced) = models, rows
         for_sampling, for_ghosts = jax.random.split(key)
         replies = sample(params, prompts, for_sampling)
         ghosts = live_ghosts(
@@ -135,9 +135,9 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) 
         columns = ((0, 0), (prompts.tokens.shape[1] - 1, 1))
         log_probs = jnp.pad(replies.log_probs, columns)
         if forced is not None:
-            rows = GhostBatch.teacher_forced(forced)
-            join = lambda own, text: jnp.concatenate([own, jnp.asarray(text, own.dtype)])
-            ghosts = jax.tree.map(join, ghosts.replace(drawn_tokens=None), rows)
+            text = GhostBatch.teacher_forced(forced)
+            join = lambda own, more: jnp.concatenate([own, jnp.asarray(more, own.dtype)])
+            ghosts = jax.tree.map(join, ghosts.replace(drawn_tokens=None), text)
             log_probs = jnp.pad(log_probs, ((0, forced.tokens.shape[0]), (0, 0)))
         return ghosts, replies, log_probs
 
@@ -148,10 +148,11 @@ class OnPolicyBatches:
     """An endless iterator of on-policy batches, with the state of a data iterator.
 
     Batch n is a function of the run's seed, n, and the parameters that `follow` told before it, so a run that is resumed at any step goes on with the same
-    batches. Only while replies are used again are they part of the state.
+    batches. Only while replies are used again are they part of the state. On a mesh every device writes the replies to its share of a batch's questions, and
+    the batch is whole on each; of several processes each makes the same batches, and the first writes the log.
 
     Args:
-        draw: from `make_draw`, jitted.
+        draw: from `make_draw`, compiled by `jit_reader` for the mesh.
         teacher_params: the live ghost's parameters.
         student: the student, for the weights of replies that are used again, and for the rewards that are logged.
         template: takes replies apart.
@@ -161,6 +162,7 @@ class OnPolicyBatches:
         merged: the student's whole parameters from those that are trained (LoRA's adapters).
         forced: an iterator of teacher-forced batches of the same width, whose rows join each batch, or None.
         completions: a log of some replies with their rewards, or None.
+        mesh: where the parameters lie and the batches are made; None: JAX's default device.
 
     Raises:
         DataError: no question, or a prompt that leaves no room for the reply.
@@ -179,6 +181,7 @@ class OnPolicyBatches:
         merged: Callable[[Any], Params] = lambda trained: trained,
         forced: Any = None,
         completions: CompletionsLog | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         import grain
 
@@ -189,10 +192,10 @@ class OnPolicyBatches:
         self.read_columns = max(len(q.reads) if q.reads is not None else 0 for q in questions)
         self.order = grain.MapDataset.range(len(questions)).seed(seed).shuffle().repeat(None)
         self.key = jax.random.fold_in(jax.random.key(seed), ROLLOUTS)
-        self.rewards = jax.jit(functools.partial(reply_rewards, student))
-        own_B1 = jnp.arange(settings.replies + settings.forced_rows)[:, None] < settings.replies
-        self.reweighted = jax.jit(
-            lambda params, batch, log_probs: reweighted(student, params, batch, log_probs, own_B1, settings.ratio_clip)
+        self.rewards = jit_reader(functools.partial(reply_rewards, student), mesh)
+        own_B1 = np.arange(settings.replies + settings.forced_rows)[:, None] < settings.replies
+        self.reweighted = jit_reader(
+            lambda params, held: reweighted(student, params, *held, own_B1, settings.ratio_clip), mesh
         )
         self.taken = 0
         self.params: Params = None
@@ -207,7 +210,7 @@ class OnPolicyBatches:
         self.taken += 1
         if uses:
             assert self.held is not None
-            return self.reweighted(self.params, self.held.batch, self.held.log_probs)
+            return self.reweighted(self.params, (self.held.batch, self.held.log_probs))
         self.held = self.roll_out(self.taken - 1)
         return self.held.batch
 
@@ -222,7 +225,7 @@ class OnPolicyBatches:
         read = pad(reads, length=self.read_columns) if reads else None
         forced = None if self.forced is None else next(self.forced)
         key = jax.random.fold_in(self.key, number)
-        batch, replies, log_probs = self.draw(self.params, self.teacher_params, prompts, read, forced, key)
+        batch, replies, log_probs = self.draw((self.params, self.teacher_params), (prompts, read, forced), key)
         log, rewards = self.completions, None
         if log is not None and log.due(number + 1):
             shown = jax.tree.map(lambda x: x[: log.rows], batch.replace(drawn_tokens=None))
@@ -243,7 +246,7 @@ class OnPolicyBatches:
             judge(self.template, q.question, i, bool(end))
             for q, i, end in zip(asked, ids, written.finished, strict=True)
         ]
-        if self.completions is not None and rewards is not None:
+        if self.completions is not None and rewards is not None and is_first():
             ghosts, values = (part[:, self.settings.prompt_columns - 1 : -1] for part in rewards)
             self.completions.write(self.taken, self.template.tokenizer, replies, ids, ghosts, values)
         tokens = sum(map(len, ids))

@@ -38,14 +38,14 @@ def check_stage_batch(config: Config, stage: str) -> None:
             raise ConfigError(f"{stage}.batch_size, data.seq_len and mesh do not go together. {error}") from error
 
 
-def check_model(config: Config, decoder: DecoderConfig) -> None:
-    """Raises ConfigError where the mesh splits a dimension of the model that it does not divide."""
+def check_model(config: Config, decoder: DecoderConfig, name: str = "student") -> None:
+    """Raises ConfigError where the mesh splits a dimension of the model that it does not divide; `name` is what the model is called."""
     mesh = run_mesh(config)
     if mesh is not None:
         try:
             check_mesh(mesh.shape, dataclasses.asdict(decoder))
         except ValueError as error:
-            raise ConfigError(f"mesh and student do not go together. {error}") from error
+            raise ConfigError(f"mesh and {name} do not go together. {error}") from error
 
 
 def laid_out(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

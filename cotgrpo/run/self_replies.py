@@ -17,6 +17,7 @@ from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple, read_triples, write_triples
 from cotgrpo.ghosts.self_reply import Candidate, best_replies
+from cotgrpo.run.hosts import fetch, from_first
 from cotgrpo.run.storage import explaining_disk_errors
 from cotgrpo.sampling import Sampler, pad_prompts
 from cotgrpo.types import Params, SftBatch
@@ -51,10 +52,11 @@ class SelfReplySettings:
 class SelfReplyBatches:
     """An endless iterator of packed batches of the student's own replies; every so many batches they are written anew with the parameters that `follow` told.
 
-    The replies of a time are kept in `folder/<updates before it>.jsonl`, so a resumed run reads those it had.
+    The replies of a time are kept in `folder/<updates before it>.jsonl`, so a resumed run reads those it had. Of several processes the first judges and
+    writes them, and all read the file.
 
     Args:
-        samplers: the candidates' samplers, used in turn.
+        samplers: the candidates' samplers, used in turn, compiled by `jit_reader` for the mesh.
         template: renders questions, takes replies apart, and renders those that are kept.
         triples: the training rows; a question counts once.
         settings: sizes.
@@ -122,7 +124,12 @@ class SelfReplyBatches:
         # Where one round through all questions ends and the next begins, a question could come twice.
         numbers = dict.fromkeys(int(self.order[i]) for i in range(first, first + count))
         asked = [self.questions[number] for number in numbers]
-        found = best_replies(self.template, asked, self.candidates(asked))
+        replies = self.candidates(asked)
+        from_first(lambda: self.keep_best(asked, replies))
+
+    def keep_best(self, asked: Sequence[Triple], replies: list[list[Candidate]]) -> None:
+        """Writes the file."""
+        settings, found = self.settings, best_replies(self.template, asked, replies)
         if not found:
             raise DataError(
                 f"None of {settings.candidates} replies to each of {len(asked)} questions was right after {self.taken} updates: the student cannot be its own "
@@ -153,7 +160,7 @@ class SelfReplyBatches:
         for start in range(0, len(prompts), size):
             part = list(prompts[start : start + size])
             filled = part + part[:1] * (size - len(part))
-            written = jax.device_get(sample(self.params, pad(filled), jax.random.fold_in(key, start)))
+            written = fetch(sample(self.params, pad(filled), jax.random.fold_in(key, start)))
             for row in range(len(part)):
                 length = int(written.lengths[row])
                 mean = float(written.log_probs[row, :length].mean())

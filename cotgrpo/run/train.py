@@ -149,8 +149,8 @@ def train(
             was written on another. Several processes need one.
         state: the state before the first step. It is donated: use what is returned.
         batches: an endless iterator with `get_state()` and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read. One whose
-            batches depend on the parameters has `follow(params)` too, called before each batch is taken; one may have `observed()`, the metrics that the host
-            finds in the batch of the step just begun.
+            batches depend on the parameters has `follow(params)` too, called before each batch is taken; its batches may be arrays on the devices, whole on each.
+            One may have `observed()`, the metrics that the host finds in the batch of the step just begun.
         folder: the run folder.
         settings: how the loop runs.
         extra: further arguments of the step (a reference's parameters).
@@ -263,7 +263,8 @@ class Loop:
 
     def on_devices(self, batch: Any) -> Any:
         """The batch as the step takes it."""
-        return batch if jax.process_count() == 1 else global_arrays(batch_sharding(self.step.mesh), batch)
+        mesh = getattr(self.step, "mesh", None)
+        return batch if mesh is None else global_arrays(batch_sharding(mesh), batch)
 
     def next_batch(self, state: TrainState) -> Any:
         """The next batch; a source that draws it with the student is told the newest parameters first."""
