@@ -37,8 +37,9 @@ from cotgrpo.ghosts.procedural import ProceduralTeacher
 from cotgrpo.models import load_pretrained, save_pretrained
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.run.evaluate import ExactMatch
-from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
+from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.run.quickstart import QUICKSTART
+from cotgrpo.run.rollouts import Asked, RolloutSettings
 from cotgrpo.sampling import SamplingSettings, make_sampler
 
 SEQ_LEN, PROMPT_COLUMNS = QUICKSTART.data.seq_len, 32

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import optax
 
 from cotgrpo.config_ghosts import GhostsConfig
+from cotgrpo.config_ghosts import ObjectiveConfig as ObjectiveConfig
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.models.lora import LoraConfig
-from cotgrpo.objectives import Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
 from cotgrpo.optimizers import make_optimizer
 from cotgrpo.sharding import MeshConfig
 
@@ -229,45 +229,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """The GhostRespond objective of one token; cotgrpo.objectives has the formulas.
-
-    Attributes:
-        name: pair (the default of the method), nll, reward_gradient, or reinforce (for study: it does not work).
-        beta: of pair, the sharpness of the preference.
-        nll_weight: of pair, the weight of -log p(ghost).
-        pair_weight: of pair, the weight of the preference.
-        negatives: of pair, what the ghost is preferred to.
-        estimator: of pair, the exact mean over the vocabulary, or drawn tokens.
-        samples: of pair (drawn) and reward_gradient, tokens drawn at each context.
-        reference_kl: weight of KL(student || student before this stage); 0: none.
-    """
-
-    name: Literal["pair", "nll", "reward_gradient", "reinforce"] = "pair"
-    beta: float = 1.0
-    nll_weight: float = 1.0
-    pair_weight: float = 0.3
-    negatives: Literal["policy", "calibrated"] = "policy"
-    estimator: Literal["exact", "drawn"] = "exact"
-    samples: int = 1
-    reference_kl: float = 0.0
-
-    def build(self) -> Objective:
-        """The objective; raises ConfigError where a setting is given that it does not have."""
-        kind = {"pair": Pair, "nll": Nll, "reward_gradient": RewardGradient, "reinforce": Reinforce}[self.name]
-        has = {field.name for field in dataclasses.fields(kind)}
-        for field in dataclasses.fields(self):
-            changed = getattr(self, field.name) != field.default
-            if changed and field.name not in has | {"name", "reference_kl"}:
-                own = ", ".join(sorted(has)) or "no settings of its own"
-                raise ConfigError(
-                    f"objective.{field.name} is no setting of {self.name!r}, which has {own}. Remove it, or choose another objective."
-                )
-        objective = kind(**{name: getattr(self, name) for name in has})
-        return ReferenceKl(objective, self.reference_kl) if self.reference_kl else objective
-
-
-@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of training.
 
@@ -315,6 +276,15 @@ class GrpoConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.build()
+        if (self.objective.name == "group_relative") != (self.ghosts.source == "verified_reward"):
+            raise ConfigError(
+                "objective.name group_relative and ghosts.source verified_reward belong together: it is the one objective without a ghost, got "
+                f"{self.objective.name} with {self.ghosts.source}. Set both, or neither."
+            )
+        if self.ghosts.source == "verified_reward" and self.batch_size % self.ghosts.candidates:
+            raise ConfigError(
+                f"grpo.batch_size counts replies: expected a multiple of ghosts.candidates, {self.ghosts.candidates} to each question, got {self.batch_size}."
+            )
         if self.max_entropy_growth is not None and not self.max_entropy_growth > 1:
             raise ConfigError(f"max_entropy_growth must be above 1 or null, got {self.max_entropy_growth}.")
 

@@ -50,12 +50,16 @@ class TokenRow(flax.struct.PyTreeNode):
         drawn: int32 in [0, V), y; None when the objective asks for no draws.
         weight: float32, this token's weight in the loss. The engine applies it; an objective need not.
         reference_logits: float32 `[V]`, the frozen reference model's logits at this context, or None without a reference.
+        drawn_log_prob: float32, log p(y) when y was drawn, and
+        advantage: float32, of the reply that y belongs to, in the batches that hold them.
     """
 
     ghost: Int[Array, ""]
     drawn: Any  # Int[Array, ""] where the objective asked for draws, and None nowhere else
     weight: Float[Array, ""]
     reference_logits: Any = None  # Float[Array, "V"] where there is a reference
+    drawn_log_prob: Any = None  # Float[Array, ""] each, beside drawn tokens with an advantage
+    advantage: Any = None
 
 
 def ghost_reward(
@@ -305,6 +309,60 @@ class ReferenceKl:
         p_V, ratio_V = jnp.exp(log_p_V), log_p_V - jax.nn.log_softmax(row.reference_logits)
         kl = jnp.sum(p_V * ratio_V)
         return (loss + self.weight * kl, metrics | {"kl": kl}), grad_V + self.weight * p_V * (ratio_V - kl)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRelative:
+    """Group Relative Policy Optimization, which the field calls GRPO, to be compared with: no ghost, but an advantage A of the whole reply that y is part of.
+
+        -min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_weight (u - log u - 1),    r = p(y) / p_old(y),  u = p_ref(y) / p(y)
+
+    p_old is the student that drew y, and the second term the estimator "k3" of KL(p || p_ref). With c the derivative in log p(y), which is
+    `-r A` where the minimum is not clipped, plus `kl_weight (1 - u)`, the logit gradient is `c (e_y - p)`.
+    Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300. Adds the metrics `clipped`, the share of tokens whose ratio has no gradient, and `kl` where it is weighted.
+
+    Attributes:
+        clip: in (0, 1).
+        kl_weight: >= 0; above 0 it needs a reference.
+    """
+
+    clip: float = 0.2
+    kl_weight: float = 0.0
+
+    num_draws = 1
+
+    def __post_init__(self) -> None:
+        require(0 < self.clip < 1, "GroupRelative.clip", "a number in (0, 1)", self.clip)
+        require(self.kl_weight >= 0, "GroupRelative.kl_weight", "a number of at least 0", self.kl_weight)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_weight > 0
+
+    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
+        return self.parts(logits_V, row)[:2]
+
+    def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
+        loss, metrics, slope = self.parts(logits_V, row)
+        is_drawn_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
+        return (loss, metrics), slope * (is_drawn_V - jax.nn.softmax(logits_V))
+
+    def parts(self, logits_V: Any, row: TokenRow) -> tuple[Any, dict[str, Any], Any]:
+        """`(loss, metrics, dloss / dlog p(y))`."""
+        log_z = jax.nn.logsumexp(logits_V)
+        log_p = logits_V[row.drawn] - log_z
+        ratio = jnp.exp(log_p - row.drawn_log_prob)
+        bounded = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
+        clipped = bounded * row.advantage < ratio * row.advantage
+        loss = -jnp.minimum(ratio * row.advantage, bounded * row.advantage)
+        slope = jnp.where(clipped, 0.0, -ratio * row.advantage)
+        p_V = jnp.exp(logits_V - log_z)
+        metrics = {"entropy": log_z - jnp.sum(p_V * logits_V), "clipped": jnp.float32(clipped)}
+        if self.kl_weight:
+            log_u = row.reference_logits[row.drawn] - jax.nn.logsumexp(row.reference_logits) - log_p
+            metrics["kl"] = jnp.exp(log_u) - log_u - 1
+            loss, slope = loss + self.kl_weight * metrics["kl"], slope + self.kl_weight * (1 - jnp.exp(log_u))
+        return loss, metrics, slope
 
 
 def num_draws(objective: Objective) -> int:

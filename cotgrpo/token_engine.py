@@ -46,6 +46,7 @@ class TokenRows(flax.struct.PyTreeNode):
         drawn: int32 `[B, T, G]`, drawn tokens that came with the batch, or None.
         uniform: float32 `[B, T, G]` in [0, 1), one random number for each token to draw here, or None.
         reference_hidden: `[B, T, D']`, the hidden rows of a frozen reference model, or None.
+        drawn_log_prob, advantage: float32 `[B, T]`, of the drawn token, for objectives that want them, or None.
     """
 
     ghost: Int[Array, "*batch"]
@@ -53,6 +54,8 @@ class TokenRows(flax.struct.PyTreeNode):
     drawn: Int[Array, "*batch G"] | None = None
     uniform: Float[Array, "*batch G"] | None = None
     reference_hidden: Float[Array, "*batch D"] | None = None
+    drawn_log_prob: Float[Array, "*batch"] | None = None
+    advantage: Float[Array, "*batch"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +244,9 @@ class Walk:
             draw_TV = jax.vmap(lambda row: objectives.draw_logits(self.objective, row))(logits_TV)
             drawn_TG = jax.vmap(draw)(draw_TV, rows.uniform)
 
-        def one_token(logits_V: Any, ghost: Any, drawn_G: Any, weight: Any, reference_V: Any) -> Any:
-            return self.one_token(logits_V, TokenRow(ghost, drawn_G, weight, reference_V), with_grad)
-
-        values, dlogits_TV = jax.vmap(one_token)(logits_TV, rows.ghost, drawn_TG, rows.weight, reference_TV)
+        token_rows = TokenRow(rows.ghost, drawn_TG, rows.weight, reference_TV, rows.drawn_log_prob, rows.advantage)
+        one_token = lambda logits_V, row: self.one_token(logits_V, row, with_grad)
+        values, dlogits_TV = jax.vmap(one_token)(logits_TV, token_rows)
         live_T = rows.weight != 0
         # A select and not only a product: what an objective makes of a skipped row, even NaN, must not reach the sums.
         weighted = jax.tree.map(lambda x: jnp.sum(jnp.where(live_T, rows.weight * x, 0.0)), values)

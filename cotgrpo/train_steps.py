@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from cotgrpo import objectives
-from cotgrpo.objectives import Nll, Objective, Pair
+from cotgrpo.objectives import GroupRelative, Nll, Objective, Pair
 from cotgrpo.token_engine import HeadSpec, TokenRows, token_loss
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState
 
@@ -60,7 +60,7 @@ def make_grpo_step(
         student: the model's pure functions.
         tx: an optax transformation. The metric `learning_rate` appears if its state holds just one (`cotgrpo.optimizers.make_optimizer` does).
         objective: a function of one token, see `cotgrpo.objectives`.
-        reference: a frozen model for objectives that want one (`ReferenceKl`). The step then takes its parameters as a third argument,
+        reference: a frozen model for objectives that want one (`ReferenceKl`, `GroupRelative` with a `kl_weight`). The step then takes its parameters as a third argument,
             so that they are neither baked into the program nor part of the state.
         micro_batches: the batch is taken in this many equal parts, gradients summed; must divide B.
         tile_size: tokens a tile of the engine; None chooses.
@@ -140,7 +140,7 @@ def make_batch_loss(
         wants = "needs" if reference is None else "does not use"
         raise ValueError(
             f"The objective {objective!r} {wants} a frozen reference model: "
-            "ReferenceKl and make_*_step(..., reference=Student) belong together."
+            "ReferenceKl, or GroupRelative with a kl_weight, and make_*_step(..., reference=Student) belong together."
         )
 
     def batch_loss(params: Params, ghosts: GhostBatch, uniform: Any, reference_params: Params | None) -> Any:
@@ -151,12 +151,19 @@ def make_batch_loss(
             reference_hidden = reference.hidden(frozen, *inputs)
             reference_head = None if reference.head is None else reference.head(frozen)
         drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
+        if isinstance(objective, GroupRelative) and (ghosts.advantages is None or ghosts.drawn_log_probs is None):
+            raise ValueError(
+                "GroupRelative needs a batch with advantages and drawn_log_probs: cotgrpo.ghosts.group_relative.group_batch makes one."
+            )
+        log_prob, advantage = jax.tree.map(jnp.asarray, (ghosts.drawn_log_probs, ghosts.advantages))
         rows = TokenRows(
             ghost=jnp.asarray(ghosts.ghost_tokens),
             weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
             drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
             uniform=uniform,
             reference_hidden=reference_hidden,
+            drawn_log_prob=log_prob,
+            advantage=advantage,
         )
         loss, sums = token_loss(
             objective,

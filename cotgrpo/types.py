@@ -104,6 +104,8 @@ class GhostBatch(flax.struct.PyTreeNode):
         ghost_tokens: int32 in [0, V), y*: the id a ghost reply puts after each context.
         drawn_tokens: int32 in [0, V), y: the id the student drew there (`[B, T]`, or `[B, T, G]` for G of them), or None:
             then the step draws from the student's own distribution when the objective wants drawn tokens.
+        drawn_log_probs: float32, log p(y) when y was drawn, and
+        advantages: float32, how much better than others the reply is that y belongs to: both for `GroupRelative` alone, and None elsewhere.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -112,6 +114,8 @@ class GhostBatch(flax.struct.PyTreeNode):
     segment_ids: Int[AnyArray, "B T"]
     loss_mask: Real[AnyArray, "B T"] | Bool[AnyArray, "B T"]
     drawn_tokens: Int[AnyArray, "B T"] | Int[AnyArray, "B T G"] | None = None
+    drawn_log_probs: Float[AnyArray, "B T"] | None = None
+    advantages: Float[AnyArray, "B T"] | None = None
 
     @classmethod
     def teacher_forced(cls, batch: SftBatch) -> GhostBatch:

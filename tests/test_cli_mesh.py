@@ -96,7 +96,14 @@ def test_on_policy_on_eight_devices(options: list[str], tmp_path: Path, capsys: 
     )
     save_pretrained(teacher, shape, init_params(shape, jax.random.key(5)), tokenizer=tokenizer)
     live = ["--grpo.ghosts.source", "teacher_model", "--grpo.ghosts.teacher", str(teacher), "--grpo.steps", "3"]
-    live += ["--grpo.ghosts.reuse", "2", "--grpo.ghosts.teacher_forced_share", "0.25", "--grpo.ghosts.max_new_tokens", "8"]
+    live += [
+        "--grpo.ghosts.reuse",
+        "2",
+        "--grpo.ghosts.teacher_forced_share",
+        "0.25",
+        "--grpo.ghosts.max_new_tokens",
+        "8",
+    ]
     live += ["--grpo.init_from", str(one / "sft"), *options]
     assert main(["grpo", "--run_dir", str(many), *MESH, *live]) == 0
     with jax.default_device(jax.devices()[0]):

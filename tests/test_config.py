@@ -9,7 +9,7 @@ import pytest
 
 from cotgrpo.config import Config, ConfigError, ObjectiveConfig
 from cotgrpo.config_file import flat, load_config, parse_config, save_config
-from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient
+from cotgrpo.objectives import GroupRelative, Nll, Pair, ReferenceKl, Reinforce, RewardGradient
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +57,9 @@ def test_the_configs_that_ship_are_valid(path: Path) -> None:
     assert config.data.train and config != Config()
 
 
+GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", "verified_reward"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -73,6 +76,18 @@ def test_the_configs_that_ship_are_valid(path: Path) -> None:
         (["--student.num_kv_heads", "3"], "must be a multiple of num_kv_heads"),
         (["--grpo.objective.beta", "-1"], "Pair.beta must be a positive number"),
         (["--grpo.objective.name", "nll", "--grpo.objective.beta", "2"], "objective.beta is no setting of 'nll'"),
+        (
+            ["--grpo.objective.name", "group_relative"],
+            "group_relative and ghosts.source verified_reward belong together",
+        ),
+        (["--grpo.ghosts.source", "verified_reward"], "belong together: .* got pair with verified_reward"),
+        ([*GROUP_RELATIVE, "--grpo.batch_size", "6"], "a multiple of ghosts.candidates, 4 to each question, got 6"),
+        ([*GROUP_RELATIVE, "--grpo.ghosts.candidates", "1"], "ghosts.candidates must be at least 2"),
+        (
+            [*GROUP_RELATIVE, "--grpo.ghosts.temperature", "0.5"],
+            "temperature is no setting of the source 'verified_reward'",
+        ),
+        ([*GROUP_RELATIVE, "--grpo.objective.beta", "2"], "beta is no setting of 'group_relative', which has clip"),
         (["stray"], "stray"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--config"], "config"),
@@ -112,6 +127,7 @@ def test_objectives() -> None:
     assert ObjectiveConfig().build() == Pair()
     assert ObjectiveConfig(name="nll").build() == Nll()
     assert ObjectiveConfig(name="reinforce").build() == Reinforce()
+    assert ObjectiveConfig(name="group_relative", clip=0.1, reference_kl=0.04).build() == GroupRelative(0.1, 0.04)
     assert ObjectiveConfig(name="reward_gradient", samples=3).build() == RewardGradient(3)
     assert ObjectiveConfig(beta=0.5, negatives="calibrated", reference_kl=0.1).build() == ReferenceKl(
         Pair(beta=0.5, negatives="calibrated"), 0.1

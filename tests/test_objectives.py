@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cotgrpo import objectives
-from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.objectives import GroupRelative, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
 
 V = 7
 PAIR_ONLY = Pair(nll_weight=0.0, pair_weight=1.0, estimator="drawn")
@@ -259,6 +259,8 @@ def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float
         (lambda: Pair(nll_weight=-1.0), "Pair.nll_weight must be"),
         (lambda: Pair(samples=0), "Pair.samples must be"),
         (lambda: RewardGradient(samples=0), "RewardGradient.samples must be"),
+        (lambda: GroupRelative(clip=1.0), "GroupRelative.clip must be"),
+        (lambda: GroupRelative(kl_weight=-1.0), "GroupRelative.kl_weight must be"),
         (lambda: ReferenceKl(Nll(), -0.1), "ReferenceKl.weight must be"),
     ],
 )

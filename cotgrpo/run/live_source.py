@@ -17,7 +17,9 @@ from cotgrpo.models.families import ModelError
 from cotgrpo.models.model_folder import open_folder
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.run.completions import CompletionsLog
-from cotgrpo.run.on_policy import Asked, OnPolicyBatches, RolloutSettings, make_draw
+from cotgrpo.run.group_relative import GroupRelativeBatches
+from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
+from cotgrpo.run.rollouts import Asked, RolloutSettings
 from cotgrpo.run.run_mesh import check_model
 from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.run.setup import Model, Setup
@@ -86,6 +88,22 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         merged=weights.merged,
         forced=text_batches(config, setup, forced_rows) if forced_rows else None,
         completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
+        mesh=model.mesh,
+    )
+
+
+def group_relative_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> GroupRelativeBatches:
+    """The batches of a stage whose objective is group_relative. `folder` is not written to. Raises DataError as `live_batches` does."""
+    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
+    sampling = SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
+    return GroupRelativeBatches(
+        jit_reader(make_sampler(model.decoder, sampling, model.vocab_size), model.mesh),
+        template,
+        asked_in(config, setup),
+        RolloutSettings(config.grpo.batch_size, config.data.seq_len, ghosts.max_new_tokens, reuse=ghosts.reuse),
+        seed=config.seed,
+        group=ghosts.candidates,
+        merged=weights.merged,
         mesh=model.mesh,
     )
 

@@ -42,7 +42,7 @@ from cotgrpo.sharding import (
     state_sharding,
 )
 from cotgrpo.token_engine import default_tile_size
-from cotgrpo.types import SftBatch, TrainState
+from cotgrpo.types import GhostBatch, SftBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Arguments:
     """A step's arguments, abstract: `jax.ShapeDtypeStruct`s. `rest` holds frozen parameters: LoRA's base, a reference."""
 
     state: TrainState
-    batch: SftBatch
+    batch: SftBatch | GhostBatch
     rest: tuple[Any, ...]
 
     def bytes_on(self, mesh: Any) -> dict[str, int]:
@@ -156,7 +156,10 @@ class Planned:
         shape = (self.settings.batch_size, self.config.data.seq_len)
         ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
         weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return step, Arguments(state, SftBatch(ids, ids, ids, ids, weights), rest)
+        batch: SftBatch | GhostBatch = SftBatch(ids, ids, ids, ids, weights)
+        if self.stage == "grpo" and self.config.grpo.objective.name == "group_relative":
+            batch = GhostBatch(ids, ids, ids, ids, weights, ids, weights, weights)
+        return step, Arguments(state, batch, rest)
 
     def figures(self, by_arithmetic: bool = False) -> dict[str, Any]:
         """All that the plan says, as JSON holds it; `by_arithmetic` compiles nothing, as for GPUs."""

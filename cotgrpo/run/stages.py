@@ -24,7 +24,7 @@ from cotgrpo.run.checkpoint import check_params
 from cotgrpo.run.guard import Guard
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
-from cotgrpo.run.live_source import live_batches, self_reply_batches, text_batches
+from cotgrpo.run.live_source import group_relative_batches, live_batches, self_reply_batches, text_batches
 from cotgrpo.run.report import write_report
 from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
@@ -190,16 +190,16 @@ class Stage:
 
     def make_batches(self, weights: StageWeights) -> Any:
         """What the stage learns from; `weights` are those before its first step."""
-        if self.live:
-            return live_batches(self.config, self.setup, weights, self.folder)
-        if self.name == "grpo" and self.config.grpo.ghosts.source == "self_reply":
-            return self_reply_batches(self.config, self.setup, weights, self.folder)
-        return text_batches(self.config, self.setup, self.settings.batch_size, self.own_rows())
+        source = self.config.grpo.ghosts.source
+        if self.name == "sft" or source == "teacher_forced":
+            return text_batches(self.config, self.setup, self.settings.batch_size, self.own_rows())
+        makers: dict[str, Any] = {"self_reply": self_reply_batches, "verified_reward": group_relative_batches}
+        return makers.get(source, live_batches)(self.config, self.setup, weights, self.folder)
 
     @property
-    def live(self) -> bool:
+    def on_policy(self) -> bool:
         """Whether the contexts are the student's own replies."""
-        return self.name == "grpo" and self.config.grpo.ghosts.live
+        return self.name == "grpo" and self.config.grpo.ghosts.on_policy
 
     def train(self, weights: StageWeights, batches: Any) -> TrainState:
         """Trains to the last step. `weights.trained` are donated, unless the objective keeps near them."""
@@ -208,7 +208,7 @@ class Stage:
         step, extra = self.build_step(tx, weights)
         # The state is donated, and a reference's parameters are still wanted.
         first = jax.tree.map(jnp.copy, weights.trained) if self.needs_reference else weights.trained
-        measure = self.held_out.loss_and_accuracy if self.live else self.held_out.loss
+        measure = self.held_out.loss_and_accuracy if self.on_policy else self.held_out.loss
         return train(
             step,
             TrainState.create(params=first, tx=tx, key=self.config.seed),
@@ -255,7 +255,7 @@ class Stage:
         A stage that goes on takes its own newest ones, unless it keeps near the first: pretrained weights are not read again.
         """
         model, origin = self.setup.model, self.origin
-        keeps_first = self.needs_reference or (self.live and self.config.grpo.ghosts.source == "privileged_self")
+        keeps_first = self.needs_reference or (self.on_policy and self.config.grpo.ghosts.source == "privileged_self")
         measured = from_first(lambda: (self.folder / "before.json").is_file())
         if measured and has_checkpoint(self.folder, self.config) and not keeps_first:
             origin = self.folder

@@ -1,0 +1,75 @@
+"""Batches for the comparison with Group Relative Policy Optimization, on the loop and the sampler of the method itself.
+
+GRPO in this library is GhostRespond Policy Optimization; the group-relative method is called `group_relative` everywhere. What it learns from, which replies are right, only the
+host can say: the device waits for it before each new batch, where a live ghost's batch is queued behind the running step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cotgrpo.data.template import AnyTemplate
+from cotgrpo.ghosts.group_relative import group_batch
+from cotgrpo.run.hosts import gather_rows, process_rows
+from cotgrpo.run.rollouts import Asked, Held, Rollouts, RolloutSettings, judged, metric, rollout_metrics
+from cotgrpo.sampling import Sampler
+from cotgrpo.sharding import batch_sharding, jit_reader
+from cotgrpo.types import GhostBatch, Metrics, Params
+
+
+class GroupRelativeBatches(Rollouts):
+    """Batches of `group` replies to each question with their advantages; see `Rollouts`. Of several processes each judges its share of the replies.
+
+    Args:
+        sample: the student's sampler at temperature 1, compiled by `jit_reader` for the mesh.
+        template, questions, settings, seed, group, merged: as in `Rollouts`; `group` is at least 2.
+        mesh: where the parameters lie and the batches are made; None: JAX's default device.
+    """
+
+    def __init__(
+        self,
+        sample: Sampler,
+        template: AnyTemplate,
+        questions: Sequence[Asked],
+        settings: RolloutSettings,
+        *,
+        seed: int,
+        group: int,
+        merged: Callable[[Any], Params] = lambda trained: trained,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        super().__init__(template, questions, settings, seed=seed, merged=merged, group=group)
+        self.sample, self.mesh = sample, mesh
+        self.batch = jit_reader(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
+        self.metrics: Metrics = {}
+
+    def roll_out(self, number: int) -> Held:
+        """New replies, judged: waits for them."""
+        asked = self.asked(number)
+        prompts = self.prompts(asked)
+        replies = self.sample(self.params, prompts, self.key_of(number))
+        written = jax.device_get(replies)
+        correct = self.correct(asked, written)
+        self.metrics = rollout_metrics(correct, written)
+        return Held(self.batch((), (prompts, replies, correct.astype(np.float32))))
+
+    def correct(self, asked: Sequence[Asked], written: Any) -> np.ndarray:
+        """1 for each reply that is right, and 0."""
+        count, rows = len(asked), np.arange(len(asked))
+        if self.mesh is not None and jax.process_count() > 1:
+            rows = process_rows(batch_sharding(self.mesh), written.tokens.shape)
+        own = jax.tree.map(lambda x: x[rows], written)
+        replies = judged(self.template, [asked[int(row)] for row in rows], own)
+        return gather_rows(rows, np.array([[reply.correct for reply in replies]], np.uint32), count)[0]
+
+    def again(self, held: Held) -> GhostBatch:
+        """The same replies: how likely they were is part of the batch."""
+        return held.batch
+
+    def observed(self) -> Metrics:
+        found, self.metrics = self.metrics or {"rollout_tokens": metric(0, 1)}, {}
+        return found
