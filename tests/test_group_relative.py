@@ -58,7 +58,7 @@ def test_the_surrogate_against_numpy_and_autodiff(advantage: float, shift: float
     (loss, metrics), grad = value_and_grad(objective)(jnp.float32(z), row)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     np.testing.assert_allclose(grad, jax.grad(lambda z: objective(z, row)[0])(jnp.float32(z)), atol=1e-6)
-    assert metrics["clipped"] == float(shift > 0.5) if advantage > 0 else float(shift < -0.5)
+    assert metrics["clipped"] == float(shift > 0.5 if advantage > 0 else shift < -0.5)
     assert ("kl" in metrics) == bool(kl_weight)
 
 
@@ -123,22 +123,22 @@ def test_a_batch_without_advantages_is_an_error() -> None:
 
 def test_what_is_rewarded_becomes_likelier() -> None:
     """A reply is right where its first token is even: half of them at first, and nearly all in the end."""
-    tx = optax.adam(0.01)
+    tx = optax.adam(0.03)
     step = jax.jit(make_grpo_step(STUDENT, tx, GroupRelative()))
     state, shares = TrainState.create(params=PARAMS, tx=tx, key=0), []
-    for number in range(40):
+    for number in range(20):
         replies = SAMPLE(state.params, PROMPTS, jax.random.key(number))
         right = np.asarray(replies.tokens)[:, 0] % 2 == 0
         shares.append(right.mean())
         state, _ = step(state, group_batch(PROMPTS, replies, right.astype(np.float32), GROUP))
-    assert np.mean(shares[:5]) < 0.75 and np.mean(shares[-5:]) > 0.9
+    assert shares[0] < 0.7 and np.mean(shares[-10:]) > 0.9
 
 
 SETTINGS = """
 student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 32}
 tokenizer: {vocab_size: 300}
 data: {seq_len: 32, test_rows: 4, loss_on: completion}
-sft: {steps: 12, batch_size: 8, log_every: 12, optimizer: {learning_rate: 0.01}}
+sft: {steps: 30, batch_size: 8, log_every: 30, optimizer: {learning_rate: 0.01}}
 grpo:
   steps: 6
   batch_size: 8

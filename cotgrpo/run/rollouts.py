@@ -209,7 +209,7 @@ def rollout_metrics(correct: Any, written: Replies) -> Metrics:
     """Means over replies: `accuracy`, `reply_length` in tokens, `unfinished`; and `rollout_tokens` a batch."""
     count, tokens = len(written.lengths), int(written.lengths.sum())
     return {
-        "accuracy": metric(sum(correct), count),
+        "accuracy": metric(int(sum(correct)), count),
         "reply_length": metric(tokens, count),
         "unfinished": metric(count - int(written.finished.sum()), count),
         "rollout_tokens": metric(tokens, 1),
