@@ -295,7 +295,7 @@ class EvalConfig:
 
     Attributes:
         rows: the most held-out rows to use.
-        batch_size: prompts at a time.
+        batch_size: replies at a time.
         max_new_tokens: replies are cut off here.
     """
 

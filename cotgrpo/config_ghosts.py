@@ -20,13 +20,13 @@ OBJECTIVES = {
     "reinforce": Reinforce,
     "group_relative": GroupRelative,
 }
-OF_LIVE = ("choice", "temperature", "max_new_tokens", "teacher_forced_share", "reuse", "ratio_clip")
+OF_LIVE = ("choice", "temperature", "max_new_tokens", "slots", "teacher_forced_share", "reuse", "ratio_clip")
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher_forced": (),
     "teacher_model": ("teacher", *OF_LIVE),
     "privileged_self": ("privileged_prompt", *OF_LIVE),
-    "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens"),
-    "verified_reward": ("candidates", "max_new_tokens", "reuse"),
+    "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens", "slots"),
+    "verified_reward": ("candidates", "max_new_tokens", "slots", "reuse"),
 }
 
 
@@ -89,6 +89,8 @@ class GhostsConfig:
         privileged_prompt: of privileged_self, the question as it is put to the student that knows; holds {question}, {rationale} and {answer}.
         temperature: of the student's replies.
         max_new_tokens: the student's replies are cut off here; what data.seq_len leaves beside them is for the question.
+        slots: the student's replies that are written at a time, where one that ends makes room for the next; null: all of a batch (of self_reply,
+            eval.batch_size). Fewer need less memory, and on a CPU less time where replies differ in length.
         teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
         reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
         ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
@@ -106,6 +108,7 @@ class GhostsConfig:
     privileged_prompt: str = PRIVILEGED_PROMPT
     temperature: float = 1.0
     max_new_tokens: int = 256
+    slots: int | None = None
     teacher_forced_share: float = 0.0
     reuse: int = 1
     ratio_clip: float = 0.2
@@ -127,6 +130,7 @@ class GhostsConfig:
             raise ValueError("ghosts.teacher must name the folder or hub id of the live teacher, got none.")
         self.require(self.temperature > 0, "temperature", "above 0, so that replies differ")
         self.require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        self.require(self.slots is None or self.slots >= 1, "slots", "at least 1 or null")
         self.require(0 <= self.teacher_forced_share < 1, "teacher_forced_share", "in [0, 1)")
         self.require(self.reuse >= 1, "reuse", "at least 1")
         self.require(0 < self.ratio_clip < 1, "ratio_clip", "in (0, 1)")

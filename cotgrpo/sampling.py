@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cotgrpo.models.decoder import DecoderConfig, decode, init_cache, make_student
+from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, init_cache, make_student
 from cotgrpo.objectives import MASKED_LOGIT
+from cotgrpo.sharding import batch_shards, open_axes
 from cotgrpo.token_engine import HeadSpec, draw
 from cotgrpo.types import Params
 
@@ -31,7 +32,7 @@ class Prompts(flax.struct.PyTreeNode):
 
     Attributes:
         tokens: int32 `[B, T]`.
-        lengths: int32 `[B]`, at least 1: the last `lengths[b]` tokens of row b are its prompt.
+        lengths: int32 `[B]`: the last `lengths[b]` tokens of row b are its prompt. 0: there is none and gets no reply; such rows come last.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -88,82 +89,255 @@ class SamplingSettings:
             raise ValueError(f"SamplingSettings.top_p must lie in (0, 1], got {self.top_p}.")
 
 
+QUEUE = 4
+"""Prompts for each slot, where there is a long queue of them that could be given in one call: few slots run dry in the end, and finished replies come often."""
+
 Sampler = Callable[[Params, Prompts, Any], Replies]
 """`sample(params, prompts, key) -> replies`."""
 
 
-def make_sampler(config: DecoderConfig, settings: SamplingSettings, vocab_size: int | None = None) -> Sampler:
+class Slots(flax.struct.PyTreeNode):
+    """The replies that are being written, one a slot. Fields of a slot without one, or whose reply has ended, wait for the next prompt.
+
+    The cache holds a slot's prompt in its first P columns. The N behind them are a ring in which every slot writes at the same column, whatever it has written: a reply of
+    at most N tokens never meets itself there, and what an earlier reply left belongs to another segment.
+
+    Attributes:
+        row: int32 `[B]`, the prompt; the number of prompts where the slot has none.
+        start: int32 `[B]`, the ring's column of the reply's first token.
+        length: int32 `[B]`, its tokens so far.
+        position: int32 `[B]`, of its next token, counted from the prompt's first.
+        ended: bool `[B]`, whether it is complete, or there is none.
+        finished: bool `[B]`, whether eos came.
+        hidden: `[B, D]`, the row that the head reads for its next token.
+        tokens: int32 `[B, T]`, the ring.
+        log_probs: float32 `[B, T]`, likewise.
+        cache: of the prompt and the ring.
+    """
+
+    row: Int[Array, "B"]
+    start: Int[Array, "B"]
+    length: Int[Array, "B"]
+    position: Int[Array, "B"]
+    ended: Bool[Array, "B"]
+    finished: Bool[Array, "B"]
+    hidden: Float[Array, "B D"]
+    tokens: Int[Array, "B T"]
+    log_probs: Float[Array, "B T"]
+    cache: KvCache
+
+
+def make_sampler(
+    config: DecoderConfig, settings: SamplingSettings, vocab_size: int | None = None, slots: int | None = None
+) -> Sampler:
     """A pure function that writes replies; wrap it in `jax.jit`. It compiles once for each shape of the prompts.
 
-    A reply depends on its own prompt and random numbers alone, not on padding or on the other rows. The loop ends when every row has.
+    A reply depends on its own prompt and random numbers alone, not on padding, the other rows, or the number of slots. The loop ends when every row has.
+
+    With fewer slots than prompts, slots whose reply has ended take the next prompts, an eighth of the slots at a time, so that reading those is one batch: nothing waits for
+    the longest reply, and the cache is that of the slots.
 
     Args:
         config: the student's decoder.
         settings: how tokens are drawn.
         vocab_size: the tokenizer's size where the decoder's is padded beyond it; padded ids are never drawn.
+        slots: replies that are written at a time; None: all.
 
     Returns:
         `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling does not look at the key.
+
+    Raises:
+        ValueError: `slots` below 1.
     """
+    if slots is not None and slots < 1:
+        raise ValueError(f"make_sampler: slots must be at least 1 or None, got {slots}.")
     student = make_student(config, vocab_size)
     spec = HeadSpec(student.softcap, student.vocab_size)
-    eos_E = jnp.asarray(settings.eos_ids, jnp.int32)
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
-        B, P = prompts.tokens.shape
-        N = settings.max_new_tokens
         head_DV = None if student.head is None else student.head(params)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
-        # Positions count from the first token of the prompt; padding before it is segment 0, which no token of segment 1 reads.
-        lengths_B = jnp.asarray(prompts.lengths)
-        positions_BP = jnp.arange(P)[None, :] - (P - lengths_B[:, None])
-        segments_BP = (positions_BP >= 0).astype(jnp.int32)
-        cache = init_cache(config, B, P + N)
-        hidden_BPD, cache = decode(
-            config, params, jnp.asarray(prompts.tokens), jnp.maximum(positions_BP, 0), segments_BP, cache, jnp.int32(0)
-        )
-        start = (
-            jnp.int32(0),
-            cache,
-            hidden_BPD[:, -1],
-            Replies(
-                tokens=jnp.full((B, N), settings.pad_id, jnp.int32),
-                log_probs=jnp.zeros((B, N), jnp.float32),
-                lengths=jnp.zeros((B,), jnp.int32),
-                finished=jnp.zeros((B,), bool),
-            ),
-        )
-
-        def going_on(carry: Any) -> Any:
-            index, _, _, replies = carry
-            return (index < N) & ~jnp.all(replies.finished)
-
-        def one_token(carry: Any) -> Any:
-            index, cache, hidden_BD, replies = carry
-            ended_B = replies.finished
-            token_B, log_prob_B = choose(settings, spec.logits(hidden_BD, head_DV), keys_B, index)
-            replies = replies.replace(
-                tokens=replies.tokens.at[:, index].set(jnp.where(ended_B, settings.pad_id, token_B)),
-                log_probs=replies.log_probs.at[:, index].set(jnp.where(ended_B, 0.0, log_prob_B)),
-                lengths=replies.lengths + ~ended_B,
-                finished=ended_B | jnp.any(token_B[:, None] == eos_E[None, :], axis=-1),
-            )
-            ones_B1 = jnp.ones((B, 1), jnp.int32)
-            at_B1 = (lengths_B + index)[:, None]
-            hidden_B1D, cache = decode(config, params, token_B[:, None], at_B1, ones_B1, cache, P + index)
-            return index + 1, cache, hidden_B1D[:, 0], replies
-
-        return jax.lax.while_loop(going_on, one_token, start)[-1]
+        prompts = jax.tree.map(jnp.asarray, prompts)
+        return Writing(config, settings, spec, params, head_DV, prompts, key).replies(slots)
 
     return sample
 
 
-def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index: Any) -> tuple[Any, Any]:
-    """The next token of each row, `[B]`, and its log-probability in softmax(logits)."""
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """One call of a sampler, while it is traced: what all of its loops read."""
+
+    config: DecoderConfig
+    settings: SamplingSettings
+    spec: HeadSpec
+    params: Params
+    head_DV: Any
+    prompts: Prompts
+    key: Any
+
+    @property
+    def total(self) -> Any:
+        """How many of the rows hold a prompt."""
+        return jnp.sum(self.prompts.lengths > 0)
+
+    def replies(self, slots: int | None) -> Replies:
+        """The replies to all prompts, written in so many slots."""
+        count, N = len(self.prompts.lengths), self.settings.max_new_tokens
+        width = count if slots is None else min(slots, count)
+        share = batch_shards(open_axes())
+        group = width if width == count else min(-(-width // (8 * share)) * share, width)
+
+        def to_go(taken: Any, slots: Slots) -> Any:
+            """Whether slots have replies to write before the next prompts are read."""
+            left = self.total - taken
+            waiting = (left > 0) & (jnp.sum(slots.ended) >= jnp.minimum(group, left))
+            return ~jnp.all(slots.ended) & ~waiting
+
+        def one_round(carry: Any) -> Any:
+            taken, column, slots, replies = carry
+            replies = collect(slots, replies, self.settings.pad_id)
+            taken, slots = self.refill(slots, taken, column, group)
+            column, slots = jax.lax.while_loop(
+                lambda inner: to_go(taken, inner[1]), lambda inner: self.one_token(*inner), (column, slots)
+            )
+            return taken, column, slots, replies
+
+        none = Replies(
+            tokens=jnp.full((count, N), self.settings.pad_id, jnp.int32),
+            log_probs=jnp.zeros((count, N), jnp.float32),
+            lengths=jnp.zeros((count,), jnp.int32),
+            finished=jnp.zeros((count,), bool),
+        )
+        start = (jnp.int32(0), jnp.int32(0), self.empty(width), none)
+        going_on = lambda carry: (carry[0] < self.total) | ~jnp.all(carry[2].ended)
+        _, _, slots_left, replies = jax.lax.while_loop(going_on, one_round, start)
+        return collect(slots_left, replies, self.settings.pad_id)
+
+    def empty(self, width: int) -> Slots:
+        """So many slots without a reply."""
+        P, N = self.prompts.tokens.shape[1], self.settings.max_new_tokens
+        zeros = jnp.zeros((width,), jnp.int32)
+        return Slots(
+            row=zeros + len(self.prompts.lengths),
+            start=zeros,
+            length=zeros,
+            position=zeros,
+            ended=jnp.ones((width,), bool),
+            finished=jnp.zeros((width,), bool),
+            hidden=jnp.zeros((width, self.config.width), jnp.dtype(self.config.dtype)),
+            tokens=jnp.zeros((width, N), jnp.int32),
+            log_probs=jnp.zeros((width, N), jnp.float32),
+            cache=init_cache(self.config, width, P + N),
+        )
+
+    def refill(self, slots: Slots, taken: Any, column: Any, group: int) -> tuple[Any, Slots]:
+        """The next `group` prompts, read as one batch, each into a slot without a reply; and how many are taken now."""
+        count, P = self.prompts.tokens.shape
+        rank_B = jnp.cumsum(slots.ended) - 1
+        gets_B = slots.ended & (rank_B < group) & (taken + rank_B < self.total)
+        row_R = jnp.minimum(taken + jnp.arange(group), count - 1)
+        hidden_RD, cache = self.read(row_R)
+
+        def take(new: Any, old: Any, axis: int = 0) -> Any:
+            if group < len(gets_B):  # else they are in order, so that on a mesh none has to travel
+                new = jnp.take(new, rank_B, axis, mode="clip")
+            return jnp.where(gets_B.reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1)), new, old)
+
+        def prompt_columns(new: Any, old: Any) -> Any:
+            axis = int(old.ndim > 2)  # of the slots: in keys and values, layers come before
+            before = jax.lax.slice_in_dim(old, 0, P, axis=axis + 1)
+            return jax.lax.dynamic_update_slice(old, take(new, before, axis), (0,) * old.ndim)
+
+        zero_R = jnp.zeros_like(row_R)
+        return taken + jnp.sum(gets_B), slots.replace(
+            row=take(row_R, jnp.where(slots.ended, count, slots.row)),
+            start=take(zero_R + column % self.settings.max_new_tokens, slots.start),
+            length=take(zero_R, slots.length),
+            position=take(self.prompts.lengths[row_R], slots.position),
+            ended=slots.ended & ~gets_B,
+            finished=slots.finished & ~gets_B,
+            hidden=take(hidden_RD, slots.hidden),
+            cache=jax.tree.map(prompt_columns, cache, slots.cache),
+        )
+
+    def read(self, row_R: Any) -> tuple[Any, KvCache]:
+        """The prompts of these rows: the last one's hidden row of each, and their keys and values."""
+        tokens_RP, lengths_R = self.prompts.tokens[row_R], self.prompts.lengths[row_R]
+        P = tokens_RP.shape[1]
+        # Positions count from the first token of the prompt; padding before it is segment 0, which no token of a reply reads.
+        positions_RP = jnp.arange(P)[None, :] - (P - lengths_R[:, None])
+        segments_RP = jnp.where(positions_RP >= 0, row_R[:, None] + 1, 0)
+        hidden_RPD, cache = decode(
+            self.config,
+            self.params,
+            tokens_RP,
+            jnp.maximum(positions_RP, 0),
+            segments_RP,
+            init_cache(self.config, len(row_R), P),
+            0,
+        )
+        return hidden_RPD[:, -1], cache
+
+    def one_token(self, column: Any, slots: Slots) -> tuple[Any, Slots]:
+        """The next token of every slot, and the column of the one behind it."""
+        settings, P = self.settings, self.prompts.tokens.shape[1]
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(self.key, row))(slots.row)
+        token_B, log_prob_B = choose(settings, self.spec.logits(slots.hidden, self.head_DV), keys_B, slots.length)
+        writes_B = ~slots.ended
+        at = column % settings.max_new_tokens
+
+        def put(ring_BT: Any, new_B: Any) -> Any:
+            old_B = jax.lax.dynamic_index_in_dim(ring_BT, at, axis=1, keepdims=False)
+            return ring_BT.at[:, at].set(jnp.where(writes_B, new_B, old_B))
+
+        eos_E = jnp.asarray(settings.eos_ids, jnp.int32)
+        is_eos_B = jnp.any(token_B[:, None] == eos_E[None, :], axis=-1)
+        segments_B = jnp.where(writes_B, slots.row + 1, 0)
+        hidden_B1D, cache = decode(
+            self.config,
+            self.params,
+            token_B[:, None],
+            slots.position[:, None],
+            segments_B[:, None],
+            slots.cache,
+            P + at,
+        )
+        length_B = slots.length + writes_B
+        slots = slots.replace(
+            length=length_B,
+            position=slots.position + writes_B,
+            ended=slots.ended | is_eos_B | (length_B == settings.max_new_tokens),
+            finished=slots.finished | (writes_B & is_eos_B),
+            hidden=hidden_B1D[:, 0],
+            tokens=put(slots.tokens, token_B),
+            log_probs=put(slots.log_probs, log_prob_B),
+            cache=cache,
+        )
+        return column + 1, slots
+
+
+def collect(slots: Slots, replies: Replies, pad_id: int) -> Replies:
+    """The replies with those that have ended in the slots, each at its prompt's row."""
+    N = replies.tokens.shape[1]
+    column_N = jnp.arange(N)[None, :]
+    ring_BN = (slots.start[:, None] + column_N) % N
+    own_BN = column_N < slots.length[:, None]
+    row_B = jnp.where(slots.ended, slots.row, len(replies.lengths))  # one behind the last: dropped
+    unrolled = lambda ring_BT, fill: jnp.where(own_BN, jnp.take_along_axis(ring_BT, ring_BN, axis=1), fill)
+    put = lambda whole, new: whole.at[row_B].set(new, mode="drop")
+    return Replies(
+        tokens=put(replies.tokens, unrolled(slots.tokens, pad_id)),
+        log_probs=put(replies.log_probs, unrolled(slots.log_probs, 0.0)),
+        lengths=put(replies.lengths, slots.length),
+        finished=put(replies.finished, slots.finished),
+    )
+
+
+def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any) -> tuple[Any, Any]:
+    """Token number `index_B` of each reply, `[B]`, and its log-probability in softmax(logits)."""
     if settings.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:
-        uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B)
+        uniform_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
     picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
@@ -188,12 +362,15 @@ def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Fl
     return logits_V
 
 
-def pad_prompts(prompts: Sequence[np.ndarray], *, length: int | None = None, pad_id: int = 0) -> Prompts:
+def pad_prompts(
+    prompts: Sequence[np.ndarray], *, length: int | None = None, rows: int | None = None, pad_id: int = 0
+) -> Prompts:
     """Prompts of different length as one NumPy array, padded on the left.
 
     Args:
         prompts: int `[n]` each, n >= 1.
-        length: columns; None: the longest prompt's. A fixed length keeps a sampler from compiling anew.
+        length: columns; None: the longest prompt's. A fixed length keeps a sampler from compiling anew, and so do
+        rows: of the array, at least as many as there are prompts; those behind them hold none. None: one a prompt.
         pad_id: any token; it is never read.
 
     Raises:
@@ -206,7 +383,11 @@ def pad_prompts(prompts: Sequence[np.ndarray], *, length: int | None = None, pad
     if max(lengths) > length:
         row = lengths.index(max(lengths))
         raise ValueError(f"Prompt {row} has {lengths[row]} tokens, but there are {length} columns: raise the length.")
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    for row_T, prompt in zip(tokens, prompts, strict=True):
+    rows = len(prompts) if rows is None else rows
+    if len(prompts) > rows:
+        raise ValueError(f"Expected at most {rows} prompts, got {len(prompts)}: raise the rows.")
+    tokens, counts = np.full((rows, length), pad_id, np.int32), np.zeros(rows, np.int32)
+    counts[: len(prompts)] = lengths
+    for row_T, prompt in zip(tokens, prompts, strict=False):
         row_T[length - len(prompt) :] = prompt
-    return Prompts(tokens=tokens, lengths=np.asarray(lengths, np.int32))
+    return Prompts(tokens=tokens, lengths=counts)

@@ -458,7 +458,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_as_teacher(model: Path, tmp_path: Path) -> None:
-    """Two prompts at a time, the last batch half full: each greedy reply is the one that comes when its prompt is asked alone."""
+    """Two replies at a time, a third prompt waiting: each greedy reply is the one that comes when its prompt is asked alone."""
     write_questions(tmp_path, ["", "Well,", "A much longer question, in many words:"])
     arguments = ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out")]
     arguments += ["--teacher.path", str(model), "--teacher.max_tokens", "8", "--teacher.temperature", "0"]

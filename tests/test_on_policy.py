@@ -103,7 +103,16 @@ def test_what_a_run_reports(folder: Path) -> None:
     [
         [],
         pytest.param(
-            ["--grpo.ghosts.reuse", "3", "--grpo.ghosts.choice", "drawn", "--grpo.ghosts.teacher_forced_share", "0.34"],
+            [
+                "--grpo.ghosts.reuse",
+                "3",
+                "--grpo.ghosts.choice",
+                "drawn",
+                "--grpo.ghosts.teacher_forced_share",
+                "0.34",
+                "--grpo.ghosts.slots",
+                "1",
+            ],
             marks=pytest.mark.slow,
         ),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,10 +25,15 @@ LOGITS = jax.jit(make_student(CONFIG).logits)
 
 
 def sample(
-    prompts: Prompts, seed: int = 0, config: DecoderConfig = CONFIG, vocab_size: Any = None, **options: Any
+    prompts: Prompts,
+    seed: int = 0,
+    config: DecoderConfig = CONFIG,
+    vocab_size: Any = None,
+    slots: int | None = None,
+    **options: Any,
 ) -> Replies:
     settings = SamplingSettings(**({"max_new_tokens": NEW} | options))
-    sampler = jax.jit(make_sampler(config, settings, vocab_size))
+    sampler = jax.jit(make_sampler(config, settings, vocab_size, slots))
     return jax.device_get(sampler(PARAMS, prompts, jax.random.key(seed)))
 
 
@@ -74,6 +80,39 @@ def test_padding_and_batch_mates_change_nothing(temperature: float) -> None:
     np.testing.assert_allclose(wider.log_probs, together.log_probs, atol=1e-5)
     alone = sample(pad_prompts(PROMPTS[:1]), temperature=temperature)
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[0])
+
+
+@pytest.mark.parametrize(("slots", "temperature"), [(1, 0.0), (3, 1.0), (8, 0.7), (99, 1.0)])
+def test_fewer_slots_than_prompts_write_the_same_replies(slots: int, temperature: float) -> None:
+    """Replies of 1 to 12 tokens to prompts of 1 to 8; some rows hold no prompt. Log-probabilities against the trainer's, too."""
+    rng = np.random.default_rng(0)
+    asked = [rng.integers(0, 37, rng.integers(1, 9)).astype(np.int32) for _ in range(19)]
+    options: dict[str, Any] = {"eos_ids": (0, 1, 2), "temperature": temperature, "pad_id": 33}
+    at_once = sample(pad_prompts(asked), **options)
+    in_slots = sample(pad_prompts(asked, length=10, rows=23), slots=slots, **options)
+    assert len(set(at_once.lengths.tolist())) > 4
+    for name in ("tokens", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(in_slots, name)[:19], getattr(at_once, name))
+    np.testing.assert_allclose(in_slots.log_probs[:19], at_once.log_probs, atol=1e-5)
+    assert not np.any(in_slots.lengths[19:]) and np.all(in_slots.tokens[19:] == 33)
+    for row, prompt in enumerate(asked):
+        length = int(in_slots.lengths[row])
+        tokens = np.concatenate([prompt, in_slots.tokens[row, :length]])
+        log_p = log_softmax(full_logits(tokens))[len(prompt) - 1 : -1]
+        want = log_p[np.arange(length), in_slots.tokens[row, :length]]
+        np.testing.assert_allclose(in_slots.log_probs[row, :length], want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("slots", "held"), [(None, 64), (8, 8)])
+def test_there_is_one_cache_and_it_is_that_of_the_slots(slots: int | None, held: int) -> None:
+    """In the compiled program: it is updated in place, and all else is small beside it."""
+    config = dataclasses.replace(CONFIG, num_layers=8, num_kv_heads=4, head_dim=16)
+    prompts = Prompts(np.ones((64, 8), np.int32), np.full(64, 8, np.int32))
+    sampler = jax.jit(make_sampler(config, SamplingSettings(504, eos_ids=(0,), temperature=1.0), slots=slots))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    memory: Any = sampler.lower(shapes, prompts, jax.random.key(0)).compile().memory_analysis()
+    cache = 4 * 2 * 8 * 4 * 16 * 512 * held
+    assert cache < memory.temp_size_in_bytes < 1.3 * cache
 
 
 def test_a_reply_ends_with_eos() -> None:
@@ -157,6 +196,8 @@ def test_a_masked_token_stays_masked_at_any_temperature() -> None:
         (lambda: SamplingSettings(1, temperature=float("nan")), "temperature must be at least 0, got nan"),
         (lambda: SamplingSettings(1, top_k=0), "top_k must be at least 1 or None, got 0"),
         (lambda: SamplingSettings(1, top_p=0.0), r"top_p must lie in \(0, 1\], got 0.0"),
+        (lambda: make_sampler(CONFIG, SamplingSettings(1), slots=0), "slots must be at least 1 or None, got 0"),
+        (lambda: pad_prompts(PROMPTS, rows=3), "at most 3 prompts, got 4"),
         (lambda: pad_prompts([]), "at least one token each"),
         (lambda: pad_prompts([np.array([], np.int32)]), "at least one token each"),
         (lambda: pad_prompts(PROMPTS, length=4), "Prompt 1 has 5 tokens, but there are 4 columns"),

@@ -52,6 +52,8 @@ def sampler(only: int | None = None) -> Any:
         tokens = np.full((len(prompts.tokens), NEW), TEMPLATE.pad_id, np.int32)
         lengths = np.zeros(len(tokens), np.int32)
         for row, (prompt, length) in enumerate(zip(prompts.tokens, prompts.lengths, strict=True)):
+            if not length:  # a row without a prompt
+                continue
             number = by_prompt[tuple(prompt[-length:].tolist())]
             answer = TRIPLES[number].answer if only is None or number < only else "none"
             ids = candidate(f"{params} {TRIPLES[number].rationale}<sep>{answer}").ids
@@ -72,7 +74,6 @@ def batches(folder: Path, only: int | None = None) -> SelfReplyBatches:
         seq_len=COLUMNS + NEW,
         packing=True,
         prompt_columns=COLUMNS,
-        prompts_at_once=4,
     )
     return SelfReplyBatches([sampler(only)], TEMPLATE, TRIPLES, settings, folder, seed=3)
 

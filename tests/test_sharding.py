@@ -21,8 +21,8 @@ from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 from cotgrpo.objectives import Nll, Pair, ReferenceKl
 from cotgrpo.run.hlo import collectives
 from cotgrpo.run.on_policy import make_draw
-from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
-from cotgrpo.sharding import check_batch, check_mesh, jit_reader, mesh_shape, state_sharding
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sharding import check_batch, check_mesh, jit_reader, mesh_shape, place, state_sharding, traced_on
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
 
 # Grouped heads, biases, both kinds of norms, a tied head with a soft-cap, a window in every other layer.
@@ -168,7 +168,8 @@ def test_generation_and_evaluation(mesh: str) -> None:
     params = init_params(TIED, jax.random.key(1))
     rng = np.random.default_rng(0)
     prompts = pad_prompts([rng.integers(0, 60, n).astype(np.int32) for n in (3, 8, 5, 1, 7, 7, 2, 6)])
-    sample = make_sampler(TIED, SamplingSettings(12, eos_ids=tuple(range(8)), temperature=0.7), 60)
+    settings = SamplingSettings(12, eos_ids=tuple(range(8)), temperature=0.7)
+    sample, in_slots = (make_sampler(TIED, settings, 60, slots) for slots in (None, 4))
     evaluate = cotgrpo.make_eval_step(make_student(TIED, 60), Pair())
     where = cotgrpo.make_mesh(**MESHES[mesh])
     want = jax.device_get(jit_reader(sample)(params, prompts, jax.random.key(0)))
@@ -176,6 +177,8 @@ def test_generation_and_evaluation(mesh: str) -> None:
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
     assert len(set(want.lengths)) > 1, "rows end at different times"
+    got = jax.device_get(jit_reader(in_slots, where)(params, prompts, jax.random.key(0)))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
     batch = make_batch(0, False)
     one, many = (jit_reader(evaluate, mesh)(params, batch) for mesh in (None, where))
     for name, metric in one.items():
@@ -213,6 +216,24 @@ def test_rollouts(mesh: str) -> None:
     for ours, one in zip(floats, theirs, strict=True):
         np.testing.assert_allclose(ours, one, atol=1e-5)
     assert len(set(floats[1][batch.loss_mask != 0].round(3).tolist())) > 5
+
+
+def test_slots_stay_where_they_are() -> None:
+    """In the compiled text: nothing travels while tokens are written; between, the prompts that are read next do, and no slot's cache."""
+    prompts = Prompts(np.ones((64, 24), np.int32), np.full(64, 24, np.int32))
+    sample = make_sampler(PLAIN, SamplingSettings(40, eos_ids=(0,), temperature=1.0), slots=32)
+    mesh = cotgrpo.make_mesh(data=8)
+    spread = lambda params, prompts, key: sample(params, jax.tree.map(lambda x: place(x, "BT"[: x.ndim]), prompts), key)
+    whole = jax.sharding.NamedSharding(mesh, P())
+    params = jax.device_put(init_params(PLAIN, jax.random.key(0)), whole)
+    compiled = jax.jit(traced_on(mesh, spread), out_shardings=whole).lower(params, prompts, jax.random.key(0))
+    found = collectives(compiled.compile().as_text())
+    assert [c for c in found if c.loops.count(None) == 1], "the loop in which prompts are read"
+    assert not [c for c in found if c.loops.count(None) > 1], (
+        "the loop over tokens, whose condition alone asks all devices"
+    )
+    group = 2 * 8 * 24 * PLAIN.num_kv_heads * PLAIN.head_dim  # keys of one prompt a device
+    assert max(math.prod(shape) for c in found for _, shape in c.arrays) == group
 
 
 WIDE = DecoderConfig(

@@ -16,21 +16,21 @@ from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import DataError
 from cotgrpo.ghosts.teacher import Outcome, Request, TeacherReply
 from cotgrpo.models.weights import load_pretrained
-from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import QUEUE, Prompts, SamplingSettings, make_sampler, pad_prompts
 
 PROMPT_COLUMNS = 64
 """Prompts are padded to multiples of this, so that the sampler compiles for a few shapes and not for every length."""
 
 
 class LocalTeacher:
-    """A pretrained model that is asked with its own chat template, `batch_size` prompts at a time.
+    """A pretrained model that is asked with its own chat template, and writes `batch_size` replies at a time.
 
     Args:
         path: a folder or hub id, as `load_pretrained` takes.
         max_tokens: longest reply.
         temperature: >= 0; 0 is greedy.
         top_p: in (0, 1].
-        batch_size: prompts at a time.
+        batch_size: replies at a time; a few times as many prompts are read, and a reply that ends makes room for the next.
         dtype: "float32" or "bfloat16"; None: as in the checkpoint.
         seed: what is drawn follows from it and the prompts of a batch.
 
@@ -57,7 +57,7 @@ class LocalTeacher:
             )
         # It knows the tokens that end a turn, and how a template's clock is stopped.
         self.template = ChatTemplate(self.tokenizer, more_stop_ids=generation_stop_ids(path))
-        self.batch_size, self.seed = batch_size, seed
+        self.seed = seed
         model = load_pretrained(path, dtype)
         self.params = model.params
         settings = SamplingSettings(
@@ -67,22 +67,22 @@ class LocalTeacher:
             top_p=top_p,
             pad_id=self.template.pad_id,
         )
-        self.sampler = jax.jit(make_sampler(model.config, settings, model.student.vocab_size))
+        self.rows = QUEUE * batch_size
+        self.sampler = jax.jit(make_sampler(model.config, settings, model.student.vocab_size, batch_size))
 
     def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
-        """Hands every request to `done` with its reply, a batch at a time."""
+        """Hands every request to `done` with its reply, some at a time."""
         waiting = iter(requests)
-        while batch := list(itertools.islice(waiting, self.batch_size)):
+        while batch := list(itertools.islice(waiting, self.rows)):
             for request, reply in zip(batch, self.replies(batch), strict=True):
                 done(request, reply)
 
     def replies(self, batch: Sequence[Request]) -> list[TeacherReply]:
-        """The replies to at most `batch_size` requests."""
+        """The replies to at most `self.rows` requests."""
         started = time.monotonic()
         prompts = [np.asarray(self.template.ids(self.template.render(r.messages, prompt=True))) for r in batch]
         columns = -(-max(map(len, prompts)) // PROMPT_COLUMNS) * PROMPT_COLUMNS
-        filled = prompts + prompts[:1] * (self.batch_size - len(batch))
-        padded = pad_prompts(filled, length=columns, pad_id=self.template.pad_id)
+        padded = pad_prompts(prompts, length=columns, rows=self.rows, pad_id=self.template.pad_id)
         written = self.sample(padded, batch[0].key)
         seconds = round(time.monotonic() - started, 3)
         return [

@@ -15,7 +15,7 @@ from cotgrpo.data.template import AnyTemplate
 from cotgrpo.ghosts.verify import answers_match, extract_answer
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.run.hosts import fetch
-from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.sharding import batch_shards, jit_reader
 from cotgrpo.types import Metrics
 
@@ -80,7 +80,7 @@ class ExactMatch:
         template: renders prompts and takes replies apart.
         questions: held-out rows, at least one.
         max_new_tokens: replies are cut off here, and then have no answer.
-        batch_size: prompts at a time.
+        batch_size: replies that are written at a time.
         vocab_size: ids from here on are never drawn; None: the tokenizer's size.
         mesh: where the parameters lie and the replies are written; None: JAX's default device.
 
@@ -104,21 +104,24 @@ class ExactMatch:
         self.template, self.questions = template, list(questions)
         over = 1 if mesh is None else batch_shards(mesh.shape)
         # Rounded up, so that every device has the same number of rows.
-        self.batch_size = -(-min(batch_size, len(self.questions)) // over) * over
+        slots = -(-min(batch_size, len(self.questions)) // over) * over
+        calls = -(-len(self.questions) // (QUEUE * slots))
+        self.rows = -(-len(self.questions) // (calls * over)) * over
         settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
-        self.sampler = jit_reader(make_sampler(decoder, settings, vocab_size or len(template.tokenizer)), mesh)
+        vocab_size = vocab_size or len(template.tokenizer)
+        self.sampler = jit_reader(make_sampler(decoder, settings, vocab_size, slots), mesh)
 
     def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """The student's accuracy with these parameters; `progress` hears how many rows are done."""
         prompts = [self.template.prompt(row.question, row.system) for row in self.questions]
-        # Prompts of like length together: fewer columns, and rows that end at about the same time.
+        # Prompts of like length together: fewer columns.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         replies: dict[int, Reply] = {}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            filled = rows + rows[:1] * (self.batch_size - len(rows))
+        for start in range(0, len(order), self.rows):
+            rows = order[start : start + self.rows]
             columns = -(-max(len(prompts[row]) for row in rows) // PROMPT_COLUMNS) * PROMPT_COLUMNS
-            padded = pad_prompts([prompts[row] for row in filled], length=columns, pad_id=self.template.pad_id)
+            asked = [prompts[row] for row in rows]
+            padded = pad_prompts(asked, length=columns, rows=self.rows, pad_id=self.template.pad_id)
             written = fetch(self.sampler(params, padded, jax.random.key(0)))
             for i, row in enumerate(rows):
                 ids = written.tokens[i, : written.lengths[i]]

@@ -49,7 +49,7 @@ class TeacherConfig:
         failures_in_a_row: stop after so many requests that failed for good with no reply between them.
         input_price: of a million prompt tokens, in whatever currency.
         output_price: of a million reply tokens.
-        batch_size: of path, prompts at a time.
+        batch_size: of path, replies at a time.
         dtype: of path, storage and compute type; null: as in the folder.
         seed: of path, of what is drawn.
     """

@@ -75,7 +75,9 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         ghosts.max_new_tokens, template.stop_ids, temperature=ghosts.temperature, pad_id=template.pad_id
     )
     draw = make_draw(
-        make_sampler(model.decoder, sampling, model.vocab_size), teacher, drawn_ghosts=ghosts.choice == "drawn"
+        make_sampler(model.decoder, sampling, model.vocab_size, ghosts.slots),
+        teacher,
+        drawn_ghosts=ghosts.choice == "drawn",
     )
     return OnPolicyBatches(
         jit_reader(draw, model.mesh),
@@ -97,7 +99,7 @@ def group_relative_batches(config: Config, setup: Setup, weights: StageWeights, 
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     sampling = SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
     return GroupRelativeBatches(
-        jit_reader(make_sampler(model.decoder, sampling, model.vocab_size), model.mesh),
+        jit_reader(make_sampler(model.decoder, sampling, model.vocab_size, ghosts.slots), model.mesh),
         template,
         asked_in(config, setup),
         RolloutSettings(config.grpo.batch_size, config.data.seq_len, ghosts.max_new_tokens, reuse=ghosts.reuse),
@@ -134,7 +136,6 @@ def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, fold
         seq_len=config.data.seq_len,
         prompt_columns=config.data.seq_len - ghosts.max_new_tokens,
         packing=config.data.packing,
-        prompts_at_once=config.eval.batch_size,
     )
     samplers = [
         jit_reader(
@@ -142,6 +143,7 @@ def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, fold
                 model.decoder,
                 SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=t, pad_id=template.pad_id),
                 model.vocab_size,
+                ghosts.slots or config.eval.batch_size,
             ),
             model.mesh,
         )

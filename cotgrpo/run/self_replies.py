@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,8 +34,7 @@ class SelfReplySettings:
         questions: asked at a time.
         refresh_every: updates between two times.
         batch_size, seq_len, packing: of the batches, as in `make_batches`.
-        prompt_columns: of the sampler.
-        prompts_at_once: of the sampler.
+        prompt_columns: of the samplers.
     """
 
     candidates: int
@@ -46,7 +44,6 @@ class SelfReplySettings:
     seq_len: int
     packing: bool
     prompt_columns: int
-    prompts_at_once: int
 
 
 class SelfReplyBatches:
@@ -155,16 +152,13 @@ class SelfReplyBatches:
 
     def replies(self, sample: Sampler, prompts: Sequence[np.ndarray], key: Any) -> Iterator[Candidate]:
         """A reply to each prompt, in order."""
-        size = min(self.settings.prompts_at_once, len(prompts))
-        pad = functools.partial(pad_prompts, length=self.settings.prompt_columns, pad_id=self.template.pad_id)
-        for start in range(0, len(prompts), size):
-            part = list(prompts[start : start + size])
-            filled = part + part[:1] * (size - len(part))
-            written = fetch(sample(self.params, pad(filled), jax.random.fold_in(key, start)))
-            for row in range(len(part)):
-                length = int(written.lengths[row])
-                mean = float(written.log_probs[row, :length].mean())
-                yield Candidate(written.tokens[row, :length], mean, bool(written.finished[row]))
+        rows = min(self.settings.questions, len(self.questions))
+        padded = pad_prompts(prompts, length=self.settings.prompt_columns, rows=rows, pad_id=self.template.pad_id)
+        written = fetch(sample(self.params, padded, key))
+        for row in range(len(prompts)):
+            length = int(written.lengths[row])
+            mean = float(written.log_probs[row, :length].mean())
+            yield Candidate(written.tokens[row, :length], mean, bool(written.finished[row]))
 
     def read_replies(self) -> Any:
         """Batches of the newest replies; those that do not fit a row are left out."""

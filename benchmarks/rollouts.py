@@ -1,0 +1,190 @@
+"""The student's own replies: how fast they are written, in slots or all at once, and how long the device waits for the host between them and the updates.
+
+    python benchmarks/rollouts.py --json benchmarks/results/cpu/rollouts.json
+
+The sampler is measured on random weights with replies of very mixed length (every token may be the last, one in a quarter of the longest on average): all prompts at once, a
+batch of the slots' number after another, and slots that take the next prompt when their reply has ended. The replies are the same in all of them.
+The loop is that of on-policy training, with a live ghost and with the group-relative comparison, on the quick start's task; what the device waits is the time of an update
+less that of its parts, each measured alone. GRPO here is GhostRespond Policy Optimization, not Group Relative. Needs the whole package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cotgrpo import Pair, TrainState, jit_step, make_grpo_step, make_optimizer
+from cotgrpo.config import StudentConfig
+from cotgrpo.data.questions import Question
+from cotgrpo.data.template import Template
+from cotgrpo.data.tokenizer import train_tokenizer
+from cotgrpo.ghosts.procedural import ProceduralTeacher
+from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.objectives import GroupRelative
+from cotgrpo.run.group_relative import GroupRelativeBatches
+from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
+from cotgrpo.run.rollouts import Asked, Rollouts, RolloutSettings, judged
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
+
+VOCAB, GROUP = 512, 4
+
+
+def student_of(args: argparse.Namespace, vocab: int) -> DecoderConfig:
+    heads = max(args.width // 64, 1)
+    shape = StudentConfig(
+        width=args.width,
+        num_layers=args.layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=64,
+        mlp_width=3 * args.width,
+    )
+    return shape.decoder(vocab)
+
+
+def fastest(repeats: int, call: Callable[[], Any]) -> tuple[float, Any]:
+    """The least seconds of a call, compilation left out, and what it returned."""
+    result, times = jax.block_until_ready(call()), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def sampler_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each way to write the replies to all prompts."""
+    config = student_of(args, VOCAB)
+    params, key = init_params(config, jax.random.key(0)), jax.random.key(1)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(args.prompt // 4, args.prompt + 1, args.prompts)
+    prompts = pad_prompts([rng.integers(0, VOCAB, n).astype(np.int32) for n in lengths], length=args.prompt)
+    ends = tuple(range(max(4 * VOCAB // args.new_tokens, 1)))
+    settings = SamplingSettings(args.new_tokens, eos_ids=ends, temperature=1.0)
+
+    def row(kind: str, width: int, slots: int | None, parts: list[Prompts]) -> dict[str, Any]:
+        sample = jax.jit(make_sampler(config, settings, slots=slots))
+        seconds, replies = fastest(args.repeats, lambda: [sample(params, part, key) for part in parts])
+        memory = sample.lower(params, parts[0], key).compile().memory_analysis()
+        lengths = np.concatenate([reply.lengths for reply in replies])
+        return {
+            "kind": kind,
+            "at_a_time": width,
+            "seconds": seconds,
+            "tokens_per_sec": float(lengths.sum()) / seconds,
+            "mean_length": float(lengths.mean()),
+            "longest": int(lengths.max()),
+            "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
+        }
+
+    found = [row("all at once", args.prompts, None, [prompts])]
+    for slots in args.slots:
+        cut = lambda start, width: jax.tree.map(lambda x: x[start : start + width], prompts)
+        found.append(row("batches", slots, None, [cut(start, slots) for start in range(0, args.prompts, slots)]))
+        found.append(row("slots", slots, slots, [prompts]))
+    return found
+
+
+def loop_row(
+    name: str, batches: Rollouts, objective: Any, config: DecoderConfig, params: Any, args: Any
+) -> dict[str, Any]:
+    """An update's seconds in a loop that never waits more than it must, and those of its parts alone."""
+    tx = make_optimizer(learning_rate=1e-4, total_steps=1_000)
+    step = jit_step(make_grpo_step(make_student(config), tx, objective))
+    state = TrainState.create(params=jax.tree.map(np.array, params), tx=tx, key=0)
+    batches.follow(params)
+    drawing = fastest(args.repeats, lambda: next(batches))[0]
+    judging = 0.0
+    if isinstance(batches, GroupRelativeBatches):
+        asked = batches.asked(0)
+        written = jax.device_get(batches.sample(params, batches.prompts(asked), batches.key_of(0)))
+        judging = fastest(args.repeats, lambda: judged(batches.template, asked, written))[0]
+        drawing -= judging
+    batch, alone = jax.block_until_ready(next(batches)), []
+    for number in range(args.repeats + 1):
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(state, batch)[0])
+        alone += [time.perf_counter() - start] * (number > 0)
+    batches.follow(state.params)
+    batch = jax.block_until_ready(next(batches))
+    start = time.perf_counter()
+    for _ in range(args.updates):
+        state, _ = step(state, batch)
+        batches.observed()
+        batches.follow(state.params)
+        batch = next(batches)
+    jax.block_until_ready(batch)
+    update = (time.perf_counter() - start) / args.updates
+    busy = drawing + min(alone)
+    return {
+        "kind": name,
+        "update_s": update,
+        "drawing_s": drawing,
+        "step_s": busy - drawing,
+        "judging_s": judging,
+        "idle": 1 - busy / update,
+    }
+
+
+def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The loop with a live ghost, the student's own likeliest token, and the comparison's."""
+    triples = ProceduralTeacher(seed=0).draw(500)
+    tokenizer = train_tokenizer((f"{t.question}\n{t.rationale}\n{t.answer}" for t in triples), vocab_size=VOCAB)
+    template = Template(tokenizer, loss_on="completion")
+    config = student_of(args, len(tokenizer))
+    params, student = init_params(config, jax.random.key(0)), make_student(config)
+    sampler = make_sampler(config, SamplingSettings(args.new_tokens, template.stop_ids, temperature=1.0))
+    asked = [Asked(Question(t.question, t.answer, t, t.source, t.system), template.prompt(t.question)) for t in triples]
+    settings = RolloutSettings(args.prompts, 64 + args.new_tokens, args.new_tokens)
+    live = OnPolicyBatches(jax.jit(make_draw(sampler, student)), params, student, template, asked, settings, seed=0)
+    group = GroupRelativeBatches(jax.jit(sampler), template, asked, settings, seed=0, group=GROUP)
+    return [
+        loop_row("live ghost", live, Pair(), config, params, args),
+        loop_row("group_relative", group, GroupRelative(), config, params, args),
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| replies | at a time | seconds | tokens/s | temporary memory |", "|---|---|---|---|---|"]
+    for row in result["sampler"]:
+        memory = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f} MB"
+        lines.append(
+            f"| {row['kind']} | {row['at_a_time']} | {row['seconds']:.2f} | {row['tokens_per_sec']:,.0f} | {memory} |"
+        )
+    lines += ["", "| loop | update s | drawing s | step s | judging s | device idle |", "|---|---|---|---|---|---|"]
+    for row in result["loop"]:
+        times = " | ".join(f"{row[f'{name}_s']:.3f}" for name in ("update", "drawing", "step", "judging"))
+        lines.append(f"| {row['kind']} | {times} | {row['idle']:.1%} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=64, help="replies in all; a multiple of 4")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the longest prompt")
+    parser.add_argument("--new_tokens", type=int, default=128, help="of the longest reply")
+    parser.add_argument("--slots", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    device = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__}
+    result = device | settings | {"sampler": sampler_rows(args), "loop": loop_rows(args)}
+    print(table(result))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
