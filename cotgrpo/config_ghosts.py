@@ -90,7 +90,7 @@ class GhostsConfig:
         temperature: of the student's replies.
         max_new_tokens: the student's replies are cut off here; what data.seq_len leaves beside them is for the question.
         slots: the student's replies that are written at a time, where one that ends makes room for the next; null: all of a batch (of self_reply,
-            eval.batch_size). Fewer need less memory, and on a CPU less time where replies differ in length.
+            eval.batch_size). Fewer need less memory.
         teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
         reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
         ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
