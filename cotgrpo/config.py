@@ -45,7 +45,7 @@ class StudentConfig:
         dtype: compute type.
         param_dtype: storage type of the parameters.
         remat: what the backward pass recomputes.
-        attention: of whole sequences: xla on any device; splash, a kernel of TPUs; auto: splash on a TPU, xla elsewhere.
+        attention: of whole sequences: blocks, or xla, which holds all scores, on any device; splash, a kernel of TPUs; auto: that on a TPU, else blocks.
     """
 
     path: str | None = None
@@ -61,7 +61,7 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["nothing", "dots", "block"] = "nothing"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", "blocks", "xla", "splash"] = "auto"
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -93,7 +93,7 @@ class StudentConfig:
             raise ConfigError(
                 f"student.attention is splash, a kernel of TPUs, and this is a {platform}. Leave it auto."
             )
-        attention = self.attention if self.attention != "auto" else "splash" if platform == "tpu" else "xla"
+        attention = self.attention if self.attention != "auto" else "splash" if platform == "tpu" else "blocks"
         return dataclasses.replace(
             shape, dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat, attention=attention
         )

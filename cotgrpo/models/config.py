@@ -7,7 +7,7 @@ import dataclasses
 from cotgrpo.models.rotary import RopeScaling
 
 REMAT_POLICIES = ("nothing", "dots", "block")
-ATTENTION = ("xla", "splash")
+ATTENTION = ("blocks", "xla", "splash")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -30,9 +30,10 @@ class DecoderConfig:
         init_scale: standard deviation of the initial weights; projections back into the residual stream are divided by `sqrt(2 L)`.
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
         param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products),
+        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products and attention),
             "block" (everything inside a layer; only the residual stream is kept).
-        attention: of whole sequences: "xla" on any device, or "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
+        attention: of whole sequences: "blocks" (`models/blocks.py`) or "xla", which holds all scores (`models/attention.py`), on any device; or
+            "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
         activation: of the MLP's gate: "silu", "gelu" (by the error function) or "gelu_tanh" (its approximation).
         biases: the projections that add a bias, of "query", "key", "value", "out", "gate", "up", "down".
         qk_norm: RMSNorm over H of every query and key head, before the rotation.
@@ -63,7 +64,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "nothing"
-    attention: str = "xla"
+    attention: str = "blocks"
     activation: str = "silu"
     biases: tuple[str, ...] = ()
     qk_norm: bool = False

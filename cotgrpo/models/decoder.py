@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.blocks import KEPT, block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.dense import token_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
@@ -70,14 +72,17 @@ class View(flax.struct.PyTreeNode):
 
     Attributes:
         cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key.
-        mask: bool `[B, T, S]`, True where a query may read a key; None where the kernel makes its own, from
-        segment_ids: int32 `[B, T]`, of the queries.
+        mask: bool `[B, T, S]`, True where a query may read a key; None where attention makes its own from the rest:
+        positions, segment_ids: int32 `[B, T]`, of the queries, and
+        window: int32 scalar, how far back this layer's queries read; None: all the way.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
     mask: Bool[Array, "B T S"] | None
+    positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
+    window: Int[Array, ""] | None
 
 
 class Layer(nn.Module):
@@ -125,13 +130,16 @@ class Layer(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
-        if view.mask is None:
+        if view.mask is not None:
+            mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
+        elif c.attention == "blocks":
+            where = (view.positions, view.segment_ids, view.window)
+            mixed = block_attention(query, key, value, *where, c.query_scale, c.attention_softcap)
+        else:
             windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
             mixed = splash_attention(
                 query, key, value, view.segment_ids, windows, is_local, c.query_scale, c.attention_softcap
             )
-        else:
-            mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
         mixed = place(mixed, "BTQH")
         return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
@@ -148,6 +156,7 @@ class Layer(nn.Module):
             dtype=jnp.dtype(c.dtype),
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
+            dot_general=token_product,
         )
 
 
@@ -185,8 +194,8 @@ class Decoder(nn.Module):
             key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
             key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
             cached = (cache.keys, cache.values)
-        by_kernel = c.attention == "splash" and cache is None
-        views = self.views(positions, segment_ids, None if by_kernel else (key_positions, key_segments))
+        masked = cache is not None or c.attention == "xla"
+        views = self.views(positions, segment_ids, (key_positions, key_segments) if masked else None)
         is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
         layers = nn.scan(
             self.rematted_layer(),
@@ -202,23 +211,32 @@ class Decoder(nn.Module):
         return x_BTD, KvCache(cached[0], cached[1], key_positions, key_segments)
 
     def views(self, positions: Any, segment_ids: Any, keys: tuple[Any, Any] | None) -> tuple[View, ...]:
-        """The global view, the local one, or both in this order: those that some layer uses. `keys` are their positions and segments."""
+        """The global view, the local one, or both in this order: those that some layer uses. `keys` are their positions and segments, for a mask."""
         c = self.config
-        mask = lambda window: None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
+
+        def view(theta: float, scaling: Any, window: int | None) -> View:
+            cos, sin = rotation(positions, theta, c.head_dim, scaling)
+            mask = None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
+            # One layer's choice between two windows is made by the compiled program, where "no window" is one that holds all tokens.
+            reach = jnp.int32(positions.shape[1] if window is None else window) if c.num_local else None
+            return View(cos, sin, mask, positions, segment_ids, reach)
+
         views = []
         if c.num_local < c.num_layers:
-            rotations = rotation(positions, c.rope_theta, c.head_dim, c.rope_scaling)
-            views.append(View(*rotations, mask(None), segment_ids))
+            views.append(view(c.rope_theta, c.rope_scaling, None))
         if c.num_local:
             own = c.local_rope_theta
-            rotations = rotation(positions, own or c.rope_theta, c.head_dim, None if own else c.rope_scaling)
-            views.append(View(*rotations, mask(c.window), segment_ids))
+            views.append(view(own or c.rope_theta, None if own else c.rope_scaling, c.window))
         return tuple(views)
 
     def rematted_layer(self) -> Any:
         if self.config.remat == "nothing":
             return Layer
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+        policies = jax.checkpoint_policies
+        dots = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+        )
+        policy = dots if self.config.remat == "dots" else None
         # Inside a scan the loop itself keeps the recomputation from being merged away, so CSE need not be prevented.
         return nn.remat(Layer, policy=policy, prevent_cse=False)
 
