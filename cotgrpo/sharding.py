@@ -240,8 +240,16 @@ def jit_step(step: Any, mesh: Mesh | None = None) -> Any:
         With a mesh, a batch that cannot be spread over it is a ValueError before anything is compiled.
     """
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=options_for(jax.default_backend()))
     return ShardedStep(step, mesh)
+
+
+def options_for(platform: str) -> dict[str, Any] | None:
+    """XLA options of a train step on JAX's platform "cpu", "gpu" or "tpu".
+
+    On a CPU: without this analysis XLA of jax 0.10 and 0.11 copies all of the donated optimizer state before it is updated.
+    """
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
 def jit_reader(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
@@ -290,5 +298,6 @@ class ShardedStep:
                 in_shardings=(state_shardings, batch_sharding(self.mesh), *rest_shardings),
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,
+                compiler_options=options_for(self.mesh.devices.flat[0].platform),
             )
         return self.compiled
