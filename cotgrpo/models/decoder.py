@@ -21,7 +21,7 @@ from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.blocks import KEPT, block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.dense import token_product
+from cotgrpo.models.elementwise import gated, rms_norm, token_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
@@ -47,9 +47,7 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         if self.plus_one:
             scale_D = 1.0 + scale_D
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        return rms_norm(x, scale_D, self.eps)
 
 
 class KvCache(flax.struct.PyTreeNode):
@@ -105,8 +103,7 @@ class Layer(nn.Module):
         mixed = place(self.dense("out", to_residual=True)(mixed), "BTD")
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
-        activation = {"silu": nn.silu, "gelu": exact_gelu, "gelu_tanh": nn.gelu}[c.activation]
-        h = place(activation(self.dense("gate")(h)) * self.dense("up")(h), "BTF")
+        h = place(gated(c.activation, self.dense("gate")(h), self.dense("up")(h)), "BTF")
         h = place(self.dense("down", to_residual=True)(h), "BTD")
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return (x, index + 1, cached), None
@@ -163,11 +160,6 @@ class Layer(nn.Module):
 def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
     """The RMSNorm of the name, as the config wants it."""
     return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, name=name)
-
-
-def exact_gelu(x: Any) -> Any:
-    """`x * Phi(x)`, with the error function; `nn.gelu` alone is the approximation by tanh."""
-    return nn.gelu(x, approximate=False)
 
 
 class Decoder(nn.Module):
