@@ -105,12 +105,12 @@ def forward(cut: Cut, query: Any, key: Any, value: Any, marks: Any) -> Any:
         keys, values = key_BKSH[:, :, :end], value_BKSH[:, :, :end]
 
         def one_block(at: Any, keys: Any = keys, values: Any = values, rows: int = rows) -> Any:
-            scores = block_scores(cut, part(query_BKGTH, at, rows), keys, marks, at)[0]
+            scores = block_scores(cut, part(query_BKGTH, at, rows), keys, marks, at, rows)[0]
             most = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - most)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            own = product("bkgts,bksh->bkgth", weights.astype(value.dtype), values)
-            return own / total, most + jnp.log(total)
+            own = product("bkns,bksh->bknh", weights.astype(value.dtype), values)
+            return groups(own / total, rows), groups(most + jnp.log(total), rows)
 
         own, log = each_block(one_block, start, rows, blocks)
         mixed.append(join(own))
@@ -138,16 +138,18 @@ def backward(cut: Cut, kept: Any, dmixed: Any) -> Any:
         keys, values = key_BKSH[:, :, :end], value_BKSH[:, :, :end]
 
         def one_block(at: Any, sums: Any, keys: Any = keys, values: Any = values, rows: int = rows) -> Any:
-            own_query, own_dmixed = part(query_BKGTH, at, rows), part(dmixed_BKGTH, at, rows)
-            scores, slope = block_scores(cut, own_query, keys, marks, at)
-            weights = jnp.exp(scores - part(log_BKGT1, at, rows))
-            dweights = product("bkgth,bksh->bkgts", own_dmixed, values)
-            dscores = weights * (dweights - part(inner_BKGT1, at, rows))
+            own_query, own_dmixed, own_log, own_inner = (
+                part(x, at, rows) for x in (query_BKGTH, dmixed_BKGTH, log_BKGT1, inner_BKGT1)
+            )
+            scores, slope = block_scores(cut, own_query, keys, marks, at, rows)
+            weights = jnp.exp(scores - own_log)
+            dweights = product("bknh,bksh->bkns", own_dmixed, values)
+            dscores = weights * (dweights - own_inner)
             if slope is not None:
                 dscores = dscores * slope
             weights, dscores = weights.astype(value.dtype), dscores.astype(query.dtype)
-            own = (product("bkgts,bkgth->bksh", dscores, own_query), product("bkgts,bkgth->bksh", weights, own_dmixed))
-            return product("bkgts,bksh->bkgth", dscores, keys), jax.tree.map(jnp.add, sums, own)
+            own = (product("bkns,bknh->bksh", dscores, own_query), product("bkns,bknh->bksh", weights, own_dmixed))
+            return groups(product("bkns,bksh->bknh", dscores, keys), rows), jax.tree.map(jnp.add, sums, own)
 
         sums = dkey[:, :, :end], dvalue[:, :, :end]
         own, sums = each_block(one_block, start, rows, blocks, sums)
@@ -164,18 +166,19 @@ def backward(cut: Cut, kept: Any, dmixed: Any) -> Any:
 attend.defvjp(forward, backward)
 
 
-def block_scores(cut: Cut, query_BKGTH: Any, key_BKSH: Any, marks: Any, at: Any) -> tuple[Any, Any]:
-    """Capped and masked scores `[B, K, G, rows, S]`, and the slope of the cap, or None without one."""
+def block_scores(cut: Cut, query_BKNH: Any, key_BKSH: Any, marks: Any, at: Any, rows: int) -> tuple[Any, Any]:
+    """Capped and masked scores `[B, K, N, S]`, N queries of all groups, and the slope of the cap, or None without one."""
     positions, segment_ids, window = marks
-    rows, reach = query_BKGTH.shape[3], key_BKSH.shape[2]
-    scores = product("bkgth,bksh->bkgts", query_BKGTH, key_BKSH)
+    B, K, N, _ = query_BKNH.shape
+    reach = key_BKSH.shape[2]
+    scores = product("bknh,bksh->bkns", query_BKNH, key_BKSH)
     slope = None
     if cut.softcap is not None:
         tanh = jnp.tanh(scores / cut.softcap)
         scores, slope = cut.softcap * tanh, 1.0 - jnp.square(tanh)
     own = (jax.lax.dynamic_slice_in_dim(x, at, rows, axis=1) for x in (positions, segment_ids))
     seen = causal_segment_mask(*own, positions[:, :reach], segment_ids[:, :reach], window)
-    return jnp.where(seen[:, None, None], scores, MASKED), slope
+    return jnp.where(seen[:, None, None], scores.reshape(B, K, -1, rows, reach), MASKED).reshape(scores.shape), slope
 
 
 def each_block(one_block: Any, start: int, rows: int, blocks: int, sums: Any = None) -> Any:
@@ -193,7 +196,15 @@ def each_block(one_block: Any, start: int, rows: int, blocks: int, sums: Any = N
 
 
 def part(x_BKGTH: Any, at: Any, rows: int) -> Any:
-    return jax.lax.dynamic_slice_in_dim(x_BKGTH, at, rows, axis=3)
+    """A block of rows of all groups behind each other, `[B, K, G rows, H]`: one dimension, so that no product with it needs a transposed copy."""
+    B, K, G, _, H = x_BKGTH.shape
+    return jax.lax.dynamic_slice_in_dim(x_BKGTH, at, rows, axis=3).reshape(B, K, G * rows, H)
+
+
+def groups(x_BKNH: Any, rows: int) -> Any:
+    """The reverse of `part`, `[B, K, G, rows, H]`."""
+    B, K, _, H = x_BKNH.shape
+    return x_BKNH.reshape(B, K, -1, rows, H)
 
 
 def join(blocks_NBKGTH: Any) -> Any:
