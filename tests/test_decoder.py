@@ -283,7 +283,7 @@ def test_recomputation_changes_no_loss_and_no_gradient_and_saves_memory() -> Non
     loss, grads = runs["nothing"](make_params(config))
     for run in runs.values():
         same_loss, same_grads = run(make_params(config))
-        np.testing.assert_array_equal(same_loss, loss)
+        np.testing.assert_allclose(same_loss, loss, rtol=1e-6)
         for got, want in zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True):
             assert np.max(np.abs(got - want)) <= 1e-6 * np.max(np.abs(want))
     used = {policy: run.memory_analysis().temp_size_in_bytes for policy, run in runs.items()}

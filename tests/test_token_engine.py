@@ -240,7 +240,7 @@ def test_padded_columns_are_never_drawn() -> None:
 
 
 def test_default_tile_size() -> None:
-    assert default_tile_size(8_192, 49_152) == 2**26 // (4 * 49_152)
+    assert default_tile_size(8_192, 49_152) == 2**27 // (4 * 49_152)
     assert default_tile_size(100, 512) == 100
-    assert default_tile_size(4_096, 512) == 512  # eight tiles
-    assert default_tile_size(2_048, 512) == 256
+    assert default_tile_size(8_192, 512) == 1_024  # eight tiles
+    assert default_tile_size(2_048, 512) == 512  # d head is not read and written for less

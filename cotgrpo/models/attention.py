@@ -23,7 +23,7 @@ def causal_segment_mask(
     query_segments: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
     key_segments: Int[Array, "B S"],
-    window: int | None = None,
+    window: Int[Array, ""] | int | None = None,
 ) -> Bool[Array, "B T S"]:
     """True where query t may read key s: same segment, position of s <= position of t, and less than `window` before it."""
     same = query_segments[:, :, None] == key_segments[:, None, :]

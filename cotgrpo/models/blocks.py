@@ -56,7 +56,7 @@ def block_attention(
     cut = Cut.of(B, T, Q, softcap)
     query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)
     padded = lambda x: jnp.pad(x, ((0, 0), (0, cut.length - T)) + ((0, 0),) * (x.ndim - 2))
-    marks = (padded(positions), padded(segment_ids + 1) - 1, jnp.asarray(cut.length if window is None else window))
+    marks = (padded(positions), padded(segment_ids + 1) - 1, window)
     return attend(cut, *map(padded, (query, key, value)), marks)[:, :T]
 
 

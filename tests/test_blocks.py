@@ -1,0 +1,111 @@
+"""Attention in blocks against the attention that holds all scores, and the layers' own gradients against autodiff."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.blocks import Cut, block_attention
+from cotgrpo.models.elementwise import ACTIVATIONS, gated, rms_norm, token_product
+
+CASES: dict[str, dict[str, Any]] = {
+    "one_block": {"T": 40},
+    "uneven": {"T": 130},
+    "grouped": {"T": 200, "Q": 6, "K": 2},
+    "window": {"T": 200, "window": 30},
+    "softcap": {"T": 130, "softcap": 3.0, "scale": 0.7},
+    "loops": {"B": 4, "T": 1_100, "Q": 8, "K": 4, "H": 8, "window": 700},
+}
+
+
+def inputs(B: int = 2, T: int = 64, Q: int = 4, K: int = 4, H: int = 16, dtype: str = "float32") -> Any:
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (Q, K, K))
+    # Two documents, then padding; the second row is one document.
+    segment_ids = np.ones((B, T), np.int32)
+    segment_ids[0, T // 3 :] = 2
+    segment_ids[0, T - T // 5 :] = 0
+    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    positions[0, T // 3 :] -= T // 3
+    positions[0, T - T // 5 :] = 0
+    return (query, key, value), jnp.asarray(positions), jnp.asarray(segment_ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_are_the_whole(case: str) -> None:
+    shape = dict(CASES[case])
+    window, softcap, scale = (shape.pop(name, None) for name in ("window", "softcap", "scale"))
+    arrays, positions, segment_ids = inputs(**shape)
+    real_BT11 = (segment_ids != 0)[:, :, None, None]
+    mask = causal_segment_mask(positions, segment_ids, positions, segment_ids, window)
+    tangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+
+    def total(attend: Any) -> Any:
+        return lambda *qkv: (jnp.sum(jnp.where(real_BT11, attend(*qkv), 0) * tangent), attend(*qkv))
+
+    whole = total(lambda q, k, v: attention(q, k, v, mask, scale, softcap))
+    blocks = total(lambda q, k, v: block_attention(q, k, v, positions, segment_ids, window, scale, softcap))
+    (_, want), want_grads = jax.jit(jax.value_and_grad(whole, (0, 1, 2), has_aux=True))(*arrays)
+    (_, got), got_grads = jax.jit(jax.value_and_grad(blocks, (0, 1, 2), has_aux=True))(*arrays)
+    np.testing.assert_allclose(jnp.where(real_BT11, got, 0), jnp.where(real_BT11, want, 0), atol=2e-6)
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(got_grad, want_grad, atol=2e-5)
+
+
+def test_bfloat16_blocks_are_near_float32() -> None:
+    arrays, positions, segment_ids = inputs(T=130, dtype="bfloat16")
+    got = block_attention(*arrays, positions, segment_ids)
+    assert got.dtype == jnp.bfloat16
+    mask = causal_segment_mask(positions, segment_ids, positions, segment_ids)
+    want = attention(*(x.astype(jnp.float32) for x in arrays), mask)
+    real = (segment_ids != 0)[:, :, None, None]
+    np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, want, 0), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_cut_covers_the_sequence_and_skips(case: str) -> None:
+    shape = {"B": 2, "Q": 4} | CASES[case]
+    cut = Cut.of(shape["B"], shape["T"], shape["Q"], None)
+    ends = [start + rows * blocks for start, rows, blocks in cut.levels]
+    assert [start for start, _, _ in cut.levels] == [0, *ends[:-1]]
+    assert ends[-1] == cut.length >= shape["T"]
+    assert len(cut.levels) <= 8
+    assert any(blocks > 1 for _, _, blocks in cut.levels) == (case == "loops")
+
+
+def autodiff_norm(x: Any, scale_D: Any, eps: float) -> Any:
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale_D[None, None]
+
+
+def test_gradients_of_norm_and_gate_are_those_of_autodiff() -> None:
+    rng = np.random.default_rng(0)
+    x, y, tangent = (jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32) for _ in range(3))
+    scale_D = jnp.asarray(rng.normal(size=8), jnp.float32)
+    got = jax.vjp(lambda x, s: rms_norm(x, s, 1e-5), x, scale_D)
+    want = jax.vjp(lambda x, s: autodiff_norm(x, s, 1e-5), x, scale_D)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for mine, theirs in zip(got[1](tangent), want[1](tangent), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    for name, activation in ACTIVATIONS.items():
+        got = jax.vjp(lambda x, y, name=name: gated(name, x, y), x, y)
+        want = jax.vjp(lambda x, y, activation=activation: activation(x) * y, x, y)
+        for mine, theirs in zip((got[0], *got[1](tangent)), (want[0], *want[1](tangent)), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_projection_is_that_of_autodiff(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel, tangent = (jnp.asarray(rng.normal(size=s), dtype) for s in ((2, 5, 8), (8, 3), (2, 5, 3)))
+    dimensions = (((2,), (0,)), ((), ()))
+    got, got_grad = jax.vjp(lambda x, w: token_product(x, w, dimensions), x, kernel)
+    want, want_grad = jax.vjp(lambda x, w: jax.lax.dot_general(x, w, dimensions), x, kernel)
+    tolerance = 1e-5 if dtype == "float32" else 0.1
+    for mine, theirs in zip((got, *got_grad(tangent)), (want, *want_grad(tangent)), strict=True):
+        assert mine.dtype == theirs.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), atol=tolerance)
