@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from cotgrpo.sharding import spec_of
 
@@ -25,17 +26,24 @@ def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, *
     def product(x: Any, kernel: Any) -> Any:
         return jax.lax.dot_general(x, kernel, dimensions, precision, **options)
 
+    def forward(x: Any, kernel: Any) -> Any:
+        # Frozen weights (LoRA's) have no gradient, and so x is not kept.
+        return product(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
+
     def backward(kept: Any, dy: Any) -> tuple[Any, Any]:
         x, kernel = kept
-        dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), precision)
+        if isinstance(dy, SymbolicZero):
+            return None, None
+        dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), precision).astype(dy.dtype)
+        if x is None:
+            return dx, None
         # Tokens that a mesh spreads by their place in the row have no order as one dimension: there B and T stay two.
         if spec_of("BT", x.shape[:2])[1] is None:
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))
-        dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision)
-        return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+        return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision).astype(kernel.dtype)
 
-    product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), backward)
+    product.defvjp(forward, backward, symbolic_zeros=True)
     return product(x, kernel)
 
 
