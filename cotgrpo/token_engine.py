@@ -128,8 +128,10 @@ def token_loss(
 
 
 def default_tile_size(num_tokens: int, vocab_size: int, platform: str | None = None) -> int:
-    """Tokens a tile: float32 logits of at most 128 MiB on CPU and 1 GiB elsewhere. Shorter, so that skipping has a grain of an eighth of the tokens, but
-    not below 512, where `d head` would be read and written too often for the products between."""
+    """Tokens a tile: float32 logits of at most 128 MiB on CPU and 1 GiB elsewhere, and an eighth of the tokens, the grain of skipping, or 512.
+
+    Below 512 `d head` would be read and written too often for the products between.
+    """
     budget = 2**27 if (platform or jax.default_backend()) == "cpu" else 2**30
     most = max(budget // (4 * vocab_size), 1)
     return min(most, max(-(-num_tokens // 8), 512), num_tokens)

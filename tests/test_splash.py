@@ -128,7 +128,11 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_is_the_kernel_on_a_tpu_alone() -> None:
     student = StudentConfig(attention="auto")
     shape = student.decoder(vocab_size=16)
-    assert [student.computed(shape, where).attention for where in ("tpu", "gpu", "cpu")] == ["splash", "blocks", "blocks"]
+    assert [student.computed(shape, where).attention for where in ("tpu", "gpu", "cpu")] == [
+        "splash",
+        "blocks",
+        "blocks",
+    ]
     assert StudentConfig(attention="xla").computed(shape, "tpu").attention == "xla"
     with pytest.raises(ConfigError, match=r"student\.attention is splash, a kernel of TPUs, and this is a cpu"):
         StudentConfig(attention="splash").computed(shape, "cpu")

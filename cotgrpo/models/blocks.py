@@ -96,6 +96,7 @@ def attend(cut: Cut, query: Any, key: Any, value: Any, marks: Any) -> Any:
 
 
 def forward(cut: Cut, query: Any, key: Any, value: Any, marks: Any) -> Any:
+    """The result, and what `backward` needs: it, the inputs, and the log of each query's sum of exponentials."""
     B, T, Q, H = query.shape
     K = key.shape[2]
     query_BKGTH, key_BKSH, value_BKSH = by_head(query, K), by_head(key), by_head(value)
@@ -116,18 +117,22 @@ def forward(cut: Cut, query: Any, key: Any, value: Any, marks: Any) -> Any:
         mixed.append(join(own))
         logs.append(join(log))
     mixed_BKGTH = jnp.concatenate(mixed, axis=3)
-    mixed_BTQH = checkpoint_name(
-        jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype), KEPT
-    )
+    mixed_BTQH = checkpoint_name(jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype), KEPT)
     log_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), KEPT)
     return mixed_BTQH, (query, key, value, marks, mixed_BTQH, log_BKGT1)
 
 
 def backward(cut: Cut, kept: Any, dmixed: Any) -> Any:
+    """With w = softmax(s): `ds = w (dw - sum_s w dw)`, `dw = dmixed v^T`; from there the products' own gradients."""
     query, key, value, marks, mixed, log_BKGT1 = kept
     B, T, Q, H = query.shape
     K = key.shape[2]
-    query_BKGTH, key_BKSH, value_BKSH, dmixed_BKGTH = by_head(query, K), by_head(key), by_head(value), by_head(dmixed, K)
+    query_BKGTH, key_BKSH, value_BKSH, dmixed_BKGTH = (
+        by_head(query, K),
+        by_head(key),
+        by_head(value),
+        by_head(dmixed, K),
+    )
     # d softmax needs sum_s weight_s dweight_s, which is the product of the result and its gradient.
     inner = jnp.sum(mixed.astype(jnp.float32) * dmixed.astype(jnp.float32), axis=-1)
     inner_BKGT1 = jnp.moveaxis(inner.reshape(B, T, K, Q // K), 1, 3)[..., None]
@@ -169,15 +174,15 @@ attend.defvjp(forward, backward)
 def block_scores(cut: Cut, query_BKNH: Any, key_BKSH: Any, marks: Any, at: Any, rows: int) -> tuple[Any, Any]:
     """Capped and masked scores `[B, K, N, S]`, N queries of all groups, and the slope of the cap, or None without one."""
     positions, segment_ids, window = marks
-    B, K, N, _ = query_BKNH.shape
+    B, K = query_BKNH.shape[:2]
     reach = key_BKSH.shape[2]
     scores = product("bknh,bksh->bkns", query_BKNH, key_BKSH)
     slope = None
     if cut.softcap is not None:
         tanh = jnp.tanh(scores / cut.softcap)
         scores, slope = cut.softcap * tanh, 1.0 - jnp.square(tanh)
-    own = (jax.lax.dynamic_slice_in_dim(x, at, rows, axis=1) for x in (positions, segment_ids))
-    seen = causal_segment_mask(*own, positions[:, :reach], segment_ids[:, :reach], window)
+    own_positions, own_segments = (jax.lax.dynamic_slice_in_dim(x, at, rows, axis=1) for x in (positions, segment_ids))
+    seen = causal_segment_mask(own_positions, own_segments, positions[:, :reach], segment_ids[:, :reach], window)
     return jnp.where(seen[:, None, None], scores.reshape(B, K, -1, rows, reach), MASKED).reshape(scores.shape), slope
 
 
@@ -222,4 +227,5 @@ def by_head(x: Any, num_kv_heads: int | None = None) -> Any:
 
 
 def product(letters: str, left: Any, right: Any) -> Any:
+    """A matrix product with its sums in float32."""
     return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,6 +55,7 @@ def rms_norm(x: Float[Array, "*batch D"], scale_D: Float[Array, "D"], eps: float
 
 
 def normed(x: Any, scale_D: Any, eps: float) -> Any:
+    """The result of `rms_norm`, and what its gradient needs."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inverse * along(scale_D, x)).astype(x.dtype), (x, scale_D, inverse)
@@ -72,6 +74,7 @@ rms_norm.defvjp(normed, rms_norm_backward)
 
 
 def along(scale_D: Any, x: Any) -> Any:
+    """`scale_D` with the other dimensions of x."""
     return scale_D.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -81,13 +84,14 @@ def gated(activation: str, gate: Float[Array, "*batch F"], up: Float[Array, "*ba
     return ACTIVATIONS[activation](gate) * up
 
 
-def gated_backward(activation: str, kept: Any, dy: Any) -> tuple[Any, Any]:
+def gated_backward(activation: str, kept: Any, dy: Any) -> Any:
+    """Autodiff's own, of the gate and up that were kept."""
     return jax.vjp(lambda gate, up: ACTIVATIONS[activation](gate) * up, *kept)[1](dy)
 
 
 gated.defvjp(lambda activation, gate, up: (gated(activation, gate, up), (gate, up)), gated_backward)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
