@@ -31,6 +31,7 @@ from cotgrpo.data.batches import make_batches
 from cotgrpo.data.template import Example
 from cotgrpo.run.checkpoint import CheckpointError
 from cotgrpo.run.metrics_log import read_metrics
+from cotgrpo.run.mfu import StepFlops
 from cotgrpo.run.train import TIME_KEYS, Interrupted, LoopSettings, TrainingStopped, train
 
 VOCAB, WIDTH, STEPS = 48, 16, 60
@@ -334,11 +335,12 @@ def test_a_run_goes_on_upon_another_mesh(tmp_path: Path) -> None:
 
 def test_a_grpo_run_emits_every_promised_metric(tmp_path: Path) -> None:
     step = cotgrpo.make_grpo_step(STUDENT, optimizer(), ReferenceKl(Pair(), 0.1), reference=STUDENT)
-    settings = LoopSettings("grpo", total_steps=6, log_every=3)
+    flops = StepFlops(token=3.0, supervised=5.0, rate=7.0)
+    settings = LoopSettings("grpo", total_steps=6, log_every=3, flops=flops)
     extra = (new_params(9),)
     run(tmp_path, settings=settings, step=cotgrpo.jit_step(step), extra=extra)
     promised = "loss reward ghost_prob drawn_prob match_rate entropy kl grad_norm learning_rate"
-    promised += " tokens_per_sec padded_tokens_per_sec step_time"
+    promised += " tokens_per_sec padded_tokens_per_sec step_time mfu"
     *rows, evaluation = read_metrics(tmp_path)
     for row in rows:
         for name in promised.split():
@@ -347,6 +349,8 @@ def test_a_grpo_run_emits_every_promised_metric(tmp_path: Path) -> None:
         assert row["train/tokens_per_sec"] == pytest.approx(real)
         assert row["train/padded_tokens_per_sec"] == pytest.approx(8 * 24 / row["train/step_time"])
         assert row["train/tokens"] < 8 * 24
+        supervised = (row["train/mfu"] * 7 * row["train/step_time"] - 3 * row["train/tokens"]) / 5
+        assert 0 < supervised <= row["train/tokens"]
     assert evaluation.keys() == {"step", "eval/loss"}
 
 

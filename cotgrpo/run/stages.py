@@ -25,6 +25,7 @@ from cotgrpo.run.guard import Guard
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
 from cotgrpo.run.live_source import group_relative_batches, live_batches, self_reply_batches, text_batches
+from cotgrpo.run.mfu import StepFlops
 from cotgrpo.run.report import write_report
 from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
@@ -223,6 +224,7 @@ class Stage:
                 keep=self.config.checkpoint.keep,
                 keep_best=self.config.checkpoint.keep_best,
                 max_skipped=self.config.max_skipped,
+                flops=self.flops(weights),
             ),
             extra=extra,
             evaluate=lambda trained: measure(weights.merged(trained)),
@@ -230,6 +232,12 @@ class Stage:
             console=self.console,
             checkpoint_folder=self.checkpoints,
         )
+
+    def flops(self, weights: StageWeights) -> StepFlops:
+        """What a step has to compute, and what the run's devices can."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        frozen = weights.lora is not None
+        return StepFlops.of(self.setup.model.decoder, self.config.data.seq_len, frozen=frozen, devices=devices)
 
     def own_rows(self) -> Any:
         """The rows of every batch that this process reads; None: all."""

@@ -22,6 +22,7 @@ from rich.console import Console
 from cotgrpo.run.checkpoint import Checkpoints
 from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, process_console, process_rows, put_on_mesh
 from cotgrpo.run.metrics_log import MetricsLog
+from cotgrpo.run.mfu import StepFlops
 from cotgrpo.run.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.types import Metrics, TrainState
@@ -31,6 +32,7 @@ TIME_KEYS = (
     "train/tokens_per_sec",
     "train/padded_tokens_per_sec",
     "train/rollout_tokens_per_sec",
+    "train/mfu",
 )
 """The keys of a row that differ between a run and its repetition; all others are the same to the bit."""
 
@@ -60,6 +62,7 @@ class LoopSettings:
         keep: how many of the newest checkpoints stay.
         keep_best: how many of those with the lowest held-out loss stay beside them; where it is not 0, every evaluation is saved.
         max_skipped: this many updates skipped in a row stop the run.
+        flops: what the metric `mfu` is counted by; None: it is not logged.
     """
 
     title: str
@@ -70,6 +73,7 @@ class LoopSettings:
     keep: int = 3
     keep_best: int = 0
     max_skipped: int = 10
+    flops: StepFlops | None = None
 
 
 class Window:
@@ -111,7 +115,7 @@ class Window:
     def saved(self) -> dict[str, Any]:
         return {"sums": self.sums, "crc": self.crc}
 
-    def row(self) -> dict[str, Any]:
+    def row(self, flops: StepFlops | None = None) -> dict[str, Any]:
         """The row of the log. Of a window that a resume cut in two, the times are those of the steps after it."""
         row: dict[str, Any] = {
             f"train/{name}": total / weight if weight else None for name, (total, weight) in self.sums.items()
@@ -123,6 +127,9 @@ class Window:
         row["train/padded_tokens_per_sec"] = row["train/padded_tokens"] / row["train/step_time"]
         if "rollout_tokens" in self.sums:
             row["train/rollout_tokens_per_sec"] = row["train/rollout_tokens"] / row["train/step_time"]
+        if flops is not None:
+            supervised = self.sums["loss"][1] / self.sums["tokens"][1]  # the weight of a loss is that of its tokens
+            row["train/mfu"] = flops.mfu(row["train/tokens"], supervised, row["train/step_time"])
         return row
 
 
@@ -237,16 +244,18 @@ class Loop:
         self.skipped_in_a_row = position["skipped_in_a_row"]
         window = Window(position["window"])
         batch = self.next_batch(state)
+        on_devices = self.on_devices(batch)
         self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
-        compiled = self.step.lower(state, self.on_devices(batch), *self.extra).compile()
+        compiled = self.step.lower(state, on_devices, *self.extra).compile()
         self.clock = time.perf_counter()
         total = self.settings.total_steps
         for number in range(int(state.step) + 1, total + 1):
             taken = self.batches.get_state()
-            state, metrics = compiled(state, self.on_devices(batch), *self.extra)
+            state, metrics = compiled(state, on_devices, *self.extra)
             window.add(metrics | self.observed(), batch, self.rows)
             if number < total:
-                batch = self.next_batch(state)  # made while the device works
+                batch = self.next_batch(state)  # made, and copied to the device, while it works
+                on_devices = self.on_devices(batch)
             self.write_closed()
             if number % self.settings.log_every == 0 or number == total:
                 self.closed, window = (number, window), Window()
@@ -262,9 +271,9 @@ class Loop:
         return process_rows(batch_sharding(self.step.mesh), batch.tokens.shape)
 
     def on_devices(self, batch: Any) -> Any:
-        """The batch as the step takes it."""
+        """The batch as the step takes it, on its way to where the step wants it."""
         mesh = getattr(self.step, "mesh", None)
-        return batch if mesh is None else global_arrays(batch_sharding(mesh), batch)
+        return jax.device_put(batch) if mesh is None else global_arrays(batch_sharding(mesh), batch)
 
     def next_batch(self, state: TrainState) -> Any:
         """The next batch; a source that draws it with the student is told the newest parameters first."""
@@ -319,7 +328,7 @@ class Loop:
         number, window = self.closed
         self.closed = None
         steps = self.wait_for(window)
-        row = window.row()
+        row = window.row(self.settings.flops)
         self.write(number, row)
         self.line.show(number, row)
         self.count_skipped(steps)

@@ -1,0 +1,1 @@
+"""`cotgrpo bench`: how fast this library is on this machine, part by part."""
