@@ -14,17 +14,18 @@ OUT="${OUT:-benchmarks/results/gpu}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 LOG="$OUT/run.log"
+BENCH="-m cotgrpo.run.bench.command"
 : >"$LOG"
 failed=0
 
 say() { echo "$*" | tee -a "$LOG"; }
 
-# part NAME SECONDS SCRIPT ARGUMENTS...: its output goes to the log, its result to NAME.json.
+# part NAME SECONDS ARGUMENTS...: runs the interpreter so; its output goes to the log, its result to NAME.json.
 part() {
-    local name="$1" limit="$2" script="$3" code start=$SECONDS
-    shift 3
-    echo "== $name: $script $*" >>"$LOG"
-    timeout --kill-after=10 "$limit" "$PYTHON" "benchmarks/$script" "$@" --json "$OUT/$name.json" >>"$LOG" 2>&1
+    local name="$1" limit="$2" code start=$SECONDS
+    shift 2
+    echo "== $name: $*" >>"$LOG"
+    timeout --kill-after=10 "$limit" "$PYTHON" "$@" --json "$OUT/$name.json" >>"$LOG" 2>&1
     code=$?
     case $code in
         0) say "ok      $name ($((SECONDS - start)) s)" ;;
@@ -35,22 +36,24 @@ part() {
 }
 
 if [ "${1:-}" = --smoke ]; then
-    part numerics 240 gpu_numerics.py --smoke --objectives pair_drawn
-    part step_time_tiny 120 step_time.py --shape tiny --batch 2 --seq 64 --repeats 3
-    part compile_time 120 compile_time.py --layers 1 2 --batch 1 --seq 16 --repeats 1
-    part engine_memory 120 engine_memory.py --vocab 4096 --tokens 1024 --width 64 --objectives pair
+    part numerics 240 benchmarks/gpu_numerics.py --smoke --objectives pair_drawn
+    part step_tiny 120 $BENCH step --shape tiny --batch 2 --seq 64 --repeats 3
+    part compile 120 $BENCH compile --layers 1 2 --batch 1 --seq 16 --repeats 1
+    part engine 120 $BENCH engine --shape tiny --vocab 4096 --objectives pair
 elif [ $# -gt 0 ]; then
     echo "run_gpu.sh takes --smoke or nothing, got: $*" >&2
     exit 2
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >>"$LOG" 2>&1
     # The limits add up to 535 seconds. The memory of a long row is its attention scores, so all shapes recompute by layer.
-    part numerics 180 gpu_numerics.py
-    part step_time_smollm2-135m 75 step_time.py --shape smollm2-135m --batch 16 --seq 2048 --dtype bfloat16 --remat block
-    part step_time_qwen2.5-0.5b 75 step_time.py --shape qwen2.5-0.5b --batch 8 --seq 2048 --dtype bfloat16 --remat block
-    part step_time_llama-3.2-1b 90 step_time.py --shape llama-3.2-1b --batch 4 --seq 2048 --dtype bfloat16 --remat block
-    part compile_time 75 compile_time.py --shape smollm2-135m --layers 4 32 --dtype bfloat16 --repeats 1
-    part engine_memory 40 engine_memory.py --objectives pair --dtype bfloat16
+    part numerics 150 benchmarks/gpu_numerics.py
+    part step_smollm2-135m 60 $BENCH step --shape smollm2-135m --batch 16 --seq 2048 --remat block
+    part step_qwen2.5-0.5b 60 $BENCH step --shape qwen2.5-0.5b --batch 8 --seq 2048 --remat block
+    part step_llama-3.2-1b 75 $BENCH step --shape llama-3.2-1b --batch 4 --seq 2048 --remat block
+    part compile 60 $BENCH compile --shape smollm2-135m --layers 4 32 --repeats 1
+    part engine 40 $BENCH engine --shape smollm2-135m --batch 4 --seq 2048 --vocab 32768 131072 262144
+    part attention 45 $BENCH attention --shape llama-3.2-1b --batch 4 --seq 2048 --lengths 2048 4096
+    part generate 45 $BENCH generate --shape llama-3.2-1b --batches 1 64 256
 fi
 
 grep -hE '^(GRPO / SFT|total, last|[0-9]+ rows,)' "$LOG"

@@ -1,6 +1,6 @@
-"""The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | plan | export`. GRPO is GhostRespond Policy Optimization, not Group Relative.
+"""The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | plan | export | bench`. GRPO is GhostRespond Policy Optimization, not Group Relative.
 
-Every command but gold and export takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
+Every command but gold, export and bench takes `--config FILE.yaml` and a dotted option for every setting. Errors that a user can mend are one line on stderr; the exit code is 2 for
 those, 3 when training stopped itself, 4 when another process of the run ended, and 128 + the signal's number when a signal ended a run that was saved.
 """
 
@@ -12,9 +12,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = """usage: cotgrpo COMMAND [--config FILE.yaml] [--section.setting VALUE ...]
 
@@ -29,6 +30,7 @@ commands:
   eval         exact match and loss on held-out rows, of the newest student of a run folder, or of any model   (--model FOLDER_OR_ID)
   plan         whether a run fits on TPUs or GPUs that are not here, and how fast it can be   (--topology v5p:4x4x4)
   export       the newest student of a run folder as a folder that transformers loads   (--run_dir DIR --out FOLDER)
+  bench        how fast steps, generation, input pipeline and checkpoints are on this machine   (bench step --shape 16m)
 
 cotgrpo COMMAND --help lists every setting; cotgrpo --version prints the version.
 
@@ -46,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"cotgrpo {version('cotgrpo')}")
         return 0
+    if command == "bench":
+        return bench(rest)
     if command not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        near = difflib.get_close_matches(command, [*COMMANDS, "bench"], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         print(f"cotgrpo: unknown command {command!r}.{hint}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -308,6 +312,19 @@ def plan(arguments: Sequence[str], console: Console) -> None:
         raise ConfigError(f"--stage must be sft or grpo, got {stage}.")
     jax.config.update("jax_platforms", "cpu")  # the machine's own accelerator, if there is one, is not wanted
     run_plan(config, names[stage], topology, None if out is None else Path(out), console, search=search)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """`cotgrpo bench`, which needs what a train step needs and nothing else, and no compilation cache: compiling is measured. Returns the exit code."""
+    from cotgrpo.data.triples import DataError
+    from cotgrpo.run.bench.command import run_bench
+
+    try:
+        run_bench(arguments)
+    except DataError as error:
+        print(f"cotgrpo: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def quickstart(arguments: Sequence[str], console: Console) -> None:

@@ -29,33 +29,6 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
-def test_step_time(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    _, result = run("step_time", "--shape", "tiny", "--batch", "2", "--seq", "16", "--repeats", "3", "--warmup", "1")
-    assert {"device", "backend", "jax", "shape", "dtype", "remat", "params", "batch", "seq", "model_flops"} <= set(
-        result
-    )
-    for name in ("sft", "grpo"):
-        row = result["steps"][name]
-        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
-        assert row["tokens_per_sec"] == pytest.approx(2 * 16 / row["median_s"])
-        assert row["floor"] == pytest.approx(result["model_flops"] / result["matrix_flops_per_sec"] / row["median_s"])
-        assert row["temp_bytes"] > 0 and row["compile_s"] > 0 and row["peak_bytes_so_far"] is None  # None: a CPU
-    ratio = result["grpo_over_sft"]
-    assert ratio["range"][0] <= ratio["median_of_pairs"] <= ratio["range"][1]
-    assert ratio["fastest"] > 0 and ratio["cpu_seconds"] > 0
-    assert "GRPO / SFT step time" in capsys.readouterr().out
-
-
-def test_model_flops_by_hand(run: Any) -> None:
-    """Width 64, 2 layers, 4 heads and 2 key/value heads of 16, MLP 192, vocabulary 512, on 2 x 16 tokens, half of them supervised."""
-    step_time = importlib.import_module("step_time")
-    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192
-    pairs = 16 * 17 / 2  # causal, in each row
-    attention = 2 * 2 * pairs * 2 * 2 * 64  # rows, layers, pairs, two products of 2 operations, 4 heads of 16
-    by_hand = 6 * 32 * 2 * layer + 6 * 16 * 64 * 512 + 3 * attention
-    assert step_time.model_flops(step_time.SHAPES["tiny"], 2, 16, 0.5) == by_hand
-
-
 def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--width 32 --layers 1 --prompts 8 --prompt 8 --new_tokens 8 --slots 4 --repeats 1 --updates 1"
     _, result = run("rollouts", *small.split())
@@ -70,21 +43,21 @@ def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "device idle" in capsys.readouterr().out
 
 
-def test_engine_memory(run: Any) -> None:
-    _, result = run("engine_memory", "--vocab", "4096", "--tokens", "2048", "--width", "16", "--objectives", "nll")
-    (row,) = result["rows"]
-    assert row["vocab"] == 4_096 and row["logits_bytes"] == 4 * 2_048 * 4_096
-    assert row["naive_bytes"] >= row["logits_bytes"] > row["engine_bytes"]
-    assert row["naive_over_engine"] == pytest.approx(row["naive_bytes"] / row["engine_bytes"])
-
-
-def test_compile_time(run: Any) -> None:
-    """One process for each depth, on one device as a user has it."""
-    _, result = run("compile_time", "--layers", "1", "2", "--batch", "1", "--seq", "8", "--repeats", "1")
-    first, last = result["rows"]
-    assert (first["layers"], last["layers"]) == (1, 2)
-    assert all(row["total_s"] == pytest.approx(row["lower_s"] + row["compile_s"]) for row in (first, last))
-    assert result["last_over_first"] == pytest.approx(last["total_s"] / first["total_s"])
+def test_peers(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """cotgrpo beside itself: the same losses. A contender whose packages are missing, or that fails, is a row that says so."""
+    options = ["--shape", "tiny", "--batch", "2", "--seq", "16", "--turns", "2"]
+    pythons = ["trl=/usr/bin/env", f"tunix={sys.executable}"]
+    code, result = run("peers", *options, "--peers", "cotgrpo", "trl", "tunix", "--python", *pythons)
+    itself, broken, missing = result["pairs"]
+    assert code == 1 and itself["same"]["largest_difference"] == 0
+    losses = [ours for ours, _ in itself["same"]["losses"]]
+    assert losses[0] > losses[3] > 0
+    assert itself["range"][0] <= itself["times_as_fast"] <= itself["range"][1]
+    for row in (itself["cotgrpo_row"], itself["peer_row"]):
+        assert row["steps"] == 2 and row["tokens_per_sec"] == pytest.approx(2 * 16 / row["median_s"])
+        assert row["first_step_s"] > row["max_s"] and row["peak_rss_bytes"] > 0
+    assert broken["failed"].startswith("trl: ") and missing["missing"] == "tunix: No module named 'tunix'"
+    assert "missing: tunix: No module named 'tunix'" in capsys.readouterr().out
 
 
 def test_weak_scaling(run: Any) -> None:
@@ -134,7 +107,7 @@ def test_run_gpu_names_the_parts_that_fail(tmp_path: pathlib.Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": "false"}
     done = subprocess.run(["bash", script, "--smoke"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4
-    for name in ("numerics", "step_time_tiny", "compile_time", "engine_memory"):
+    for name in ("numerics", "step_tiny", "compile", "engine"):
         assert f"FAILED  {name} (exit code 1" in done.stdout
     assert "FAILED  numerics" in (tmp_path / "run.log").read_text()
     assert subprocess.run(["bash", script, "--fast"], env=environment, capture_output=True).returncode == 2
@@ -198,7 +171,17 @@ def test_run_gpu_smoke(tmp_path: pathlib.Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "run.log",
         "numerics.json",
-        "step_time_tiny.json",
-        "compile_time.json",
-        "engine_memory.json",
+        "step_tiny.json",
+        "compile.json",
+        "engine.json",
     }
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = importlib.import_module("tables")
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.main(["--check"]) == 0, f"run benchmarks/tables.py: {capsys.readouterr().out}"
+    named = {path for _, path, _ in tables.MARKED.findall(page)}
+    assert named and all(f"<!-- {path} -->\n| " in page for path in named)
+    without = tables.MARKED.sub(lambda match: match[1], page)
+    assert without != page == tables.rewritten(without)
