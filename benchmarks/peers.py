@@ -58,8 +58,8 @@ class Contender:
     def __init__(self, name: str, task: str, python: str, given: dict[str, Any]) -> None:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in `close`
-        # Two processes share a GPU, and none may take all of it.
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
+        # Two processes share a GPU, and none may take all of it; torch's threads do not spin while it is not their turn.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(
             [python, Path(__file__).with_name("contenders.py"), name, task, json.dumps(given)],
             stdin=subprocess.PIPE,
@@ -227,6 +227,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.peers:
             result["pairs"].append(pair(name, given, args, pythons))
             show_pair(result, result["pairs"][-1])
+            if args.json:  # after each, so that a run cut short leaves what it had
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -278,9 +281,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: not for --task {args.task}")
     show_head(args)
     result = measure(args)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(any("times_as_fast" not in found for found in result["pairs"]))
 
 

@@ -338,8 +338,7 @@ def test_a_train_step_is_one_program_at_any_depth() -> None:
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_depth(tmp_path: pathlib.Path) -> None:
     """32 layers within 1.3 times the time of 4: fresh processes in turn, no compilation cache, the least of four."""
-    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "compile_time.py"
-    command = [sys.executable, str(script), "--layers", "4", "32", "--repeats", "4"]
+    command = [sys.executable, "-m", "cotgrpo.cli", "bench", "compile", "--layers", "4", "32", "--repeats", "4"]
     subprocess.run([*command, "--json", str(tmp_path / "times.json")], check=True, timeout=900)
     assert json.loads((tmp_path / "times.json").read_text())["last_over_first"] <= 1.3
 
