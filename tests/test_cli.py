@@ -65,7 +65,8 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
         assert report["data"]["training rows"]["read"] == 120 and report["data"]["held-out rows"]["read"] == 20
         rows = read_metrics(folder)
         assert [row["step"] for row in rows if "train/loss" in row] == list(range(2, steps + 1, 2))
-        assert all(row["train/loss"] > 0 and row["train/tokens_per_sec"] > 0 for row in rows if "train/loss" in row)
+        for row in rows:
+            assert "train/loss" not in row or min(row[f"train/{n}"] for n in ("loss", "tokens_per_sec", "mfu")) > 0
         assert rows[-1]["eval/loss"] > 0 or rows[-2]["eval/loss"] > 0
     grpo = [row for row in read_metrics(trained / "run" / "grpo") if "train/loss" in row]
     for name in ("reward", "ghost_prob", "drawn_prob", "match_rate", "entropy", "grad_norm", "learning_rate"):
