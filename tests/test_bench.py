@@ -87,6 +87,7 @@ def test_engine(bench: Any) -> None:
 def test_attention(bench: Any) -> None:
     """The tokens of a batch stay as many: twice the length, half the rows."""
     rows = bench("attention", "--lengths", "32")["rows"]
+    assert {row["attention"] for row in rows} == {"xla", "blocks"}
     assert {(row["seq"], row["batch"]) for row in rows} == {(32, 1)}
     assert all(row["tokens_per_sec"] == pytest.approx(32 / row["median_s"]) for row in rows)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.blocks import block_attention
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.models.splash import splash_attention
@@ -65,10 +66,13 @@ def measure_engine(config: DecoderConfig, args: argparse.Namespace) -> dict[str,
 
 
 def kernels(batch: Any) -> dict[str, Callable[..., Any]]:
-    """The attention of whole sequences that `student.attention` may name on this platform, as functions of query, key and value."""
+    """The ways to attend over whole sequences on this platform, as functions of query, key and value."""
     positions, segments = jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
     mask = causal_segment_mask(positions, segments, positions, segments)
-    own: dict[str, Callable[..., Any]] = {"xla": lambda q, k, v: attention(q, k, v, mask)}
+    own: dict[str, Callable[..., Any]] = {
+        "xla": lambda q, k, v: attention(q, k, v, mask),
+        "blocks": lambda q, k, v: block_attention(q, k, v, positions, segments),
+    }
     if jax.default_backend() == "tpu":
         own["splash"] = lambda q, k, v: splash_attention(q, k, v, segments, (None,), None)
     return own
