@@ -1,10 +1,10 @@
-"""What the choice of objective and of contexts is worth: every arm from the same SFT checkpoint, on the quick start's task, seeds and learning rates.
+"""What the choice of objective and of contexts is worth: every arm from the same SFT checkpoint, on made-up sums, over seeds and learning rates.
 
-    python benchmarks/ablation.py --json benchmarks/results/cpu/ablation.jsonl       # --quick: a form of some minutes
+    python benchmarks/ablation.py --size saturated --json benchmarks/results/cpu/ablation_saturated.jsonl      # --arms, --learning_rates, --steps: less of it
 
 GRPO here is GhostRespond Policy Optimization, not Group Relative. A teacher of the student's own shape is trained on many problems, a student on few
 (SFT), and then each arm trains that student on for `--steps` updates: teacher-forced (the contexts are the text of the training rows) or on-policy
-(the contexts are the student's own replies to the same questions, and the teacher says the ghost token at each prefix). An update sees the same number of
+(the contexts are the student's own replies to the same questions, or to new ones, and the teacher says the ghost token at each prefix). An update sees the same number of
 replies in all arms, about. Held-out sums occur in nobody's training. Each arm's learning rate is the one that does best on some held-out
 questions, mean over seeds; what is reported is the accuracy on others.
 
@@ -17,7 +17,9 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +28,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cotgrpo import Nll, Pair, Reinforce, RewardGradient, TrainState, jit_step, make_grpo_step, make_optimizer
+from cotgrpo import (
+    Nll,
+    Pair,
+    Reinforce,
+    RewardGradient,
+    TrainState,
+    jit_step,
+    make_grpo_step,
+    make_optimizer,
+)
 from cotgrpo.config import StudentConfig
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.questions import Question
@@ -36,13 +47,18 @@ from cotgrpo.data.triples import Triple
 from cotgrpo.ghosts.procedural import ProceduralTeacher
 from cotgrpo.models import load_pretrained, save_pretrained
 from cotgrpo.models.decoder import init_params, make_student
+from cotgrpo.objectives import GroupRelative
 from cotgrpo.run.evaluate import ExactMatch
+from cotgrpo.run.group_relative import GroupRelativeBatches
 from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.run.quickstart import QUICKSTART
 from cotgrpo.run.rollouts import Asked, RolloutSettings
+from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.sampling import SamplingSettings, make_sampler
 
 SEQ_LEN, PROMPT_COLUMNS = QUICKSTART.data.seq_len, 32
+GROUP = 4
+"""Replies to a question, where they are held against each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +67,16 @@ class Arm:
 
     Attributes:
         objective: of one token.
-        contexts: "teacher_forced", "on_policy", or "half" of each.
+        contexts: "teacher_forced", "on_policy", or "half" of each; "self_reply", the text of the student's own right replies; or "group_relative",
+            the student's own replies, judged and held against each other.
+        new_questions: on-policy replies answer questions that the student has no text for; teacher-forced rows are the teacher's text for them, which SFT
+            does not have: the control that tells new questions from own contexts. Of "half" the text is that of the training rows.
         corrupted: the share of ghost replies with a wrong digit.
     """
 
     objective: Any
     contexts: str
+    new_questions: bool = False
     corrupted: float = 0.0
 
 
@@ -69,13 +89,26 @@ OBJECTIVES = {
     "reinforce": Reinforce(),
 }
 ARMS = {
-    f"{name}, {contexts}{', 10 % corrupted' if corrupted else ''}": Arm(objective, contexts, corrupted)
+    f"{name}, {contexts}{', new questions' if new else ''}{', 10 % corrupted' if corrupted else ''}": Arm(
+        objective, contexts, new, corrupted
+    )
     for corrupted in (0.0, 0.1)
+    for new in (False, True)
     for contexts in ("teacher_forced", "on_policy", "half")
     for name, objective in OBJECTIVES.items()
 }
-"""Continued SFT is "nll, teacher_forced"."""
+ARMS |= {
+    f"{contexts}{', new questions' if new else ''}": Arm(objective, contexts, new)
+    for contexts, objective in (("self_reply", Nll()), ("group_relative", GroupRelative()))
+    for new in (False, True)
+}
+SFT = "nll, teacher_forced"
+"""Continued SFT."""
 MAIN = ("nll, teacher_forced", "nll, on_policy", "nll+pair, teacher_forced", "nll+pair, on_policy")
+
+
+LARGER = dataclasses.replace(QUICKSTART.student, width=128, num_layers=3, num_heads=8, num_kv_heads=4, mlp_width=384)
+"""A student of 0.6 M parameters, for all kinds of problems."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +117,10 @@ class Sizes:
 
     Attributes:
         kinds: of problems (`cotgrpo.ghosts.procedural.KINDS`), or None for all.
+        digits: of their numbers.
         student: the shape of student and teacher.
         rows: the student's training problems.
+        new_questions: problems beside them, for the arms that ask new ones.
         sft_steps: updates of the SFT that every arm starts from.
         teacher_rows: the teacher's training problems.
         teacher_steps: its updates.
@@ -97,22 +132,24 @@ class Sizes:
     """
 
     kinds: tuple[str, ...] | None = None
-    student: StudentConfig = QUICKSTART.student
+    digits: int = 2
+    student: StudentConfig = LARGER
     rows: int = 2_000
+    new_questions: int = 4_000
     sft_steps: int = 600
     teacher_rows: int = 30_000
     teacher_steps: int = 3_000
     steps: int = 300
     packed_rows: int = 12
     replies: int = 24
-    new_tokens: int = QUICKSTART.eval.max_new_tokens
+    new_tokens: int = 96
     held_out: tuple[int, int] = (500, 1_000)
 
 
 FULL = Sizes()
 SHORT = Sizes(
     kinds=("column_addition",),
-    student=dataclasses.replace(QUICKSTART.student, width=96, num_layers=2, num_heads=6, num_kv_heads=3, mlp_width=256),
+    student=QUICKSTART.student,
     rows=500,
     sft_steps=600,
     teacher_rows=20_000,
@@ -124,10 +161,22 @@ SHORT = Sizes(
     held_out=(300, 700),
 )
 """One kind of problem and a student of 0.2 M parameters: what two slow cores can do in an hour."""
+SATURATED = dataclasses.replace(SHORT, rows=250, sft_steps=2_000, steps=300, replies=12, held_out=(500, 2_000))
+"""The quick start's task: few rows, and SFT until they have nothing left to say; the student's own replies to their questions are their text, word for word."""
 TINY = dataclasses.replace(
-    SHORT, rows=60, sft_steps=4, teacher_rows=100, teacher_steps=4, steps=2, packed_rows=2, replies=3, held_out=(4, 6)
+    SHORT,
+    rows=60,
+    new_questions=40,
+    sft_steps=4,
+    teacher_rows=100,
+    teacher_steps=4,
+    steps=2,
+    packed_rows=2,
+    replies=3,
+    held_out=(4, 6),
 )
 """Whether the script runs at all."""
+SIZES = {"full": FULL, "short": SHORT, "saturated": SATURATED, "tiny": TINY}
 
 
 @dataclasses.dataclass
@@ -139,7 +188,9 @@ class Ablation:
 
     def __post_init__(self) -> None:
         sizes, folder = self.sizes, self.work / "teacher"
-        draw = lambda seed, count, held_out: ProceduralTeacher(seed, sizes.kinds, held_out=held_out).draw(count)
+        draw = lambda seed, count, held_out: ProceduralTeacher(seed, sizes.kinds, sizes.digits, held_out=held_out).draw(
+            count
+        )
         teacher_rows = draw(1_000, sizes.teacher_rows, False)
         if not (folder / "config.json").is_file():
             tokenizer = train_tokenizer(
@@ -155,23 +206,23 @@ class Ablation:
         self.teacher = load_pretrained(folder)
         self.decoder = dataclasses.replace(self.teacher.config, init_scale=sizes.student.init_scale)
         self.train_rows = draw(0, sizes.rows, False)
+        known = {row.question for row in self.train_rows}
+        others = draw(2_000, sizes.new_questions + sizes.rows, False)
+        self.new_rows = [row for row in others if row.question not in known][: sizes.new_questions]
         held_out = draw(0, sum(sizes.held_out), True)
         match = lambda rows: ExactMatch(
             self.decoder, self.template, [asked(row) for row in rows], max_new_tokens=sizes.new_tokens, batch_size=250
         )
         self.validation, self.test = match(held_out[: sizes.held_out[0]]), match(held_out[sizes.held_out[0] :])
-        sampling = SamplingSettings(
-            sizes.new_tokens, self.template.stop_ids, temperature=1.0, pad_id=self.template.pad_id
-        )
-        self.draw = jax.jit(make_draw(make_sampler(self.decoder, sampling), self.teacher.student))
+        self.draw = jax.jit(make_draw(self.sampler(1.0), self.teacher.student))
 
     def forced(self, triples: Sequence[Triple], seed: int, rows: int | None = None) -> Any:
         """Packed teacher-forced batches."""
         examples = [self.template.encode(triple) for triple in triples]
         return make_batches(examples, batch_size=rows or self.sizes.packed_rows, seq_len=SEQ_LEN, seed=seed)
 
-    def on_policy(self, seed: int, replies: int, forced: Any = None) -> OnPolicyBatches:
-        """Batches of the student's own replies with the teacher's ghosts."""
+    def on_policy(self, seed: int, rows: Sequence[Triple], replies: int, forced: Any = None) -> OnPolicyBatches:
+        """Batches of the student's own replies to the questions of these rows, with the teacher's ghosts."""
         forced_rows = 0 if forced is None else self.sizes.packed_rows // 2
         settings = RolloutSettings(
             replies,
@@ -184,7 +235,7 @@ class Ablation:
             self.teacher.params,
             make_student(self.decoder),
             self.template,
-            [Asked(asked(triple), self.template.prompt(triple.question)) for triple in self.train_rows],
+            self.questions(rows),
             settings,
             seed=seed,
             forced=forced,
@@ -224,17 +275,75 @@ class Ablation:
 
     def run(self, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """One arm at one learning rate from one seed's student: the row of the output file."""
-        how, sizes = ARMS[arm], self.sizes
-        rows = corrupt(self.train_rows, how.corrupted, seed)
-        batches = self.forced(rows, 100 + seed) if how.contexts != "on_policy" else None
-        if how.contexts != "teacher_forced":
-            half = how.contexts == "half"
-            forced = self.forced(rows, 100 + seed, sizes.packed_rows // 2) if half else None
-            batches = self.on_policy(100 + seed, sizes.replies // (2 if half else 1), forced)
-            if how.corrupted:
-                batches.draw = jax.jit(corrupting(self.draw, how.corrupted, self.template))
-        params, cost = self.updates(self.started(seed), how.objective, batches, rate, steps, seed)
+        how = ARMS[arm]
+        params, cost = self.updates(self.started(seed), how.objective, self.batches(how, 100 + seed), rate, steps, seed)
         return {"arm": arm, "rate": rate, "seed": seed, "steps": steps} | cost | self.measure(params)
+
+    def batches(self, how: Arm, seed: int) -> Any:
+        """What an arm learns from."""
+        sizes = self.sizes
+        rows = self.new_rows if how.new_questions else self.train_rows
+        if how.contexts == "teacher_forced":
+            return self.forced(corrupt(rows, how.corrupted, seed), seed)
+        if how.contexts == "self_reply":
+            return self.self_replies(rows, seed)
+        if how.contexts == "group_relative":
+            settings = RolloutSettings(sizes.replies, PROMPT_COLUMNS + sizes.new_tokens, sizes.new_tokens)
+            return GroupRelativeBatches(
+                jax.jit(self.sampler(1.0)), self.template, self.questions(rows), settings, seed=seed, group=GROUP
+            )
+        half = how.contexts == "half"
+        text = corrupt(self.train_rows, how.corrupted, seed)
+        forced = self.forced(text, seed, sizes.packed_rows // 2) if half else None
+        batches = self.on_policy(seed, rows, sizes.replies // (2 if half else 1), forced)
+        if how.corrupted:
+            batches.draw = jax.jit(corrupting(self.draw, how.corrupted, self.template))
+        return batches
+
+    def sampler(self, temperature: float) -> Any:
+        settings = SamplingSettings(
+            self.sizes.new_tokens, self.template.stop_ids, temperature=temperature, pad_id=self.template.pad_id
+        )
+        return make_sampler(self.decoder, settings)
+
+    def questions(self, rows: Sequence[Triple]) -> list[Asked]:
+        return [Asked(asked(row), self.template.prompt(row.question)) for row in rows]
+
+    def self_replies(self, rows: Sequence[Triple], seed: int) -> SelfReplyBatches:
+        """Batches of the best right reply of the student to each of the questions."""
+        settings = SelfReplySettings(
+            candidates=GROUP,
+            questions=128,
+            refresh_every=50,
+            batch_size=self.sizes.packed_rows,
+            seq_len=SEQ_LEN,
+            prompt_columns=PROMPT_COLUMNS,
+            packing=True,
+            prompts_at_once=64,
+        )
+        samplers = [jax.jit(self.sampler(temperature)) for temperature in (0.7, 1.0)]
+        folder = tempfile.mkdtemp(dir=self.work)
+        return SelfReplyBatches(samplers, self.template, rows, settings, Path(folder), seed, lambda params: params)
+
+    def corrections(self, params: Any, rows: Sequence[Triple]) -> dict[str, float]:
+        """What a live ghost has to say to this student: `per_reply` tokens of its replies that the ghost names others for; and of the digits behind
+        `a+b=` in what follows the first of those in a reply, `sums`, how many the ghost gets right, `sums_right`.
+        """
+        batches, found = self.on_policy(7, rows, 256), dict.fromkeys(("per_reply", "sums", "sums_right"), 0.0)
+        batches.follow(params)
+        batch = jax.device_get(next(batches))
+        decode = self.template.tokenizer.decode
+        for tokens, ghosts, mask in zip(batch.tokens, batch.ghost_tokens, batch.loss_mask, strict=True):
+            columns = [int(t) for t in mask.nonzero()[0]]
+            other = [t for t in columns if ghosts[t] != tokens[t + 1]]
+            found["per_reply"] += len(other) / len(batch.tokens)
+            for t in columns if other else ():
+                line = re.search(r"(?:^|\n)(\d)\+(\d)(?:\+(\d))?=$", decode(tokens[columns[0] + 1 : t + 1]))
+                if line and t > other[0]:
+                    total = sum(int(digit) for digit in line.groups() if digit)
+                    found["sums"] += 1
+                    found["sums_right"] += decode(ghosts[t : t + 1]) == str(total)[0]
+        return found
 
     def measure(self, params: Any) -> dict[str, float]:
         return {"validation": self.validation(params).value, "test": self.test(params).value}
@@ -264,11 +373,11 @@ def corrupting(draw: Any, share: float, template: Template) -> Any:
     """`draw`, after which this share of the student's replies has one digit among its ghost tokens changed."""
     digits = jnp.asarray([template.ids(str(digit))[-1] for digit in range(10)])
 
-    def corrupted(params: Any, teacher_params: Any, prompts: Any, reads: Any, forced: Any, key: Any) -> Any:
-        batch, replies, log_probs = draw(params, teacher_params, prompts, reads, forced, key)
+    def corrupted(models: Any, rows: Any, key: Any) -> Any:
+        batch, replies, log_probs = draw(models, rows, key)
         place, which, other = jax.random.split(jax.random.fold_in(key, 1), 3)
         ghost_BT = batch.ghost_tokens
-        own_B1 = jnp.arange(ghost_BT.shape[0])[:, None] < prompts.tokens.shape[0]
+        own_B1 = jnp.arange(ghost_BT.shape[0])[:, None] < rows[0].tokens.shape[0]
         is_digit_BT = jnp.isin(ghost_BT, digits) & (batch.loss_mask != 0) & own_B1
         rank_BT = jnp.where(is_digit_BT, jax.random.uniform(place, ghost_BT.shape), 0.0)
         hit_B1 = jax.random.uniform(which, own_B1.shape) < share
@@ -280,36 +389,48 @@ def corrupting(draw: Any, share: float, template: Template) -> Any:
     return corrupted
 
 
+def at_best_rate(rows: Sequence[dict[str, Any]], arm: str, steps: int) -> list[dict[str, Any]]:
+    """An arm's runs at the learning rate that does best on the validation questions, of those rates that all its seeds have."""
+    mine = [row for row in rows if row["arm"] == arm and row["steps"] == steps]
+    by_rate = [[row for row in mine if row["rate"] == rate] for rate in sorted({row["rate"] for row in mine})]
+    most = max(map(len, by_rate), default=0)
+    complete = [runs for runs in by_rate if len(runs) == most]
+    return max(complete, key=lambda runs: statistics.mean(run["validation"] for run in runs), default=[])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation, in %."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{100 * statistics.mean(values):{sign}.1f} +- {100 * deviation:.1f}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Each arm at its best learning rate, and then at every one."""
+    """Each arm at its best learning rate, what it is ahead of SFT continued for as many updates, seed by seed, and then every rate."""
     lines = [
-        "| arm | steps | learning rate | seeds | held-out accuracy, % | entropy, nats | processor seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | steps | learning rate | seeds | held-out accuracy, % | against SFT continued | entropy, nats | processor seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for steps in sorted({row["steps"] for row in rows if row["arm"] == arm}):
-            mine = [row for row in rows if row["arm"] == arm and row["steps"] == steps]
-            by_rate = {rate: [r for r in mine if r["rate"] == rate] for rate in sorted({r["rate"] for r in mine})}
-            most = max(len(runs) for runs in by_rate.values())
-            complete = {rate: runs for rate, runs in by_rate.items() if len(runs) == most}
-            best = max(complete, key=lambda rate: statistics.mean(r["validation"] for r in complete[rate]))
-            runs = complete[best]
+            runs = at_best_rate(rows, arm, steps)
+            sft = {run["seed"]: run["test"] for run in at_best_rate(rows, SFT, steps)}
+            ahead = [run["test"] - sft[run["seed"]] for run in runs if run["seed"] in sft]
             mean = lambda name, runs=runs: statistics.mean(run[name] for run in runs)
-            scores = [100 * run["test"] for run in runs]
-            spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-            others = ", ".join(
-                f"{r:g}: {100 * statistics.mean(x['test'] for x in runs):.1f}" for r, runs in by_rate.items()
-            )
+            of_rate: dict[float, list[float]] = {}
+            for row in rows:
+                if row["arm"] == arm and row["steps"] == steps:
+                    of_rate.setdefault(row["rate"], []).append(row["test"])
+            every = ", ".join(f"{rate:g}: {100 * statistics.mean(of_rate[rate]):.1f}" for rate in sorted(of_rate))
             lines.append(
-                f"| {arm} | {steps} | {best:g} ({others}) | {len(runs)} | {statistics.mean(scores):.1f} +- {spread:.1f} "
-                f"| {mean('entropy'):.3f} | {mean('cpu_seconds'):.0f} |"
+                f"| {arm} | {steps} | {runs[0]['rate']:g} ({every}) | {len(runs)} | {spread([run['test'] for run in runs])} "
+                f"| {spread(ahead, '+') if ahead and arm != SFT else '-'} | {mean('entropy'):.3f} | {mean('cpu_seconds'):.0f} |"
             )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("full", "short", "tiny"), default="full", help="; ".join(SIZES))
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--quick", action="store_true", help="the short size, the main arms, one seed")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {'; '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=3)
@@ -348,6 +469,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             params = ablation.teacher.params if arm == "teacher" else ablation.started(seed)
             costs = dict.fromkeys(("cpu_seconds", "seconds", "entropy"), 0.0)
             row = {"arm": arm, "rate": rate, "seed": seed, "steps": count} | costs | ablation.measure(params)
+            if arm == "before":
+                rows_of = {"own questions": ablation.train_rows, "new questions": ablation.new_rows}
+                row["corrections"] = {name: ablation.corrections(params, asked) for name, asked in rows_of.items()}
         rows.append(row)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -355,8 +479,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     return 0
 
-
-SIZES = {"full": FULL, "short": SHORT, "tiny": TINY}
 
 if __name__ == "__main__":
     raise SystemExit(main())

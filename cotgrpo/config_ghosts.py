@@ -23,10 +23,10 @@ OBJECTIVES = {
 OF_LIVE = ("choice", "temperature", "max_new_tokens", "slots", "teacher_forced_share", "reuse", "ratio_clip")
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher_forced": (),
-    "teacher_model": ("teacher", *OF_LIVE),
+    "teacher_model": ("teacher", "prompts", *OF_LIVE),
     "privileged_self": ("privileged_prompt", *OF_LIVE),
     "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens", "slots"),
-    "verified_reward": ("candidates", "max_new_tokens", "slots", "reuse"),
+    "verified_reward": ("prompts", "candidates", "max_new_tokens", "slots", "reuse"),
 }
 
 
@@ -85,6 +85,7 @@ class GhostsConfig:
             self_reply: the text of the student's own right replies to the questions, the likeliest of several, written anew from time to time. Or, for the
             objective group_relative alone, verified_reward: no ghost, but which of the student's own replies to a question are right.
         teacher: of teacher_model, a folder or hub id.
+        prompts: files or hub ids of questions, with their right answers and no more, that the student replies to instead of those of the training rows.
         choice: the live ghost's likeliest token, or one drawn from its distribution.
         privileged_prompt: of privileged_self, the question as it is put to the student that knows; holds {question}, {rationale} and {answer}.
         temperature: of the student's replies.
@@ -104,6 +105,7 @@ class GhostsConfig:
         "teacher_forced"
     )
     teacher: str | None = None
+    prompts: tuple[str, ...] | str = ()
     choice: Literal["argmax", "drawn"] = "argmax"
     privileged_prompt: str = PRIVILEGED_PROMPT
     temperature: float = 1.0

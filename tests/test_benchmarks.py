@@ -118,7 +118,7 @@ def test_ablation(run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     """Every finished run is a line; called again, nothing is repeated, and the table is the same."""
     ablation = importlib.import_module("ablation")
     path = tmp_path / "rows.jsonl"
-    arms = ["nll, teacher_forced", "pair, on_policy", "nll+pair, half, 10 % corrupted"]
+    arms = ["nll, teacher_forced", "pair, on_policy, new questions", "nll+pair, half, 10 % corrupted"]
     options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path), "--learning_rates", "1e-3", "2e-3"]
     tables = []
     for _ in range(2):
@@ -150,7 +150,11 @@ def test_an_arm_is_reported_at_its_own_best_learning_rate(run: Any) -> None:
             (4.0, 0, 0.9, 0.9),
         ]
     ]
-    assert "| a | 9 | 2 (1: 90.0, 2: 40.0, 4: 90.0) | 2 | 40.0 +- 14.1 | 0.100 | 1 |" in ablation.table(rows)
+    assert "| a | 9 | 2 (1: 90.0, 2: 40.0, 4: 90.0) | 2 | 40.0 +- 14.1 | - | 0.100 | 1 |" in ablation.table(rows)
+    sft = [
+        row | {"arm": ablation.SFT, "rate": 1.0, "test": 0.1 * (1 + row["seed"])} for row in rows if row["rate"] == 2.0
+    ]
+    assert "| 40.0 +- 14.1 | +25.0 +- 7.1 | 0.100 | 1 |" in ablation.table([*rows, *sft])
 
 
 def test_a_corrupted_row_has_one_wrong_digit(run: Any) -> None:

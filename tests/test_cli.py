@@ -218,16 +218,22 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
     arguments += ["--sft.optimizer.warmup_steps", "0", "--grpo.optimizer.warmup_steps", "0"]
     assert main(arguments) == 0
     report = read(tmp_path / "run" / "report.json")
-    assert list(report["accuracy"]) == ["base", "sft", "grpo"] and report["wall_seconds"]["total"] > 0
-    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "accuracy.svg").is_file()
-    train, test = (
-        {json.loads(line)["question"] for line in (tmp_path / "run" / name).read_text().splitlines()}
-        for name in ("train.jsonl", "test.jsonl")
+    assert list(report["accuracy"]) == ["base", "sft", "grpo", "on_policy"] and report["wall_seconds"]["total"] > 0
+    assert all(list(sample["replies"]) == list(report["accuracy"]) for sample in report["samples"])
+    assert (
+        f"{100 * (report['accuracy']['on_policy']['value'] - report['accuracy']['grpo']['value']):+.1f} points"
+        in report["notes"][1]
     )
-    assert len(train) == 6_000 and len(test) == 500 and not train & test
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "accuracy.svg").is_file()
+    train, questions, test = (
+        {json.loads(line)["question"] for line in (tmp_path / "run" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "questions.jsonl", "test.jsonl")
+    )
+    assert (len(train), len(questions), len(test)) == (250, 4_000, 500)
+    assert len(train | questions | test) == 4_750, "no question is in two of them"
     capsys.readouterr()
     assert main(arguments) == 0
-    assert capsys.readouterr().out.count("is complete") == 2
+    assert capsys.readouterr().out.count("is complete") == 3
     rows = (tmp_path / "run" / "train.jsonl").read_bytes()
     assert main([*arguments, "--seed", "5"]) == 2
     assert "seed (0 there, 5 now)" in capsys.readouterr().err

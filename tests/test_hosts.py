@@ -268,10 +268,12 @@ def test_a_signal_to_one_process_saves_all_at_one_step(whole: Path, tmp_path: Pa
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_to_the_quick_start(tmp_path: Path, count: int) -> None:
     """Saved, and ended with the documented code, within 30 s."""
+    from cotgrpo.run.quickstart import QUICKSTART
+
     folder = tmp_path / "run"
     run = Run(folder, count, command=[sys.executable, "-m", "cotgrpo.cli", "quickstart", "--out", str(folder)])
     until = time.monotonic() + 300
-    while "sft  20/680" not in run.output(0):
+    while f"20/{QUICKSTART.sft.steps}" not in run.output(0):
         assert time.monotonic() < until and run.processes[0].poll() is None
         time.sleep(0.1)
     run.processes[-1].send_signal(signal.SIGTERM)

@@ -137,6 +137,22 @@ def test_a_run_that_is_cut_off_goes_on_as_the_same_run(folder: Path, tmp_path: P
     assert replies[0] == replies[1]
 
 
+def test_other_questions_than_those_of_the_training_rows(folder: Path, tmp_path: Path) -> None:
+    """A live ghost needs no text: rows of a question and its answer do. Those of the test are not among them."""
+    report = json.loads((folder / "run" / "grpo" / "report.json").read_text(encoding="utf-8"))
+    new = {t.question: t.answer for t in ProceduralTeacher(seed=9).draw(5)}
+    held_out = report["samples"][0]["question"]
+    rows = [{"question": question, "answer": answer} for question, answer in (new | {held_out: "1"}).items()]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    more = ["--grpo.ghosts.prompts", str(tmp_path / "prompts.jsonl"), "--grpo.steps", "2", "--grpo.log_every", "1"]
+    assert main(["grpo", *from_sft(folder, tmp_path, *more)]) == 0
+    asked = [row["question"] for row in read_completions(tmp_path / "grpo", 100)]
+    assert len(asked) == 6 and set(asked) == set(new)
+    report = json.loads((tmp_path / "grpo" / "report.json").read_text(encoding="utf-8"))
+    assert report["data"]["prompts"]["dropped"] == {"question is in the test set": 1}
+    assert report["data"]["prompts"]["kept"] == 5
+
+
 @pytest.mark.slow
 def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) -> None:
     more = ["--grpo.ghosts.source", "privileged_self", "--grpo.ghosts.teacher", "null", "--grpo.steps", "2"]

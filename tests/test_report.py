@@ -19,7 +19,7 @@ from cotgrpo import GhostBatch, Student, TrainState, make_grpo_step, make_optimi
 from cotgrpo.ghosts.procedural import ProceduralTeacher
 from cotgrpo.objectives import Pair, ReferenceKl
 from cotgrpo.run import charts
-from cotgrpo.run.report import write_report
+from cotgrpo.run.report import COMPLETIONS_SHOWN, shown, write_report
 from cotgrpo.run.report_page import CURVES
 
 VOID = {"meta", "br"}
@@ -385,3 +385,10 @@ def test_long_replies_are_folded_whole(tmp_path: Path) -> None:
     assert "short" in whole and long in whole and "(empty)" in page.of("quiet")
     assert page.of("words preview") == ["\n".join(long.split("\n")[:14]) + "\u2026", "y" * 700 + "\u2026"]
     assert "y" * 20_000 + "\n[5,000 more characters are in report.json]" in whole
+
+
+def test_replies_that_the_ghost_corrects_are_shown_before_newer_ones() -> None:
+    """The page puts the last first: here those of steps 57, 54, ... and then the newest."""
+    rows = [{"step": step, "ghosts": [None, "x" if step % 3 == 0 and step < 60 else None]} for step in range(100)]
+    assert [row["step"] for row in shown(rows)] == [96, 97, 98, 99, *range(36, 60, 3)]
+    assert shown(rows[:5]) == [rows[i] for i in (1, 2, 4, 0, 3)] and len(shown(rows[1:2] * 30)) <= COMPLETIONS_SHOWN

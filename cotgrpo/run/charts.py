@@ -18,12 +18,12 @@ from typing import Any
 CHART_STYLE = """
 :root {
   color-scheme: light dark; --paper: #ffffff; --ink: #1a1d21; --quiet: #596069; --rule: #dde1e6;
-  --base: #616975; --sft: #0b62a8; --grpo: #b0420a; --other: #6d3fb0;
+  --base: #616975; --sft: #0b62a8; --grpo: #b0420a; --on_policy: #0f7263; --other: #6d3fb0;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #15181c; --ink: #e9ecef; --quiet: #a5adb7; --rule: #343a42;
-    --base: #a8afb9; --sft: #6fb6f5; --grpo: #f5a05f; --other: #c3a1f7;
+    --base: #a8afb9; --sft: #6fb6f5; --grpo: #f5a05f; --on_policy: #57c9b4; --other: #c3a1f7;
   }
 }
 .chart { overflow: visible; }
@@ -43,7 +43,7 @@ CHART_STYLE = """
 .chart .spot:hover { fill: var(--series); }
 """
 
-STAGES = {"base": "Before", "sft": "SFT", "grpo": "GRPO"}
+STAGES = {"base": "Before", "sft": "SFT", "grpo": "GRPO", "on_policy": "On-policy"}
 """Stages that have a colour of their own, as they are called in a chart."""
 MOST_POINTS = 100
 """A longer curve is drawn as the means of this many stretches, over a band from their lowest to their highest value."""

@@ -13,7 +13,6 @@ LONGEST_REPLY = 600
 """Tokens of a reply that are shown."""
 
 COMPLETIONS_STYLE = """
-.completion { margin-top: 1rem; }
 .completion h3 { display: flex; justify-content: space-between; gap: .6rem; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: .86rem/1.9 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: .6rem 0 0; }
 .tokens span { border-radius: 3px; border-bottom: 2px solid transparent; }
@@ -21,16 +20,16 @@ COMPLETIONS_STYLE = """
 """
 
 EXPLAINED = (
-    "What the student wrote by itself in training, a few replies at a time, the newest first. A token is underlined where the ghost says another one there; the colour is the reward "
+    "What the student wrote by itself in training, a few replies at a time, the newest first. Those in which the ghost says another token come before the others, so this is no random choice. A token is underlined where the ghost says another one there; the colour is the reward "
     "<em>log p(ghost) \N{MINUS SIGN} log p(token)</em>: red where the student preferred its own token, green where it already found the ghost's likelier. "
     "Point at a token to read the ghost's and the reward."
 )
 
 
 def completions(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The section, of rows as `completions.jsonl` holds them, in the order of training."""
+    """The section, of rows as `completions.jsonl` holds them; the last comes first."""
     cards = "".join(card(row) for row in reversed(rows))
-    return f'<h2>Completions</h2><p class="quiet">{EXPLAINED}</p>{cards}'
+    return f'<h2>Completions</h2><p class="quiet">{EXPLAINED}</p><div class="cards">{cards}</div>'
 
 
 def card(row: Mapping[str, Any]) -> str:

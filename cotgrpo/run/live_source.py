@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.config import Config
-from cotgrpo.data.batches import make_batches
-from cotgrpo.data.questions import Question
+from cotgrpo.data.batches import fits, make_batches
+from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.families import ModelError
@@ -111,8 +111,10 @@ def group_relative_batches(config: Config, setup: Setup, weights: StageWeights, 
 
 
 def asked_in(config: Config, setup: Setup) -> list[Asked]:
-    """The training rows as prompts; for `privileged_self` with the prompt that holds the solution."""
+    """What the student replies to: `grpo.ghosts.prompts`, or the training rows; for `privileged_self` with the prompt that holds the solution."""
     ghosts, template = config.grpo.ghosts, setup.template
+    if ghosts.prompts:
+        return [Asked(q, template.prompt(q.question, q.system)) for q in prompts_in(config, setup)]
     found: dict[str, Asked] = {}
     for triple in setup.train_triples:
         reads = None
@@ -123,6 +125,23 @@ def asked_in(config: Config, setup: Setup) -> list[Asked]:
         prompt = template.prompt(triple.question, triple.system)
         found.setdefault(f"{triple.system}\n{triple.question}", Asked(question, prompt, reads))
     return list(found.values())
+
+
+def prompts_in(config: Config, setup: Setup) -> list[Question]:
+    """The questions of `grpo.ghosts.prompts` that are not asked in the test; what was left out is among the setup's reports."""
+    data, ghosts, template = config.data, config.grpo.ghosts, setup.template
+    questions, report = read_questions(ghosts.prompts, split=data.train_split, bad_rows=data.bad_rows)
+    setup.reports["prompts"] = report
+    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in setup.test_questions}
+    kept = []
+    for question in questions:
+        if question.question in held_out:
+            report.drop("question is in the test set", question.source)
+            continue
+        positions = len(template.prompt(question.question, question.system))
+        if fits(question.source, positions, columns, data.too_long, report, "prompt"):
+            kept.append(question)
+    return kept
 
 
 def self_reply_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> SelfReplyBatches:

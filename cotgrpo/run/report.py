@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ SHAPE: dict[str, Any] = {
 }
 """What `report.json` holds, beside the optional `notes`, a list of text. "*": any names."""
 
-COMPLETIONS_SHOWN = 12
+COMPLETIONS_READ, COMPLETIONS_SHOWN = 1_000, 12
+STAGE_FOLDERS = {"sft": "sft", "grpo": "grpo", "on_policy": "on_policy/grpo"}
+"""Of a run with several stages: where each has its logs."""
 
 KINDS = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
 
@@ -43,7 +45,7 @@ def write_report(folder: Path) -> Path:
     """Writes `folder/report.html`.
 
     Args:
-        folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of both (`sft/metrics.jsonl`, `grpo/metrics.jsonl`).
+        folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of several (in the folders `STAGE_FOLDERS`).
             Without rows in the logs there are no curves; where there is a `completions.jsonl` beside the log, its newest replies are shown.
 
     Returns:
@@ -53,7 +55,9 @@ def write_report(folder: Path) -> Path:
         ReportError: `report.json` is missing or not what `SHAPE` says.
     """
     report = read_report(folder / "report.json")
-    page = render(report, read_stages(folder, report), read_completions(completions_of(folder), COMPLETIONS_SHOWN))
+    page = render(
+        report, read_stages(folder, report), shown(read_completions(completions_of(folder), COMPLETIONS_READ))
+    )
     path = folder / "report.html"
     temporary = folder / "report.html.tmp"
     with explaining_disk_errors(path):
@@ -62,9 +66,21 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest replies to show, up to two thirds of them such as the ghost says another token in: of a student that is nearly right most have none.
+
+    Those come last, which the page puts first.
+    """
+    corrected = [row for row in rows if any(ghost is not None for ghost in row["ghosts"])]
+    corrected = corrected[-(COMPLETIONS_SHOWN * 2 // 3) :]
+    others = [row for row in rows if row not in corrected]
+    return others[max(len(others) + len(corrected) - COMPLETIONS_SHOWN, 0) :] + corrected
+
+
 def completions_of(folder: Path) -> Path:
     """The folder whose `completions.jsonl` belongs to a report: a stage's own, or that of a run's last stage."""
-    return folder if (folder / "metrics.jsonl").is_file() else folder / TRAINED[-1]
+    inside = [folder / place for place in STAGE_FOLDERS.values() if (folder / place / "metrics.jsonl").is_file()]
+    return inside[-1] if inside and not (folder / "metrics.jsonl").is_file() else folder
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -116,4 +132,4 @@ def read_stages(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[
     if (folder / "metrics.jsonl").is_file():
         measured = [stage for stage in TRAINED if stage in report["accuracy"]]
         return {measured[-1] if measured else folder.resolve().name: read_metrics(folder)}
-    return {stage: rows for stage in TRAINED if (rows := read_metrics(folder / stage))}
+    return {stage: rows for stage in TRAINED if (rows := read_metrics(folder / STAGE_FOLDERS[stage]))}

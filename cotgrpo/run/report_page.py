@@ -24,8 +24,8 @@ from cotgrpo.run.charts import (
 )
 from cotgrpo.run.completions_page import COMPLETIONS_STYLE, completions
 
-MOMENTS = {"base": "Before training", "sft": "After SFT", "grpo": "After GRPO"}
-TRAINED = ("sft", "grpo")
+MOMENTS = {"base": "Before training", "sft": "After SFT", "grpo": "After GRPO", "on_policy": "After on-policy GRPO"}
+TRAINED = ("sft", "grpo", "on_policy")
 
 CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
     ("Loss", "nats per supervised token", "train/loss", "eval/loss", {"log": True}),
@@ -169,6 +169,8 @@ def introduction(report: Mapping[str, Any], stages: Mapping[str, Sequence[Mappin
             "sft",
             "grpo",
         ): "A student model learned from a teacher's step-by-step answers, first by supervised fine-tuning (SFT), then with GRPO.",
+        TRAINED: "A student model learned from a teacher's step-by-step answers, first by supervised fine-tuning (SFT), then with GRPO, once on the teacher's "
+        "text (teacher-forced) and once on its own replies (on-policy).",
     }[tuple(ran)]
     parts = [f"<p>{told} {GRPO_MEANS}</p>"]
     for stage, rows in stages.items():
