@@ -70,13 +70,14 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     from cotgrpo.models.families import ModelError
     from cotgrpo.run.checkpoint import CheckpointError
     from cotgrpo.run.hosts import process_console
+    from cotgrpo.run.storage import without_tracebacks
     from cotgrpo.run.train import Interrupted, TrainingStopped
     from cotgrpo.run.watch import watching
 
     mendable = (ConfigError, DataError, CheckpointError, ModelError)
     try:
         rest = join_processes(arguments)
-        with watching(together=(TrainingStopped, Interrupted), alone=mendable):
+        with watching(together=(TrainingStopped, Interrupted), alone=mendable), without_tracebacks():
             use_compilation_cache()
             command(rest, process_console())
         return 0

@@ -69,6 +69,20 @@ def test_weak_scaling(run: Any) -> None:
         assert rows[axis, 4]["theory"] < rows[axis, 4]["sent"] < 1.01 * rows[axis, 4]["theory"]
 
 
+def test_context_attention(run: Any) -> None:
+    """Three ways that agree, and send what theory says and the positions besides."""
+    shape = ["--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
+    _, result = run("context_attention", "--devices", "4", *shape, "--repeats", "1")
+    rows = {row["way"]: row for row in result["rows"]}
+    assert list(rows) == ["gather", "gather, blocks", "ring"]
+    keys_and_values = 2 * 4 * 64 * 2 * 32
+    for way, parts in (("gather", 3 * 3), ("gather, blocks", 2 * 3), ("ring", 3 + 3 + 4)):
+        row = rows[way]
+        assert row["difference"] < 1e-5 and row["temporaries"] > 0 and row["min_s"] > 0
+        assert row["theory"] == parts * keys_and_values / 4
+        assert row["theory"] <= row["sent"] < 1.03 * row["theory"]
+
+
 def test_gpu_numerics(run: Any) -> None:
     """On a CPU the float32 rows are the same computation twice, and bfloat16 is not."""
     code, result = run("gpu_numerics", "--smoke", "--objectives", "pair_drawn")

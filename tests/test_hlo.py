@@ -70,6 +70,27 @@ def test_loops_multiply() -> None:
     assert "all-reduce f32[4,4] among 8 x ?" in {str(c).partition(" (")[0] for c in found}
 
 
+def test_collectives_of_one_channel_are_all_counted() -> None:
+    """JAX gives all of a `shard_map` the same one: two in a loop, of one shape, and two behind it."""
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+
+    def function(x: Any) -> Any:
+        def turn(pair: Any, _: Any) -> Any:
+            return (jax.lax.ppermute(pair[0], "b", ring), jax.lax.ppermute(jnp.sin(pair[1]), "b", ring)), None
+
+        one, other = jax.lax.scan(turn, (x, jnp.cos(x)), None, length=3)[0]
+        return jax.lax.psum(one * jax.lax.ppermute(other, "b", ring), "a")
+
+    found = collectives(text_of(function, (P(),), P(), (4, 4)))
+    assert sorted((c.kind, c.loops) for c in found) == [
+        ("all-reduce", ()),
+        ("collective-permute", ()),
+        ("collective-permute", (3,)),
+        ("collective-permute", (3,)),
+    ]
+    assert bytes_sent(found)["collective-permute"] == 64 * (2 * 3 + 1)
+
+
 TPU = """HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}, num_partitions=8
 
 %all-reduce-scatter.1.clone (input.7: f32[128,64]) -> f32[32,64] {
@@ -104,22 +125,42 @@ TPU = """HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}, num_pa
   ROOT %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%q)
 }
 
+%windowed_condition (r: (f32[16], u32[])) -> pred[] {
+  %r = (f32[16]{0}, u32[]{:T(128)}) parameter(0)
+  %done.1 = u32[]{:T(128)} get-tuple-element(%r), index=1
+  %parts = u32[]{:T(128)} constant(5), metadata={op_name="jit(step)/dot_general"}
+  ROOT %below = pred[]{:T(512)} compare(%done.1, %parts), direction=LT, metadata={op_name="jit(step)/dot_general"}
+}
+
+%windowed_body (s: (f32[16], u32[])) -> (f32[16], u32[]) {
+  %s = (f32[16]{0}, u32[]{:T(128)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %part = f32[16]{0} get-tuple-element(%s), index=0
+  %done.2 = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %sent = (f32[16]{0}, f32[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%part), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  %got = f32[16]{0} collective-permute-done(%sent)
+  %next = u32[]{:T(128)} add(%done.2, %two), metadata={op_name="jit(step)/dot_general"}
+  ROOT %both = (f32[16]{0}, u32[]{:T(128)}) tuple(%got, %next)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %scattered = f32[32,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
   %w = (s32[]{:T(128)}, f32[8]{0}) while(%x), condition=%condition, body=%body
   %gathered = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+  %windowed = (f32[16]{0}, u32[]{:T(128)}) while(%x), condition=%windowed_condition, body=%windowed_body
   ROOT %result = f32[8]{0} get-tuple-element(%w), index=1
 }
 """
 
 
 def test_what_tpus_and_gpus_write() -> None:
-    """A fused reduce-scatter, one gather in two fusions, a loop without a noted trip count, and a start with its operands."""
-    scatter, gather, started = collectives(TPU)
+    """A fused reduce-scatter, one gather in two fusions, loops without a noted trip count, one of which counts by two, and a start with its operands."""
+    scatter, gather, started, permuted = collectives(TPU)
     assert (scatter.kind, scatter.bytes, scatter.sent) == ("reduce-scatter", 4 * 128 * 64, 3 / 4 * 4 * 128 * 64)
     assert (gather.kind, gather.bytes, gather.group, gather.loops) == ("all-gather", 2 * 4 * 512, 4, (7,))
     assert (started.kind, started.bytes, started.group) == ("all-gather", 4 * 16 * 8, 8)
+    assert (permuted.kind, permuted.bytes, permuted.loops) == ("collective-permute", 4 * 16, (3,))
 
 
 def test_groups() -> None:

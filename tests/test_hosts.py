@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import re
 import signal
 import socket
@@ -96,6 +97,14 @@ class Run:
     def output(self, process: int) -> str:
         return self.outputs[process].read_text()
 
+    def kill(self) -> None:
+        """All at once, and none of them may have ended before."""
+        for process in self.processes:
+            process.kill()
+        assert self.wait() == [-signal.SIGKILL] * len(self.processes), "\n".join(
+            path.read_text() for path in self.outputs
+        )
+
     def when_taken(self, batches: int) -> None:
         """Returns when every process has taken so many batches."""
         until = time.monotonic() + 120
@@ -168,6 +177,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are whole, beside others."""
+    return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
 
 
 def final_state(folder: Path) -> list[np.ndarray]:
@@ -243,6 +257,58 @@ def test_whichever_process_is_killed_and_however_many_go_on(whole: Path, tmp_pat
             assert f"cotgrpo: process {victim % count} of {count} ({socket.gethostname()}, pid " in run.output(i)
     assert Run(folder, 1).wait() == [0]
     assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_two_killed_in_the_middle_of_a_save_go_on_to_the_bit(tmp_path: Path) -> None:
+    """Both at once, twice by chance and twice with a checkpoint half written: then the rows and the last checkpoint of two that nothing disturbed."""
+    from test_train_loop import half_written
+
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    assert Run(undisturbed, 2).wait() == [0, 0]
+    rng = random.Random(time.time_ns())
+    caught = 0
+    for saving in (False, False, True, True):
+        run = Run(folder, 2, pause=0.05)
+        # Every fourth step is saved. Nine batches further the second save has begun, so that the first is whole.
+        run.when_taken(max(whole_steps(folder), default=0) + (rng.randrange(1, 4) if saving else rng.randrange(9, 11)))
+        time.sleep(0.0 if saving else rng.random() * 0.1)
+        while saving and not half_written(folder):
+            time.sleep(0.0005)
+        run.kill()
+        caught += bool(half_written(folder))
+    assert caught  # each may have got its name before the signal arrived
+    run = Run(folder, 2)
+    assert run.wait() == [0, 0]
+    assert "Resuming after step" in run.output(0)
+    assert rows_of(folder) == rows_of(undisturbed)
+    for got, want in zip(final_state(folder), final_state(undisturbed), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_lora_of_two_processes_is_that_of_one(tmp_path: Path, no_shared_cache: None) -> None:
+    """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
+    from test_cli_pretrained import options, read, write_rows_and_model
+
+    write_rows_and_model(tmp_path)
+    more = ["--lora.rank", "4", "--data.format", "chat", "--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    more += ["--grpo.objective.reference_kl", "0.1"]
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        for stage in ("sft", "grpo"):
+            command = [sys.executable, "-W", "error", "-m", "cotgrpo.cli", stage]
+            run = Run(folder, count, command=[*command, *options(tmp_path, *more, "--run_dir", str(folder))])
+            assert run.wait() == [0] * count, run.output(0)
+    for stage in ("sft", "grpo"):
+        two, one = tmp_path / "2" / stage, tmp_path / "1" / stage
+        for mine, theirs in zip(rows_of(two), rows_of(one), strict=True):
+            assert mine.get("train/batch_crc") == theirs.get("train/batch_crc")
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        for name in ("before.json", "after.json"):
+            mine, theirs = read(two / name), read(one / name)
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert mine["replies"] == theirs["replies"]
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from test_checkpoint import ORBAX_LEAVES_ERRORS, small_file_system
 
 import cotgrpo
 from cotgrpo import Pair, ReferenceKl, Student, TrainState
+from cotgrpo.cli import run as command
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.template import Example
 from cotgrpo.run.checkpoint import CheckpointError
@@ -398,6 +399,22 @@ def test_a_full_disk_is_explained_and_after_making_room_the_run_goes_on(
     text = io.StringIO()
     assert_same_run(folder, run(folder, console=Console(file=text)), baseline)
     assert f"Resuming after step {max(map(int, kept))}" in text.getvalue()
+
+
+@ORBAX_LEAVES_ERRORS
+def test_a_full_disk_is_a_line_of_a_command(
+    small_disk: Callable[[str], Path],
+    no_shared_cache: None,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What Orbax logs on the way is a line too: its tracebacks are those of the error that arrives."""
+    folder = small_disk("180k") / "run"
+    assert command(lambda rest, console: run(folder), []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cotgrpo: The disk is full: ") and error.count("\n") == 1
+    assert "No space left on device" not in caplog.text and "Save Finalize thread" in caplog.text
+    gc.collect()
 
 
 def test_progress_in_a_log_and_in_a_terminal(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BITS = {"pred": 8, "c64": 64, "c128": 128}
@@ -27,7 +28,11 @@ ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CONDITION, BODY = re.compile(r"\bcondition=%?([\w.\-]+)"), re.compile(r"\bbody=%?([\w.\-]+)")
 BELOW = re.compile(r"^pred\[\]\S* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+CONSTANT = re.compile(r"^[su]32\[\]\S* constant\((\d+)\)")
+ADDED = re.compile(r"^[su]32\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+ELEMENT = re.compile(r" get-tuple-element\(.*\), index=(\d+)")
 OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(")
 
 
@@ -90,14 +95,14 @@ def collectives(text: str) -> list[Collective]:
     """
     bodies, entry = computations(text)
     found: list[Collective] = []
-    seen: set[tuple[str, tuple[int, ...]]] = set()
+    seen: set[tuple[Any, ...]] = set()
 
-    def visit(name: str, loops: tuple[int | None, ...], path: tuple[int, ...]) -> None:
+    def visit(name: str, loops: tuple[int | None, ...], path: tuple[int, ...], fused: bool) -> None:
         for number, line in enumerate(bodies.get(name, {}).values()):
             collective = read(line, name, loops)
             channel = re.search(r"channel_id=(\d+)", line)
-            # The start, the middle and the end of an asynchronous operation name the same channel.
-            key = (channel[1], path) if channel else None
+            # The fusions that are the start, the middle and the end of one operation name the same channel; so do, elsewhere, all of a `shard_map`.
+            key = (channel[1], collective, path) if channel and fused else None
             if collective is not None and key not in seen:
                 if key is not None:
                     seen.add(key)
@@ -105,9 +110,9 @@ def collectives(text: str) -> list[Collective]:
                     found.append(collective)
             for call in calls(line, bodies):
                 inner = (*path, hash((name, number))) if call.loop else path
-                visit(call.callee, (*loops, call.trips) if call.loop else loops, inner)
+                visit(call.callee, (*loops, call.trips) if call.loop else loops, inner, " fusion(" in line)
 
-    visit(entry, (), ())
+    visit(entry, (), (), False)
     return found
 
 
@@ -147,16 +152,26 @@ def calls(line: str, bodies: dict[str, dict[str, str]]) -> Iterator[Call]:
 
 
 def trip_count(line: str, bodies: dict[str, dict[str, str]]) -> int | None:
-    """How often a loop runs: what XLA has noted, or else N where its condition is `i < N`, since JAX's scans count from 0 by 1."""
+    """How often a loop runs: what XLA has noted, or else N / step where its condition is `i < N`, since the scans of JAX and the loops that XLA makes
+    around products count from 0.
+    """
     if known := TRIPS.search(line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    within = bodies.get(condition[1], {}) if condition else {}
-    for what in within.values():
-        if below := BELOW.match(what):
-            limit = re.match(r"^s32\[\]\S* constant\((\d+)\)", within.get(below[2], ""))
-            return int(limit[1]) if limit and what is list(within.values())[-1] else None
-    return None
+    within, body = (bodies.get(found[1], {}) for found in (CONDITION.search(line), BODY.search(line)) if found)
+    below = BELOW.match(list(within.values())[-1]) if within else None
+    limit = CONSTANT.match(within.get(below[2], "")) if below else None
+    if below is None or limit is None:
+        return None
+    element = ELEMENT.search(within.get(below[1], ""))
+    return -(-int(limit[1]) // (step_of(int(element[1]), body) if element else 1))
+
+
+def step_of(element: int, body: dict[str, str]) -> int:
+    """By how much a loop's body raises this element of its tuple, where it says so in an addition of its own; else 1."""
+    results = re.findall(r"%([\w.\-]+)", list(body.values())[-1].partition(" tuple(")[2].partition(")")[0])
+    raised = ADDED.match(body.get(results[element], "")) if element < len(results) else None
+    steps = [CONSTANT.match(body.get(name, "")) for name in raised.groups()] if raised else []
+    return next((int(step[1]) for step in steps if step), 1)
 
 
 def read(line: str, computation: str, loops: tuple[int | None, ...]) -> Collective | None:

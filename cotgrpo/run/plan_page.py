@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -132,6 +133,13 @@ def mesh_line(mesh: dict[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
 
 
+def way_line(figures: dict[str, Any]) -> str:
+    """What a search changes: mesh, remat policy and micro-batches."""
+    mesh = mesh_line({axis: size for axis, size in figures["mesh"].items() if size > 1})
+    parts = figures["batch"]["micro_batches"]
+    return f"{mesh or 'one device'}, remat {figures['student']['remat']}, {parts} part{'s' if parts > 1 else ''}"
+
+
 def gib(size: int | float) -> str:
     """Bytes to read."""
     return f"{size / GIB:,.3f} GiB"
@@ -155,11 +163,18 @@ def ranked(planned: Planned, console: Console) -> list[dict[str, Any]]:
     near.sort(key=lambda pair: sum(pair[1]["seconds"]["step"]))
     if planned.topology.chip.platform != "tpu":
         return sorted((figures for _, figures in near[:RANKED]), key=middle)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    say(
+        f"{len(estimates)} ways by arithmetic, of which {len(near)} may fit. The {len(near[:COMPILED])} fastest of these are compiled."
+    )
     found = []
-    with console.status("") as status:
-        for number, (way, _) in enumerate(near[:COMPILED]):
-            status.update(f"compiling {number + 1} of {min(len(near), COMPILED)}: {mesh_line(way.mesh_sizes)}")
-            found.append(way.figures())
+    for number, (way, estimate) in enumerate(near[:COMPILED], start=1):
+        what = f"{number} of {len(near[:COMPILED])}: {way_line(estimate)}"
+        with console.status(f"compiling {what}"):
+            figures = way.figures()
+        verdict = "fits" if figures["fits"] else "does not fit"
+        say(f"{what}: {verdict}, compiled in {figures['compile_seconds']:.0f} s")
+        found.append(figures)
     return sorted(found, key=middle)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -45,12 +46,13 @@ def check_folder_works(folder: Any) -> None:
     """
     probe = folder / ".cotgrpo_probe"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):  # a bucket has no folders, and a client may make a bucket that is not there
+            folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("a run looks whether it can write here")
         probe.unlink()
     except ImportError as error:
         raise CheckpointError(
-            f"{folder}: reading {folder.drive or 'gs://'} needs a library: pip install gcsfs."
+            f"{folder}: reading {folder.drive or 'gs://'} needs a library: pip install 'cotgrpo[gcs]'."
         ) from error
     except Exception as error:  # the client of a cloud raises its own kinds
         raise CheckpointError(
@@ -107,6 +109,25 @@ def checksum(path: Any) -> list[int | None]:
         while block := file.read(1 << 20):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
+
+
+class without_tracebacks:
+    """A context in which libraries log the errors that they raise too in a line each: the error itself arrives, and is told once."""
+
+    LOGGERS = ("absl", "gcsfs")  # Orbax logs by the first
+
+    def __enter__(self) -> None:
+        for name in self.LOGGERS:
+            logging.getLogger(name).addFilter(self.shorten)
+
+    def __exit__(self, *exception: Any) -> None:
+        for name in self.LOGGERS:
+            logging.getLogger(name).removeFilter(self.shorten)
+
+    @staticmethod
+    def shorten(record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
 
 
 class explaining_disk_errors:
