@@ -286,6 +286,7 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
     assert figures["fits"] and not figures["estimate"]
     assert figures["seconds"]["compiler"] > 0
     assert figures["collectives"]
+    assert 0 < figures["tile_loop"]["largest_collective_bytes"] <= figures["tile_loop"]["tile_bytes"]
     said = sum(planned.argument_bytes(planned.step()[1]).values())
     # The compiler pads small arrays to tiles of 8 x 128.
     assert said <= figures["argument_bytes"] < 4 * said + 2**20

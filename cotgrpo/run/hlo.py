@@ -57,8 +57,13 @@ class Collective:
     @property
     def bytes(self) -> int:
         """The whole payload: what every device holds after a gather or reduction, or before a reduce-scatter."""
-        held = sum(math.prod(shape) * bits_of(dtype) // 8 for dtype, shape in self.arrays)
-        return held * self.group if self.kind == "reduce-scatter" else held
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The payload of each array."""
+        parts = self.group if self.kind == "reduce-scatter" else 1
+        return tuple(parts * math.prod(shape) * bits_of(dtype) // 8 for dtype, shape in self.arrays)
 
     @property
     def sent(self) -> float:

@@ -265,8 +265,8 @@ class Planned:
         return sums
 
     def tile_loop(self, found: list[Collective]) -> dict[str, Any]:
-        """The largest collective inside the token engine's loop, whose length the data decides, beside a tile of hidden states."""
-        inside = [c.bytes for c in found if in_tile_loop(c)]
+        """The largest array that a collective moves inside the token engine's loop, whose length the data decides, beside a tile of hidden states."""
+        inside = [size for c in found if in_tile_loop(c) for size in c.sizes]
         tile = self.tile_size * self.decoder.width * jnp.dtype(self.decoder.dtype).itemsize
         return {"tiles": self.num_tiles, "largest_collective_bytes": max(inside, default=0), "tile_bytes": tile}
 
