@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def restore_params(directory: str | Path, like: Any) -> tuple[Any, int]:
     import orbax.checkpoint as ocp
 
     folder = open_folder(directory)
-    step = from_first(lambda: find_params(folder, params_only(arrays_of({"params": like}))))
+    step = from_first(lambda: find_step(folder, params_only(arrays_of({"params": like})), params_only))
     # A partial restore: the state's other parts (optimizer moments) are not read.
     item = {"params": jax.tree.map(abstract, like)}
     restore = ocp.args.PyTreeRestore(
@@ -196,13 +197,15 @@ def restore_params(directory: str | Path, like: Any) -> tuple[Any, int]:
         return checkpointer.restore(folder / str(step) / "state", args=restore)["params"], step
 
 
-def check_params(directory: Any, like: Any) -> None:
-    """Whether the newest undamaged checkpoint of a folder holds such parameters; arguments and errors as in `restore_params`. No array is read."""
-    from_first(lambda: find_params(open_folder(directory), params_only(arrays_of({"params": like}))))
+def check_state(directory: Any, like: Any) -> None:
+    """Whether the newest undamaged checkpoint of a folder holds such a train state; arguments and errors as in `restore_params`. No array is read."""
+    from_first(lambda: find_step(open_folder(directory), arrays_of(like)))
 
 
-def find_params(folder: Any, arrays: dict[str, str]) -> int:
-    """The step of the newest undamaged checkpoint; see `restore_params`."""
+def find_step(
+    folder: Any, arrays: dict[str, str], part: Callable[[dict[str, str]], dict[str, str]] = lambda arrays: arrays
+) -> int:
+    """The step of the newest undamaged checkpoint, where this part of its arrays is what is wanted."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder. Train first, or name the folder of a run that has checkpoints."
@@ -210,7 +213,7 @@ def find_params(folder: Any, arrays: dict[str, str]) -> int:
     step, damaged = newest_undamaged(folder)
     if step is None:
         raise CheckpointError(f"No checkpoint in {folder} can be read: {listed(damaged) or 'the folder holds none'}.")
-    check_arrays(folder / str(step), params_only(read_position(folder / str(step))["arrays"]), arrays)
+    check_arrays(folder / str(step), part(read_position(folder / str(step))["arrays"]), arrays)
     return step
 
 

@@ -16,7 +16,7 @@ from cotgrpo.run.checkpoint import restore_params, steps_in
 from cotgrpo.run.hosts import from_first
 from cotgrpo.run.run_mesh import laid_out, made_on
 from cotgrpo.run.setup import Model
-from cotgrpo.run.storage import open_folder
+from cotgrpo.run.storage import CheckpointError, first_line, open_folder
 from cotgrpo.types import Params
 
 
@@ -133,9 +133,18 @@ def checkpoints_of(folder: Path, config: Config | None = None) -> Any:
 
 
 def has_checkpoint(folder: Path, config: Config | None = None) -> bool:
-    """Whether a stage's folder has one, damaged or not; arguments as in `checkpoints_of`."""
+    """Whether a stage's folder has one, damaged or not; arguments as in `checkpoints_of`. Raises CheckpointError where that cannot be found out."""
     kept = checkpoints_of(folder, config)
-    return from_first(lambda: kept.is_dir() and bool(steps_in(kept)))
+
+    def look() -> bool:
+        try:
+            return kept.is_dir() and bool(steps_in(kept))
+        except Exception as error:  # the client of a cloud raises its own kinds
+            raise CheckpointError(
+                f"{kept} cannot be read ({first_line(error)}). Check the name, and that this machine may read it."
+            ) from error
+
+    return from_first(look)
 
 
 def saved_config(folder: Path) -> Config | None:

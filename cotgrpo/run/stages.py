@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.run.checkpoint import check_params
+from cotgrpo.run.checkpoint import check_state
 from cotgrpo.run.guard import Guard
 from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
@@ -69,7 +69,7 @@ def newest_stage(run_dir: Path) -> StageName:
         if has_checkpoint(run_dir / name):
             return name
     raise ConfigError(
-        f"{run_dir} holds no trained student: expected {run_dir / 'sft' / 'checkpoints'}. Run `cotgrpo sft` first."
+        f"{run_dir} holds no trained student: expected {checkpoints_of(run_dir / 'sft')}. Run `cotgrpo sft` first."
     )
 
 
@@ -152,7 +152,7 @@ class Stage:
         weights, start = self.start_weights()
         batches = self.make_batches(weights)
         if has_checkpoint(self.folder, self.config):
-            check_params(self.checkpoints, weights.trained)
+            check_state(self.checkpoints, jax.eval_shape(self.new_state, weights.trained))
         from_first(lambda: claim_folder(self.folder, model))
         size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
         self.console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
@@ -212,7 +212,7 @@ class Stage:
         measure = self.held_out.loss_and_accuracy if self.on_policy else self.held_out.loss
         return train(
             step,
-            TrainState.create(params=first, tx=tx, key=self.config.seed),
+            self.new_state(first),
             batches,
             self.folder,
             LoopSettings(
@@ -238,6 +238,11 @@ class Stage:
         devices = 1 if self.mesh is None else self.mesh.size
         frozen = weights.lora is not None
         return StepFlops.of(self.setup.model.decoder, self.config.data.seq_len, frozen=frozen, devices=devices)
+
+    def new_state(self, trained: Any) -> TrainState:
+        """The state before the first step."""
+        tx = self.settings.optimizer.build(self.settings.steps)
+        return TrainState.create(params=trained, tx=tx, key=self.config.seed)
 
     def own_rows(self) -> Any:
         """The rows of every batch that this process reads; None: all."""

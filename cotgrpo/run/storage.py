@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ def open_folder(name: str | Path) -> Any:
             f"{name}: Orbax writes checkpoints to disks and to gs:// buckets, and not to {scheme}://. Mount the bucket as a folder of "
             "this machine (for S3: mountpoint-s3, s3fs or FSx) and name that folder."
         )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise CheckpointError(f"{name}: reading and writing gs:// needs a library: pip install 'cotgrpo[gcs]'.")
     from etils import epath
 
     return epath.Path(name)
@@ -50,10 +53,6 @@ def check_folder_works(folder: Any) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("a run looks whether it can write here")
         probe.unlink()
-    except ImportError as error:
-        raise CheckpointError(
-            f"{folder}: reading {folder.drive or 'gs://'} needs a library: pip install 'cotgrpo[gcs]'."
-        ) from error
     except Exception as error:  # the client of a cloud raises its own kinds
         raise CheckpointError(
             f"{folder}: checkpoints cannot be kept there ({first_line(error)}). Check the name, and that this machine may read and write it."
