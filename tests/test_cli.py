@@ -153,7 +153,7 @@ def test_a_command_that_is_mended_is_no_other_run(
 def test_a_loss_that_is_never_finite_stops_the_run(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--run_dir", str(tmp_path), "--student.init_scale", "1e30", "--max_skipped", "3", "--sft.steps", "20"]
+    more = ["--run_dir", str(tmp_path), "--student.init_scale", "1e38", "--max_skipped", "3", "--sft.steps", "20"]
     assert main(["sft", *options(trained, *more)]) == 3
     assert "3 updates in a row were skipped" in capsys.readouterr().err
 
