@@ -29,6 +29,7 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@pytest.mark.slow
 def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--width 32 --layers 1 --prompts 8 --prompt 8 --new_tokens 8 --slots 4 --repeats 1 --updates 1"
     _, result = run("rollouts", *small.split())

@@ -85,6 +85,7 @@ def test_eight_devices_are_one(options: list[str], tmp_path: Path, capsys: pytes
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_on_policy_on_eight_devices(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Replies of the student with a live teacher of another shape, used twice, beside rows of text: what is logged, each reply, and what was learned."""
     many, one, teacher = tmp_path / "many", tmp_path / "one", tmp_path / "teacher"

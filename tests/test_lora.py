@@ -154,7 +154,7 @@ def test_the_update_is_the_gradient_through_the_merged_weights(objective: Any, p
     ("objective", "dropout", "sizes"),
     [
         (Nll(), 0.0, {"fsdp": 8}),
-        (Pair(estimator="drawn"), 0.3, {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(Pair(estimator="drawn"), 0.3, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=["sft", "grpo_drawn_dropout"],
 )

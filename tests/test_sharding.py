@@ -133,13 +133,13 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 DRAWN = Pair(estimator="drawn", samples=2)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp-tensor", MIXED])
+@pytest.mark.parametrize("mesh", [MIXED, pytest.param("fsdp-tensor", marks=pytest.mark.slow)])
 def test_grpo_with_drawn_tokens(mesh: str) -> None:
     """Fused with gradients accumulated over two micro-batches: the same tokens are drawn, and every shard walks over its own."""
     assert_same(TIED, DRAWN, mesh, micro_batches=2)
 
 
-@pytest.mark.parametrize("mesh", ["data", "context"])
+@pytest.mark.parametrize("mesh", ["context", pytest.param("data", marks=pytest.mark.slow)])
 def test_sft(mesh: str) -> None:
     assert_same(PLAIN, Nll(), mesh)
 
