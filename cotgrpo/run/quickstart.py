@@ -58,10 +58,10 @@ QUICKSTART = Config(
     tokenizer=TokenizerConfig(path=str(TEACHER)),  # ghost tokens are ids, so both need the same tokens
     data=DataConfig(seq_len=160, loss_on="completion"),
     sft=StageConfig(
-        steps=2_000, batch_size=6, eval_every=500, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
+        steps=2_000, batch_size=8, eval_every=500, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
     ),
     grpo=GrpoConfig(
-        steps=300, batch_size=6, eval_every=100, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
+        steps=300, batch_size=8, eval_every=100, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
     ),
     eval=EvalConfig(rows=TEST_ROWS, batch_size=250, max_new_tokens=72),
     checkpoint=CheckpointConfig(every=150, keep=2),
