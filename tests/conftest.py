@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 
 PACKAGE = "cotgrpo"
@@ -86,3 +88,40 @@ hypothesis.settings.load_profile("cotgrpo")
 def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set to nothing, the variable turns the compilation cache off."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+CORE_ALONE = """
+import sys
+import flax.linen, flax.struct, jax, jax.numpy as jnp, numpy as np, optax
+
+jax.jit(jax.grad(lambda x: jnp.sum(x @ x)))(jnp.ones((2, 2)))  # what JAX itself imports late
+known = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) | {"cotgrpo"}
+
+class NothingElse:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] not in known:
+            raise ImportError(f"jax, flax, optax and numpy alone are needed here, but {name} was imported")
+
+sys.meta_path.insert(0, NothingElse)
+"""
+
+
+@pytest.fixture
+def run_on_the_core_alone() -> Callable[..., str]:
+    """`run(program, *arguments)`: the output of a Python program in which nothing but jax, flax, optax and numpy can be imported."""
+
+    def run(program: str, *arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", CORE_ALONE + program, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -144,6 +144,9 @@ def test_operations_by_hand() -> None:
     assert frozen.model_flops == 32 * (4 * 3 * layer + 6 * scores + 4 * 40)
     plain = Work(dataclasses.replace(shape, attention="xla", remat="nothing"), tokens=32, seq_len=16)
     assert plain.hardware_flops == 32 * (6 * 3 * layer + 6 * 2 * 2 * 2 * 3 * 16 + 6 * 40)  # all keys of all layers
+    blocks = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, attention="blocks"))
+    # Eight lengths of keys, 9 / 16 of all scores, and one product more: the scores again.
+    assert blocks.hardware_flops == 32 * (6 * 3 * layer + 7 * 2 * 2 * 2 * 3 * 16 * 9 / 16 + 6 * 40)
 
 
 def test_the_roofline_is_the_slowest_of_three() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from cotgrpo.models.blocks import LEVELS
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.run.chips import Topology
 
@@ -74,9 +75,14 @@ class Work:
         """With what is computed again, and masked scores where attention is not a kernel that skips them."""
         again = 1 if self.decoder.remat != "nothing" else 0
         layers_again = 1 if self.decoder.remat == "block" else 0
-        kernel = self.decoder.attention == "splash"
-        # The kernel computes the scores again in each of its two backward passes.
-        products, masked = (9 + 2 * again, 1) if kernel else (6 + 2 * again, self.masked)
+        # Products of attention in all, and how many times the scores that are read each computes.
+        products, masked = {
+            "xla": (6 + 2 * again, self.masked),
+            # The backward pass makes the scores again; a policy that keeps products keeps the result of attention too.
+            "blocks": (7 + 2 * layers_again, self.masked * (LEVELS + 1) / (2 * LEVELS)),
+            # The kernel makes the scores again in each of its two backward passes.
+            "splash": (9 + 2 * again, 1),
+        }[self.decoder.attention]
         extra = 2 * layers_again * self.layer_weights + (products * masked - 6) * self.score_flops
         if self.reference:
             extra += 2 * self.layer_weights + 2 * masked * self.score_flops
