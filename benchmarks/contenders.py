@@ -132,14 +132,16 @@ def cotgrpo_generate(task: Task, turns: Turns) -> None:
     import jax
 
     from cotgrpo.models import load_pretrained
+    from cotgrpo.models.decoder import by_layer
     from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 
     turns.start("cotgrpo", "jax", "jaxlib", "flax")
     model = load_pretrained(task.folder, task.dtype)
     sample = jax.jit(make_sampler(model.config, SamplingSettings(max_new_tokens=task.new_tokens)))
     prompts, key = pad_prompts(list(task.ids)), jax.random.key(0)
+    params = jax.jit(by_layer, static_argnums=0)(model.config, model.params)  # as `cotgrpo generate` does, once
     while turns.begin():
-        replies = sample(model.params, prompts, key)
+        replies = sample(params, prompts, key)
         turns.end(np.asarray(replies.tokens).tolist(), jax_peak())
 
 

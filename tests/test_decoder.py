@@ -224,7 +224,8 @@ def test_decoding_with_a_cache_is_the_forward_pass(chunks: tuple[int, ...]) -> N
     offset = np.arange(T)[None, :] - (T - lengths)[:, None]
     positions, segments = np.maximum(offset, 0).astype(np.int32), (offset >= 0).astype(np.int32)
     cache = init_cache(CONFIG, batch=3, length=T + 6)
-    cache = cache.replace(keys=cache.keys + 50.0, values=cache.values - 50.0)
+    garbage = lambda arrays, by: tuple(x + by for x in arrays)
+    cache = cache.replace(keys=garbage(cache.keys, 50.0), values=garbage(cache.values, -50.0))
     step = jax.jit(lambda cache, slot, ids, at, owner: decode(CONFIG, params, ids, at, owner, cache, slot))
     read, slot = [], 0
     for size in chunks:
@@ -242,8 +243,10 @@ def test_decoding_with_a_cache_is_the_forward_pass(chunks: tuple[int, ...]) -> N
 
 def test_a_cache_is_of_the_compute_type() -> None:
     cache = init_cache(dataclasses.replace(CONFIG, dtype="bfloat16"), batch=2, length=5)
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert cache.keys.shape == (CONFIG.num_layers, 2, 5, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype("bfloat16")}
+    K, H = CONFIG.num_kv_heads, CONFIG.head_dim
+    assert [x.shape for x in cache.keys] == [(2, K, H, 5)] * CONFIG.num_layers
+    assert [x.shape for x in cache.values] == [(2, K, 5, H)] * CONFIG.num_layers
 
 
 # Types, recomputation, size.

@@ -15,6 +15,7 @@ from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import DataError
 from cotgrpo.ghosts.teacher import Outcome, Request, TeacherReply
+from cotgrpo.models.decoder import by_layer
 from cotgrpo.models.weights import load_pretrained
 from cotgrpo.sampling import QUEUE, Prompts, SamplingSettings, make_sampler, pad_prompts
 
@@ -59,7 +60,7 @@ class LocalTeacher:
         self.template = ChatTemplate(self.tokenizer, more_stop_ids=generation_stop_ids(path))
         self.seed = seed
         model = load_pretrained(path, dtype)
-        self.params = model.params
+        self.params = jax.jit(by_layer, static_argnums=0)(model.config, model.params)
         settings = SamplingSettings(
             max_tokens,
             eos_ids=self.template.stop_ids,

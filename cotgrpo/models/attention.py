@@ -46,13 +46,26 @@ def attention(
     Query head n reads key/value head `n // (Q / K)`. The group stays an axis of its own, so keys and values are never repeated in memory.
     `scale` is `1 / sqrt(H)` where it is None; `cap(s) = softcap * tanh(s / softcap)`, or s where softcap is None.
     """
+    return attention_by_head(query, jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2), mask, scale, softcap)
+
+
+def attention_by_head(
+    query: Float[Array, "B T Q H"],
+    key: Float[Array, "B K H S"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T Q H"]:
+    """The same, of keys and values that lie as a cache keeps them, so that neither of the two matrix products needs a transposed copy."""
     B, T, Q, H = query.shape
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, Q // K, H) * (H**-0.5 if scale is None else scale)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    K = key.shape[1]
+    query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)
+    query_BKGTH = jnp.moveaxis(query.reshape(B, T, K, Q // K, H), 1, 3)
+    scores = jnp.einsum("bkgth,bkhs->bkgts", query_BKGTH, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value)
-    return mixed.reshape(B, T, Q, H)
+    mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights, value)
+    return jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H)

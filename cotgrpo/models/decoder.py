@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.models.attention import attention, causal_segment_mask
+from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
 from cotgrpo.models.blocks import KEPT, block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
@@ -54,13 +54,14 @@ class KvCache(flax.struct.PyTreeNode):
     """Keys and values of the tokens read so far, for all layers.
 
     Attributes:
-        keys, values: `[L, B, S, K, H]` in the compute dtype, keys already rotated.
+        keys: of each layer `[B, K, H, S]` in the compute dtype, already rotated.
+        values: of each layer `[B, K, S, H]` in the compute dtype.
         positions: int32 `[B, S]`, the position of the token in each slot.
         segment_ids: int32 `[B, S]`, the segment of the token in each slot; -1 marks an empty slot, which no query matches.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: tuple[Float[Array, "B K H S"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
 
@@ -89,26 +90,24 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[Any, Any, Any], is_local: Any, views: tuple[View, ...], slot: Any) -> Any:
-        """`carry` is (residual stream, index of this layer, None or the keys and values of all layers).
+    def __call__(self, x: Any, is_local: Any, views: tuple[View, ...], cached: Any = None, slot: Any = None) -> Any:
+        """The residual stream after the layer, and None or the keys and values `cached` with the new ones at `slot`.
 
-        The cache travels in the scan's carry, not as a scanned input, so that XLA updates it in place. There is one view, or there are
-        two, the global and the local one, and `is_local` says which is this layer's.
+        There is one view, or there are two, the global and the local one, and `is_local` says which is this layer's.
         """
         c = self.config
-        x, index, cached = carry
         x = place(x, "BTD")
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
-        mixed, cached = self.attend(x, index, cached, view, is_local, slot)
+        mixed, cached = self.attend(x, view, is_local, cached, slot)
         mixed = place(self.dense("out", to_residual=True)(mixed), "BTD")
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
         h = place(gated(c.activation, self.dense("gate")(h), self.dense("up")(h)), "BTF")
         h = place(self.dense("down", to_residual=True)(h), "BTD")
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
-        return (x, index + 1, cached), None
+        return x, cached
 
-    def attend(self, x: Any, index: Any, cached: Any, view: View, is_local: Any, slot: Any) -> tuple[Any, Any]:
+    def attend(self, x: Any, view: View, is_local: Any, cached: Any, slot: Any) -> tuple[Any, Any]:
         c = self.config
         B, T, _ = x.shape
         h = self.norm("attention_norm")(x)
@@ -121,22 +120,21 @@ class Layer(nn.Module):
         query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
         # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
         key, value = place(key, "BSKH"), place(value, "BSKH")
+        softmax = (c.query_scale, c.attention_softcap)
         if cached is not None:
-            at = (index, 0, slot, 0, 0)
-            cached = tuple(
-                jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cached, (key, value), strict=True)
+            cached = (
+                jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3),
+                jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), slot, axis=2),
             )
-            key, value = (jax.lax.dynamic_index_in_dim(both, index, keepdims=False) for both in cached)
-        if view.mask is not None:
-            mixed = attention(query, key, value, view.mask, c.query_scale, c.attention_softcap)
+            mixed = attention_by_head(query, *cached, view.mask, *softmax)
+        elif view.mask is not None:
+            mixed = attention(query, key, value, view.mask, *softmax)
         elif c.attention == "blocks":
             where = (view.positions, view.segment_ids, view.window)
-            mixed = block_attention(query, key, value, *where, c.query_scale, c.attention_softcap)
+            mixed = block_attention(query, key, value, *where, *softmax)
         else:
             windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
-            mixed = splash_attention(
-                query, key, value, view.segment_ids, windows, is_local, c.query_scale, c.attention_softcap
-            )
+            mixed = splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax)
         mixed = place(mixed, "BTQH")
         return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
@@ -181,26 +179,28 @@ class Decoder(nn.Module):
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:
-            key_positions, key_segments, cached = positions, segment_ids, None
-        else:
-            key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-            key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
-            cached = (cache.keys, cache.values)
-        masked = cache is not None or c.attention == "xla"
-        views = self.views(positions, segment_ids, (key_positions, key_segments) if masked else None)
-        is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
-        layers = nn.scan(
-            self.rematted_layer(),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-        )(c, name="layers")
-        (x_BTD, _, cached), _ = layers((x_BTD, jnp.int32(0), cached), is_local, views, slot)
-        x_BTD = make_norm(c, "final_norm")(x_BTD)
-        if cache is None:
-            return x_BTD, None
-        return x_BTD, KvCache(cached[0], cached[1], key_positions, key_segments)
+            keys_of = (positions, segment_ids) if c.attention == "xla" else None
+            views = self.views(positions, segment_ids, keys_of)
+            is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
+            layers = nn.scan(
+                self.rematted_layer(),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_layers,
+            )
+            x_BTD, _ = layers(c, name="layers")(x_BTD, is_local, views)
+            return make_norm(c, "final_norm")(x_BTD), None
+        key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+        key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
+        views = self.views(positions, segment_ids, (key_positions, key_segments))
+        cached = []
+        for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
+            view = views[-1:] if index in (c.local_layers or ()) else views[:1]
+            x_BTD, own = Layer(c, name=f"layer_{index}")(x_BTD, None, view, own, slot)
+            cached.append(own)
+        keys, values = zip(*cached, strict=True)
+        return make_norm(c, "final_norm")(x_BTD), KvCache(keys, values, key_positions, key_segments)
 
     def views(self, positions: Any, segment_ids: Any, keys: tuple[Any, Any] | None) -> tuple[View, ...]:
         """The global view, the local one, or both in this order: those that some layer uses. `keys` are their positions and segments, for a mask."""
@@ -270,12 +270,28 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
     )
 
 
+def by_layer(config: DecoderConfig, params: Params) -> Params:
+    """The parameters as `decode` reads them, each layer's apart and matrices in the compute dtype; those that are so already, as they are.
+
+    A loop over stacked layers copies each layer out of the stack, and a loop over tokens would pay for that at every token. Here it is paid once, before it: in time, and in the
+    memory of a second copy of the layers for as long as both are held.
+    """
+    if "layers" not in params:
+        return params
+    dtype = jnp.dtype(config.dtype)
+    read = lambda path, x: x.astype(dtype) if path[0].key in config.projections else x
+    stacked = jax.tree_util.tree_map_with_path(read, params["layers"])
+    apart = {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
+    return {name: value for name, value in params.items() if name != "layers"} | apart
+
+
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
     """An empty cache of `length` slots for `batch` rows."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
+    layers = range(config.num_layers)
     return KvCache(
-        keys=place(jnp.zeros(shape, jnp.dtype(config.dtype)), "LBSKH"),
-        values=place(jnp.zeros(shape, jnp.dtype(config.dtype)), "LBSKH"),
+        keys=tuple(place(jnp.zeros((batch, K, H, length), dtype), "BKHS") for _ in layers),
+        values=tuple(place(jnp.zeros((batch, K, length, H), dtype), "BKSH") for _ in layers),
         positions=jnp.zeros((batch, length), jnp.int32),
         segment_ids=jnp.full((batch, length), -1, jnp.int32),
     )
@@ -295,8 +311,13 @@ def decode(
     Each query attends to all filled slots of its own segment whose position is not after its own, so rows of different
     length are left-padded with segment 0 and agree with the unpadded forward pass.
 
+    Args:
+        params: the student's, or what `by_layer` makes of them: whoever calls this in a loop does that before it.
+        tokens, positions, segment_ids: of the tokens that are read; `cache` is of those before them.
+        slot: the first column of the cache to write; `slot + T` must not pass its length.
+
     Returns:
         The rows that the head reads, and the cache with the new tokens.
     """
-    out: Any = Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache, slot)
+    out: Any = Decoder(config).apply({"params": by_layer(config, params)}, tokens, positions, segment_ids, cache, slot)
     return out

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.blocks import block_attention
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.decoder import init_params
+from cotgrpo.models.decoder import by_layer, init_params
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.objectives import Nll, Objective, Pair, TokenRow
 from cotgrpo.run.bench.measure import compiled, in_turn, peak_bytes
@@ -111,7 +111,7 @@ def copy_rate() -> float:
 
 def measure_generate(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Greedy replies that run to their end. A further token reads all weights and the cache once: `bandwidth` is the share of the measured rate of memory."""
-    params, rows = init_params(config, jax.random.key(0)), []
+    params, rows = jax.jit(by_layer, static_argnums=0)(config, init_params(config, jax.random.key(0))), []
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     rate = copy_rate()
     for batch in args.batches:
