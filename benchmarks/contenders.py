@@ -376,6 +376,10 @@ MISSING = 3
 
 def main() -> int:
     name, kind, given = sys.argv[1:]
+    if name == "cotgrpo":
+        from cotgrpo.run.large_pages import use_large_pages
+
+        use_large_pages()  # as its commands do; where GLIBC_TUNABLES is set for `peers.py`, all contenders have it
     told = json.loads(given)
     task = Task(Path(told["folder"]), np.load(told["ids"]), told["dtype"], told["remat"], told["new_tokens"])
     turns = Turns()

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cotgrpo.run.large_pages import use_large_pages
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,7 +41,8 @@ On several machines the same command runs on each (docs/hosts.md). Cloud TPU, SL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
+    """The console script. Returns the exit code. Without `arguments` it is the process's own, which it may start anew (`cotgrpo.run.large_pages`)."""
+    own = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"cotgrpo {version('cotgrpo')}")
         return 0
+    if own and command in COMPUTING:
+        use_large_pages()
     if command == "bench":
         return bench(rest)
     if command not in COMMANDS:
@@ -347,6 +352,9 @@ COMMANDS: dict[str, Callable[[Sequence[str], Console], None]] = {
     "plan": plan,
     "export": export,
 }
+
+COMPUTING = {"quickstart", "generate", "sft", "grpo", "eval", "bench"}
+"""The commands that train, or write replies."""
 
 if __name__ == "__main__":
     sys.exit(main())

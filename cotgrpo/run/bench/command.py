@@ -20,6 +20,7 @@ from cotgrpo.models.config import REMAT_POLICIES, DecoderConfig
 from cotgrpo.run.bench import parts, pipeline, steps
 from cotgrpo.run.bench.measure import machine
 from cotgrpo.run.bench.workload import SHAPES
+from cotgrpo.run.large_pages import use_large_pages
 from cotgrpo.run.mfu import matrix_rate
 
 Option = tuple[str, dict[str, Any]]
@@ -257,5 +258,6 @@ def run_bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     run_bench()
     sys.exit(0)
