@@ -106,7 +106,7 @@ def exact_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: Tok
     return metrics | {
         "reward": ghost_logit - log_z + metrics["entropy"],
         "ghost_prob": ghost_prob,
-        "drawn_prob": jnp.sum(p_V * p_V),
+        "drawn_prob": jnp.vdot(p_V, p_V),
         "match_rate": ghost_prob,
     }
 
@@ -249,21 +249,26 @@ class Pair:
             pair = self.penalty(ghost_reward(logits_V, row.ghost, row.drawn))
             metrics = drawn_metrics(logits_V, log_z, row)
         else:
-            n_V = jax.lax.stop_gradient(jax.nn.softmax(self.draw_logits(logits_V)))
+            n_V = jax.lax.stop_gradient(self.negatives_V(logits_V, log_z))
             pair = jnp.sum(n_V * self.penalty(logits_V[row.ghost] - logits_V))
             metrics = exact_metrics(logits_V, log_z, row)
         return self.nll_weight * nll + self.pair_weight * pair, metrics
+
+    def negatives_V(self, logits_V: Float[Array, "V"], log_z: Float[Array, ""]) -> Float[Array, "V"]:
+        """n, in the same words as p where it is p, so that XLA computes it once."""
+        return jnp.exp(logits_V - log_z) if self.negatives == "policy" else jax.nn.softmax(self.draw_logits(logits_V))
 
     def penalty(self, advantage: Any) -> Any:
         """`(2 / beta) softplus(-beta D)`."""
         return (2 / self.beta) * jax.nn.softplus(-self.beta * advantage)
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        p_V = jnp.exp(logits_V - jax.nn.logsumexp(logits_V))
+        log_z = jax.nn.logsumexp(logits_V)
+        p_V = jnp.exp(logits_V - log_z)
         if self.estimator == "drawn":
             n_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
         else:
-            n_V = p_V if self.negatives == "policy" else jax.nn.softmax(self.draw_logits(logits_V))
+            n_V = self.negatives_V(logits_V, log_z)
         lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[row.ghost]))
         slope_V = self.nll_weight * p_V + (2 * self.pair_weight) * n_V * lost_V
         return self(logits_V, row), toward_ghost(slope_V, row.ghost)

@@ -345,11 +345,10 @@ def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any
 
 
 def likeliest(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """`argmax` over V, the first of equals: as two reductions, each of which XLA's CPU compiler vectorizes, where `jnp.argmax` is one that it does not."""
+    """`argmax` over V, the first of equals (of NaNs, the last), as two reductions: XLA's CPU compiler vectorizes each, and `jnp.argmax` it does not."""
     id_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    is_most_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
-    last = logits_BV.shape[1] - 1  # where all are NaN
-    return jnp.min(jnp.where(is_most_BV, id_BV, last), axis=-1)
+    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits_BV == most_B1, id_BV, logits_BV.shape[1] - 1), axis=-1)
 
 
 def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:

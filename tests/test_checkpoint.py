@@ -21,6 +21,7 @@ import pytest
 
 from cotgrpo import TrainState
 from cotgrpo.run.checkpoint import CheckpointError, Checkpoints, restore_params
+from cotgrpo.run.stage_weights import has_checkpoint
 
 
 def make_state(step: int, width: int = 8, tx: Any = None, dtype: Any = jnp.float32) -> TrainState:
@@ -338,3 +339,14 @@ def test_a_full_disk_is_explained_by_whoever_meets_it_first(small_disk: Callable
         found = latest(folder / name)
         assert found is not None
         assert_same(found[0], make_state(1))
+
+
+def test_a_place_that_cannot_be_reached_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(type(tmp_path)):  # type: ignore[misc]
+        def iterdir(self) -> Any:
+            raise ConnectionError("no route to the bucket")
+
+    assert not has_checkpoint(tmp_path / "sft")
+    monkeypatch.setattr("cotgrpo.run.stage_weights.checkpoints_of", lambda folder, config: Unreachable(folder))
+    with pytest.raises(CheckpointError, match=r"sft cannot be read \(ConnectionError: no route to the bucket\)"):
+        has_checkpoint(tmp_path / "sft")

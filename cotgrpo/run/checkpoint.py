@@ -274,9 +274,13 @@ def check_arrays(folder: Path, saved: dict[str, str], wanted: dict[str, str]) ->
 
 def steps_in(directory: Any) -> list[int]:
     """The steps of the checkpoints in a folder, newest first. Half-written ones have other names, or in a bucket no mark of success yet."""
-    if not directory.is_dir():  # a bucket has no empty folders
+    try:
+        paths = [path for path in directory.iterdir() if path.name.isdigit()]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # a bucket has no empty folders; one that cannot be reached is another error
         return []
-    paths = [path for path in directory.iterdir() if path.name.isdigit()]
     if is_remote(directory):
         paths = [path for path in paths if (path / COMMITTED).exists()]
     return sorted((int(path.name) for path in paths), reverse=True)

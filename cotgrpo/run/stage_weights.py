@@ -138,7 +138,7 @@ def has_checkpoint(folder: Path, config: Config | None = None) -> bool:
 
     def look() -> bool:
         try:
-            return kept.is_dir() and bool(steps_in(kept))
+            return bool(steps_in(kept))
         except Exception as error:  # the client of a cloud raises its own kinds
             raise CheckpointError(
                 f"{kept} cannot be read ({first_line(error)}). Check the name, and that this machine may read it."

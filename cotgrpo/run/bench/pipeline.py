@@ -31,6 +31,12 @@ def measure_on_policy(config: DecoderConfig, args: argparse.Namespace) -> dict[s
     running, student = Running(config), make_student(config)
     teacher_params = jax.tree.map(jnp.copy, running.state.params)
     columns = args.seq - args.new_tokens
+    if columns < 1:
+        from cotgrpo.data.triples import DataError
+
+        raise DataError(
+            f"--seq {args.seq} is prompt and reply: it must be above --new-tokens, which is {args.new_tokens}."
+        )
     ids = random_batch(config, args.batch, columns).tokens
     prompts = Prompts(tokens=ids, lengths=jnp.full((args.batch,), columns, jnp.int32))
     settings = SamplingSettings(max_new_tokens=args.new_tokens, temperature=1.0)
