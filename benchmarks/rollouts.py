@@ -3,7 +3,7 @@
     python benchmarks/rollouts.py --json benchmarks/results/cpu/rollouts.json
 
 The sampler is measured on random weights with replies of very mixed length (every token may be the last, one in a quarter of the longest on average): all prompts at once, a
-batch of the slots' number after another, and slots that take the next prompt when their reply has ended. The replies are the same in all of them.
+batch of the slots' number after another (with random numbers of its own, so other replies), and slots that take the next prompt when their reply has ended: the replies of all at once.
 The loop is that of on-policy training, with a live ghost and with the group-relative comparison, on the quick start's task; what the device waits is the time of an update
 less that of its parts, each measured alone. GRPO here is GhostRespond Policy Optimization, not Group Relative. Needs the whole package.
 """
@@ -71,7 +71,10 @@ def sampler_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def row(kind: str, width: int, slots: int | None, parts: list[Prompts]) -> dict[str, Any]:
         sample = jax.jit(make_sampler(config, settings, slots=slots))
-        seconds, replies = fastest(args.repeats, lambda: [sample(params, part, key) for part in parts])
+        keys = [jax.random.fold_in(key, number) for number in range(len(parts))]
+        seconds, replies = fastest(
+            args.repeats, lambda: [sample(params, *both) for both in zip(parts, keys, strict=True)]
+        )
         memory = sample.lower(params, parts[0], key).compile().memory_analysis()
         lengths = np.concatenate([reply.lengths for reply in replies])
         return {

@@ -173,6 +173,8 @@ def test_mfu_by_hand() -> None:
 def test_what_cannot_be_measured_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "data", *SMALL, "--rows", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
+    assert main(["bench", "on_policy", *SMALL, "--new-tokens", "16"]) == 2
+    assert "--seq 16 is prompt and reply: it must be above --new-tokens, which is 16" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "speed"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import signal
 import subprocess
 import sys
@@ -238,3 +240,18 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
     assert main([*arguments, "--seed", "5"]) == 2
     assert "seed (0 there, 5 now)" in capsys.readouterr().err
     assert (tmp_path / "run" / "train.jsonl").read_bytes() == rows
+
+
+PAGES = "import os; from cotgrpo.run.large_pages import *; print(os.getpid()); use_large_pages(); print(os.environ[VARIABLE])"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the variable")
+def test_large_pages_are_asked_for_once_and_not_against_a_users_own_setting() -> None:
+    """The process starts itself anew, under its own number and with its own arguments, and then goes on."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    run = lambda own: subprocess.run(
+        [sys.executable, "-c", PAGES], env=environment | own, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    first, second, set_to, _ = run({})
+    assert first == second and set_to == "glibc.malloc.hugetlb=1"
+    assert run({"GLIBC_TUNABLES": ""})[1:] == ["", ""]

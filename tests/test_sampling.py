@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.models.decoder import DecoderConfig, by_layer, init_params, make_student
 from cotgrpo.objectives import MASKED_LOGIT
-from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, likeliest, make_sampler, pad_prompts
 
 CONFIG = DecoderConfig(
     vocab_size=37, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, init_scale=0.3
@@ -35,6 +35,24 @@ def sample(
     settings = SamplingSettings(**({"max_new_tokens": NEW} | options))
     sampler = jax.jit(make_sampler(config, settings, vocab_size, slots))
     return jax.device_get(sampler(PARAMS, prompts, jax.random.key(seed)))
+
+
+def test_the_likeliest_is_the_first_of_equals() -> None:
+    logits = np.array(
+        [[0.0, 2.0, 2.0, -1.0], [5.0, 5.0, 5.0, 5.0], [-np.inf, -np.inf, 0.0, -np.inf], [np.nan] * 4], np.float32
+    )
+    np.testing.assert_array_equal(likeliest(logits), [1, 0, 2, 3])
+    many = np.random.default_rng(0).integers(0, 9, (50, 200)).astype(np.float32)
+    np.testing.assert_array_equal(likeliest(many), many.argmax(axis=-1))
+
+
+def test_layers_taken_apart_before_the_call_change_nothing() -> None:
+    prompts, sampler = pad_prompts(PROMPTS), jax.jit(make_sampler(CONFIG, SamplingSettings(NEW)))
+    apart = by_layer(CONFIG, PARAMS)
+    assert by_layer(CONFIG, apart) is apart and "layers" not in apart
+    want, got = (jax.device_get(sampler(params, prompts, jax.random.key(0))) for params in (PARAMS, apart))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.log_probs, want.log_probs)
 
 
 def full_logits(tokens: np.ndarray) -> np.ndarray:
