@@ -121,12 +121,11 @@ class Layer(nn.Module):
         # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
         key, value = place(key, "BSKH"), place(value, "BSKH")
         softmax = (c.query_scale, c.attention_softcap)
-        if cached is not None:
-            cached = (
-                jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3),
-                jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), slot, axis=2),
-            )
-            mixed = attention_by_head(query, *cached, view.mask, *softmax)
+        if cached is not None and view.mask is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), slot, axis=2)
+            cached = (keys, values)
+            mixed = attention_by_head(query, keys, values, view.mask, *softmax)
         elif view.mask is not None:
             mixed = attention(query, key, value, view.mask, *softmax)
         elif c.attention == "blocks":

@@ -196,7 +196,7 @@ class Rollouts(abc.ABC):
 
 def ids_of(written: Replies) -> list[np.ndarray]:
     """The tokens of each reply, of arrays on the host."""
-    return [row[:length] for row, length in zip(written.tokens, written.lengths, strict=True)]
+    return [np.asarray(row[:length]) for row, length in zip(written.tokens, written.lengths, strict=True)]
 
 
 def judged(template: AnyTemplate, asked: Sequence[Asked], written: Replies) -> list[Reply]:
