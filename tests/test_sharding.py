@@ -232,7 +232,7 @@ def test_slots_stay_where_they_are() -> None:
     assert not [c for c in found if c.loops.count(None) > 1], (
         "the loop over tokens, whose condition alone asks all devices"
     )
-    group = 2 * 8 * 24 * PLAIN.num_kv_heads * PLAIN.head_dim  # keys of one prompt a device
+    group = 8 * 24 * PLAIN.num_kv_heads * PLAIN.head_dim  # a layer's keys of one prompt a device
     assert max(math.prod(shape) for c in found for _, shape in c.arrays) == group
 
 

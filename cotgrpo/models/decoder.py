@@ -4,7 +4,8 @@ RMSNorm before each block, rotary positions, grouped-query attention, a gated ML
 are one scanned layer with stacked parameters, so compile time does not grow with depth and the state is a few large arrays. Where layers
 differ (sliding windows in some of them), both views of the sequence are made once and each layer picks its own.
 
-The same module serves training (`make_student`) and generation (`init_cache`, `decode`).
+The same module serves training (`make_student`) and generation (`init_cache`, `decode`). With a cache the layers are not scanned but written out one after the other, each with arrays of
+its own (`by_layer`): compiling takes longer with depth, and a token needs no copy of weights or cache.
 """
 
 from __future__ import annotations
