@@ -139,7 +139,7 @@ def cotgrpo_generate(task: Task, turns: Turns) -> None:
     model = load_pretrained(task.folder, task.dtype)
     sample = jax.jit(make_sampler(model.config, SamplingSettings(max_new_tokens=task.new_tokens)))
     prompts, key = pad_prompts(list(task.ids)), jax.random.key(0)
-    params = jax.jit(by_layer, static_argnums=0)(model.config, model.params)  # as `cotgrpo generate` does, once
+    params = by_layer(model.config, model.params)  # as `cotgrpo generate` does, once
     while turns.begin():
         replies = sample(params, prompts, key)
         turns.end(np.asarray(replies.tokens).tolist(), jax_peak())

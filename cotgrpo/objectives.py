@@ -103,6 +103,7 @@ def exact_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: Tok
     ghost_logit = logits_V[row.ghost]
     ghost_prob = jnp.exp(ghost_logit - log_z)
     p_V = jnp.exp(logits_V - log_z)
+    # E[p(y)] as a product of vectors: of a sum of squares XLA makes exponentials of its own, in an array of their own.
     return metrics | {
         "reward": ghost_logit - log_z + metrics["entropy"],
         "ghost_prob": ghost_prob,

@@ -18,7 +18,7 @@ import numpy as np
 from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, init_cache, make_student
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.sharding import batch_shards, open_axes
-from cotgrpo.token_engine import HeadSpec, draw
+from cotgrpo.token_engine import HeadSpec, draw, likeliest
 from cotgrpo.types import Params
 
 if TYPE_CHECKING:
@@ -335,20 +335,13 @@ def collect(slots: Slots, replies: Replies, pad_id: int) -> Replies:
 def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any) -> tuple[Any, Any]:
     """Token number `index_B` of each reply, `[B]`, and its log-probability in softmax(logits)."""
     if settings.temperature == 0:
-        token_B = likeliest(logits_BV)
+        token_B = jax.vmap(likeliest)(logits_BV)
     else:
         uniform_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
     picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
-
-
-def likeliest(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """`argmax` over V, the first of equals (of NaNs, the last), as two reductions: XLA's CPU compiler vectorizes each, and `jnp.argmax` it does not."""
-    id_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits_BV == most_B1, id_BV, logits_BV.shape[1] - 1), axis=-1)
 
 
 def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:

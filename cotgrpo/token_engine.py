@@ -284,6 +284,12 @@ class Walk:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
+def likeliest(logits_V: Float[Array, "V"]) -> Int[Array, ""]:
+    """`argmax`, the first of equals (of NaNs, the last), as two reductions: XLA's CPU compiler vectorizes each, and `jnp.argmax` it does not."""
+    id_V = jnp.arange(logits_V.shape[0], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits_V == jnp.max(logits_V), id_V, logits_V.shape[0] - 1))
+
+
 def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"]) -> Int[Array, "G"]:
     """Draws y ~ softmax(logits) by inverse CDF, one uniform number a token, in two levels.
 

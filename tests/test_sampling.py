@@ -12,7 +12,8 @@ import pytest
 
 from cotgrpo.models.decoder import DecoderConfig, by_layer, init_params, make_student
 from cotgrpo.objectives import MASKED_LOGIT
-from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, likeliest, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, make_sampler, pad_prompts
+from cotgrpo.token_engine import likeliest
 
 CONFIG = DecoderConfig(
     vocab_size=37, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, init_scale=0.3
@@ -41,9 +42,9 @@ def test_the_likeliest_is_the_first_of_equals() -> None:
     logits = np.array(
         [[0.0, 2.0, 2.0, -1.0], [5.0, 5.0, 5.0, 5.0], [-np.inf, -np.inf, 0.0, -np.inf], [np.nan] * 4], np.float32
     )
-    np.testing.assert_array_equal(likeliest(logits), [1, 0, 2, 3])
+    np.testing.assert_array_equal(jax.vmap(likeliest)(logits), [1, 0, 2, 3])
     many = np.random.default_rng(0).integers(0, 9, (50, 200)).astype(np.float32)
-    np.testing.assert_array_equal(likeliest(many), many.argmax(axis=-1))
+    np.testing.assert_array_equal(jax.vmap(likeliest)(many), many.argmax(axis=-1))
 
 
 def test_layers_taken_apart_before_the_call_change_nothing() -> None:

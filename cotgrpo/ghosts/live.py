@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.sharding import axis_names, place, spec_of
-from cotgrpo.token_engine import HeadSpec, default_tile_size, draw
+from cotgrpo.token_engine import HeadSpec, default_tile_size, draw, likeliest
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def live_ghosts(
     uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
 
     def choose(logits_V: Any, uniform: Any) -> Any:
-        return jnp.argmax(logits_V).astype(jnp.int32) if uniform is None else draw(logits_V, uniform[None])[0]
+        return likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
 
     ghost_BT = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
     # The contexts are the last N + 1 columns but one in both: in a row of another width they are moved, never reordered.

@@ -60,7 +60,7 @@ class LocalTeacher:
         self.template = ChatTemplate(self.tokenizer, more_stop_ids=generation_stop_ids(path))
         self.seed = seed
         model = load_pretrained(path, dtype)
-        self.params = jax.jit(by_layer, static_argnums=0)(model.config, model.params)
+        self.params = by_layer(model.config, model.params)
         settings = SamplingSettings(
             max_tokens,
             eos_ids=self.template.stop_ids,

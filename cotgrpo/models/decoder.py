@@ -278,11 +278,17 @@ def by_layer(config: DecoderConfig, params: Params) -> Params:
     """
     if "layers" not in params:
         return params
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return rest | layers_apart(config, params["layers"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layers_apart(config: DecoderConfig, layers: Params) -> Params:
+    """`{"layer_0": ..., ...}` of stacked layers; one program, since each slice outside one would be compiled for itself."""
     dtype = jnp.dtype(config.dtype)
     read = lambda path, x: x.astype(dtype) if path[0].key in config.projections else x
-    stacked = jax.tree_util.tree_map_with_path(read, params["layers"])
-    apart = {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
-    return {name: value for name, value in params.items() if name != "layers"} | apart
+    stacked = jax.tree_util.tree_map_with_path(read, layers)
+    return {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:

@@ -111,7 +111,7 @@ def copy_rate() -> float:
 
 def measure_generate(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Greedy replies that run to their end. A further token reads all weights and the cache once: `bandwidth` is the share of the measured rate of memory."""
-    params, rows = jax.jit(by_layer, static_argnums=0)(config, init_params(config, jax.random.key(0))), []
+    params, rows = by_layer(config, init_params(config, jax.random.key(0))), []
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     rate = copy_rate()
     for batch in args.batches:
