@@ -22,9 +22,9 @@ def test_the_quick_start_learns(tmp_path: Path) -> None:
     base, sft, grpo, on_policy = (report["accuracy"][name] for name in STAGES)
     assert all(row["n"] == TEST_ROWS for row in report["accuracy"].values())
     assert base["value"] < 0.05, "an untrained student cannot solve the task"
-    assert 0.3 <= sft["value"] <= 0.99, "SFT is competent, and leaves room"
-    assert abs(grpo["value"] - sft["value"]) < 0.05, "SFT has got out of the text what there is"
-    assert on_policy["value"] > grpo["value"] + 0.005, "live ghosts at the student's own replies say more"
+    assert 0.6 <= sft["value"] <= 0.98, "SFT is competent, and leaves room"
+    assert abs(grpo["value"] - sft["value"]) < 0.03, "SFT has got out of the text what there is"
+    assert on_policy["value"] >= grpo["value"] + 0.015, "live ghosts at the student's own replies say more"
     losses = report["held_out_loss"]
     assert losses["base"] > losses["sft"] > losses["on_policy"]
     assert f"{STAGES['on_policy']:26} {on_policy['value']:6.1%}" in done.stdout
