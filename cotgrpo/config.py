@@ -315,7 +315,8 @@ class CheckpointConfig:
         every: steps between checkpoints; there is always one at the end.
         keep: how many of the newest stay.
         keep_best: how many of those with the lowest held-out loss stay beside them; where it is not 0, each evaluation (eval_every) is saved.
-        folder: where checkpoints go, in folders of their own for sft and grpo: a disk, or a gs:// bucket; null: beside the stage's logs in run_dir.
+        folder: where checkpoints go, in folders of their own for sft and grpo: a disk, a gs:// bucket, or s3:// or another store that fsspec knows, to which
+            those on run_dir's disk are copied; null: beside the stage's logs in run_dir.
     """
 
     every: int = 200
@@ -366,5 +367,5 @@ class Config:
         if "://" in self.run_dir:
             raise ConfigError(
                 f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket does not do. "
-                "Mount it, or set checkpoint.folder, which may be a gs:// bucket."
+                "Mount it, or set checkpoint.folder, which may be a gs:// or s3:// bucket."
             )

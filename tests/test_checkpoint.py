@@ -99,9 +99,9 @@ def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
     [
         (
             "s3://bucket/run",
-            r"s3://bucket/run: Orbax writes checkpoints to disks and to gs:// buckets.*Mount the bucket",
+            r"s3://bucket/run: Orbax reads and writes checkpoints on disks and in gs:// buckets, and not in s3://",
         ),
-        ("ftp://host/run", "and not to ftp://"),
+        ("ftp://host/run", "and not in ftp://"),
         (
             "gs://a-bucket-that-is-not-there/run",
             "gs://a-bucket-that-is-not-there/run: .*(pip install |cannot be kept there)",

@@ -192,6 +192,9 @@ def test_signatures_are_checked_in_tests() -> None:
 
 TRAIN_STEP = """
 import os
+import jax
+import numpy as np
+
 environment = dict(os.environ)
 settings = dict(jax.config.values)
 

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 
 from cotgrpo.run.hosts import from_first
+from cotgrpo.run.mirror import Mirror
 from cotgrpo.run.storage import (
+    COMMITTED,
     CheckpointError,
     check_folder_works,
     explaining_disk_errors,
@@ -28,9 +30,6 @@ from cotgrpo.run.storage import (
     write_checksums,
 )
 from cotgrpo.types import TrainState
-
-COMMITTED = "commit_success.txt"
-"""Orbax's mark of a whole checkpoint, which is what counts in a bucket; a disk has the name of the folder."""
 
 
 class Checkpoints:
@@ -43,18 +42,21 @@ class Checkpoints:
         directory: a folder of this machine or a gs:// bucket; made if need be.
         keep: how many of the newest stay.
         keep_best: how many of the lowest loss stay beside them.
+        mirror: of this directory; what is there and not here is copied first, and each checkpoint counts when its copy is whole.
 
     Raises:
         CheckpointError: the folder cannot be used.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3, keep_best: int = 0) -> None:
+    def __init__(
+        self, directory: str | Path, keep: int = 3, keep_best: int = 0, *, mirror: Mirror | None = None
+    ) -> None:
         import orbax.checkpoint as ocp
 
         self.ocp = ocp
         self.directory = open_folder(directory)
-        self.keep, self.keep_best = keep, keep_best
-        self.saving = 0
+        self.keep, self.keep_best, self.mirror = keep, keep_best, mirror
+        self.saving, self.kept = 0, set[int]()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,  # Orbax asks `should_preserve` after each save
             cleanup_tmp_directories=True,
@@ -62,6 +64,8 @@ class Checkpoints:
         )
         with explaining_disk_errors(self.directory):
             from_first(lambda: check_folder_works(self.directory))
+            if mirror is not None:
+                from_first(lambda: mirror.pull(newest_only=False))
             self.losses = dict(from_first(lambda: losses_in(self.directory)))
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -95,13 +99,15 @@ class Checkpoints:
         """Which of the checkpoints stay: the newest, and of those with a loss the best, the newer of equals."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         measured = sorted((step for step in steps if step in self.losses), key=lambda step: (self.losses[step], -step))
-        kept = {*steps[-self.keep :], *measured[: self.keep_best]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        self.kept = {*steps[-self.keep :], *measured[: self.keep_best]}
+        return [checkpoint.step in self.kept for checkpoint in checkpoints]
 
     def seal(self) -> None:
         """Orbax calls this, in its own thread and on process 0, when all is written and before the checkpoint counts."""
         (folder,) = (path for path in self.directory.iterdir() if path.name.split(".")[0] == str(self.saving))
         write_checksums(folder)
+        if self.mirror is not None:
+            self.mirror.push(folder, self.saving, self.kept)
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
         """The newest checkpoint that is undamaged.

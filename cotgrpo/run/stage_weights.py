@@ -14,9 +14,10 @@ from cotgrpo.config_file import load_config
 from cotgrpo.models.lora import LoraConfig, init_lora, merge
 from cotgrpo.run.checkpoint import restore_params, steps_in
 from cotgrpo.run.hosts import from_first
+from cotgrpo.run.mirror import Mirror
 from cotgrpo.run.run_mesh import laid_out, made_on
 from cotgrpo.run.setup import Model
-from cotgrpo.run.storage import CheckpointError, first_line, open_folder
+from cotgrpo.run.storage import CheckpointError, first_line, is_mirrored, open_folder
 from cotgrpo.types import Params
 
 
@@ -85,7 +86,7 @@ def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
     saved = saved_config(folder)
     lora = None if saved is None else saved.lora.build()
     abstract = model.abstract_params()
-    kept = checkpoints_of(folder, model.config)
+    kept = readable_checkpoints(folder, model.config)
     if saved is None or lora is None:
         params, step = restore_params(kept, abstract)
         return StageWeights(params), step
@@ -108,7 +109,7 @@ def base_of(folder: Path, saved: Config, model: Model) -> tuple[Params, str | No
     before = saved_config(origin)
     if before is not None and before.lora.rank:
         return base_of(origin, before, model)
-    return restore_params(checkpoints_of(origin, model.config), model.abstract_params())[0], None
+    return restore_params(readable_checkpoints(origin, model.config), model.abstract_params())[0], None
 
 
 def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
@@ -120,21 +121,42 @@ def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
 
 
 def checkpoints_of(folder: Path, config: Config | None = None) -> Any:
-    """Where the checkpoints of a stage's folder are.
+    """Where the checkpoints of a stage's folder are: of those with a mirror, on its disk.
 
     Args:
         folder: of the stage.
         config: of the run that asks; where the folder is not in its run_dir, or None is given, the folder's own config counts.
     """
+    kept = place_of(folder, config)
+    return folder / "checkpoints" if kept is None or is_mirrored(kept) else open_folder(kept) / folder.name
+
+
+def mirror_of(folder: Path, config: Config | None = None) -> Mirror | None:
+    """The mirror of a stage's checkpoints, where they go to a store that Orbax does not write to; arguments as in `checkpoints_of`."""
+    kept = place_of(folder, config)
+    if kept is None or not is_mirrored(kept):
+        return None
+    return Mirror(folder / "checkpoints", f"{kept.rstrip('/')}/{folder.name}")
+
+
+def place_of(folder: Path, config: Config | None) -> str | None:
+    """`checkpoint.folder` of the config that counts."""
     if config is None or folder.parent != Path(config.run_dir):
         config = saved_config(folder)
-    kept = None if config is None else config.checkpoint.folder
-    return folder / "checkpoints" if kept is None else open_folder(kept) / folder.name
+    return None if config is None else config.checkpoint.folder
+
+
+def readable_checkpoints(folder: Path, config: Config | None = None) -> Any:
+    """As `checkpoints_of`, and the newest is there: of a mirror it is fetched, where the disk lacks it."""
+    mirror = mirror_of(folder, config)
+    if mirror is not None:
+        from_first(lambda: mirror.pull(newest_only=True))
+    return checkpoints_of(folder, config)
 
 
 def has_checkpoint(folder: Path, config: Config | None = None) -> bool:
     """Whether a stage's folder has one, damaged or not; arguments as in `checkpoints_of`. Raises CheckpointError where that cannot be found out."""
-    kept = checkpoints_of(folder, config)
+    kept = readable_checkpoints(folder, config)
 
     def look() -> bool:
         try:

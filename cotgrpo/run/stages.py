@@ -26,6 +26,7 @@ from cotgrpo.run.held_out import HeldOut
 from cotgrpo.run.hosts import from_first, is_first, process_rows, put_on_mesh
 from cotgrpo.run.live_source import group_relative_batches, live_batches, self_reply_batches, text_batches
 from cotgrpo.run.mfu import StepFlops
+from cotgrpo.run.mirror import Mirror
 from cotgrpo.run.report import write_report
 from cotgrpo.run.run_mesh import check_stage_batch, run_mesh
 from cotgrpo.run.setup import Setup, check_folder, claim_folder, set_up, set_up_pretrained
@@ -35,6 +36,7 @@ from cotgrpo.run.stage_weights import (
     checkpoints_of,
     first_weights,
     has_checkpoint,
+    mirror_of,
     origin_of,
     restore_weights,
     start_weights,
@@ -178,10 +180,16 @@ class Stage:
     def checkpoints(self) -> Any:
         return checkpoints_of(self.folder, self.config)
 
+    @property
+    def mirror(self) -> Mirror | None:
+        return mirror_of(self.folder, self.config)
+
     def check_folders(self) -> None:
         """Whether the run can go on in its folders; of a folder for checkpoints elsewhere, whether it can be written."""
         check_folder(self.folder, self.config, self.name)
-        if self.config.checkpoint.folder is not None:
+        if self.mirror is not None:
+            self.mirror.check_works()
+        elif self.config.checkpoint.folder is not None:
             check_folder_works(self.checkpoints)
 
     @functools.cached_property
@@ -231,6 +239,7 @@ class Stage:
             watch=Guard(self.folder, settings.max_entropy_growth) if self.name == "grpo" else None,
             console=self.console,
             checkpoint_folder=self.checkpoints,
+            mirror=self.mirror,
         )
 
     def flops(self, weights: StageWeights) -> StepFlops:

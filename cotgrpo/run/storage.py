@@ -15,6 +15,9 @@ from typing import Any
 
 CHECKSUMS = "checksums.json"
 
+COMMITTED = "commit_success.txt"
+"""Orbax's mark of a whole checkpoint, which is what counts in a bucket; a disk has the name of the folder."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names it and says what to do."""
@@ -31,8 +34,8 @@ def open_folder(name: str | Path) -> Any:
         return Path(name).absolute()
     if scheme != "gs":
         raise CheckpointError(
-            f"{name}: Orbax writes checkpoints to disks and to gs:// buckets, and not to {scheme}://. Mount the bucket as a folder of "
-            "this machine (for S3: mountpoint-s3, s3fs or FSx) and name that folder."
+            f"{name}: Orbax reads and writes checkpoints on disks and in gs:// buckets, and not in {scheme}://. Name it as checkpoint.folder of a run, "
+            "which has a copy on its disk, and here that folder."
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise CheckpointError(f"{name}: reading and writing gs:// needs a library: pip install 'cotgrpo[gcs]'.")
@@ -110,10 +113,15 @@ def checksum(path: Any) -> list[int | None]:
     return [size, crc]
 
 
+def is_mirrored(name: str | Path) -> bool:
+    """Whether a place for checkpoints is one that Orbax does not write to (`cotgrpo.run.mirror`)."""
+    return is_remote(name) and not str(name).startswith("gs://")
+
+
 class without_tracebacks:
     """A context in which libraries log the errors that they raise too in a line each: the error itself arrives, and is told once."""
 
-    LOGGERS = ("absl", "gcsfs")  # Orbax logs by the first
+    LOGGERS = ("absl", "gcsfs", "s3fs")  # Orbax logs by the first
 
     def __enter__(self) -> None:
         for name in self.LOGGERS:

@@ -23,6 +23,7 @@ from cotgrpo.run.checkpoint import Checkpoints
 from cotgrpo.run.hosts import Signals, gather_rows, global_arrays, is_first, process_console, process_rows, put_on_mesh
 from cotgrpo.run.metrics_log import MetricsLog
 from cotgrpo.run.mfu import StepFlops
+from cotgrpo.run.mirror import Mirror
 from cotgrpo.run.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.types import Metrics, TrainState
@@ -145,6 +146,7 @@ def train(
     watch: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
     checkpoint_folder: str | Path | None = None,
+    mirror: Mirror | None = None,
 ) -> TrainState:
     """Trains to `settings.total_steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -165,6 +167,7 @@ def train(
         watch: is told each row of the log, and may raise TrainingStopped.
         console: where the progress goes; None: the terminal of process 0.
         checkpoint_folder: where the checkpoints go, as `Checkpoints` has it; None: `folder/checkpoints`. Of several processes on several machines all see it.
+        mirror: where they are copied to.
 
     Returns:
         The state after the last step.
@@ -178,7 +181,8 @@ def train(
     if jax.process_count() > 1 and getattr(step, "mesh", None) is None:
         raise ValueError("Several processes share one mesh: expected a step from jit_step(step, mesh=make_mesh(...)).")
     state, extra = on_mesh_of(step, state), on_mesh_of(step, extra)
-    checkpoints = Checkpoints(checkpoint_folder or folder / "checkpoints", settings.keep, settings.keep_best)
+    place = checkpoint_folder or folder / "checkpoints"
+    checkpoints = Checkpoints(place, settings.keep, settings.keep_best, mirror=mirror)
     try:
         state, position = resume(checkpoints, state, batches, console)
         done = int(state.step)
