@@ -71,7 +71,10 @@ def test_on_a_new_machine_the_same_command_goes_on(
         (("--student.width", "16"), "/kept/sft/6 is of another model or optimizer: params/"),
         (("--sft.optimizer.name", "adafactor"), "/kept/sft/6 is of another model or optimizer: opt_state/"),
         (("--checkpoint.folder", "/proc/kept"), "/proc/kept/sft: checkpoints cannot be kept there"),
-        (("--checkpoint.folder", "no-store://bucket/run"), "no-store://bucket/run/sft: no library here reads and writes such"),
+        (
+            ("--checkpoint.folder", "no-store://bucket/run"),
+            "no-store://bucket/run/sft: no library here reads and writes such",
+        ),
         (("--run_dir", "gs://bucket/run"), "run_dir must be a folder of this machine, got 'gs://bucket/run'"),
     ],
 )

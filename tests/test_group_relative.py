@@ -18,6 +18,7 @@ from cotgrpo.cli import main
 from cotgrpo.ghosts.group_relative import group_advantages, group_batch
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.objectives import GroupRelative, TokenRow, value_and_grad
+from cotgrpo.run.completions import read_completions
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.train import TIME_KEYS
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
@@ -166,6 +167,13 @@ def test_a_run_from_the_command_line_and_its_end_after_a_cut(tmp_path: Path) -> 
         assert 0 < row["train/accuracy"] <= 1 and row["train/rollout_tokens"] > 0
         assert row["train/kl"] >= 0 and 0 <= row["train/clipped"] <= 1
     assert [row["step"] for row in read_metrics(whole) if "eval/accuracy" in row] == [3, 6]
+    replies = read_completions(whole, 100)
+    assert {row["step"] for row in replies} == {1, 3}  # of every third, those that were drawn for it
+    for row in replies:
+        assert row["ghosts"] is None and len(row["rewards"]) == len(row["tokens"]) and len(set(row["rewards"])) <= 1
+        assert not row["rewards"] or (row["rewards"][0] >= 0 if row["correct"] else row["rewards"][0] <= 0)
+    page = (whole / "report.html").read_text()
+    assert 'id="completions"' in page and "advantage of the whole reply" in page and "the ghost agrees" not in page
     shutil.copytree(whole.parent, cut.parent)
     shutil.rmtree(cut / "checkpoints" / "6")
     (cut / "report.json").unlink()
@@ -174,3 +182,4 @@ def test_a_run_from_the_command_line_and_its_end_after_a_cut(tmp_path: Path) -> 
         [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(stage)] for stage in (whole, cut)
     ]
     assert lasting[0] == lasting[1]
+    assert (cut / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""`completions.jsonl`: some of the student's own replies as training goes on, each token with its ghost and its reward."""
+"""`completions.jsonl`: some of the student's own replies as training goes on, each token with its ghost and its reward, or with its reply's advantage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class CompletionsLog:
     """Appends replies, each on disk before the call returns.
 
     A row is `{"step", "question", "gold", "text", "correct", "tokens", "ghosts", "rewards"}`, the last three a list each, an entry a token:
-    what the student wrote, what the ghost would have (null: the same), and `log p(ghost) - log p(token)` in nats. As `MetricsLog`, it begins by removing what was written for
+    what the student wrote, what the ghost would have (null: the same), and `log p(ghost) - log p(token)` in nats. Without a ghost (`group_relative`) the list of
+    ghosts is null, and a reward is the advantage of the whole reply. As `MetricsLog`, it begins by removing what was written for
     the steps that are to come.
 
     Args:
@@ -44,13 +45,14 @@ class CompletionsLog:
         tokenizer: Any,
         replies: Sequence[Reply],
         ids: Sequence[np.ndarray],
-        ghosts: np.ndarray,
+        ghosts: np.ndarray | None,
         rewards: np.ndarray,
     ) -> None:
-        """Logs the first replies of a step; `ghosts` and `rewards` are `[rows, N]`, a column for each token of a reply."""
+        """Logs the first replies of a step; `ghosts`, if there are any, and `rewards` are `[rows, N]`, a column for each token of a reply."""
         piece = lambda token: tokenizer.decode([int(token)])
+        against = lambda ghost_N, own: [None if g == t else piece(g) for g, t in zip(ghost_N, own, strict=False)]
         lines = []
-        for reply, own, ghost_N, reward_N in zip(replies, ids, ghosts, rewards, strict=False):
+        for row_number, (reply, own, reward_N) in enumerate(zip(replies, ids, rewards, strict=False)):
             row = {
                 "step": step,
                 "question": reply.question,
@@ -58,7 +60,7 @@ class CompletionsLog:
                 "text": reply.text,
                 "correct": reply.correct,
                 "tokens": [piece(token) for token in own],
-                "ghosts": [None if g == token else piece(g) for g, token in zip(ghost_N, own, strict=False)],
+                "ghosts": None if ghosts is None else against(ghosts[row_number], own),
                 "rewards": [round(float(reward), DIGITS) for reward in reward_N[: len(own)]],
             }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")

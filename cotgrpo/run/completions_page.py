@@ -19,25 +19,37 @@ COMPLETIONS_STYLE = """
 .tokens .other { border-bottom-color: currentColor; }
 """
 
+WRITTEN = "What the student wrote by itself in training, a few replies at a time, the newest first. "
+
 EXPLAINED = (
-    "What the student wrote by itself in training, a few replies at a time, the newest first. Those in which the ghost says another token come before the others, so this is no random choice. A token is underlined where the ghost says another one there; the colour is the reward "
+    WRITTEN
+    + "Those in which the ghost says another token come before the others, so this is no random choice. A token is underlined where the ghost says another one there; the colour is the reward "
     "<em>log p(ghost) \N{MINUS SIGN} log p(token)</em>: red where the student preferred its own token, green where it already found the ghost's likelier. "
     "Point at a token to read the ghost's and the reward."
+)
+
+EXPLAINED_WITHOUT_GHOSTS = (
+    WRITTEN
+    + "The colour is the advantage of the whole reply, green where it is right more often than the others to its question, red where less often, "
+    "and none where all of them are right or all wrong: nothing is learned from those."
 )
 
 
 def completions(rows: Sequence[Mapping[str, Any]]) -> str:
     """The section, of rows as `completions.jsonl` holds them; the last comes first."""
     cards = "".join(card(row) for row in reversed(rows))
-    return f'<h2>Completions</h2><p class="quiet">{EXPLAINED}</p><div class="cards">{cards}</div>'
+    explained = EXPLAINED_WITHOUT_GHOSTS if rows[0]["ghosts"] is None else EXPLAINED
+    return f'<h2>Completions</h2><p class="quiet">{explained}</p><div class="cards">{cards}</div>'
 
 
 def card(row: Mapping[str, Any]) -> str:
     """One reply."""
     right = row["correct"]
     mark = f'<span class="mark {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
-    triples = list(zip(row["tokens"], row["ghosts"], row["rewards"], strict=True))
-    spans = "".join(token(*triple) for triple in triples[:LONGEST_REPLY])
+    ghosts = row["ghosts"] or [None] * len(row["tokens"])
+    triples = list(zip(row["tokens"], ghosts, row["rewards"], strict=True))
+    alone = "advantage" if row["ghosts"] is None else "the ghost agrees; reward"
+    spans = "".join(token(*triple, alone) for triple in triples[:LONGEST_REPLY])
     rest = len(triples) - LONGEST_REPLY
     more = f'<p class="quiet">{rest:,} more tokens are in completions.jsonl</p>' if rest > 0 else ""
     return (
@@ -46,12 +58,12 @@ def card(row: Mapping[str, Any]) -> str:
     )
 
 
-def token(text: str, ghost: str | None, reward: float) -> str:
-    """A token with its ghost and reward behind it."""
+def token(text: str, ghost: str | None, reward: float, alone: str) -> str:
+    """A token with its ghost and reward behind it; `alone` is said of one without another ghost's token."""
     strength = min(abs(reward) / STRONGEST, 1.0)
     # Both hues are dark enough to be told apart, and pale enough for the text to be read, in light and dark.
     hue = "46, 160, 90" if reward > 0 else "214, 60, 50"
     style = f' style="background: rgba({hue}, {0.1 + 0.5 * strength:.2f})"' if reward else ""
     kind = "" if ghost is None else ' class="other"'
-    said = "the ghost agrees" if ghost is None else f"ghost: {ghost}"
-    return f'<span{kind}{style} title="{clean(f"{said}; reward {reward:+.2f}")}">{clean(text)}</span>'
+    said = alone if ghost is None else f"ghost: {ghost}; reward"
+    return f'<span{kind}{style} title="{clean(f"{said} {reward:+.2f}")}">{clean(text)}</span>'

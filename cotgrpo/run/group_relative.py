@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.ghosts.group_relative import group_batch
-from cotgrpo.run.hosts import gather_rows, process_rows
-from cotgrpo.run.rollouts import Asked, Held, Rollouts, RolloutSettings, judged, metric, rollout_metrics
+from cotgrpo.ghosts.group_relative import group_advantages, group_batch
+from cotgrpo.run.completions import CompletionsLog
+from cotgrpo.run.hosts import gather_rows, is_first, process_rows
+from cotgrpo.run.rollouts import Asked, Held, Rollouts, RolloutSettings, ids_of, judged, metric, rollout_metrics
 from cotgrpo.sampling import Sampler
 from cotgrpo.sharding import batch_sharding, jit_reader
 from cotgrpo.types import GhostBatch, Metrics, Params
@@ -27,6 +28,7 @@ class GroupRelativeBatches(Rollouts):
     Args:
         sample: the student's sampler at temperature 1, compiled by `jit_reader` for the mesh.
         template, questions, settings, seed, group, merged: as in `Rollouts`; `group` is at least 2.
+        completions: a log of some replies with their advantages, which the first process writes, or None.
         mesh: where the parameters lie and the batches are made; None: JAX's default device.
     """
 
@@ -40,10 +42,11 @@ class GroupRelativeBatches(Rollouts):
         seed: int,
         group: int,
         merged: Callable[[Any], Params] = lambda trained: trained,
+        completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         super().__init__(template, questions, settings, seed=seed, merged=merged, group=group)
-        self.sample, self.mesh = sample, mesh
+        self.sample, self.mesh, self.completions = sample, mesh, completions
         self.batch = jit_reader(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
         self.metrics: Metrics = {}
 
@@ -55,6 +58,8 @@ class GroupRelativeBatches(Rollouts):
         written = jax.device_get(replies)
         correct = self.correct(asked, written)
         self.metrics = rollout_metrics(correct, written)
+        if self.completions is not None and self.completions.due(number + 1) and is_first():
+            self.log(self.completions, number + 1, asked, written, correct)
         return Held(self.batch((), (prompts, replies, correct.astype(np.float32))))
 
     def correct(self, asked: Sequence[Asked], written: Any) -> np.ndarray:
@@ -65,6 +70,14 @@ class GroupRelativeBatches(Rollouts):
         own = jax.tree.map(lambda x: x[rows], written)
         replies = judged(self.template, [asked[int(row)] for row in rows], own)
         return gather_rows(rows, np.array([[reply.correct for reply in replies]], np.uint32), count)[0]
+
+    def log(self, log: CompletionsLog, step: int, asked: Sequence[Asked], written: Any, correct: np.ndarray) -> None:
+        """Some of the replies, with the advantage of each as the reward of its tokens."""
+        advantages = np.asarray(group_advantages(correct.astype(np.float32), self.group))
+        first = jax.tree.map(lambda x: x[: log.rows], written)
+        replies = judged(self.template, asked[: log.rows], first)
+        rewards = np.broadcast_to(advantages[:, None], written.tokens.shape)
+        log.write(step, self.template.tokenizer, replies, ids_of(first), None, rewards)
 
     def again(self, held: Held) -> GhostBatch:
         """The same replies: how likely they were is part of the batch."""

@@ -95,7 +95,7 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
 
 
 def group_relative_batches(config: Config, setup: Setup, weights: StageWeights, folder: Path) -> GroupRelativeBatches:
-    """The batches of a stage whose objective is group_relative. `folder` is not written to. Raises DataError as `live_batches` does."""
+    """The batches of a stage whose objective is group_relative. Raises DataError as `live_batches` does."""
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     sampling = SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
     return GroupRelativeBatches(
@@ -106,6 +106,7 @@ def group_relative_batches(config: Config, setup: Setup, weights: StageWeights, 
         seed=config.seed,
         group=ghosts.candidates,
         merged=weights.merged,
+        completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
         mesh=model.mesh,
     )
 

@@ -71,7 +71,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Those come last, which the page puts first.
     """
-    corrected = [row for row in rows if any(ghost is not None for ghost in row["ghosts"])]
+    corrected = [row for row in rows if any(ghost is not None for ghost in row["ghosts"] or ())]
     corrected = corrected[-(COMPLETIONS_SHOWN * 2 // 3) :]
     others = [row for row in rows if row not in corrected]
     return others[max(len(others) + len(corrected) - COMPLETIONS_SHOWN, 0) :] + corrected
