@@ -48,6 +48,10 @@ from cotgrpo.types import TrainState
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 SAMPLES_SHOWN = 12
+GROUP_RELATIVE = (
+    "The objective of this run was the other one, group_relative: Group Relative Policy Optimization, what the field calls GRPO, "
+    "which has no ghost and learns from whether whole replies are right."
+)
 
 
 def run_sft(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -336,6 +340,8 @@ class Stage:
             "config": config.read_text(encoding="utf-8"),
             "versions": versions(),
         }
+        if self.name == "grpo" and self.config.grpo.objective.name == "group_relative":
+            report["notes"] = [GROUP_RELATIVE]
         write_json(self.folder / "report.json", report)
         self.console.print(f"report: {write_report(self.folder)}", highlight=False, soft_wrap=True)
         return report
