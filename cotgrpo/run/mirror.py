@@ -29,12 +29,13 @@ class Mirror:
         self.folder, self.url = folder, url.rstrip("/")
 
     @functools.cached_property
-    def store(self) -> Any:
-        """Fsspec's client. Raises CheckpointError where there is none."""
+    def place(self) -> tuple[Any, str]:
+        """The client that fsspec has for it, and the path of the copies there. Raises CheckpointError where it has none."""
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)[0]
+            store, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
+            return store, root.rstrip("/")
         except (ImportError, ValueError) as error:
             library = "pip install 'cotgrpo[s3]'" if self.url.startswith("s3://") else "install fsspec's client for it"
             raise CheckpointError(
@@ -42,23 +43,31 @@ class Mirror:
                 "of this machine and name that folder."
             ) from error
 
+    @property
+    def store(self) -> Any:
+        return self.place[0]
+
+    def copy_of(self, step: int) -> str:
+        """The path of a step's copy."""
+        return f"{self.place[1]}/{step}"
+
     def steps(self) -> list[int]:
         """The steps of the whole copies, newest first."""
         with self.explained("read"):
             try:
-                paths = self.store.ls(self.url, detail=False)
+                paths = self.store.ls(self.place[1], detail=False)
             except FileNotFoundError:  # a store has no empty folders
                 return []
             names = [path.rstrip("/").rpartition("/")[2] for path in paths]
             return sorted((int(name) for name in names if name.isdigit() and self.is_whole(int(name))), reverse=True)
 
     def is_whole(self, step: int) -> bool:
-        return bool(self.store.exists(f"{self.url}/{step}/{COMMITTED}"))
+        return bool(self.store.exists(f"{self.copy_of(step)}/{COMMITTED}"))
 
     def check_works(self) -> None:
         """Writes and deletes a file there, so that a run does not learn at its first checkpoint that it cannot. Raises CheckpointError."""
-        probe = f"{self.url}/.cotgrpo_probe"
         with self.explained("written"):
+            probe = f"{self.place[1]}/.cotgrpo_probe"
             self.store.pipe_file(probe, b"a run looks whether it can write here")
             self.store.rm_file(probe)
 
@@ -68,8 +77,8 @@ class Mirror:
         Raises:
             CheckpointError: the store cannot be reached, read or written.
         """
-        target = f"{self.url}/{step}"
         with self.explained(f"written: checkpoint {step} is not there"):
+            target = self.copy_of(step)
             self.delete(step)  # half of one, of a process that died
             files = [path for path in sorted(source.rglob("*")) if path.is_file() and path != source / COMMITTED]
             self.store.put([str(path) for path in files], [f"{target}/{path.relative_to(source)}" for path in files])
@@ -95,14 +104,14 @@ class Mirror:
         arriving = self.folder.parent / "fetching"
         shutil.rmtree(arriving, ignore_errors=True)
         with self.explained(f"read: checkpoint {step} did not arrive"):
-            source = self.store._strip_protocol(f"{self.url}/{step}")
+            source = self.copy_of(step)
             files = [path for path in self.store.find(source) if path != f"{source}/{COMMITTED}"]
             targets = [arriving / Path(path).relative_to(source) for path in files]
             for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
             self.store.get(files, [str(target) for target in targets])
             if find_damage(arriving) is not None:
-                self.store.rm_file(f"{self.url}/{step}/{COMMITTED}")
+                self.store.rm_file(f"{source}/{COMMITTED}")
                 shutil.rmtree(arriving)
                 return False
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +121,9 @@ class Mirror:
     def delete(self, step: int) -> None:
         """Deletes the copy of a step, its mark of success first; nothing where there is none."""
         with contextlib.suppress(FileNotFoundError):
-            self.store.rm_file(f"{self.url}/{step}/{COMMITTED}")
+            self.store.rm_file(f"{self.copy_of(step)}/{COMMITTED}")
         with contextlib.suppress(FileNotFoundError):
-            self.store.rm(f"{self.url}/{step}", recursive=True)
+            self.store.rm(self.copy_of(step), recursive=True)
 
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:
