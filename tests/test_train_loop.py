@@ -239,7 +239,11 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, baseline: Any) -> None:
     def insist(taken: int, batch: Any) -> Any:
         if taken == 19:
             signal.raise_signal(signal.SIGINT)
+            # Python runs its handlers when it comes to it, and two signals before that are one.
+            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+                time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
+            time.sleep(10)
         return batch
 
     with pytest.raises(KeyboardInterrupt):
@@ -413,7 +417,7 @@ def test_a_full_disk_is_a_line_of_a_command(
     assert command(lambda rest, console: run(folder), []) == 2
     error = capsys.readouterr().err
     assert error.startswith("cotgrpo: The disk is full: ") and error.count("\n") == 1
-    assert "No space left on device" not in caplog.text and "Save Finalize thread" in caplog.text
+    assert "Traceback" not in caplog.text and "Save Finalize thread" in caplog.text
     gc.collect()
 
 
