@@ -13,6 +13,7 @@ import importlib.machinery
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -82,6 +83,12 @@ jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("cotgrpo", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("cotgrpo")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Slow tests begin no later than `COTGRPO_SLOW_UNTIL`, in seconds since 1970, if it is set: CI has so much time and no more, on slow machines too."""
+    if item.get_closest_marker("slow") and time.time() > float(os.environ.get("COTGRPO_SLOW_UNTIL", "inf")):
+        pytest.skip("the time for slow tests is up")
 
 
 @pytest.fixture
