@@ -418,6 +418,7 @@ def test_a_full_disk_is_a_line_of_a_command(
     error = capsys.readouterr().err
     assert error.startswith("cotgrpo: The disk is full: ") and error.count("\n") == 1
     assert "Traceback" not in caplog.text and "Save Finalize thread" in caplog.text
+    assert all("\n" not in record.getMessage() and record.exc_info is None for record in caplog.records)
     gc.collect()
 
 
