@@ -319,7 +319,6 @@ class Ablation:
             seq_len=SEQ_LEN,
             prompt_columns=PROMPT_COLUMNS,
             packing=True,
-            prompts_at_once=64,
         )
         samplers = [jax.jit(self.sampler(temperature)) for temperature in (0.7, 1.0)]
         folder = tempfile.mkdtemp(dir=self.work)

@@ -116,8 +116,17 @@ def cotgrpo_train(task: Task, turns: Turns) -> None:
         segment_ids=np.ones((B, T), np.int32),
         loss_mask=np.broadcast_to(np.where(last, 0, 1).astype(np.float32), (B, T)),
     )
-    (b1, b2), rate = BETAS, {"learning_rate": LEARNING_RATE, "total_steps": 1_000_000, "schedule": "constant"}
-    tx = cotgrpo.make_optimizer("adamw", **rate, clip_norm=CLIP_NORM, b1=b1, b2=b2, eps=EPSILON)
+    b1, b2 = BETAS
+    tx = cotgrpo.make_optimizer(
+        "adamw",
+        learning_rate=LEARNING_RATE,
+        total_steps=1_000_000,
+        schedule="constant",
+        clip_norm=CLIP_NORM,
+        b1=b1,
+        b2=b2,
+        eps=EPSILON,
+    )
     state = cotgrpo.TrainState.create(params=model.params, tx=tx, key=0)
     student = model.student
     del model  # the state owns the weights, and gives them to the step

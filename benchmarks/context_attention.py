@@ -99,12 +99,14 @@ def row(way: str, count: int, inputs: tuple[Any, ...], whole: Any, repeats: int)
         started = time.perf_counter()
         jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - started)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     return {
         "way": way,
         "devices": count,
-        "sent": sum(bytes_sent(collectives(compiled.as_text())).values()),
+        "sent": sum(sent for sent in bytes_sent(collectives(text)).values()),
         "theory": theory(way, count, inputs[1].size),
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
         "min_s": min(seconds),
         "median_s": float(np.median(seconds)),
         "difference": max(float(jnp.abs(a - b).max()) for a, b in zip(jax.device_get(found), whole, strict=True)),

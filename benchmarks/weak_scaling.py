@@ -76,7 +76,7 @@ def compiled_text(axis: str, count: int, batch: int, seq: int) -> str:
     tx = optax.sgd(0.1)
     params = jax.eval_shape(functools.partial(init_params, CONFIG), jax.random.key(0))
     state = jax.eval_shape(lambda params: TrainState.create(params=params, tx=tx, key=0), params)
-    ids, mask = (jax.ShapeDtypeStruct((batch, seq), kind) for kind in (np.int32, np.float32))
+    ids, mask = (np.zeros((batch, seq), kind) for kind in (np.int32, np.float32))
     step = cotgrpo.jit_step(cotgrpo.make_sft_step(make_student(CONFIG), tx, tile_size=TILE), mesh=mesh)
     return step.lower(state, SftBatch(ids, ids, ids, ids, mask)).compile().as_text()
 

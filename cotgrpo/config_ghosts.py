@@ -26,7 +26,7 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher_model": ("teacher", "prompts", *OF_LIVE),
     "privileged_self": ("privileged_prompt", *OF_LIVE),
     "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens", "slots"),
-    "verified_reward": ("prompts", "candidates", "max_new_tokens", "slots", "reuse"),
+    "verified_reward": ("prompts", "candidates", "max_new_tokens", "slots", "reuse", "ahead"),
 }
 
 
@@ -95,6 +95,7 @@ class GhostsConfig:
         teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
         reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
         ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
+        ahead: of verified_reward, replies are drawn one update ahead and judged while the device works, by the student as it was before that update.
         candidates: replies to a question: of self_reply, the best is kept; of verified_reward, each is held against the others.
         temperatures: of self_reply, those of the candidates, in turn.
         questions: of self_reply, how many are asked at a time.
@@ -114,6 +115,7 @@ class GhostsConfig:
     teacher_forced_share: float = 0.0
     reuse: int = 1
     ratio_clip: float = 0.2
+    ahead: bool = False
     candidates: int = 4
     temperatures: tuple[float, ...] = (0.7, 1.0)
     questions: int = 256

@@ -15,11 +15,16 @@ import pytest
 
 from cotgrpo import TrainState, make_grpo_step
 from cotgrpo.cli import main
+from cotgrpo.data.questions import Question
+from cotgrpo.data.template import Template
+from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.ghosts.group_relative import group_advantages, group_batch
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.objectives import GroupRelative, TokenRow, value_and_grad
 from cotgrpo.run.completions import read_completions
+from cotgrpo.run.group_relative import GroupRelativeBatches
 from cotgrpo.run.metrics_log import read_metrics
+from cotgrpo.run.rollouts import Asked, RolloutSettings
 from cotgrpo.run.train import TIME_KEYS
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.train_steps import make_batch_loss
@@ -135,6 +140,31 @@ def test_what_is_rewarded_becomes_likelier() -> None:
     assert shares[0] < 0.7 and np.mean(shares[-10:]) > 0.9
 
 
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_replies_that_are_drawn_one_update_ahead(reuse: int) -> None:
+    """They are those of the parameters before the update, whatever the number of uses; of the first batch there are no older ones."""
+    tokenizer = train_tokenizer(["no words"], vocab_size=300)
+    template = Template(tokenizer)
+    asked = [Asked(Question(str(n), "7"), np.array([3 + n, 4], np.int32)) for n in range(8)]
+    settings = RolloutSettings(8, 10, 6, reuse=reuse)
+    make = lambda: GroupRelativeBatches(SAMPLE, template, asked, settings, seed=0, group=GROUP, ahead=True)
+    batches = make()
+    students = [jax.tree.map(lambda x, n=n: (1 + 0.5 * n) * x, PARAMS) for n in range(3 * reuse)]
+    for number, params in enumerate(students):
+        batches.follow(params)
+        batch = next(batches)
+        first = number // reuse * reuse
+        writer = students[max(first - 1, 0)]
+        want = SAMPLE(writer, batches.prompts(batches.asked(first)), batches.key_of(first))
+        np.testing.assert_array_equal(batch.drawn_tokens[:, 3:9], want.tokens)
+        np.testing.assert_array_equal(batch.drawn_log_probs[:, 3:9], want.log_probs)
+        state = json.loads(json.dumps(batches.get_state(), default=lambda arrays: arrays.text))
+        assert ("drawn" in state) == ((number + 1) % reuse == 0)
+        batches = make()  # as after a resume, from here
+        batches.set_state(state)
+    assert len({float(jnp.sum(SAMPLE(p, PROMPTS, jax.random.key(1)).log_probs)) for p in students}) == len(students)
+
+
 SETTINGS = """
 student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 32}
 tokenizer: {vocab_size: 300}
@@ -146,19 +176,30 @@ grpo:
   log_every: 3
   eval_every: 3
   objective: {name: group_relative, reference_kl: 0.04}
-  ghosts: {source: verified_reward, candidates: 4, max_new_tokens: 12, reuse: 2}
+  ghosts: {source: verified_reward, candidates: 4, max_new_tokens: 12}
 eval: {rows: 4, batch_size: 4, max_new_tokens: 12}
 checkpoint: {every: 3}
 """
 
 
 @pytest.mark.usefixtures("no_shared_cache")
-def test_a_run_from_the_command_line_and_its_end_after_a_cut(tmp_path: Path) -> None:
-    """Cut off behind step 3, where replies that are used twice have been used once."""
+@pytest.mark.parametrize(
+    ("reuse", "ahead", "logged_steps"),
+    [
+        (2, False, {1, 3}),
+        pytest.param(1, True, {1, 3, 6}, marks=pytest.mark.slow),
+        pytest.param(2, True, {1, 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_from_the_command_line_and_its_end_after_a_cut(
+    tmp_path: Path, reuse: int, ahead: bool, logged_steps: set[int]
+) -> None:
+    """Cut off behind step 3, where replies that are used twice have been used once, and those of step 4 may have been drawn."""
     rows = [{"question": f"{n}+{n}?", "rationale": "so", "answer": "7"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text(SETTINGS)
     options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
+    options += ["--grpo.ghosts.reuse", str(reuse), "--grpo.ghosts.ahead", str(ahead).lower()]
     for command in ("sft", "grpo"):
         assert main([command, *options, "--run_dir", str(tmp_path / "run")]) == 0
     whole, cut = tmp_path / "run" / "grpo", tmp_path / "cut" / "grpo"
@@ -168,7 +209,7 @@ def test_a_run_from_the_command_line_and_its_end_after_a_cut(tmp_path: Path) -> 
         assert row["train/kl"] >= 0 and 0 <= row["train/clipped"] <= 1
     assert [row["step"] for row in read_metrics(whole) if "eval/accuracy" in row] == [3, 6]
     replies = read_completions(whole, 100)
-    assert {row["step"] for row in replies} == {1, 3}  # of every third, those that were drawn for it
+    assert {row["step"] for row in replies} == logged_steps  # of every third, those that were drawn for it
     for row in replies:
         assert row["ghosts"] is None and len(row["rewards"]) == len(row["tokens"]) and len(set(row["rewards"])) <= 1
         assert not row["rewards"] or (row["rewards"][0] >= 0 if row["correct"] else row["rewards"][0] <= 0)

@@ -376,6 +376,7 @@ def test_on_policy_over_two_processes(tmp_path: Path, source: str) -> None:
             options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
             if source == "verified_reward":
                 options += ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", source]
+                options += ["--grpo.ghosts.ahead", "true"]
             program = [sys.executable, "-m", "cotgrpo.cli", command, *options, "--run_dir", str(folder)]
             run = Run(folder, count, command=program)
             assert run.wait() == [0] * count, run.output(0)
@@ -385,7 +386,7 @@ def test_on_policy_over_two_processes(tmp_path: Path, source: str) -> None:
     for mine, theirs in zip(got, want, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     replies = [[row["text"] for row in read_completions(folder, 100)] for folder in (one, two)]
-    assert replies[0] == replies[1] and len(replies[0]) == (8 if source == "privileged_self" else 0)
+    assert replies[0] == replies[1] and len(replies[0]) == 8
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ compared before any array is read: a damaged checkpoint is told from one of anot
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import shutil
@@ -75,14 +74,14 @@ class Checkpoints:
         Args:
             step: the name of the checkpoint.
             state: any pytree of arrays.
-            position: JSON-able: where the data iterator stands, and the loop's counters.
+            position: where the data iterator stands, and the loop's counters: JSON-able, or objects with a `text`, which is asked for here.
             loss: on held-out rows, by which the best are kept; None, or not finite: it is none of them.
 
         Raises:
             CheckpointError: the disk is full, now or when the checkpoint before this one was written.
         """
         # Orbax copies the arrays at once, but turns the rest into JSON later, in its own thread, while the loop adds to its sums.
-        position = copy.deepcopy(position)
+        position = json.loads(json.dumps(position, default=lambda value: value.text))
         if loss is not None and math.isfinite(loss):
             self.losses[step] = loss
         beside = {"arrays": arrays_of(state), "position": position, "loss": self.losses.get(step)}

@@ -1,7 +1,8 @@
 """Batches for the comparison with Group Relative Policy Optimization, on the loop and the sampler of the method itself.
 
 GRPO in this library is GhostRespond Policy Optimization; the group-relative method is called `group_relative` everywhere. What it learns from, which replies are right, only the
-host can say: the device waits for it before each new batch, where a live ghost's batch is queued behind the running step.
+host can say: the device waits for it before each new batch, where a live ghost's batch is queued behind the running step. Replies that were drawn one update ahead are judged
+while the step before theirs runs, at the price of parameters that are one update older.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cotgrpo.data.template import AnyTemplate
 from cotgrpo.ghosts.group_relative import group_advantages, group_batch
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.hosts import gather_rows, is_first, process_rows
-from cotgrpo.run.rollouts import Asked, Held, Rollouts, RolloutSettings, ids_of, judged, metric, rollout_metrics
+from cotgrpo.run.rollouts import Asked, Drawn, Held, Rollouts, RolloutSettings, ids_of, judged, metric, rollout_metrics
 from cotgrpo.sampling import Sampler
 from cotgrpo.sharding import batch_sharding, jit_reader
 from cotgrpo.types import GhostBatch, Metrics, Params
@@ -28,6 +29,7 @@ class GroupRelativeBatches(Rollouts):
     Args:
         sample: the student's sampler at temperature 1, compiled by `jit_reader` for the mesh.
         template, questions, settings, seed, group, merged: as in `Rollouts`; `group` is at least 2.
+        ahead: draw the replies one update ahead.
         completions: a log of some replies with their advantages, which the first process writes, or None.
         mesh: where the parameters lie and the batches are made; None: JAX's default device.
     """
@@ -41,6 +43,7 @@ class GroupRelativeBatches(Rollouts):
         *,
         seed: int,
         group: int,
+        ahead: bool = False,
         merged: Callable[[Any], Params] = lambda trained: trained,
         completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -49,18 +52,28 @@ class GroupRelativeBatches(Rollouts):
         self.sample, self.mesh, self.completions = sample, mesh, completions
         self.batch = jit_reader(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
         self.metrics: Metrics = {}
+        self.ahead = ahead
+        self.drawn: Drawn | None = None  # the replies of the next batch
 
     def roll_out(self, number: int) -> Held:
         """New replies, judged: waits for them."""
-        asked = self.asked(number)
-        prompts = self.prompts(asked)
-        replies = self.sample(self.params, prompts, self.key_of(number))
+        drawn, asked = self.drawn or self.draw(number), self.asked(number)
+        self.draw_ahead()
+        prompts, replies = self.prompts(asked), drawn.replies
         written = jax.device_get(replies)
         correct = self.correct(asked, written)
         self.metrics = rollout_metrics(correct, written)
         if self.completions is not None and self.completions.due(number + 1) and is_first():
             self.log(self.completions, number + 1, asked, written, correct)
         return Held(self.batch((), (prompts, replies, correct.astype(np.float32))))
+
+    def draw(self, number: int) -> Drawn:
+        """The replies of batch `number`, queued on the device."""
+        return Drawn(self.sample(self.params, self.prompts(self.asked(number)), self.key_of(number)))
+
+    def draw_ahead(self) -> None:
+        """Queues the next batch's replies where the batch just taken is the last of its own."""
+        self.drawn = self.draw(self.taken) if self.ahead and self.taken % self.settings.reuse == 0 else None
 
     def correct(self, asked: Sequence[Asked], written: Any) -> np.ndarray:
         """1 for each reply that is right, and 0."""
@@ -81,8 +94,17 @@ class GroupRelativeBatches(Rollouts):
 
     def again(self, held: Held) -> GhostBatch:
         """The same replies: how likely they were is part of the batch."""
+        self.draw_ahead()
         return held.batch
 
     def observed(self) -> Metrics:
         found, self.metrics = self.metrics or {"rollout_tokens": metric(0, 1)}, {}
         return found
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | ({} if self.drawn is None else {"drawn": self.drawn})
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if "drawn" in state:
+            self.drawn = Drawn.from_text(state["drawn"])

@@ -70,7 +70,7 @@ class RolloutSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A batch as it was drawn, and what is still to be done with it.
+    """A batch as it was drawn, and what is still to be done with it. In a checkpoint's JSON it is `text`, which waits for the arrays.
 
     Attributes:
         batch: the contexts with their ghosts.
@@ -88,25 +88,49 @@ class Held:
 
     @functools.cached_property
     def text(self) -> str:
-        """The arrays that a later update needs, for a checkpoint's JSON."""
-        arrays = vars(self.batch) | {"log_probs": self.log_probs}
-        file = io.BytesIO()
-        np.savez_compressed(file, **{name: value for name, value in arrays.items() if value is not None})
-        return base64.b64encode(file.getvalue()).decode()
+        """The arrays that a later update needs."""
+        return arrays_as_text(vars(self.batch) | {"log_probs": self.log_probs})
 
     @classmethod
     def from_text(cls, text: str) -> Held:
-        with np.load(io.BytesIO(base64.b64decode(text))) as arrays:
-            fields = dict(arrays)
+        fields = arrays_of_text(text)
         log_probs = fields.pop("log_probs", None)
         return cls(GhostBatch(**fields), log_probs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Replies that no batch has been made of yet. In a checkpoint's JSON they are `text`, which waits for them."""
+
+    replies: Replies
+
+    @functools.cached_property
+    def text(self) -> str:
+        return arrays_as_text(vars(self.replies))
+
+    @classmethod
+    def from_text(cls, text: str) -> Drawn:
+        return cls(Replies(**arrays_of_text(text)))
+
+
+def arrays_as_text(arrays: dict[str, Any]) -> str:
+    """Named arrays, of which some may be None and are left out."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: value for name, value in arrays.items() if value is not None})
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def arrays_of_text(text: str) -> dict[str, Any]:
+    """What `arrays_as_text` wrote."""
+    with np.load(io.BytesIO(base64.b64decode(text))) as arrays:
+        return dict(arrays)
 
 
 class Rollouts(abc.ABC):
     """An endless iterator of batches of the student's own replies, with the state of a data iterator.
 
     Batch n is a function of the run's seed, n, and the parameters that `follow` told before it, so a run that is resumed at any step goes on with the same
-    batches. Only while replies are used again are they part of the state. On a mesh every device writes the replies to its share of a batch's questions, and
+    batches. Only while replies are used again, or were drawn before their turn, are they part of the state. On a mesh every device writes the replies to its share of a batch's questions, and
     the batch is whole on each; of several processes each makes the same batches.
 
     Args:
@@ -182,10 +206,11 @@ class Rollouts(abc.ABC):
         return jax.random.fold_in(self.key, number)
 
     def get_state(self) -> dict[str, Any]:
+        """JSON-able but for arrays, which `Checkpoints.save` turns to text: the loop asks at every step, and the device would wait for that."""
         state: dict[str, Any] = {"taken": self.taken}
         if self.taken % self.settings.reuse:
             assert self.held is not None
-            state["held"] = self.held.text
+            state["held"] = self.held
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
