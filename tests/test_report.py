@@ -216,7 +216,7 @@ def test_the_page_from_top_to_bottom(tmp_path: Path) -> None:
     sections = [a["id"] for tag, a in page.elements if tag == "section"]
     assert sections == ["accuracy", "curves", "answers", "data", "time", "config", "versions", "reproduce"]
     drawn = [title for title, *_ in CURVES if title in page.of("h3")]
-    assert drawn == [title for title, *_ in CURVES if title not in ("KL", "Sampled accuracy")]  # no reference, and text
+    assert drawn == [title for title, *_ in CURVES if title not in ("KL", "Reply accuracy")]  # no reference, and text
     assert len(page.of("chart")) == 1 + len(drawn)
     assert page.of("mark right") == ["\u2713 right"] * 3 and page.of("mark wrong") == ["\u2717 wrong"] * 9
     (train, tests) = page.of("reasons")

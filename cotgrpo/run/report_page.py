@@ -33,7 +33,7 @@ CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
     ("Ghost and drawn tokens", "their mean probability", "train/ghost_prob", "train/drawn_prob", {"percent": True}),
     ("Match rate", "drawn token is the ghost token", "train/match_rate", "", {"percent": True}),
     ("Token accuracy", "the likeliest token is the right one", "train/token_accuracy", "", {"percent": True}),
-    ("Sampled accuracy", "the student's own replies in training", "train/accuracy", "eval/accuracy", {"percent": True}),
+    ("Reply accuracy", "sampled in training, else greedy", "train/accuracy", "eval/accuracy", {"percent": True}),
     ("Entropy", "of the next token, nats", "train/entropy", "", {"log": True}),
     ("KL", "to the frozen reference, nats", "train/kl", "", {"log": True}),
     ("Gradient norm", "before clipping", "train/grad_norm", "", {"log": True}),
@@ -44,8 +44,8 @@ CURVES: tuple[tuple[str, str, str, str, dict[str, bool]], ...] = (
 LEGENDS = {
     "train/loss": "training",
     "eval/loss": "held out",
-    "train/accuracy": "training, sampled",
-    "eval/accuracy": "held out, greedy",
+    "train/accuracy": "sampled",
+    "eval/accuracy": "greedy",
     "train/ghost_prob": "ghost",
     "train/drawn_prob": "drawn",
 }
