@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo import (
+    ForwardKl,
     Nll,
     Pair,
     Reinforce,
@@ -37,6 +38,7 @@ from cotgrpo import (
     jit_step,
     make_grpo_step,
     make_optimizer,
+    objectives,
 )
 from cotgrpo.config import StudentConfig
 from cotgrpo.data.batches import make_batches
@@ -88,6 +90,7 @@ OBJECTIVES = {
     "reward gradient": RewardGradient(),
     "reinforce": Reinforce(),
 }
+"""Those that any ghost can serve; `ForwardKl` wants a live one."""
 ARMS = {
     f"{name}, {contexts}{', new questions' if new else ''}{', 10 % corrupted' if corrupted else ''}": Arm(
         objective, contexts, new, corrupted
@@ -96,6 +99,11 @@ ARMS = {
     for new in (False, True)
     for contexts in ("teacher_forced", "on_policy", "half")
     for name, objective in OBJECTIVES.items()
+}
+ARMS |= {
+    f"forward kl, {contexts}{', new questions' if new else ''}": Arm(ForwardKl(), contexts, new)
+    for new in (False, True)
+    for contexts in ("on_policy", "half")
 }
 ARMS |= {
     f"{contexts}{', new questions' if new else ''}": Arm(objective, contexts, new)
@@ -214,15 +222,20 @@ class Ablation:
             self.decoder, self.template, [asked(row) for row in rows], max_new_tokens=sizes.new_tokens, batch_size=250
         )
         self.validation, self.test = match(held_out[: sizes.held_out[0]]), match(held_out[sizes.held_out[0] :])
-        self.draw = jax.jit(make_draw(self.sampler(1.0), self.teacher.student))
+        self.draws = {
+            top_k: jax.jit(make_draw(self.sampler(1.0), self.teacher.student, top_k=top_k))
+            for top_k in (0, ForwardKl().top_k)
+        }
 
     def forced(self, triples: Sequence[Triple], seed: int, rows: int | None = None) -> Any:
         """Packed teacher-forced batches."""
         examples = [self.template.encode(triple) for triple in triples]
         return make_batches(examples, batch_size=rows or self.sizes.packed_rows, seq_len=SEQ_LEN, seed=seed)
 
-    def on_policy(self, seed: int, rows: Sequence[Triple], replies: int, forced: Any = None) -> OnPolicyBatches:
-        """Batches of the student's own replies to the questions of these rows, with the teacher's ghosts."""
+    def on_policy(
+        self, seed: int, rows: Sequence[Triple], replies: int, forced: Any = None, top_k: int = 0
+    ) -> OnPolicyBatches:
+        """Batches of the student's own replies to the questions of these rows, with the teacher's ghosts, and so much of its distribution."""
         forced_rows = 0 if forced is None else self.sizes.packed_rows // 2
         settings = RolloutSettings(
             replies,
@@ -231,7 +244,7 @@ class Ablation:
             forced_rows,
         )
         return OnPolicyBatches(
-            self.draw,
+            self.draws[top_k],
             self.teacher.params,
             make_student(self.decoder),
             self.template,
@@ -295,9 +308,10 @@ class Ablation:
         half = how.contexts == "half"
         text = corrupt(self.train_rows, how.corrupted, seed)
         forced = self.forced(text, seed, sizes.packed_rows // 2) if half else None
-        batches = self.on_policy(seed, rows, sizes.replies // (2 if half else 1), forced)
+        top_k = objectives.top_k(how.objective)
+        batches = self.on_policy(seed, rows, sizes.replies // (2 if half else 1), forced, top_k)
         if how.corrupted:
-            batches.draw = jax.jit(corrupting(self.draw, how.corrupted, self.template))
+            batches.draw = jax.jit(corrupting(batches.draw, how.corrupted, self.template))
         return batches
 
     def sampler(self, temperature: float) -> Any:

@@ -4,13 +4,15 @@ GRPO in this package is GhostRespond Policy Optimization (a ghost reply supplies
 Policy Optimization. The names below need jax, flax, optax and numpy alone; data, sampling and runs live in the subpackages.
 """
 
-from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenRow, ghost_reward
 from cotgrpo.optimizers import make_optimizer
 from cotgrpo.sharding import jit_step, make_mesh
 from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
 from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
 
 __all__ = [
+    "ForwardKl",
     "GhostBatch",
     "Metric",
     "Nll",

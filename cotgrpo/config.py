@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import optax
 
-from cotgrpo.config_ghosts import GhostsConfig
+from cotgrpo.config_ghosts import LIVE, GhostsConfig
 from cotgrpo.config_ghosts import ObjectiveConfig as ObjectiveConfig
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.models.lora import LoraConfig
@@ -280,6 +280,10 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 "objective.name group_relative and ghosts.source verified_reward belong together: it is the one objective without a ghost, got "
                 f"{self.objective.name} with {self.ghosts.source}. Set both, or neither."
+            )
+        if self.objective.name == "forward_kl" and self.ghosts.source not in LIVE:
+            raise ConfigError(
+                f"objective.name forward_kl needs a live ghost, whose distribution it is told: set ghosts.source to {' or '.join(LIVE)}, got {self.ghosts.source}."
             )
         if self.ghosts.source == "verified_reward" and self.batch_size % self.ghosts.candidates:
             raise ConfigError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from cotgrpo.objectives import GroupRelative, Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
+from cotgrpo.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import GroupRelative, Nll, Objective, Pair, Reinforce, RewardGradient
 
 PRIVILEGED_PROMPT = (
     "{question}\n\nA correct solution, for reference:\n{rationale}\n{answer}\n\nNow answer the question: {question}"
@@ -16,6 +17,7 @@ LIVE = ("teacher_model", "privileged_self")
 OBJECTIVES = {
     "pair": Pair,
     "nll": Nll,
+    "forward_kl": ForwardKl,
     "reward_gradient": RewardGradient,
     "reinforce": Reinforce,
     "group_relative": GroupRelative,
@@ -35,25 +37,27 @@ class ObjectiveConfig:
     """The GhostRespond objective of one token; cotgrpo.objectives has the formulas.
 
     Attributes:
-        name: pair (the default of the method), nll, reward_gradient, or reinforce (for study: it does not work). Or, to be compared with, group_relative: what
-            the field calls GRPO, which has no ghost and wants ghosts.source verified_reward.
+        name: pair (the default of the method), nll, forward_kl (to the distribution of a live ghost), reward_gradient, or reinforce (for study: it does not
+            work). Or, to be compared with, group_relative: what the field calls GRPO, which has no ghost and wants ghosts.source verified_reward.
         beta: of pair, the sharpness of the preference.
         nll_weight: of pair, the weight of -log p(ghost).
         pair_weight: of pair, the weight of the preference.
         negatives: of pair, what the ghost is preferred to.
         estimator: of pair, the exact mean over the vocabulary, or drawn tokens.
         samples: of pair (drawn) and reward_gradient, tokens drawn at each context.
+        top_k: of forward_kl, the live ghost's likeliest tokens that are told apart; all others are one outcome.
         clip: of group_relative, the likelihood ratio counts within [1 - clip, 1 + clip].
         reference_kl: weight of KL(student || student before this stage), of group_relative estimated by the drawn token; 0: none.
     """
 
-    name: Literal["pair", "nll", "reward_gradient", "reinforce", "group_relative"] = "pair"
+    name: Literal["pair", "nll", "forward_kl", "reward_gradient", "reinforce", "group_relative"] = "pair"
     beta: float = 1.0
     nll_weight: float = 1.0
     pair_weight: float = 0.3
     negatives: Literal["policy", "calibrated"] = "policy"
     estimator: Literal["exact", "drawn"] = "exact"
     samples: int = 1
+    top_k: int = 16
     clip: float = 0.2
     reference_kl: float = 0.0
 

@@ -7,11 +7,12 @@ The reward is the log-ratio R = log p(y*) - log p(y), which is a difference of t
 
 An objective is any function `objective(logits_V, row) -> (loss, metrics)`: one row of float32 logits, one `TokenRow`, a scalar loss and a dict
 of scalars to be averaged. The engine maps it over tokens, weights it, sums it and takes its gradient. Three optional attributes tell the
-engine more; a plain function needs none of them:
+engine more, a fourth the batch; a plain function needs none of them:
 
     num_draws          tokens to draw at each context; `row.drawn` is one of them and the results are averaged (a function: 1)
     draw_logits        `draw_logits(logits_V) -> logits_V` of the distribution they are drawn from (default: the student's own)
     value_and_grad     `value_and_grad(logits_V, row) -> ((loss, metrics), dloss_dlogits_V)`, a closed form instead of autodiff
+    top_k              tokens of the ghost's own distribution that the batch has to hold (default: 0)
 
 Every objective here except `Reinforce` has the logit gradient `sum_y s(y) (e_y - e_{y*})`, with `s >= 0` its *slope*: each single update raises
 log p(y*) and lowers log p(y), and y = y* contributes exactly nothing. They differ only in s:
@@ -20,6 +21,8 @@ log p(y*) and lowers log p(y), and y = y* contributes exactly nothing. They diff
     RewardGradient          s(y) = 1 at the drawn y                  its mean over y ~ p is the gradient of Nll
     Pair, policy            s(y) = 2 p(y) sigmoid(-beta D(y))        fixed point: p proportional to q^(1/(1+beta))
     Pair, calibrated        the same, y ~ p^(1-beta)                 fixed point: q
+
+`GroupRelative` has no ghost. Two more are in `cotgrpo.divergences`: `ForwardKl`, to the ghost's whole distribution, and `ReferenceKl`, which keeps any of them near a reference.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class TokenRow(flax.struct.PyTreeNode):
         reference_logits: float32 `[V]`, the frozen reference model's logits at this context, or None without a reference.
         drawn_log_prob: float32, log p(y) when y was drawn, and
         advantage: float32, of the reply that y belongs to, in the batches that hold them.
+        top_ids: int32 `[K]`, the likeliest tokens of the ghost's distribution q, and
+        top_log_probs: float32 `[K]`, log q of each, in the batches that hold them.
     """
 
     ghost: Int[Array, ""]
@@ -60,6 +65,8 @@ class TokenRow(flax.struct.PyTreeNode):
     reference_logits: Any = None  # Float[Array, "V"] where there is a reference
     drawn_log_prob: Any = None  # Float[Array, ""] each, beside drawn tokens with an advantage
     advantage: Any = None
+    top_ids: Any = None  # Int[Array, "K"] and Float[Array, "K"], of a live ghost that was asked for them
+    top_log_probs: Any = None
 
 
 def ghost_reward(
@@ -281,48 +288,6 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferenceKl:
-    """Any objective, kept near a frozen reference model r: `objective + weight * KL(p || r)`, the sum over the vocabulary taken exactly.
-
-        KL(p || r) = sum_y p(y) (log p(y) - log r(y)),    logit gradient  p(y) (log p(y) - log r(y) - KL)
-
-    Adds the metric `kl`, in nats. The step that uses it is built with the reference (`make_grpo_step(..., reference=)`).
-
-    Attributes:
-        objective: the objective to keep near the reference.
-        weight: >= 0.
-    """
-
-    objective: Objective
-    weight: float = 0.1
-
-    needs_reference = True
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, "ReferenceKl.weight", "a number of at least 0", self.weight)
-
-    @property
-    def num_draws(self) -> int:
-        return num_draws(self.objective)
-
-    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
-        return draw_logits(self.objective, logits_V)
-
-    def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        loss, metrics = self.objective(logits_V, row)
-        log_p_V = jax.nn.log_softmax(logits_V)
-        kl = jnp.sum(jnp.exp(log_p_V) * (log_p_V - jax.nn.log_softmax(row.reference_logits)))
-        return loss + self.weight * kl, metrics | {"kl": kl}
-
-    def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        (loss, metrics), grad_V = value_and_grad(self.objective)(logits_V, row)
-        log_p_V = jax.nn.log_softmax(logits_V)
-        p_V, ratio_V = jnp.exp(log_p_V), log_p_V - jax.nn.log_softmax(row.reference_logits)
-        kl = jnp.sum(p_V * ratio_V)
-        return (loss + self.weight * kl, metrics | {"kl": kl}), grad_V + self.weight * p_V * (ratio_V - kl)
-
-
-@dataclasses.dataclass(frozen=True)
 class GroupRelative:
     """Group Relative Policy Optimization, which the field calls GRPO, to be compared with: no ghost, but an advantage A of the whole reply that y is part of.
 
@@ -379,6 +344,11 @@ class GroupRelative:
 def num_draws(objective: Objective) -> int:
     """How many tokens the engine draws for each context."""
     return getattr(objective, "num_draws", 1)
+
+
+def top_k(objective: Objective) -> int:
+    """How many of the likeliest tokens of the ghost's distribution the objective wants to know."""
+    return getattr(objective, "top_k", 0)
 
 
 def draw_logits(objective: Objective, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:

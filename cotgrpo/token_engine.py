@@ -47,6 +47,7 @@ class TokenRows(flax.struct.PyTreeNode):
         uniform: float32 `[B, T, G]` in [0, 1), one random number for each token to draw here, or None.
         reference_hidden: `[B, T, D']`, the hidden rows of a frozen reference model, or None.
         drawn_log_prob, advantage: float32 `[B, T]`, of the drawn token, for objectives that want them, or None.
+        top_ids, top_log_probs: int32 and float32 `[B, T, K]`, of the ghost's distribution, for objectives that want it, or None.
     """
 
     ghost: Int[Array, "*batch"]
@@ -56,6 +57,8 @@ class TokenRows(flax.struct.PyTreeNode):
     reference_hidden: Float[Array, "*batch D"] | None = None
     drawn_log_prob: Float[Array, "*batch"] | None = None
     advantage: Float[Array, "*batch"] | None = None
+    top_ids: Int[Array, "*batch K"] | None = None
+    top_log_probs: Float[Array, "*batch K"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +250,16 @@ class Walk:
             draw_TV = jax.vmap(lambda row: objectives.draw_logits(self.objective, row))(logits_TV)
             drawn_TG = jax.vmap(draw)(draw_TV, rows.uniform)
 
-        token_rows = TokenRow(rows.ghost, drawn_TG, rows.weight, reference_TV, rows.drawn_log_prob, rows.advantage)
+        token_rows = TokenRow(
+            ghost=rows.ghost,
+            drawn=drawn_TG,
+            weight=rows.weight,
+            reference_logits=reference_TV,
+            drawn_log_prob=rows.drawn_log_prob,
+            advantage=rows.advantage,
+            top_ids=rows.top_ids,
+            top_log_probs=rows.top_log_probs,
+        )
         one_token = lambda logits_V, row: self.one_token(logits_V, row, with_grad)
         values, dlogits_TV = jax.vmap(one_token)(logits_TV, token_rows)
         live_T = rows.weight != 0

@@ -157,7 +157,10 @@ def make_batch_loss(
             raise ValueError(
                 "GroupRelative needs a batch with advantages and drawn_log_probs: cotgrpo.ghosts.group_relative.group_batch makes one."
             )
+        check_distribution(objective, ghosts)
         log_prob, advantage = jax.tree.map(jnp.asarray, (ghosts.drawn_log_probs, ghosts.advantages))
+        top = (ghosts.top_ids, ghosts.top_log_probs) if objectives.top_k(objective) else (None, None)
+        top_ids, top_log_probs = jax.tree.map(jnp.asarray, top)
         rows = TokenRows(
             ghost=jnp.asarray(ghosts.ghost_tokens),
             weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
@@ -166,6 +169,8 @@ def make_batch_loss(
             reference_hidden=reference_hidden,
             drawn_log_prob=log_prob,
             advantage=advantage,
+            top_ids=top_ids,
+            top_log_probs=top_log_probs,
         )
         loss, sums = token_loss(
             objective,
@@ -180,6 +185,18 @@ def make_batch_loss(
         return loss, (sums, jnp.sum(rows.weight))
 
     return batch_loss
+
+
+def check_distribution(objective: Objective, ghosts: GhostBatch) -> None:
+    """Raises ValueError unless the batch holds as much of the ghost's distribution as the objective wants."""
+    wanted = objectives.top_k(objective)
+    parts = (ghosts.top_ids, ghosts.top_log_probs)
+    if wanted and any(part is None or part.shape[-1] != wanted for part in parts):
+        got = "none" if None in parts else " and ".join(str(part.shape[-1]) for part in parts if part is not None)
+        raise ValueError(
+            f"{objective!r} needs a batch with {wanted} top_ids and top_log_probs at each context, got {got}: "
+            "cotgrpo.ghosts.live.live_ghosts(..., top_k=) makes one."
+        )
 
 
 def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> jax.Array | None:

@@ -106,6 +106,8 @@ class GhostBatch(flax.struct.PyTreeNode):
             then the step draws from the student's own distribution when the objective wants drawn tokens.
         drawn_log_probs: float32, log p(y) when y was drawn, and
         advantages: float32, how much better than others the reply is that y belongs to: both for `GroupRelative` alone, and None elsewhere.
+        top_ids: int32 `[B, T, K]` in [0, V), the likeliest tokens of the live ghost's distribution, and
+        top_log_probs: float32 `[B, T, K]`, their log-probabilities in it: both for `ForwardKl` alone, and None elsewhere.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -116,6 +118,8 @@ class GhostBatch(flax.struct.PyTreeNode):
     drawn_tokens: Int[AnyArray, "B T"] | Int[AnyArray, "B T G"] | None = None
     drawn_log_probs: Float[AnyArray, "B T"] | None = None
     advantages: Float[AnyArray, "B T"] | None = None
+    top_ids: Int[AnyArray, "B T K"] | None = None
+    top_log_probs: Float[AnyArray, "B T K"] | None = None
 
     @classmethod
     def teacher_forced(cls, batch: SftBatch) -> GhostBatch:

@@ -133,7 +133,7 @@ def test_ablation(run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     """Every finished run is a line; called again, nothing is repeated, and the table is the same."""
     ablation = importlib.import_module("ablation")
     path = tmp_path / "rows.jsonl"
-    arms = ["nll, teacher_forced", "pair, on_policy, new questions", "nll+pair, half, 10 % corrupted"]
+    arms = ["nll, teacher_forced", "forward kl, half, new questions", "nll+pair, half, 10 % corrupted"]
     options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path), "--learning_rates", "1e-3", "2e-3"]
     tables = []
     for _ in range(2):

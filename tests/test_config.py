@@ -9,7 +9,8 @@ import pytest
 
 from cotgrpo.config import Config, ConfigError, ObjectiveConfig
 from cotgrpo.config_file import flat, load_config, parse_config, save_config
-from cotgrpo.objectives import GroupRelative, Nll, Pair, ReferenceKl, Reinforce, RewardGradient
+from cotgrpo.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import GroupRelative, Nll, Pair, Reinforce, RewardGradient
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +58,7 @@ def test_the_configs_that_ship_are_valid(path: Path) -> None:
     assert config.data.train and config != Config()
 
 
+FORWARD_KL = ["--grpo.objective.name", "forward_kl", "--grpo.ghosts.source", "privileged_self"]
 GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", "verified_reward"]
 
 
@@ -80,6 +82,9 @@ GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.sour
             ["--grpo.objective.name", "group_relative"],
             "group_relative and ghosts.source verified_reward belong together",
         ),
+        (["--grpo.objective.name", "forward_kl"], "forward_kl needs a live ghost.* got teacher_forced"),
+        ([*FORWARD_KL, "--grpo.objective.top_k", "0"], "ForwardKl.top_k must be an integer of at least 1, got 0"),
+        (["--grpo.objective.top_k", "4"], "top_k is no setting of 'pair'"),
         (["--grpo.ghosts.source", "verified_reward"], "belong together: .* got pair with verified_reward"),
         ([*GROUP_RELATIVE, "--grpo.batch_size", "6"], "a multiple of ghosts.candidates, 4 to each question, got 6"),
         ([*GROUP_RELATIVE, "--grpo.ghosts.candidates", "1"], "ghosts.candidates must be at least 2"),
@@ -129,6 +134,8 @@ def test_objectives() -> None:
     assert ObjectiveConfig(name="reinforce").build() == Reinforce()
     assert ObjectiveConfig(name="group_relative", clip=0.1, reference_kl=0.04).build() == GroupRelative(0.1, 0.04)
     assert ObjectiveConfig(name="reward_gradient", samples=3).build() == RewardGradient(3)
+    assert ObjectiveConfig(name="forward_kl", top_k=8).build() == ForwardKl(8)
+    assert ObjectiveConfig(name="forward_kl", reference_kl=0.1).build() == ReferenceKl(ForwardKl(), 0.1)
     assert ObjectiveConfig(beta=0.5, negatives="calibrated", reference_kl=0.1).build() == ReferenceKl(
         Pair(beta=0.5, negatives="calibrated"), 0.1
     )

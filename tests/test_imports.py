@@ -25,6 +25,7 @@ CORE_MODULES = {
     "",  # cotgrpo/__init__.py
     "types",
     "objectives",
+    "divergences",
     "token_engine",
     "train_steps",
     "optimizers",
@@ -39,7 +40,7 @@ CORE_MODULES = {
     "models.rotary",
     "models.splash",
 }
-CHAIN = ("types", "objectives", "token_engine", "train_steps", "run", "cli")
+CHAIN = ("types", "objectives", "divergences", "token_engine", "train_steps", "run", "cli")
 """Each of these imports those to its left, never one to its right."""
 
 FILE_LINES = 400

@@ -76,6 +76,24 @@ def test_the_ghost_is_the_argmax_after_exactly_that_prefix(reads: Any, tile_size
     assert not np.asarray(ghosts.ghost_tokens)[~supervised].any()
 
 
+@pytest.mark.parametrize("reads", [None, LONGER], ids=["teacher", "privileged"])
+def test_the_distribution_after_exactly_that_prefix(reads: Any) -> None:
+    """The teacher's likeliest tokens and their log-probabilities, of logits that were read one prefix at a time."""
+    call = jax.jit(functools.partial(live_ghosts, make_student(CONFIG), tile_size=5, top_k=4))
+    read_prompts = None if reads is None else pad_prompts(reads)
+    ghosts = call(TEACHER_PARAMS, pad_prompts(PROMPTS, length=7), replies_of(REPLIES), reads=read_prompts)
+    supervised = np.asarray(ghosts.loss_mask) == 1
+    logits = reading(prefixes_of(reads or PROMPTS)).astype(np.float64)
+    log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = np.argsort(-log_q, axis=-1)[:, :4]
+    np.testing.assert_array_equal(np.asarray(ghosts.top_ids)[supervised], want)
+    np.testing.assert_allclose(
+        np.asarray(ghosts.top_log_probs)[supervised], np.take_along_axis(log_q, want, -1), atol=1e-5
+    )
+    np.testing.assert_array_equal(ghosts.ghost_tokens[supervised], ghosts.top_ids[supervised][:, 0])
+    assert not np.asarray(ghosts.top_ids)[~supervised].any()
+
+
 def test_contexts_as_a_train_step_reads_them() -> None:
     batch = with_replies(pad_prompts(PROMPTS, length=6, pad_id=36), replies_of(REPLIES))
     row = lambda name: np.asarray(getattr(batch, name))[1].tolist()

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from cotgrpo import objectives
-from cotgrpo.objectives import GroupRelative, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import (
+    GroupRelative,
+    Nll,
+    Pair,
+    Reinforce,
+    RewardGradient,
+    TokenRow,
+    ghost_reward,
+)
 
 V = 7
 PAIR_ONLY = Pair(nll_weight=0.0, pair_weight=1.0, estimator="drawn")
@@ -22,6 +31,8 @@ CLOSED_FORMS = [
     PAIR_ONLY,
     ReferenceKl(Pair(), 0.3),
     ReferenceKl(RewardGradient(), 0.3),
+    ForwardKl(3),
+    ReferenceKl(ForwardKl(3), 0.3),
 ]
 
 
@@ -30,8 +41,17 @@ def random_logits(seed: int, scale: float = 1.5) -> jax.Array:
 
 
 def row(ghost: int, drawn: int | None = None, reference: jax.Array | None = None) -> TokenRow:
+    """With a distribution of the ghost too, whose likeliest tokens are `ghost` and the two behind it."""
     drawn_id = None if drawn is None else jnp.int32(drawn)
-    return TokenRow(jnp.int32(ghost), drawn_id, jnp.float32(1.0), reference)
+    top = (jnp.arange(3) + ghost) % V, jnp.log(jnp.array([0.5, 0.3, 0.1]))
+    return TokenRow(jnp.int32(ghost), drawn_id, jnp.float32(1.0), reference, top_ids=top[0], top_log_probs=top[1])
+
+
+def told(q: np.ndarray, top_k: int) -> TokenRow:
+    """The row of a live ghost with this distribution."""
+    ids = np.argsort(-q, kind="stable")[:top_k]
+    log_q = jnp.log(jnp.asarray(q[ids], jnp.float32))
+    return TokenRow(jnp.int32(ids[0]), None, jnp.float32(1.0), top_ids=jnp.asarray(ids), top_log_probs=log_q)
 
 
 def gradient(objective: objectives.Objective, logits: jax.Array, token: TokenRow) -> jax.Array:
@@ -186,6 +206,44 @@ def test_fixed_points(beta: float, negatives: str) -> None:
     np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, V - 1, V])
+@pytest.mark.parametrize("seed", range(3))
+def test_forward_kl_by_enumeration(top_k: int, seed: int) -> None:
+    """The KL between the two distributions in which all tokens but the top are one, and `p - q'` for its gradient."""
+    logits, objective = random_logits(seed), ForwardKl(top_k)
+    p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (logits, random_logits(seed + 9)))
+    token = told(q, top_k)
+    top = np.isin(np.arange(V), np.asarray(token.top_ids))
+    merged = lambda x: np.append(x[top], x[~top].sum()) if top_k < V else x
+    want = np.sum(merged(q) * np.log(merged(q) / merged(p)))
+    spread = np.where(top, q, p / max(p[~top].sum(), 1e-300) * q[~top].sum())
+    (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+    np.testing.assert_allclose(loss, want, atol=1e-6)
+    np.testing.assert_allclose(grad, p - spread, atol=1e-6)
+    np.testing.assert_allclose(gradient(objective, logits, token), p - spread, atol=1e-6)
+    np.testing.assert_allclose(metrics["top_mass"], q[top].sum(), rtol=1e-6)
+
+
+def test_forward_kl_rests_at_the_ghosts_distribution() -> None:
+    q = np.asarray(jax.nn.softmax(random_logits(5)), np.float64)
+    whole, part = (told(q, top_k) for top_k in (V, 3))
+    for token, near in ((whole, np.ones(V, bool)), (part, np.isin(np.arange(V), np.asarray(part.top_ids)))):
+        step = lambda _, z, token=token: z - gradient(ForwardKl(token.top_ids.size), z, token)
+        p = jax.nn.softmax(jax.lax.fori_loop(0, 4_000, step, random_logits(6)))
+        np.testing.assert_allclose(p[near], q[near], atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_forward_kl_to_a_certain_ghost_is_nll(top_k: int) -> None:
+    """As teacher-forced rows tell it: all of q on one token, which is named for the others as well."""
+    logits, log_q = random_logits(1), jnp.where(jnp.arange(top_k) == 0, 0.0, objectives.MASKED_LOGIT)
+    token = row(2).replace(top_ids=jnp.full(top_k, 2), top_log_probs=log_q)
+    (loss, _), grad = objectives.value_and_grad(ForwardKl(top_k))(logits, token)
+    (want, _), want_grad = objectives.value_and_grad(Nll())(logits, token)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, want_grad, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", CLOSED_FORMS, ids=repr)
 @pytest.mark.parametrize("seed", range(3))
 def test_closed_form_gradient_is_autodiff(objective: objectives.Objective, seed: int) -> None:
@@ -234,13 +292,15 @@ def test_reference_kl_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient()]
+    "objective",
+    [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient(), ForwardKl(3)],
 )
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float) -> None:
     logits = jnp.array([size, -size, 0.0, size, objectives.MASKED_LOGIT, objectives.MASKED_LOGIT, 1.0])
     for ghost in (0, 1, 2):
-        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, row(ghost, 3))
+        token = row(ghost, 3).replace(top_ids=jnp.array([0, 1, 2]))
+        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
         assert np.isfinite(loss) and np.all(np.isfinite(grad)) and all(np.isfinite(x) for x in metrics.values())
         assert not np.any(grad[4:6]), "a token that does not exist gets no gradient"
 
@@ -262,6 +322,7 @@ def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float
         (lambda: GroupRelative(clip=1.0), "GroupRelative.clip must be"),
         (lambda: GroupRelative(kl_weight=-1.0), "GroupRelative.kl_weight must be"),
         (lambda: ReferenceKl(Nll(), -0.1), "ReferenceKl.weight must be"),
+        (lambda: ForwardKl(0), "ForwardKl.top_k must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_settings_say_what_was_expected(build: object, message: str) -> None:

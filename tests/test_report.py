@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 from cotgrpo import GhostBatch, Student, TrainState, make_grpo_step, make_optimizer
+from cotgrpo.divergences import ReferenceKl
 from cotgrpo.ghosts.procedural import ProceduralTeacher
-from cotgrpo.objectives import Pair, ReferenceKl
+from cotgrpo.objectives import Pair
 from cotgrpo.run import charts
 from cotgrpo.run.report import COMPLETIONS_SHOWN, shown, write_report
 from cotgrpo.run.report_page import CURVES

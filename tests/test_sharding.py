@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import cotgrpo
+from cotgrpo.divergences import ForwardKl, ReferenceKl
 from cotgrpo.ghosts.live import reply_rewards, reweighted
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
-from cotgrpo.objectives import Nll, Pair, ReferenceKl
+from cotgrpo.objectives import Nll, Pair
 from cotgrpo.run.hlo import collectives
 from cotgrpo.run.on_policy import make_draw
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
@@ -58,6 +59,7 @@ MESHES: dict[str, dict[str, int]] = {
     "data-context": {"data": 2, "context": 4},
 }
 MIXED = "fsdp-tensor-context"
+TOP_K = 5
 
 
 def make_batch(seed: int, ghosts: bool, B: int = 16, T: int = 16) -> Any:
@@ -71,8 +73,12 @@ def make_batch(seed: int, ghosts: bool, B: int = 16, T: int = 16) -> Any:
     share = rng.choice([0.05, 0.5, 1.0], (B, 1))
     mask = ((segments > 0) & (rng.random((B, T)) < share)).astype(np.float32)
     tokens, targets = (rng.integers(0, 60, (B, T)).astype(np.int32) for _ in range(2))
-    kind = functools.partial(GhostBatch, tokens, targets) if ghosts else functools.partial(SftBatch, tokens, targets)
-    return kind(positions, segments, mask)
+    if not ghosts:
+        return SftBatch(tokens, targets, positions, segments, mask)
+    q = rng.dirichlet(np.ones(60), (B, T)).astype(np.float32)
+    top = np.argsort(-q, axis=-1)[..., :TOP_K]
+    log_q = np.log(np.take_along_axis(q, top, -1))
+    return GhostBatch(tokens, targets, positions, segments, mask, top_ids=top.astype(np.int32), top_log_probs=log_q)
 
 
 def run(
@@ -142,6 +148,11 @@ def test_grpo_with_drawn_tokens(mesh: str) -> None:
 @pytest.mark.parametrize("mesh", ["context", pytest.param("data", marks=pytest.mark.slow)])
 def test_sft(mesh: str) -> None:
     assert_same(PLAIN, Nll(), mesh)
+
+
+@pytest.mark.parametrize("mesh", [MIXED, pytest.param("tensor", marks=pytest.mark.slow)])
+def test_forward_kl(mesh: str) -> None:
+    assert_same(TIED, ForwardKl(TOP_K), mesh, micro_batches=2)
 
 
 def test_grpo_near_a_reference_with_lora() -> None:
@@ -266,10 +277,12 @@ def devices_of(platform: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("objective", [Pair(estimator="drawn"), ForwardKl(TOP_K)], ids=["pair", "forward_kl"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_the_head_travels_once(platform: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_travels_once(
+    platform: str, objective: Any, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the engine's docstring says, in the compiled text: nothing in the loop over tiles is larger than a tile of hidden rows."""
-    objective = Pair(estimator="drawn")
     text = compiled_text(devices_of(platform, monkeypatch), objective, micro_batches, fsdp=4, tensor=2)
     found = collectives(text)
     of_tiles = [c for c in found if None in c.loops]

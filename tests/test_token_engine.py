@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cotgrpo import objectives
-from cotgrpo.objectives import Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenRow, ghost_reward
 from cotgrpo.token_engine import HeadSpec, TokenRows, default_tile_size, draw, token_loss
 
 N, D, V, REAL = 50, 16, 300, 290
@@ -26,6 +27,7 @@ OBJECTIVES = {
     "pair_drawn": Pair(estimator="drawn"),
     "pair_calibrated_drawn": Pair(beta=0.5, negatives="calibrated", estimator="drawn", samples=2),
     "reference_kl": ReferenceKl(Pair(), 0.3),
+    "forward_kl": ForwardKl(5),
     "plain_function": lambda logits, row: (-ghost_reward(logits, row.ghost, row.drawn), {"drawn": row.drawn * 1.0}),
 }
 SPECS = {
@@ -43,11 +45,16 @@ def problem(objective: Any, seed: int = 0) -> tuple[Any, Any, TokenRows, Any]:
     weight = jnp.where(jax.random.uniform(keys[2], (N,)) < 0.6, jax.random.uniform(keys[3], (N,)), 0.0)
     draws = objectives.num_draws(objective)
     with_reference = getattr(objective, "needs_reference", False)
+    log_q = jax.nn.log_softmax(2.0 * jax.random.normal(keys[4], (N, REAL)))
+    told = objectives.top_k(objective)
+    top_log_probs, top_ids = jax.lax.top_k(log_q, told) if told else (None, None)
     rows = TokenRows(
         ghost=jax.random.randint(keys[4], (N,), 0, REAL),
         weight=weight,
         drawn=jax.random.randint(keys[5], (N, draws), 0, REAL) if draws else None,
         reference_hidden=jax.random.normal(keys[6], (N, D // 2)) if with_reference else None,
+        top_ids=top_ids,
+        top_log_probs=top_log_probs,
     )
     return hidden, head, rows, head[: D // 2] if with_reference else None
 
@@ -63,12 +70,17 @@ def naive(objective: Any, spec: HeadSpec, rows: TokenRows, reference_head: Any) 
     def total(hidden: Any, head: Any) -> Any:
         logits = logits_of(hidden, head, spec)
         reference = None if reference_head is None else logits_of(rows.reference_hidden, reference_head, HeadSpec())
-        at_each = lambda z, ghost, y, w, r: objective(z, TokenRow(ghost, y, w, r))[0]
+        rest = (rows.ghost, rows.weight, reference, rows.top_ids, rows.top_log_probs)
+
+        def at_each(z: Any, y: Any, ghost: Any, weight: Any, reference: Any, ids: Any, log_probs: Any) -> Any:
+            row = TokenRow(ghost, y, weight, reference, top_ids=ids, top_log_probs=log_probs)
+            return objective(z, row)[0]
+
         if rows.drawn is None:
-            losses = jax.vmap(at_each, in_axes=(0, 0, None, 0, 0))(logits, rows.ghost, None, rows.weight, reference)
+            losses = jax.vmap(lambda z, *rest: at_each(z, None, *rest))(logits, *rest)
         else:
-            over_draws = jax.vmap(at_each, in_axes=(None, None, 0, None, None))
-            losses = jnp.mean(jax.vmap(over_draws)(logits, rows.ghost, rows.drawn, rows.weight, reference), axis=1)
+            over_draws = jax.vmap(at_each, in_axes=(None, 0, *(None,) * len(rest)))
+            losses = jnp.mean(jax.vmap(over_draws)(logits, rows.drawn, *rest), axis=1)
         return jnp.sum(rows.weight * losses)
 
     return total

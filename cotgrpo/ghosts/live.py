@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.sharding import axis_names, place, spec_of
 from cotgrpo.token_engine import HeadSpec, default_tile_size, draw, likeliest
@@ -58,6 +59,7 @@ def live_ghosts(
     *,
     reads: Prompts | None = None,
     key: Any = None,
+    top_k: int = 0,
     tile_size: int | None = None,
 ) -> GhostBatch:
     """The student's replies with the ghost token at each of their prefixes.
@@ -71,30 +73,47 @@ def live_ghosts(
         replies: what the student wrote (`cotgrpo.sampling.make_sampler`).
         reads: what the teacher reads instead of `prompts`, a row for each reply, of any width; None: the same.
         key: draws each ghost token from the teacher's distribution; None: takes the likeliest, the first of equals.
+        top_k: this many of the teacher's likeliest tokens come with their log-probabilities (`cotgrpo.divergences.ForwardKl`), at most its vocabulary; 0: none.
         tile_size: rows whose logits exist at one time; None chooses.
 
     Returns:
-        A batch `[B, P + N]` as `with_replies` lays it out, `drawn_tokens` being the student's own. Ghost tokens are 0 where nothing is supervised.
+        A batch `[B, P + N]` as `with_replies` lays it out, `drawn_tokens` being the student's own. Ghost and top tokens are 0 where nothing is supervised.
     """
     own = with_replies(prompts, replies)
     read = own if reads is None else with_replies(reads, replies)
     uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
 
     def choose(logits_V: Any, uniform: Any) -> Any:
-        return likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
+        token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
+        if not top_k:
+            return token, None, None
+        top_K, ids_K = jax.lax.top_k(logits_V, top_k)
+        return token, ids_K, top_K - jax.nn.logsumexp(logits_V)
 
-    ghost_BT = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
+    said = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
     # The contexts are the last N + 1 columns but one in both: in a row of another width they are moved, never reordered.
     N = replies.tokens.shape[1]
-    before = ((0, 0), (own.tokens.shape[1] - N - 1, 0))
+    columns = ((0, 0), (own.tokens.shape[1] - N - 1, 0))
+    moved = lambda x: jnp.pad(x[:, -N - 1 :], (*columns, *((0, 0),) * (x.ndim - 2)))
+    ghost_BT, ids_BTK, log_probs_BTK = jax.tree.map(moved, said)
     return GhostBatch(
         tokens=own.tokens,
-        ghost_tokens=jnp.pad(ghost_BT[:, -N - 1 :], before),
+        ghost_tokens=ghost_BT,
         positions=own.positions,
         segment_ids=own.segment_ids,
         loss_mask=own.loss_mask,
         drawn_tokens=own.targets,
+        top_ids=ids_BTK,
+        top_log_probs=log_probs_BTK,
     )
+
+
+def certain(batch: GhostBatch, top_k: int) -> GhostBatch:
+    """Text as the word of a teacher that is sure of it: all of q is on the ghost token, in the form of `live_ghosts(..., top_k=)`. `ForwardKl` of it is `Nll`."""
+    shape = (*batch.ghost_tokens.shape, top_k)
+    ids_BTK = jnp.broadcast_to(jnp.asarray(batch.ghost_tokens)[..., None], shape)
+    log_probs_BTK = jnp.broadcast_to(jnp.where(jnp.arange(top_k) == 0, 0.0, MASKED_LOGIT), shape)
+    return batch.replace(top_ids=ids_BTK, top_log_probs=log_probs_BTK)
 
 
 def reply_rewards(student: Student, params: Params, ghosts: GhostBatch) -> Float[Array, "B T"]:
@@ -149,7 +168,7 @@ def map_contexts(
     *,
     tile_size: int | None = None,
 ) -> Any:
-    """`function(logits_V, columns[b, t])` at every supervised context, `[B, T]`; 0 elsewhere.
+    """`function(logits_V, columns[b, t])` at every supervised context, `[B, T, ...]`; 0 elsewhere.
 
     As in the token engine, supervised contexts come first and the loop over tiles ends behind them: the head costs what the replies cost, and no
     `[B, T, V]` array exists. On a mesh every shard of the batch walks over its own.
@@ -158,7 +177,7 @@ def map_contexts(
         student: any model.
         params: its parameters.
         batch: contexts; those with a loss mask of 0 are skipped.
-        function: a scalar of one row of logits and of one entry of `columns`.
+        function: of one row of logits and of one entry of `columns`; a pytree of small arrays.
         columns: a pytree of `[B, T]` arrays, or None.
         tile_size: rows of logits at a time; None chooses.
     """
@@ -204,13 +223,20 @@ def map_live(
 
     def one_tile(index: Any, values: Any) -> Any:
         picked_T = jax.lax.dynamic_slice_in_dim(order, index * tile, tile)
-        return jax.lax.dynamic_update_slice_in_dim(values, of_tile(picked_T), index * tile, axis=0)
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index * tile, axis=0)
+        return jax.tree.map(put, values, of_tile(picked_T))
 
     like = jax.eval_shape(of_tile, order[:tile])
-    values = jnp.zeros((num_tiles * tile,), like.dtype)
+    values = jax.tree.map(lambda x: jnp.zeros((num_tiles * tile, *x.shape[1:]), x.dtype), like)
     live_tiles = (jnp.sum(live_N) + tile - 1) // tile
     if shards:
         # A loop with collectives in it, those of the tensor axis, has to be as long on every device.
         live_tiles = jax.lax.pmax(live_tiles, shards)
     values = jax.lax.fori_loop(0, live_tiles, one_tile, values)
-    return jnp.where(live_N, values[jnp.argsort(order_N)], 0).reshape(live_BT.shape)
+    place_N = jnp.argsort(order_N)
+
+    def in_place(x: Any) -> Any:
+        rows = jnp.where(live_N.reshape(-1, *(1,) * (x.ndim - 1)), x[place_N], 0)
+        return rows.reshape(*live_BT.shape, *x.shape[1:])
+
+    return jax.tree.map(in_place, values)

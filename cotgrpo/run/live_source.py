@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cotgrpo import objectives
 from cotgrpo.config import Config
 from cotgrpo.data.batches import fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
@@ -62,6 +63,11 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
         teacher, teacher_params = model.student, jax.tree.map(jnp.copy, weights.merged())
+    top_k = objectives.top_k(config.grpo.objective.build())
+    if top_k > model.vocab_size:
+        raise ModelError(
+            f"grpo.objective.top_k is {top_k}, but the student's tokenizer has {model.vocab_size} tokens: lower it."
+        )
     forced_rows = ghosts.forced_rows(config.grpo.batch_size)
     settings = RolloutSettings(
         replies=config.grpo.batch_size - forced_rows,
@@ -78,6 +84,7 @@ def live_batches(config: Config, setup: Setup, weights: StageWeights, folder: Pa
         make_sampler(model.decoder, sampling, model.vocab_size, ghosts.slots),
         teacher,
         drawn_ghosts=ghosts.choice == "drawn",
+        top_k=top_k,
     )
     return OnPolicyBatches(
         jit_reader(draw, model.mesh),

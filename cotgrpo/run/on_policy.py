@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.ghosts.live import live_ghosts, reply_rewards, reweighted
+from cotgrpo.ghosts.live import certain, live_ghosts, reply_rewards, reweighted
 from cotgrpo.run.completions import CompletionsLog
 from cotgrpo.run.hosts import is_first
 from cotgrpo.run.rollouts import Asked, Held, Rollouts, RolloutSettings, ids_of, judged, metric, rollout_metrics
@@ -26,7 +26,7 @@ from cotgrpo.sharding import jit_reader
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
 
-def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) -> Callable[..., Any]:
+def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0) -> Callable[..., Any]:
     """`draw((params, teacher_params), (prompts, reads, forced), key) -> (batch, replies, log_probs)`: replies with their ghosts, as one pure function.
 
     Parameters come first and rows second, as `cotgrpo.sharding.jit_reader` spreads them over a mesh.
@@ -35,6 +35,7 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) 
         sample: the student's sampler.
         teacher: the frozen model that is asked at every prefix.
         drawn_ghosts: ghost tokens are drawn from the teacher's distribution, and not its likeliest.
+        top_k: tokens of that distribution in the batch, for `ForwardKl`; teacher-forced rows are then the word of a teacher that is certain.
 
     Returns:
         The function. `reads` is what the teacher reads instead of the prompts, or None; `forced` teacher-forced rows of the same width that join the
@@ -49,12 +50,19 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False) 
         for_sampling, for_ghosts = jax.random.split(key)
         replies = sample(params, prompts, for_sampling)
         ghosts = live_ghosts(
-            teacher, teacher_params, prompts, replies, reads=reads, key=for_ghosts if drawn_ghosts else None
+            teacher,
+            teacher_params,
+            prompts,
+            replies,
+            reads=reads,
+            key=for_ghosts if drawn_ghosts else None,
+            top_k=top_k,
         )
         columns = ((0, 0), (prompts.tokens.shape[1] - 1, 1))
         log_probs = jnp.pad(replies.log_probs, columns)
         if forced is not None:
             text = GhostBatch.teacher_forced(forced)
+            text = certain(text, top_k) if top_k else text
             join = lambda own, more: jnp.concatenate([own, jnp.asarray(more, own.dtype)])
             ghosts = jax.tree.map(join, ghosts.replace(drawn_tokens=None), text)
             log_probs = jnp.pad(log_probs, ((0, forced.tokens.shape[0]), (0, 0)))

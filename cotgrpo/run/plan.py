@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from cotgrpo import objectives
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
@@ -159,6 +160,10 @@ class Planned:
         batch: SftBatch | GhostBatch = SftBatch(ids, ids, ids, ids, weights)
         if self.stage == "grpo" and self.config.grpo.objective.name == "group_relative":
             batch = GhostBatch(ids, ids, ids, ids, weights, ids, weights, weights)
+        top_k = objectives.top_k(self.config.grpo.objective.build()) if self.stage == "grpo" else 0
+        if top_k:
+            tops: Any = (jax.ShapeDtypeStruct((*shape, top_k), kind) for kind in (jnp.int32, jnp.float32))
+            batch = GhostBatch(ids, ids, ids, ids, weights, None, None, None, *tops)
         return step, Arguments(state, batch, rest)
 
     def figures(self, by_arithmetic: bool = False) -> dict[str, Any]:
