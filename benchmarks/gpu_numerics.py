@@ -34,7 +34,7 @@ import numpy as np
 import optax
 
 import cotgrpo
-from cotgrpo import Nll, Pair, ReferenceKl, Reinforce, RewardGradient, ghost_reward, objectives
+from cotgrpo import ForwardKl, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, ghost_reward, objectives
 from cotgrpo.models.decoder import DecoderConfig, decode, init_cache, init_params, make_student
 from cotgrpo.token_engine import TokenRows, draw, token_loss
 
@@ -46,6 +46,7 @@ OBJECTIVES: dict[str, Any] = {
     "reward_gradient": RewardGradient(samples=2),
     "reinforce": Reinforce(),
     "reference_kl": ReferenceKl(Pair(), 0.3),
+    "forward_kl": ForwardKl(),
     "plain_function": lambda logits_V, row: (-ghost_reward(logits_V, row.ghost, row.drawn), {}),
 }
 PRECISIONS = {"float32": "highest", "tf32": None, "bfloat16": None}
@@ -114,6 +115,15 @@ def loss_error(got_sum: Any, want_sum: Any, weight: float) -> float:
     return float(abs(got_sum - want_sum) / weight / max(1.0, abs(want_sum) / weight))
 
 
+def distribution(rng: np.random.Generator, shape: tuple[int, ...], vocab: int, top_k: int) -> dict[str, Any]:
+    """The likeliest tokens of a ghost at each context, for objectives that are told of so many."""
+    if not top_k:
+        return {}
+    ids = (rng.integers(0, vocab, (*shape, 1)) + 37 * np.arange(top_k)) % vocab
+    q = rng.dirichlet(np.ones(top_k + 1), shape)[..., :top_k]
+    return {"top_ids": ids.astype(np.int32), "top_log_probs": np.log(q).astype(np.float32)}
+
+
 def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
     """`token_loss` and its gradients, tokens already drawn, so that both sides see the same."""
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
@@ -126,6 +136,7 @@ def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[st
         weight=np.where(rng.random(N) < 0.7, rng.random(N), 0.0).astype(np.float32),
         drawn=rng.integers(0, V, (N, draws), dtype=np.int32) if draws else None,
         reference_hidden=normal(N, D) if with_reference else None,
+        **distribution(rng, (N,), V, objectives.top_k(objective)),
     )
     rounded: Any = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
     hidden, head = rounded(normal(N, D)), rounded(normal(D, V) * 2 / D**0.5)
@@ -161,6 +172,7 @@ def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str,
         segment_ids=np.broadcast_to(1 + half, (B, T)).astype(np.int32),
         loss_mask=(rng.random((B, T)) < 0.7).astype(np.float32),
         drawn_tokens=rng.integers(0, V, (B, T, draws), dtype=np.int32) if draws else None,
+        **distribution(rng, (B, T), V, objectives.top_k(objective)),
     )
     keep = optax.trace(decay=0.0)
     with jax.default_device(cpu):

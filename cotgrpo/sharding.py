@@ -255,14 +255,14 @@ def options_for(platform: str) -> dict[str, Any] | None:
 def jit_reader(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
     """Compiles `function(params, batch, ...)` that reads parameters, such as an evaluation step or a sampler.
 
-    With a mesh the parameters lie as `state_sharding` says, every `[B, T]` array of the batch as a batch of `jit_step` does (`[B]` over the sequences
+    With a mesh the parameters lie as `state_sharding` says, every `[B, T, ...]` array of the batch as a batch of `jit_step` does (`[B]` over the sequences
     alone), and the result is whole on each device; a batch that does not divide stays whole. Nothing is donated.
     """
     if mesh is None:
         return jax.jit(function)
 
     def spread(params: Any, batch: Any, *rest: Any) -> Any:
-        laid = jax.tree.map(lambda x: place(x, "BT"[: x.ndim]), batch)
+        laid = jax.tree.map(lambda x: place(x, "BTG"[: x.ndim]), batch)  # G: whole
         return function(params, laid, *rest)
 
     compiled = jax.jit(traced_on(mesh, spread), out_shardings=NamedSharding(mesh, PartitionSpec()))

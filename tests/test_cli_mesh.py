@@ -86,7 +86,10 @@ def test_eight_devices_are_one(options: list[str], tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_on_policy_on_eight_devices(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("objective", ["pair", "forward_kl"])
+def test_on_policy_on_eight_devices(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
     """Replies of the student with a live teacher of another shape, used twice, beside rows of text: what is logged, each reply, and what was learned."""
     many, one, teacher = tmp_path / "many", tmp_path / "one", tmp_path / "teacher"
     with jax.default_device(jax.devices()[0]):
@@ -105,7 +108,7 @@ def test_on_policy_on_eight_devices(options: list[str], tmp_path: Path, capsys: 
         "--grpo.ghosts.max_new_tokens",
         "8",
     ]
-    live += ["--grpo.init_from", str(one / "sft"), *options]
+    live += ["--grpo.objective.name", objective, "--grpo.init_from", str(one / "sft"), *options]
     assert main(["grpo", "--run_dir", str(many), *MESH, *live]) == 0
     with jax.default_device(jax.devices()[0]):
         assert main(["grpo", "--run_dir", str(one), *live]) == 0

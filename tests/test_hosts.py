@@ -374,8 +374,9 @@ def test_on_policy_over_two_processes(tmp_path: Path, source: str) -> None:
         for command in ("sft", "grpo"):
             folder = tmp_path / f"run{count}"
             options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
+            objective = "group_relative" if source == "verified_reward" else "forward_kl"
+            options += ["--grpo.objective.name", objective, "--grpo.ghosts.source", source]
             if source == "verified_reward":
-                options += ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", source]
                 options += ["--grpo.ghosts.ahead", "true"]
             program = [sys.executable, "-m", "cotgrpo.cli", command, *options, "--run_dir", str(folder)]
             run = Run(folder, count, command=program)
