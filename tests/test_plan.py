@@ -18,6 +18,7 @@ from cotgrpo.config import (
     Config,
     ConfigError,
     DataConfig,
+    GhostsConfig,
     GrpoConfig,
     LoraSettings,
     ObjectiveConfig,
@@ -44,6 +45,7 @@ TINY = Config(
     grpo=GrpoConfig(batch_size=8, optimizer=OptimizerConfig(weight_decay=0.1)),
 )
 GPUS = parse_topology("h100:8")
+TOLD = {"objective": ObjectiveConfig("forward_kl", top_k=5), "ghosts": GhostsConfig("privileged_self")}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -97,8 +99,9 @@ def test_bytes_of_llama_3_8b_are_the_arithmetic(topology: str, devices: int, par
         ({"fsdp": 4, "tensor": 2}, {}),
         ({"data": 2, "fsdp": 4}, {"grpo": {"optimizer": OptimizerConfig("adafactor")}}),
         ({"fsdp": 8}, {"grpo": {"objective": ObjectiveConfig(reference_kl=0.1)}, "lora": LoraSettings(rank=4)}),
+        ({"fsdp": 4, "context": 2}, {"grpo": TOLD}),
     ],
-    ids=["fsdp x tensor", "adafactor", "LoRA and a reference"],
+    ids=["fsdp x tensor", "adafactor", "LoRA and a reference", "the ghost's distribution"],
 )
 def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: dict[str, Any]) -> None:
     """On eight devices: what the plan says, what the compiled program takes, and what the arrays of a real start take."""
@@ -293,6 +296,21 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
     said = sum(planned.argument_bytes(planned.step()[1]).values())
     # The compiler pads small arrays to tiles of 8 x 128.
     assert said <= figures["argument_bytes"] < 4 * said + 2**20
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_layers_inputs_in_the_hosts_memory_are_not_on_the_chip() -> None:
+    """As `block`, less the residual stream at each of twelve layers: the tokens of a chip times D, in bfloat16."""
+    temporaries = {}
+    for remat in ("block", "offload"):
+        student = dataclasses.replace(TINY.student, width=512, num_layers=12, dtype="bfloat16", remat=remat)
+        grpo = dataclasses.replace(TINY.grpo, batch_size=64)
+        config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=2048))
+        figures = Planned(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2}).figures()
+        temporaries[remat] = figures["bytes_per_device"]["temporaries"]
+    stream = 12 * (64 * 2048 // 2) * 512 * 2
+    assert temporaries["block"] - temporaries["offload"] > 0.7 * stream
 
 
 @needs_libtpu

@@ -155,6 +155,11 @@ def test_forward_kl(mesh: str) -> None:
     assert_same(TIED, ForwardKl(TOP_K), mesh, micro_batches=2)
 
 
+@pytest.mark.slow
+def test_layers_inputs_in_the_hosts_memory() -> None:
+    assert_same(dataclasses.replace(TIED, remat="offload"), Nll(), MIXED, micro_batches=2)
+
+
 def test_grpo_near_a_reference_with_lora() -> None:
     assert_same(PLAIN, ReferenceKl(Pair(), 0.3), MIXED, lora=True, micro_batches=2)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from cotgrpo.models.rotary import RopeScaling
 
-REMAT_POLICIES = ("nothing", "dots", "block")
+REMAT_POLICIES = ("nothing", "dots", "block", "offload")
 ATTENTION = ("blocks", "xla", "splash")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -31,7 +31,7 @@ class DecoderConfig:
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
         param_dtype: storage type of the parameters.
         remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products and attention),
-            "block" (everything inside a layer; only the residual stream is kept).
+            "block" (everything inside a layer; only the residual stream is kept), "offload" (the same, with the residual stream kept in the host's memory).
         attention: of whole sequences: "blocks" (`models/blocks.py`) or "xla", which holds all scores (`models/attention.py`), on any device; or
             "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
         activation: of the MLP's gate: "silu", "gelu" (by the error function) or "gelu_tanh" (its approximation).

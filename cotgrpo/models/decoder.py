@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
 from cotgrpo.models.blocks import KEPT, block_attention
@@ -30,6 +31,10 @@ from cotgrpo.types import Params, Student
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
+
+
+RESIDUAL = "residual"
+"""The name of a layer's input, by which a policy of recomputation finds it."""
 
 
 class RMSNorm(nn.Module):
@@ -97,7 +102,7 @@ class Layer(nn.Module):
         There is one view, or there are two, the global and the local one, and `is_local` says which is this layer's.
         """
         c = self.config
-        x = place(x, "BTD")
+        x = checkpoint_name(place(x, "BTD"), RESIDUAL)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         mixed, cached = self.attend(x, view, is_local, cached, slot)
         mixed = place(self.dense("out", to_residual=True)(mixed), "BTD")
@@ -228,7 +233,13 @@ class Decoder(nn.Module):
         dots = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
         )
-        policy = dots if self.config.remat == "dots" else None
+        offload = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[RESIDUAL],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        policy = {"dots": dots, "block": None, "offload": offload}[self.config.remat]
         # Inside a scan the loop itself keeps the recomputation from being merged away, so CSE need not be prevented.
         return nn.remat(Layer, policy=policy, prevent_cse=False)
 

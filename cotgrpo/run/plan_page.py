@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.models.config import REMAT_POLICIES
 from cotgrpo.run.chips import GIB, Topology, parse_topology
 from cotgrpo.run.plan import Planned
 from cotgrpo.run.stage_step import StageName
@@ -178,6 +177,10 @@ def ranked(planned: Planned, console: Console) -> list[dict[str, Any]]:
     return sorted(found, key=middle)
 
 
+SEARCHED = ("nothing", "dots", "block")
+"""Policies of recomputation that a search tries. What `offload` costs depends on the way to the host's memory, which no estimate here knows."""
+
+
 def ways(planned: Planned) -> Iterator[Planned]:
     """Meshes that the batch and the heads divide over, remat policies, and micro-batches."""
     devices, batch, seq_len = planned.topology.num_devices, planned.settings.batch_size, planned.config.data.seq_len
@@ -186,7 +189,7 @@ def ways(planned: Planned) -> Iterator[Planned]:
         left, rest = divmod(devices, tensor * context)
         for fsdp in () if rest else divisors(left):
             mesh = {"data": left // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
-            for remat, parts in itertools.product(REMAT_POLICIES, divisors(max(batch // left, 1))):
+            for remat, parts in itertools.product(SEARCHED, divisors(max(batch // left, 1))):
                 try:
                     way = changed(planned, mesh, remat, parts)
                 except ConfigError:  # something does not divide

@@ -16,6 +16,8 @@ from cotgrpo.models.blocks import LEVELS
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.run.chips import Topology
 
+WHOLE_LAYERS = ("block", "offload")
+"""Policies of recomputation that compute layers anew."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -74,7 +76,7 @@ class Work:
     def hardware_flops(self) -> float:
         """With what is computed again, and masked scores where attention is not a kernel that skips them."""
         again = 1 if self.decoder.remat != "nothing" else 0
-        layers_again = 1 if self.decoder.remat == "block" else 0
+        layers_again = int(self.decoder.remat in WHOLE_LAYERS)
         # Products of attention in all, and how many times the scores that are read each computes.
         products, masked = {
             "xla": (6 + 2 * again, self.masked),
@@ -105,7 +107,7 @@ class Work:
         tensor = mesh.get("tensor", 1)
         shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
         number = DTYPE_BYTES[c.dtype]
-        passes = 2 + (c.remat == "block") + self.reference
+        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
         weights = number * (passes * self.layer_weights + 2 * self.head_weights) * self.micro_batches / tensor
         per_layer = sum(inputs + outputs for inputs, outputs in c.projections.values())
         activations = number * (passes + 1) * c.num_layers * per_layer / tensor
@@ -122,7 +124,7 @@ class Work:
         c = self.decoder
         data, fsdp, tensor, context = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context"))
         number, share = DTYPE_BYTES[c.dtype], lambda n: (n - 1) / n
-        passes = 2 + (c.remat == "block") + self.reference
+        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
         weights = (self.layer_weights + self.head_weights) / tensor
         gathered = passes * number * weights * share(fsdp)
         summed = 0 if self.frozen else 4 * weights * (share(fsdp) + 2 * share(data) / fsdp)
@@ -143,7 +145,8 @@ class Work:
         outputs = number * sum(outputs for _, outputs in c.projections.values()) / tensor
         scores = (4 + number) * c.num_heads * self.seq_len / tensor if c.attention == "xla" else 0
         whole = 4 * number * c.width + outputs + number * c.mlp_width / tensor + scores
-        kept = {"nothing": whole, "dots": number * c.width + outputs, "block": number * c.width}[c.remat]
+        stream = number * c.width
+        kept = {"nothing": whole, "dots": stream + outputs, "block": stream, "offload": 0}[c.remat]
         layer = number * self.layer_weights / c.num_layers / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor
