@@ -33,7 +33,7 @@ def points_of(chart: str) -> list[list[tuple[float, float]]]:
         (-0.13, 0.24, 5, -0.2, 0.3, [-0.2, -0.1, 0, 0.1, 0.2, 0.3]),
         (0.0, 3e-4, 3, 0, 3e-4, [0, 1e-4, 2e-4, 3e-4]),
         (4.0, 4.0, 5, 2, 6, [2, 3, 4, 5, 6]),  # level: half to one and a half
-        (0.0, 0.0, 5, -0.6, 0.6, [-0.6, -0.4, -0.2, 0, 0.2, 0.4, 0.6]),
+        (0.0, 0.0, 5, 0, 0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
         (-4.0, -3.99, 5, -6, -1, [-6, -5, -4, -3, -2, -1]),
     ],
 )
@@ -49,6 +49,10 @@ def test_axis_labels_all_differ() -> None:
         bottom, top, ticks = axis(low, low + high)
         labels = [format_number(tick) for tick in ticks]
         assert len(set(labels)) == len(labels) and bottom <= low and low + high <= top, labels
+
+
+def test_a_level_share_lies_between_none_and_all() -> None:
+    assert [axis(share, share, most=1.0)[:2] for share in (0.0, 1.0)] == [(0.0, 0.5), (0.5, 1.0)]
 
 
 def test_log_axis() -> None:

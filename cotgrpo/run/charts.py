@@ -118,7 +118,7 @@ def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, l
     """
     show = format_percent if percent else format_number
     curves = [dataclasses.replace(c, points=[(s, min(max(v, -LARGEST), LARGEST)) for s, v in c.points]) for c in curves]
-    scale = scale_of([value for curve in curves for _, value in curve.points], log)
+    scale = scale_of([value for curve in curves for _, value in curve.points], log, 1.0 if percent else math.inf)
     parts = [*legend(curves, show), *horizontal_rules(scale, show)]
     described = []
     for stage, (start, end) in stage_places(curves).items():
@@ -296,11 +296,11 @@ def line_class(curve: Curve) -> str:
     return "line dashed" if curve.second else "line"
 
 
-def scale_of(values: Sequence[float], log: bool = False) -> Scale:
-    """The axis for the values: logarithmic where that is allowed, all are positive, and they span a factor of `LOG_FROM`."""
+def scale_of(values: Sequence[float], log: bool = False, most: float = math.inf) -> Scale:
+    """The axis for the values, which are at most `most`: logarithmic where that is allowed, all are positive, and they span a factor of `LOG_FROM`."""
     low, high = min(values), max(values)
     if not (log and low > 1 / LARGEST and high >= LOG_FROM * low):
-        return Scale(*axis(low, high))
+        return Scale(*axis(low, high, most=most))
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     marks = [float(f"{digit}e{power}") for power in decades for digit in (1, 2, 5)]
     first, last = bisect.bisect_right(marks, low) - 1, bisect.bisect_left(marks, high)
@@ -311,15 +311,15 @@ def scale_of(values: Sequence[float], log: bool = False) -> Scale:
     return Scale(inside[0], inside[-1], inside, log=True)
 
 
-def axis(low: float, high: float, count: int = 5) -> tuple[float, float, list[float]]:
+def axis(low: float, high: float, count: int = 5, most: float = math.inf) -> tuple[float, float, list[float]]:
     """`(bottom, top, ticks)` around `[low, high]`, ticks at multiples of 1, 2, 2.5 or 5 times a power of ten, about `count` of them.
 
-    What spreads over less than half a percent of its size is drawn as a level line, between half of it and one and a half.
+    What spreads over less than half a percent of its size is drawn as a level line, between half of it and one and a half, but not beyond `most`, nor below 0 if it is not.
     """
     size = max(abs(low), abs(high))
     if high - low <= 5e-3 * size:
         pad = size / 2 if size > 1e-12 else 0.5
-        low, high = low - pad, high + pad
+        low, high = max(low - pad, 0.0 if low >= 0 else -math.inf), min(high + pad, most)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
