@@ -157,7 +157,7 @@ def train(
         step: from `jit_step`: `step(state, batch, *extra) -> (state, metrics)`. With a mesh, state and `extra` are put on it, also if the checkpoint
             was written on another. Several processes need one.
         state: the state before the first step. It is donated: use what is returned.
-        batches: an endless iterator with `get_state()` and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read. One whose
+        batches: an endless iterator with `get_state()`, for `Checkpoints.save`, and `set_state()`, of whole batches of NumPy arrays, of which this process's rows are read. One whose
             batches depend on the parameters has `follow(params)` too, called before each batch is taken; its batches may be arrays on the devices, whole on each.
             One may have `observed()`, the metrics that the host finds in the batch of the step just begun.
         folder: the run folder.
