@@ -101,10 +101,11 @@ def row(way: str, count: int, inputs: tuple[Any, ...], whole: Any, repeats: int)
         seconds.append(time.perf_counter() - started)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
+    sent = sum(bytes_sent(collectives(text)).values())
     return {
         "way": way,
         "devices": count,
-        "sent": sum(sent for sent in bytes_sent(collectives(text)).values()),
+        "sent": sent,
         "theory": theory(way, count, inputs[1].size),
         "temporaries": memory.temp_size_in_bytes,
         "min_s": min(seconds),

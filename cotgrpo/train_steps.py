@@ -157,10 +157,8 @@ def make_batch_loss(
             raise ValueError(
                 "GroupRelative needs a batch with advantages and drawn_log_probs: cotgrpo.ghosts.group_relative.group_batch makes one."
             )
-        check_distribution(objective, ghosts)
         log_prob, advantage = jax.tree.map(jnp.asarray, (ghosts.drawn_log_probs, ghosts.advantages))
-        top = (ghosts.top_ids, ghosts.top_log_probs) if objectives.top_k(objective) else (None, None)
-        top_ids, top_log_probs = jax.tree.map(jnp.asarray, top)
+        top_ids, top_log_probs = jax.tree.map(jnp.asarray, distribution_of(objective, ghosts))
         rows = TokenRows(
             ghost=jnp.asarray(ghosts.ghost_tokens),
             weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
@@ -187,16 +185,19 @@ def make_batch_loss(
     return batch_loss
 
 
-def check_distribution(objective: Objective, ghosts: GhostBatch) -> None:
-    """Raises ValueError unless the batch holds as much of the ghost's distribution as the objective wants."""
+def distribution_of(objective: Objective, ghosts: GhostBatch) -> tuple[Any, Any]:
+    """The batch's `top_ids` and `top_log_probs`, or None where the objective wants none. Raises ValueError where they are not as many as it wants."""
     wanted = objectives.top_k(objective)
+    if not wanted:
+        return None, None
     parts = (ghosts.top_ids, ghosts.top_log_probs)
-    if wanted and any(part is None or part.shape[-1] != wanted for part in parts):
+    if any(part is None or part.shape[-1] != wanted for part in parts):
         got = "none" if None in parts else " and ".join(str(part.shape[-1]) for part in parts if part is not None)
         raise ValueError(
             f"{objective!r} needs a batch with {wanted} top_ids and top_log_probs at each context, got {got}: "
             "cotgrpo.ghosts.live.live_ghosts(..., top_k=) makes one."
         )
+    return parts
 
 
 def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> jax.Array | None:

@@ -209,7 +209,7 @@ def test_what_cannot_work_is_said_before_the_first_step(
 
 
 def test_a_student_that_is_told_the_distribution_comes_to_it() -> None:
-    """On its own contexts, by `ForwardKl` to a teacher's four likeliest of 19 tokens, beside rows that are text: the divergence falls to a tenth."""
+    """On its own contexts, by `ForwardKl` to a teacher's four likeliest of 19 tokens: the divergence falls to a tenth."""
     config = dataclasses.replace(SHAPE, vocab_size=19)
     params, teacher_params = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
     student, tx = make_student(config), optax.adam(0.01)

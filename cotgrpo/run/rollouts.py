@@ -130,8 +130,8 @@ class Rollouts(abc.ABC):
     """An endless iterator of batches of the student's own replies, with the state of a data iterator.
 
     Batch n is a function of the run's seed, n, and the parameters that `follow` told before it, so a run that is resumed at any step goes on with the same
-    batches. Only while replies are used again, or were drawn before their turn, are they part of the state. On a mesh every device writes the replies to its share of a batch's questions, and
-    the batch is whole on each; of several processes each makes the same batches.
+    batches. Only while replies are used again, or were drawn before their turn, are they part of the state. On a mesh every device writes the replies to its
+    share of a batch's questions, and the batch is whole on each; of several processes each makes the same batches.
 
     Args:
         template: takes replies apart.
