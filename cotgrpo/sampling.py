@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, init_cache, make_student
+from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, head_by_token, init_cache, make_student
+from cotgrpo.models.elementwise import transposed_product
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.sharding import batch_shards, open_axes
 from cotgrpo.token_engine import HeadSpec, draw, likeliest
@@ -156,9 +157,9 @@ def make_sampler(
     spec = HeadSpec(student.softcap, student.vocab_size)
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
-        head_DV = None if student.head is None else student.head(params)
         prompts = jax.tree.map(jnp.asarray, prompts)
-        return Writing(config, settings, spec, by_layer(config, params), head_DV, prompts, key).replies(slots)
+        read = by_layer(config, params), head_by_token(config, params)
+        return Writing(config, settings, spec, *read, prompts, key).replies(slots)
 
     return sample
 
@@ -171,7 +172,7 @@ class Writing:
     settings: SamplingSettings
     spec: HeadSpec
     params: Params
-    head_DV: Any
+    head_VD: Any
     prompts: Prompts
     key: Any
 
@@ -281,7 +282,8 @@ class Writing:
         """The next token of every slot, and the column of the one behind it."""
         settings, P = self.settings, self.prompts.tokens.shape[1]
         keys_B = jax.vmap(lambda row: jax.random.fold_in(self.key, row))(slots.row)
-        token_B, log_prob_B = choose(settings, self.spec.logits(slots.hidden, self.head_DV), keys_B, slots.length)
+        logits_BV = self.spec.logits(transposed_product(slots.hidden, self.head_VD, jnp.float32), None)
+        token_B, log_prob_B = choose(settings, logits_BV, keys_B, slots.length)
         writes_B = ~slots.ended
         at = column % settings.max_new_tokens
 

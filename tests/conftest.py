@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from types import CodeType, ModuleType
 PACKAGE = "cotgrpo"
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses of the tests inherit it
+# A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 CHECK = "@__import__('jaxtyping').jaxtyped(typechecker=__import__('beartype').beartype)\ndef _(): ..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.blocks import Cut, block_attention
-from cotgrpo.models.elementwise import ACTIVATIONS, gated, rms_norm, token_product
+from cotgrpo.models.elementwise import ACTIVATIONS, FEW_ROWS, gated, rms_norm, token_product, transposed_product
 
 CASES: dict[str, dict[str, Any]] = {
     "one_block": {"T": 40},
@@ -109,3 +110,34 @@ def test_the_gradient_of_a_projection_is_that_of_autodiff(dtype: str) -> None:
     for mine, theirs in zip((got, *got_grad(tangent)), (want, *want_grad(tangent)), strict=True):
         assert mine.dtype == theirs.dtype == jnp.dtype(dtype)
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 6, FEW_ROWS, FEW_ROWS + 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_with_a_transposed_kernel(rows: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x_BTD, kernel_FD = (
+        jnp.asarray(rng.normal(size=s), dtype) for s in ((rows // 2 or 1, 2 if rows > 1 else 1, 8), (5, 8))
+    )
+    got = jax.jit(transposed_product)(x_BTD, kernel_FD)
+    assert got.shape == (*x_BTD.shape[:2], 5) and got.dtype == jnp.dtype(dtype)
+    want = x_BTD.astype(jnp.float32) @ kernel_FD.astype(jnp.float32).T
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=1e-5 if dtype == "float32" else 0.1)
+    summed = jax.jit(lambda x, kernel: transposed_product(x, kernel, jnp.float32))(x_BTD, kernel_FD)
+    assert summed.dtype == jnp.float32
+    np.testing.assert_allclose(summed, want, atol=1e-5)
+
+
+def test_few_rows_are_the_columns_of_the_compiled_product() -> None:
+    """XLA would fold the transpositions, and make the product that copies the kernel."""
+
+    def products(rows: int) -> list[str]:
+        text = (
+            jax.jit(lambda x, w: jax.nn.silu(transposed_product(x, w)))
+            .lower(jnp.ones((rows, 32)), jnp.ones((48, 32)))
+            .compile()
+            .as_text()
+        )
+        return re.findall(r"= f32\[([0-9,]+)\]\S* dot\(", text)
+
+    assert products(8) == ["48,8"] and products(FEW_ROWS + 1) == [f"{FEW_ROWS + 1},48"]

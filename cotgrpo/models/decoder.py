@@ -23,7 +23,7 @@ from cotgrpo.models.attention import attention, attention_by_head, causal_segmen
 from cotgrpo.models.blocks import KEPT, block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.elementwise import gated, rms_norm, token_product
+from cotgrpo.models.elementwise import along, gated, rms_norm, token_product, transposed_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
@@ -54,6 +54,21 @@ class RMSNorm(nn.Module):
         if self.plus_one:
             scale_D = 1.0 + scale_D
         return rms_norm(x, scale_D, self.eps)
+
+
+class TransposedDense(nn.Module):
+    """`x W^T + b`: the projection that `nn.Dense` makes, of a kernel as `by_layer` stores it, `[outputs, inputs]`."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
+        zeros = nn.initializers.zeros
+        kernel_FD = self.param("transposed", zeros, (self.features, x.shape[-1]), self.dtype)
+        y = transposed_product(x.astype(self.dtype), kernel_FD, self.dtype)
+        return y + along(self.param("bias", zeros, (self.features,), self.dtype), y) if self.use_bias else y
 
 
 class KvCache(flax.struct.PyTreeNode):
@@ -91,9 +106,10 @@ class View(flax.struct.PyTreeNode):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention and a gated MLP, each added to the residual stream."""
+    """One transformer layer: attention and a gated MLP, each added to the residual stream. `transposed`: its matrices are as `by_layer` stores them."""
 
     config: DecoderConfig
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x: Any, is_local: Any, views: tuple[View, ...], cached: Any = None, slot: Any = None) -> Any:
@@ -146,8 +162,10 @@ class Layer(nn.Module):
     def norm(self, name: str) -> RMSNorm:
         return make_norm(self.config, name)
 
-    def dense(self, name: str, to_residual: bool = False) -> nn.Dense:
+    def dense(self, name: str, to_residual: bool = False) -> nn.Module:
         c = self.config
+        if self.transposed:
+            return TransposedDense(c.projections[name][1], name in c.biases, jnp.dtype(c.dtype), name=name)
         scale = c.init_scale / (2 * c.num_layers) ** 0.5 if to_residual else c.init_scale
         return nn.Dense(
             c.projections[name][1],
@@ -202,7 +220,7 @@ class Decoder(nn.Module):
         cached = []
         for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
-            x_BTD, own = Layer(c, name=f"layer_{index}")(x_BTD, None, view, own, slot)
+            x_BTD, own = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, slot)
             cached.append(own)
         keys, values = zip(*cached, strict=True)
         return make_norm(c, "final_norm")(x_BTD), KvCache(keys, values, key_positions, key_segments)
@@ -282,7 +300,7 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
 
 
 def by_layer(config: DecoderConfig, params: Params) -> Params:
-    """The parameters as `decode` reads them, each layer's apart and matrices in the compute dtype; those that are so already, as they are.
+    """The parameters as `decode` reads them: each layer's apart, its matrices transposed and in the compute dtype; those that are so already, as they are.
 
     A loop over stacked layers copies each layer out of the stack, and a loop over tokens would pay for that at every token. Here it is paid once, before it: in time, and in the
     memory of a second copy of the layers for as long as both are held.
@@ -297,9 +315,21 @@ def by_layer(config: DecoderConfig, params: Params) -> Params:
 def layers_apart(config: DecoderConfig, layers: Params) -> Params:
     """`{"layer_0": ..., ...}` of stacked layers; one program, since each slice outside one would be compiled for itself."""
     dtype = jnp.dtype(config.dtype)
-    read = lambda path, x: x.astype(dtype) if path[0].key in config.projections else x
-    stacked = jax.tree_util.tree_map_with_path(read, layers)
+
+    def read(name: str, own: Params) -> Params:
+        if name not in config.projections:
+            return own
+        own = {key: x.astype(dtype) for key, x in own.items()}
+        return {"transposed": jnp.swapaxes(own.pop("kernel"), 1, 2), **own}
+
+    stacked = {name: read(name, own) for name, own in layers.items()}
     return {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
+
+
+def head_by_token(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    """The head in the compute dtype, a row a token, as `transposed_product` reads it; `params` also as `by_layer` returns them."""
+    head_VD = params["embedding"] if config.tied_head else params["head"].T
+    return head_VD.astype(jnp.dtype(config.dtype))
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
