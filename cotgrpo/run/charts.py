@@ -323,7 +323,8 @@ def axis(low: float, high: float, count: int = 5, most: float = math.inf) -> tup
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # An entropy of -1e-8, which rounding makes of 0, lies on the tick.
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return first * step, last * step, [i * step for i in range(first, last + 1)]
 
 
