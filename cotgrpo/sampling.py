@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, head_by_token, init_cache, make_student
+from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, head_of, init_cache, make_student
 from cotgrpo.models.elementwise import transposed_product
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.sharding import batch_shards, open_axes
@@ -158,8 +158,8 @@ def make_sampler(
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
         prompts = jax.tree.map(jnp.asarray, prompts)
-        read = by_layer(config, params), head_by_token(config, params)
-        return Writing(config, settings, spec, *read, prompts, key).replies(slots)
+        head_VD = head_of(config, params).T  # of a tied head no copy: the embedding
+        return Writing(config, settings, spec, by_layer(config, params), head_VD, prompts, key).replies(slots)
 
     return sample
 

@@ -326,12 +326,6 @@ def layers_apart(config: DecoderConfig, layers: Params) -> Params:
     return {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
 
 
-def head_by_token(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
-    """The head in the compute dtype, a row a token, as `transposed_product` reads it; `params` also as `by_layer` returns them."""
-    head_VD = params["embedding"] if config.tied_head else params["head"].T
-    return head_VD.astype(jnp.dtype(config.dtype))
-
-
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
     """An empty cache of `length` slots for `batch` rows."""
     K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
