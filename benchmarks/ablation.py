@@ -412,9 +412,9 @@ def at_best_rate(rows: Sequence[dict[str, Any]], arm: str, steps: int) -> list[d
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation, in %."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{100 * statistics.mean(values):{sign}.1f} +- {100 * deviation:.1f}"
+    """Mean and, of several, standard deviation, in %."""
+    deviation = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -445,7 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--quick", action="store_true", help="the short size, the main arms, one seed")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {'; '.join(ARMS)}")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {'; '.join(ARMS)}".replace("%", "%%")
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates of an arm")
     parser.add_argument(

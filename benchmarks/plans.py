@@ -8,8 +8,10 @@ One process a plan, so that each starts from nothing; a plan of Llama-3-8B compi
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +36,12 @@ MODELS = {"llama3": "llama-3-8b", "gemma3": "gemma-3-1b", "qwen3": "qwen3-0.6b"}
 """Folders in configs/models with the config.json of each, so that nothing is read from a hub."""
 
 
-def main(names: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLANS)}")
+    names = parser.parse_args(argv).names
     if unknown := sorted({*names} - {*PLANS}):
-        sys.exit(f"There is no plan {unknown[0]}. There are: {', '.join(PLANS)}.")
+        parser.error(f"There is no plan {unknown[0]}. There are: {', '.join(PLANS)}.")
     for name, (config, stage, topology, more) in PLANS.items():
         if names and name not in names:
             continue
@@ -49,4 +54,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

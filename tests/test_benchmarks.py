@@ -29,6 +29,15 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "contenders"))
+def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every script that is called by hand says what it takes. A single % in a help text is an error that only this shows."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main(["--help"])
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--width 32 --layers 1 --prompts 8 --prompt 8 --new_tokens 8 --slots 4 --repeats 1 --updates 1"
