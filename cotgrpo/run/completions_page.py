@@ -44,8 +44,6 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def card(row: Mapping[str, Any]) -> str:
     """One reply."""
-    right = row["correct"]
-    mark = f'<span class="mark {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
     ghosts = row["ghosts"] or [None] * len(row["tokens"])
     triples = list(zip(row["tokens"], ghosts, row["rewards"], strict=True))
     alone = "advantage" if row["ghosts"] is None else "the ghost agrees; reward"
@@ -53,9 +51,15 @@ def card(row: Mapping[str, Any]) -> str:
     rest = len(triples) - LONGEST_REPLY
     more = f'<p class="quiet">{rest:,} more tokens are in completions.jsonl</p>' if rest > 0 else ""
     return (
-        f'<article class="card completion"><h3><span>Step {row["step"]:,}: {clean(row["question"])}</span>{mark}</h3>'
+        f'<article class="card completion"><h3><span>Step {row["step"]:,}: {clean(row["question"])}</span>{mark(row["correct"])}</h3>'
         f'<div class="quiet">Right answer: {clean(row["gold"])}</div><div class="tokens" dir="auto">{spans}</div>{more}</article>'
     )
+
+
+def mark(correct: bool) -> str:
+    """Whether a reply is right, in a word and a sign."""
+    word, sign = ("right", "\N{CHECK MARK}") if correct else ("wrong", "\N{BALLOT X}")
+    return f'<span class="mark {word}">{sign} {word}</span>'
 
 
 def token(text: str, ghost: str | None, reward: float, alone: str) -> str:

@@ -22,7 +22,7 @@ from cotgrpo.run.charts import (
     interval_chart,
     series_style,
 )
-from cotgrpo.run.completions_page import COMPLETIONS_STYLE, completions
+from cotgrpo.run.completions_page import COMPLETIONS_STYLE, completions, mark
 
 MOMENTS = {"base": "Before training", "sft": "After SFT", "grpo": "After GRPO", "on_policy": "After on-policy GRPO"}
 TRAINED = ("sft", "grpo", "on_policy")
@@ -92,7 +92,7 @@ a { color: var(--sft); text-underline-offset: .2em; }
 .replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem; margin-top: .9rem; }
 .replies > div { border-top: 3px solid var(--series); padding-top: .5rem; min-width: 0; }
 .replies h4 { display: flex; justify-content: space-between; gap: .6rem; margin: 0 0 .5rem; font-size: .92rem; }
-.mark { border: 1px solid; border-radius: 99px; padding: 0 .6rem; font-weight: 600; white-space: nowrap; }
+.mark { align-self: flex-start; border: 1px solid; border-radius: 99px; padding: 0 .6rem; font-weight: 600; white-space: nowrap; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); border-style: dashed; }
 .words { display: block; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
@@ -256,13 +256,8 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> str:
         replies = []
         for name in in_order(row["replies"]):
             reply = row["replies"][name]
-            mark = (
-                '<span class="mark right">\N{CHECK MARK} right</span>'
-                if reply["correct"]
-                else '<span class="mark wrong">\N{BALLOT X} wrong</span>'
-            )
             replies.append(
-                f'<div style="{series_style(name)}"><h4><span>{clean(MOMENTS.get(name, name))}</span>{mark}</h4>{folded(reply["text"])}</div>'
+                f'<div style="{series_style(name)}"><h4><span>{clean(MOMENTS.get(name, name))}</span>{mark(reply["correct"])}</h4>{folded(reply["text"])}</div>'
             )
         cards.append(
             f'<article class="card sample"><h3>{folded(row["question"])}</h3><div class="quiet gold">Right answer: {folded(row["gold"])}</div>'
