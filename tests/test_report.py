@@ -22,6 +22,7 @@ from cotgrpo.objectives import Pair
 from cotgrpo.run import charts
 from cotgrpo.run.report import COMPLETIONS_SHOWN, shown, write_report
 from cotgrpo.run.report_page import CURVES
+from cotgrpo.run.stages import SAMPLES_SHOWN, merge_samples
 
 VOID = {"meta", "br"}
 TAGS = set(
@@ -397,3 +398,20 @@ def test_replies_that_the_ghost_corrects_are_shown_before_newer_ones() -> None:
     rows = [{"step": step, "ghosts": [None, "x" if step % 3 == 0 and step < 60 else None]} for step in range(100)]
     assert [row["step"] for row in shown(rows)] == [96, 97, 98, 99, *range(36, 60, 3)]
     assert shown(rows[:5]) == [rows[i] for i in (1, 2, 4, 0, 3)] and len(shown(rows[1:2] * 30)) <= COMPLETIONS_SHOWN
+
+
+def test_answers_that_changed_between_stages_are_shown_first() -> None:
+    """Training makes most answers right, so what a later stage mended or broke would be lost among them."""
+    right = {"base": [], "sft": [*range(0, 20), 25], "grpo": [*range(0, 18), 22, 25]}
+    replies = {
+        name: [{"question": f"q{n}", "gold": "1", "text": "1", "correct": n in of} for n in range(30)]
+        for name, of in right.items()
+    }
+    chosen = [row["question"] for row in merge_samples(replies)]
+    assert len(chosen) == SAMPLES_SHOWN == 12
+    assert chosen[:8] == ["q18", "q19", "q22", *(f"q{n}" for n in range(5))]
+    assert chosen[8:] == ["q20", "q21", "q23", "q24"]
+    assert [row["question"] for row in merge_samples({"base": replies["base"], "sft": replies["sft"]})][:2] == [
+        "q0",
+        "q1",
+    ]

@@ -263,7 +263,7 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> str:
             f'<article class="card sample"><h3>{folded(row["question"])}</h3><div class="quiet gold">Right answer: {folded(row["gold"])}</div>'
             f'<div class="replies">{"".join(replies)}</div></article>'
         )
-    explained = "Held-out questions; those answered right at one time and wrong at another come first, so this is no random choice."
+    explained = "Held-out questions; those answered right after one stage and wrong after another come first, so this is no random choice."
     return f'{heading}<p class="quiet">{explained}</p>{"".join(cards)}'
 
 

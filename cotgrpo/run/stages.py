@@ -348,12 +348,14 @@ class Stage:
 
 
 def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The same questions as the student answered them at each point: two thirds that changed, then others, all in the rows' order."""
+    """The same questions as the student answered them at each point: up to two thirds that changed, those between stages of training first, then others."""
     rows = []
     for answers in zip(*replies.values(), strict=True):
         by_name = {n: {"text": a["text"], "correct": a["correct"]} for n, a in zip(replies, answers, strict=True)}
         rows.append({"question": answers[0]["question"], "gold": answers[0]["gold"], "replies": by_name})
-    changed = [r for r in rows if len({x["correct"] for x in r["replies"].values()}) > 1]
+    trained = [name for name in replies if name != "base"]  # a student before it is right nowhere, as a rule
+    differ = lambda row, names: len({row["replies"][name]["correct"] for name in names}) > 1
+    changed = sorted((r for r in rows if differ(r, replies)), key=lambda r: not differ(r, trained))
     same = [r for r in rows if r not in changed]
     first = changed[: SAMPLES_SHOWN * 2 // 3]
     return first + same[: SAMPLES_SHOWN - len(first)]
