@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cotgrpo.config import Config, ConfigError
+from cotgrpo.whole_files import write_text
 
 DEFAULTS = Config()
 
@@ -73,9 +73,7 @@ def save_config(config: Any, path: Path) -> None:
     """Writes all settings as YAML, whole or not at all."""
     import yaml
 
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def load_config(path: Path) -> Config:

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cotgrpo.data.triples import DataError, DropReport, Triple, rows_of, squeeze
 from cotgrpo.ghosts.verify import answers_match, extract_answer
+from cotgrpo.whole_files import write_text
 
 
 def read_student_replies(path: Path) -> dict[str, str]:
@@ -85,9 +85,7 @@ def write_pairs(
             lines.append(json.dumps(pair | {"ghost": reply} | reply, ensure_ascii=False) + "\n")
     if not lines:
         raise DataError(f"Nothing to edit. {report}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
     return report
 
 

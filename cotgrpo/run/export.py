@@ -15,7 +15,8 @@ from cotgrpo.models.peft_files import save_adapter
 from cotgrpo.models.weights import refuse_used, save_pretrained
 from cotgrpo.run.setup import model_of
 from cotgrpo.run.stage_weights import StageWeights, restore_weights
-from cotgrpo.run.stages import newest_stage, read_json
+from cotgrpo.run.stages import newest_stage
+from cotgrpo.whole_files import read_json
 
 
 def run_export(

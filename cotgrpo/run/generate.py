@@ -41,7 +41,8 @@ from cotgrpo.ghosts.teacher import SHORTEST_SECRET, Outcome, Request, Teacher, T
 from cotgrpo.run.generate_config import GenerateConfig
 from cotgrpo.run.generate_progress import ReplyProgress
 from cotgrpo.run.train import Interrupted
-from cotgrpo.run.triple_files import write_card, write_json, write_rows
+from cotgrpo.run.triple_files import write_card, write_rows
+from cotgrpo.whole_files import write_json
 
 ASKED_ALIKE = ("model", "path", "temperature", "top_p", "max_tokens", "extra_body", "seed")
 """Settings of a teacher that decide what its replies are: one folder holds those of one teacher."""

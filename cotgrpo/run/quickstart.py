@@ -8,7 +8,6 @@ on the student's own replies to further questions, where a live teacher says the
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import time
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,8 @@ from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 from cotgrpo.run.charts import interval_chart, standalone
 from cotgrpo.run.hosts import from_first
 from cotgrpo.run.report import write_report
-from cotgrpo.run.stages import merge_samples, read_json, run_grpo, run_sft, write_json
+from cotgrpo.run.stages import merge_samples, run_grpo, run_sft
+from cotgrpo.whole_files import read_json, whole_file, write_json
 
 KINDS = ("column_addition",)
 TRAIN_ROWS, QUESTIONS, TEST_ROWS = 250, 4_000, 500
@@ -150,9 +150,8 @@ def write_rows(path: Path, rows: Sequence[Triple]) -> None:
     """Writes the rows, unless the file is there; a crash leaves no half of one."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        write_triples(temporary, rows)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            write_triples(temporary, rows)
 
 
 def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str, float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ GRPO here is GhostRespond Policy Optimization, not Group Relative.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cotgrpo.run.completions import read_completions
 from cotgrpo.run.metrics_log import read_metrics
 from cotgrpo.run.report_page import TRAINED, render
 from cotgrpo.run.storage import explaining_disk_errors
+from cotgrpo.whole_files import write_text
 
 SHAPE: dict[str, Any] = {
     "title": str,
@@ -59,10 +59,8 @@ def write_report(folder: Path) -> Path:
         report, read_stages(folder, report), shown(read_completions(completions_of(folder), COMPLETIONS_READ))
     )
     path = folder / "report.html"
-    temporary = folder / "report.html.tmp"
     with explaining_disk_errors(path):
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, page)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cotgrpo.run.hosts import fetch, from_first
 from cotgrpo.run.storage import explaining_disk_errors
 from cotgrpo.sampling import Sampler, pad_prompts
 from cotgrpo.types import Params, SftBatch
+from cotgrpo.whole_files import whole_file
 
 SELF_REPLIES = 0x73656C66
 """Folded into the run's key: these replies draw from a stream of their own."""
@@ -132,11 +132,10 @@ class SelfReplyBatches:
                 f"None of {settings.candidates} replies to each of {len(asked)} questions was right after {self.taken} updates: the student cannot be its own "
                 "ghost yet. Train it longer by SFT, or raise grpo.ghosts.candidates or grpo.ghosts.max_new_tokens."
             )
-        path, temporary = self.path, self.path.with_suffix(".tmp")
-        with explaining_disk_errors(path):
+        with explaining_disk_errors(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_triples(temporary, found)
-            os.replace(temporary, path)
+            with whole_file(self.path) as temporary:
+                write_triples(temporary, found)
 
     def candidates(self, asked: Sequence[Triple]) -> list[list[Candidate]]:
         """`settings.candidates` replies to each question."""

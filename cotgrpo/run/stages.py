@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
-import os
 import platform
 import shlex
 import time
@@ -45,6 +43,7 @@ from cotgrpo.run.storage import check_folder_works
 from cotgrpo.run.train import LoopSettings, train
 from cotgrpo.sharding import batch_sharding, jit_step, state_sharding
 from cotgrpo.types import TrainState
+from cotgrpo.whole_files import read_json, write_json
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 SAMPLES_SHOWN = 12
@@ -368,15 +367,3 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader, or a crash, never meets half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from cotgrpo.run.generate_config import GenerateConfig
+from cotgrpo.whole_files import whole_file, write_text
 
 COLUMNS = {
     "id": "string",
@@ -21,33 +21,32 @@ COLUMNS = {
     "teacher": "string",
 }
 FORMATS = ("jsonl", "parquet")
+RIGHT = {
+    "error": "its answer is that of the question's row",
+    "majority": "its answer is that of the question's row or, where the row has none, that of most replies to the question",
+    "unverified": "its answer is that of the question's row or, where the row has none, in any case: such replies are not verified",
+}
+"""By `verify.without_gold`."""
+KEPT = {"all": "all", "shortest": "at most {}, the shortest,", "diverse": "at most {}, those that differ most,"}
+"""By `verify.keep`."""
 
 
 def write_rows(out: Path, rows: list[dict[str, Any]], form: str) -> Path:
     """Writes `triples.jsonl` or `triples.parquet`, whole or not at all, and removes the one of the other format."""
     path = out / f"triples.{form}"
-    temporary = out / f"triples.{form}.tmp"
     if form == "jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text(text, encoding="utf-8")
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     else:
         import datasets
 
+        datasets.disable_progress_bars()  # the command has its own
         features = datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()})
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             datasets.Dataset.from_list(rows, features=features).to_parquet(file)
-    os.replace(temporary, path)
     for other in FORMATS:
         if other != form:
             (out / f"triples.{other}").unlink(missing_ok=True)
     return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> None:
@@ -64,10 +63,8 @@ def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> No
     tests = [verify.test_sets] if isinstance(verify.test_sets, str) else verify.test_sets
     sampling = {name: getattr(teacher, name) for name in ("temperature", "top_p", "max_tokens")}
     named = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
-    right = {
-        "": f"the reply's answer is that of the question's row; without one: {verify.without_gold}",
-    }.get(verify.check, f"the function `{verify.check}` says so")
-    kept = "all of them" if verify.keep == "all" else f"the {verify.keep_at_most} {verify.keep}"
+    right = f"the function `{verify.check}` says so" if verify.check else RIGHT[verify.without_gold]
+    kept = KEPT[verify.keep].format(verify.keep_at_most)
     tested = f"{', '.join(f'`{t}`' for t in tests)} ({verify.ngram}-grams of words)" if tests else "no test set"
     prompt = json.dumps(dataclasses.asdict(config.prompt), indent=1, ensure_ascii=False)
     left_out = summary["rejected"] | {"right but not chosen": summary["not_chosen"], "no reply": summary["failed"]}
@@ -100,4 +97,4 @@ Columns: {", ".join(COLUMNS)}; `correct` is true where the answer was verified, 
 
 Made by `cotgrpo generate`, version {importlib.metadata.version("cotgrpo")}.
 """
-    (out / "README.md").write_text(text, encoding="utf-8")
+    write_text(out / "README.md", text)
