@@ -44,7 +44,7 @@ class StudentConfig:
         init_scale: standard deviation of the initial weights.
         dtype: compute type.
         param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: nothing; all but dots; the whole block; or that too, with its input kept in the host's memory (offload).
+        remat: what the backward pass recomputes: nothing; all but matrix products (dots) and attention; the whole block; or that too, with its input kept in the host's memory (offload).
         attention: of whole sequences: blocks, or xla, which holds all scores, on any device; splash, a kernel of TPUs; auto: that on a TPU, else blocks.
     """
 
@@ -60,7 +60,7 @@ class StudentConfig:
     init_scale: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["nothing", "dots", "block", "offload"] = "nothing"
+    remat: Literal["nothing", "dots", "block", "offload"] = "dots"
     attention: Literal["auto", "blocks", "xla", "splash"] = "auto"
 
     def __post_init__(self) -> None:

@@ -290,7 +290,9 @@ def test_recomputation_changes_no_loss_and_no_gradient_and_saves_memory() -> Non
         for got, want in zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True):
             assert np.max(np.abs(got - want)) <= 3e-6 * np.max(np.abs(want))
     used = {policy: run.memory_analysis().temp_size_in_bytes for policy, run in runs.items()}
-    assert used["block"] < used["dots"] < 0.6 * used["nothing"], used
+    assert used["block"] < used["dots"] < 0.8 * used["nothing"], used
+    products = {policy: run.as_text().count(" dot(") for policy, run in runs.items()}
+    assert products["dots"] == products["nothing"] < products["block"], products
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -125,6 +125,20 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
     jax.tree.map(same, found, expected)
 
 
+@pytest.mark.parametrize(("remat", "calls"), [("nothing", 3), ("dots", 3), ("block", 4)])
+def test_dots_keeps_the_kernels_result(remat: str, calls: int) -> None:
+    """One call forward, one for each half of the backward pass; the forward one again where nothing of the layer is kept."""
+    config = DecoderConfig(
+        vocab_size=31, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=16,
+        attention="splash", remat=remat,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    gradient = jax.grad(lambda params, *inputs: jnp.sum(make_student(config).hidden(params, *inputs)))
+    text = jax.jit(gradient).trace(params, ids, ids, ids).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == calls
+
+
 def test_auto_is_the_kernel_on_a_tpu_alone() -> None:
     student = StudentConfig(attention="auto")
     shape = student.decoder(vocab_size=16)

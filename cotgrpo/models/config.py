@@ -30,7 +30,7 @@ class DecoderConfig:
         init_scale: standard deviation of the initial weights; projections back into the residual stream are divided by `sqrt(2 L)`.
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
         param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (all but matrix products and attention),
+        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (norms, rotations and gates: all but matrix products and attention),
             "block" (everything inside a layer; only the residual stream is kept), "offload" (the same, with the residual stream kept in the host's memory).
         attention: of whole sequences: "blocks" (`models/blocks.py`) or "xla", which holds all scores (`models/attention.py`), on any device; or
             "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
@@ -63,7 +63,7 @@ class DecoderConfig:
     init_scale: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: str = "nothing"
+    remat: str = "dots"
     attention: str = "blocks"
     activation: str = "silu"
     biases: tuple[str, ...] = ()

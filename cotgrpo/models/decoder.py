@@ -23,7 +23,7 @@ from cotgrpo.models.attention import attention, attention_by_head, causal_segmen
 from cotgrpo.models.blocks import KEPT, block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.elementwise import along, gated, rms_norm, token_product, transposed_product
+from cotgrpo.models.elementwise import PRODUCT, along, gated, rms_norm, token_product, transposed_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
@@ -248,9 +248,7 @@ class Decoder(nn.Module):
         if self.config.remat == "nothing":
             return Layer
         policies = jax.checkpoint_policies
-        dots = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
-        )
+        dots = policies.save_only_these_names(PRODUCT, KEPT)
         offload = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[RESIDUAL],

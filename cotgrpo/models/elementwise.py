@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from cotgrpo.sharding import spec_of
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
+
+
+PRODUCT = "product"
+"""Name of the results of `token_product` (`jax.ad_checkpoint.checkpoint_name`): a policy that looks for products does not see into a function with its own gradient."""
 
 
 def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, **options: Any) -> Any:
@@ -45,7 +50,7 @@ def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, *
         return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision).astype(kernel.dtype)
 
     product.defvjp(forward, backward, symbolic_zeros=True)
-    return product(x, kernel)
+    return checkpoint_name(product(x, kernel), PRODUCT)
 
 
 FEW_ROWS = 64

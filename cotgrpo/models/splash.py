@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cotgrpo.models.blocks import KEPT
+
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
 
@@ -160,5 +162,6 @@ def make_kernel(
         head_shards=1,
         q_seq_shards=query_shards,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )

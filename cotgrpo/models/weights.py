@@ -62,7 +62,7 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     *,
     compute_dtype: str | None = None,
-    remat: str = "nothing",
+    remat: str = "dots",
 ) -> Pretrained:
     """Reads a model: config.json, safetensors (one file or shards), and the size of its tokenizer.
 

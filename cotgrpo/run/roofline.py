@@ -75,15 +75,14 @@ class Work:
     @property
     def hardware_flops(self) -> float:
         """With what is computed again, and masked scores where attention is not a kernel that skips them."""
-        again = 1 if self.decoder.remat != "nothing" else 0
         layers_again = int(self.decoder.remat in WHOLE_LAYERS)
+        scores_again = int(self.decoder.remat != "nothing")
         # Products of attention in all, and how many times the scores that are read each computes.
         products, masked = {
-            "xla": (6 + 2 * again, self.masked),
-            # The backward pass makes the scores again; a policy that keeps products keeps the result of attention too.
+            "xla": (6 + 2 * scores_again, self.masked),
+            # The backward pass makes the scores again, in the kernel in each of its two parts; a policy that keeps products keeps the result of attention too.
             "blocks": (7 + 2 * layers_again, self.masked * (LEVELS + 1) / (2 * LEVELS)),
-            # The kernel makes the scores again in each of its two backward passes.
-            "splash": (9 + 2 * again, 1),
+            "splash": (9 + 2 * layers_again, 1),
         }[self.decoder.attention]
         extra = 2 * layers_again * self.layer_weights + (products * masked - 6) * self.score_flops
         if self.reference:

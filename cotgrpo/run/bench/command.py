@@ -212,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
             default="float32" if on_cpu else "bfloat16",
             help="compute type (%(default)s)",
         )
-        command.add_argument("--remat", choices=REMAT_POLICIES, default="nothing", help="(%(default)s)")
+        command.add_argument("--remat", choices=REMAT_POLICIES, default="dots", help="(%(default)s)")
         command.add_argument("--repeats", type=int, default=9, help="times that count (%(default)s)")
         command.add_argument("--warmup", type=int, default=2, help="times before them (%(default)s)")
         command.add_argument("--json", type=Path, help="also write the result here")
