@@ -66,6 +66,14 @@ def test_supervised(bench: Any) -> None:
     assert rows[1]["flops_share"] == pytest.approx((whole - head / 2) / whole)
 
 
+def test_remat(bench: Any) -> None:
+    """The same step, and the less is kept, the less memory it takes."""
+    rows = bench("remat", "--policies", "nothing", "dots", "block", "--seq", "128")["rows"]
+    assert [row["policy"] for row in rows] == ["nothing", "dots", "block"]
+    assert rows[0]["time_share"] == 1
+    assert rows[0]["temp_bytes"] > rows[1]["temp_bytes"] > rows[2]["temp_bytes"]
+
+
 @pytest.mark.slow
 def test_memory_of_a_token_does_not_depend_on_the_vocabulary(bench: Any) -> None:
     result = bench("memory", "--vocab", "65536", "131072", "--batch", "32", "--seq", "64")

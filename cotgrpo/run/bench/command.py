@@ -94,6 +94,19 @@ PARTS: dict[str, Part] = {
         ),
         (("--shares", numbers(1.0, 0.5, 0.25, 0.1, kind=float)),),
     ),
+    "remat": Part(
+        "the GRPO step with each policy of recomputation, in turn on the same batch",
+        steps.measure_remat,
+        (
+            ("remat", "policy", "text"),
+            *TIMES,
+            *SPEED,
+            ("time", "time_share", "ratio"),
+            ("compile s", "compile_s", "seconds"),
+            ("temp MB", "temp_bytes", "MB"),
+        ),
+        (("--policies", {"nargs": "+", "choices": REMAT_POLICIES, "default": ["dots", "nothing", "block"]}),),
+    ),
     "on_policy": Part(
         "a GRPO update on the student's own replies: rollout, live ghost, step",
         pipeline.measure_on_policy,

@@ -1,4 +1,4 @@
-"""Whole train steps: SFT beside GRPO (GhostRespond), the share of supervised tokens, memory by vocabulary, compile time by depth."""
+"""Whole train steps: SFT beside GRPO (GhostRespond), the share of supervised tokens, what is recomputed, memory by vocabulary, compile time by depth."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ class Running:
         self.config, self.tx = config, make_optimizer(learning_rate=1e-4, total_steps=1_000_000)
         self.state = TrainState.create(params=init_params(config, jax.random.key(0)), tx=self.tx, key=0)
 
-    def step(self, maker: str, batch: Any, micro_batches: int = 1) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-        """The compiled step `maker`, as a function of a batch, and what its compilation says."""
-        step = MAKERS[maker](make_student(self.config), self.tx, micro_batches=micro_batches)
+    def step(
+        self, maker: str, batch: Any, micro_batches: int = 1, remat: str | None = None
+    ) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        """The compiled step `maker`, as a function of a batch, and what its compilation says; `remat`: other than the config's."""
+        config = dataclasses.replace(self.config, remat=remat or self.config.remat)
+        step = MAKERS[maker](make_student(config), self.tx, micro_batches=micro_batches)
         program, facts = compiled(jit_step(step), self.state, batch)
 
         def run(batch: Any) -> Any:
@@ -108,6 +111,25 @@ def measure_supervised(config: DecoderConfig, args: argparse.Namespace) -> dict[
             | {"time_share": over, "flops_share": rates["model_flops"] / whole}
         )
     return {"rows": rows} | facts
+
+
+def measure_remat(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The GRPO step with each policy of recomputation, in turn on the same batch."""
+    running, batch = Running(config), random_batch(config, args.batch, args.seq)
+    runs, facts = {}, {}
+    for policy in args.policies:
+        run, facts[policy] = running.step("grpo", batch, remat=policy)
+        runs[policy] = functools.partial(run, batch)
+    times = in_turn(runs, args.repeats, args.warmup)
+    first = times[args.policies[0]]
+    rows = [
+        {"policy": policy, "time_share": ratio(found, first)["median_of_pairs"]}
+        | found.row()
+        | speed(config, args, found.median, supervised=1.0)
+        | facts[policy]
+        for policy, found in times.items()
+    ]
+    return {"rows": rows}
 
 
 def abstract_step(config: DecoderConfig, batch: int, seq: int) -> Any:
