@@ -140,8 +140,8 @@ class Layer(nn.Module):
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
         query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
-        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered.
-        key, value = place(key, "BSKH"), place(value, "BSKH")
+        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered, which no policy that keeps products repeats.
+        key, value = (checkpoint_name(place(x, "BSKH"), KEPT) for x in (key, value))
         softmax = (c.query_scale, c.attention_softcap)
         if cached is not None and view.mask is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3)
