@@ -149,9 +149,8 @@ def test_operations_by_hand() -> None:
     assert plain.hardware_flops == 32 * (6 * 3 * layer + 6 * 2 * 2 * 2 * 3 * 16 + 6 * 40)  # all keys of all layers
     blocks = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, attention="blocks"))
     kept = dataclasses.replace(work, decoder=dataclasses.replace(shape, remat="dots"))
-    assert kept.hardware_flops == 32 * (
-        6 * 3 * layer + 9 * scores + 6 * 40
-    )  # the scores again, twice, and no other product
+    # The scores again, twice, and no other product.
+    assert kept.hardware_flops == 32 * (6 * 3 * layer + 9 * scores + 6 * 40)
     # Eight lengths of keys, 9 / 16 of all scores, and one product more: the scores again.
     assert blocks.hardware_flops == 32 * (6 * 3 * layer + 7 * 2 * 2 * 2 * 3 * 16 * 9 / 16 + 6 * 40)
 

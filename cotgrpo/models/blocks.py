@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import MASKED, causal_segment_mask
+from cotgrpo.models.config import KEPT
 from cotgrpo.sharding import axis_names, open_axes, spec_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ LEVELS = 8
 """Into how many lengths of keys a sequence is cut: the program has this many loops, and (LEVELS + 1) / (2 LEVELS) of all scores are computed."""
 ROWS = 64
 """The least rows of a block, and what longer blocks are multiples of."""
-KEPT = "attention"
-"""Name of the results (`jax.ad_checkpoint.checkpoint_name`) for policies that recompute what lies around them."""
 
 
 def block_attention(

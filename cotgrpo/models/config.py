@@ -7,6 +7,8 @@ import dataclasses
 from cotgrpo.models.rotary import RopeScaling
 
 REMAT_POLICIES = ("nothing", "dots", "block", "offload")
+KEPT = "kept"
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of what "dots" keeps. A policy that looks for products itself does not see into a function with its own gradient."""
 ATTENTION = ("blocks", "xla", "splash")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

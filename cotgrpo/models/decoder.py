@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
-from cotgrpo.models.blocks import KEPT, block_attention
+from cotgrpo.models.blocks import block_attention
+from cotgrpo.models.config import KEPT, DecoderConfig
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
-from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.elementwise import PRODUCT, along, gated, rms_norm, token_product, transposed_product
+from cotgrpo.models.elementwise import along, gated, rms_norm, token_product, transposed_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
@@ -248,7 +248,7 @@ class Decoder(nn.Module):
         if self.config.remat == "nothing":
             return Layer
         policies = jax.checkpoint_policies
-        dots = policies.save_only_these_names(PRODUCT, KEPT)
+        dots = policies.save_only_these_names(KEPT)
         offload = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[RESIDUAL],

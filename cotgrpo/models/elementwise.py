@@ -11,14 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from cotgrpo.models.config import KEPT
 from cotgrpo.sharding import spec_of
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
-
-
-PRODUCT = "product"
-"""Name of the results of `token_product` (`jax.ad_checkpoint.checkpoint_name`): a policy that looks for products does not see into a function with its own gradient."""
 
 
 def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, **options: Any) -> Any:
@@ -50,7 +47,7 @@ def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, *
         return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision).astype(kernel.dtype)
 
     product.defvjp(forward, backward, symbolic_zeros=True)
-    return checkpoint_name(product(x, kernel), PRODUCT)
+    return checkpoint_name(product(x, kernel), KEPT)
 
 
 FEW_ROWS = 64

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cotgrpo.models.blocks import KEPT
+from cotgrpo.models.config import KEPT
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
