@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, head_of, init_cache, make_student
-from cotgrpo.models.elementwise import transposed_product
+from cotgrpo.models.products import transposed_product
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.sharding import batch_shards, open_axes
 from cotgrpo.token_engine import HeadSpec, draw, likeliest

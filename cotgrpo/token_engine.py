@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo import objectives
+from cotgrpo.models.products import summed_product
 from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow
 from cotgrpo.sharding import axis_names, place, place_param, spec_of
 from cotgrpo.types import project
@@ -221,7 +222,7 @@ class Walk:
             else:
                 dlogits_TV = dlogits_TV.astype(head_DV.dtype)
                 tile_dhidden = jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=jnp.float32)
-                dhead = dhead + jnp.matmul(hidden_TD.T, dlogits_TV, preferred_element_type=jnp.float32)
+                dhead = dhead + summed_product(hidden_TD, dlogits_TV, jnp.float32)
             dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, tile_dhidden.astype(dhidden.dtype), start, axis=0)
             return sums, (dhidden, dhead)
 

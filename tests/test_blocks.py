@@ -12,7 +12,8 @@ import pytest
 
 from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.blocks import Cut, block_attention
-from cotgrpo.models.elementwise import ACTIVATIONS, FEW_ROWS, gated, rms_norm, token_product, transposed_product
+from cotgrpo.models.elementwise import ACTIVATIONS, gated, rms_norm
+from cotgrpo.models.products import FEW_ROWS, summed_product, token_product, transposed_product
 
 CASES: dict[str, dict[str, Any]] = {
     "one_block": {"T": 40},

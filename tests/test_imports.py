@@ -37,6 +37,7 @@ CORE_MODULES = {
     "models.decoder",
     "models.elementwise",
     "models.lora",
+    "models.products",
     "models.rotary",
     "models.splash",
 }

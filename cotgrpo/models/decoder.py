@@ -23,7 +23,8 @@ from cotgrpo.models.attention import attention, attention_by_head, causal_segmen
 from cotgrpo.models.blocks import block_attention
 from cotgrpo.models.config import KEPT, DecoderConfig
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
-from cotgrpo.models.elementwise import along, gated, rms_norm, token_product, transposed_product
+from cotgrpo.models.elementwise import along, gated, rms_norm
+from cotgrpo.models.products import token_product, transposed_product
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash import splash_attention
 from cotgrpo.sharding import gathered, place
