@@ -142,3 +142,16 @@ def test_few_rows_are_the_columns_of_the_compiled_product() -> None:
         return re.findall(r"= f32\[([0-9,]+)\]\S* dot\(", text)
 
     assert products(8) == ["48,8"] and products(FEW_ROWS + 1) == [f"{FEW_ROWS + 1},48"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_summed_over_rows(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x_ND, y_NF = (jnp.asarray(rng.normal(size=s), dtype) for s in ((6, 8), (6, 50)))
+    program = jax.jit(lambda x, y: summed_product(x, y, jnp.float32)).lower(x_ND, y_NF).compile()
+    got = program(x_ND, y_NF)
+    assert got.dtype == jnp.float32
+    want = np.einsum("nd,nf->df", *(np.asarray(x, np.float64) for x in (x_ND, y_NF)))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    # The transposition is not taken into the product again.
+    assert re.findall(r" dot\(.*lhs_contracting_dims=\{(\d)\}", program.as_text()) == ["1"]

@@ -1,4 +1,4 @@
-"""What a layer computes besides attention, each with its own gradient: what is kept is as little as it needs, and nothing is copied."""
+"""What a layer computes besides products and attention, each with its own gradient: what is kept is as little as it needs, and nothing is copied."""
 
 from __future__ import annotations
 
