@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo import objectives
-from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow, exact_metrics, require
+from cotgrpo.models.products import total
+from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow, exact_metrics, log_normaliser, require
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -40,18 +41,18 @@ class ForwardKl:
         require(self.top_k >= 1, "ForwardKl.top_k", "an integer of at least 1", self.top_k)
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         q_K, rest = self.target(row)
         kl = jnp.sum(q_K * (row.top_log_probs - (logits_V[row.top_ids] - log_z)))
-        log_p_rest = jax.nn.logsumexp(self.others(logits_V, row)) - log_z
+        log_p_rest = log_normaliser(self.others(logits_V, row)) - log_z
         kl += jnp.where(rest > 0, rest * (jnp.log(jnp.where(rest > 0, rest, 1.0)) - log_p_rest), 0.0)
         return kl, exact_metrics(logits_V, log_z, row) | {"top_mass": jnp.sum(q_K)}
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
         q_K, rest = self.target(row)
         others_V = self.others(logits_V, row)
-        p_V = jnp.exp(logits_V - jax.nn.logsumexp(logits_V))
-        spread_V = rest * jnp.exp(others_V - jax.nn.logsumexp(others_V))
+        p_V = jnp.exp(logits_V - log_normaliser(logits_V))
+        spread_V = rest * jnp.exp(others_V - log_normaliser(others_V))
         return self(logits_V, row), (p_V - spread_V).at[row.top_ids].add(-q_K)
 
     def target(self, row: TokenRow) -> tuple[Any, Any]:
@@ -100,12 +101,12 @@ class ReferenceKl:
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
         loss, metrics = self.objective(logits_V, row)
         log_p_V = jax.nn.log_softmax(logits_V)
-        kl = jnp.sum(jnp.exp(log_p_V) * (log_p_V - jax.nn.log_softmax(row.reference_logits)))
+        kl = total(jnp.exp(log_p_V) * (log_p_V - jax.nn.log_softmax(row.reference_logits)))
         return loss + self.weight * kl, metrics | {"kl": kl}
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
         (loss, metrics), grad_V = objectives.value_and_grad(self.objective)(logits_V, row)
         log_p_V = jax.nn.log_softmax(logits_V)
         p_V, ratio_V = jnp.exp(log_p_V), log_p_V - jax.nn.log_softmax(row.reference_logits)
-        kl = jnp.sum(p_V * ratio_V)
+        kl = total(p_V * ratio_V)
         return (loss + self.weight * kl, metrics | {"kl": kl}), grad_V + self.weight * p_V * (ratio_V - kl)

@@ -35,6 +35,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from cotgrpo.models.products import total
+
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
 
@@ -92,11 +94,17 @@ def ghost_reward(
     return logits_V[ghost] - logits_V[drawn]
 
 
+def log_normaliser(logits_V: Float[Array, "V"]) -> Float[Array, ""]:
+    """`log sum_v exp(z_v)`; NaN where the largest logit is not finite."""
+    top = jax.lax.stop_gradient(jnp.max(logits_V))
+    return top + jnp.log(total(jnp.exp(logits_V - top)))
+
+
 def distribution_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
     """What every objective reports: `entropy` of p in nats, and `token_accuracy`, 1 where the greedy token is the ghost."""
     p_V = jnp.exp(logits_V - log_z)
     return {
-        "entropy": log_z - jnp.sum(p_V * logits_V),
+        "entropy": log_z - total(p_V * logits_V),
         "token_accuracy": jnp.float32(logits_V[row.ghost] >= jnp.max(logits_V)),
     }
 
@@ -113,8 +121,7 @@ def exact_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: Tok
     return metrics | {
         "reward": ghost_logit - log_z + metrics["entropy"],
         "ghost_prob": ghost_prob,
-        # Of p * p XLA would make exponentials of its own, in an array of their own.
-        "drawn_prob": jnp.vdot(p_V, jnp.minimum(p_V, 1.0)),
+        "drawn_prob": total(p_V * p_V),
         "match_rate": ghost_prob,
     }
 
@@ -140,10 +147,7 @@ def toward_ghost(slope_V: Float[Array, "V"], ghost: Int[Array, ""]) -> Float[Arr
 
 
 def softplus(x: Any) -> Any:
-    """`log(1 + exp(x))`, elementwise, as `max(x, 0) + log(1 + exp(-|x|))`: within 6e-8 of it, and without log1p, which a CPU computes one by one.
-
-    It ends in a selection because XLA on a CPU puts a formula without one into the sum that follows, where it takes longer.
-    """
+    """`log(1 + exp(x))`, elementwise, as `max(x, 0) + log(1 + exp(-|x|))`: within 6e-8 of it, and without log1p, which a CPU computes one by one."""
     rest = jnp.log(1 + jnp.exp(-jnp.abs(x)))
     return jnp.where(x >= 0, x + rest, rest)  # JAX's derivative of |x| is 1 at 0, so this one's is 1/2
 
@@ -158,11 +162,11 @@ class Nll:
     num_draws = 0
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         return log_z - logits_V[row.ghost], distribution_metrics(logits_V, log_z, row)
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         return self(logits_V, row), toward_ghost(jnp.exp(logits_V - log_z), row.ghost)
 
 
@@ -178,7 +182,7 @@ class Reinforce:
     num_draws = 1
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         metrics = drawn_metrics(logits_V, log_z, row)
         return -jax.lax.stop_gradient(metrics["reward"]) * (logits_V[row.drawn] - log_z), metrics
 
@@ -203,7 +207,7 @@ class RewardGradient:
         return self.samples
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        metrics = drawn_metrics(logits_V, jax.nn.logsumexp(logits_V), row)
+        metrics = drawn_metrics(logits_V, log_normaliser(logits_V), row)
         return -ghost_reward(logits_V, row.ghost, row.drawn), metrics
 
 
@@ -260,14 +264,14 @@ class Pair:
         return jnp.where(logits_V <= MASKED_LOGIT, MASKED_LOGIT, (1 - self.beta) * logits_V)
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         nll = log_z - logits_V[row.ghost]
         if self.estimator == "drawn":
             pair = softplus(-self.beta * ghost_reward(logits_V, row.ghost, row.drawn))
             metrics = drawn_metrics(logits_V, log_z, row)
         else:
             n_V = jax.lax.stop_gradient(self.negatives_V(logits_V, log_z))
-            pair = jnp.sum(n_V * softplus(self.beta * (logits_V - logits_V[row.ghost])))
+            pair = total(n_V * softplus(self.beta * (logits_V - logits_V[row.ghost])))
             metrics = exact_metrics(logits_V, log_z, row)
         return self.nll_weight * nll + self.pair_weight * (2 / self.beta) * pair, metrics
 
@@ -276,7 +280,7 @@ class Pair:
         return jnp.exp(logits_V - log_z) if self.negatives == "policy" else jax.nn.softmax(self.draw_logits(logits_V))
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         p_V = jnp.exp(logits_V - log_z)
         if self.estimator == "drawn":
             n_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
@@ -325,7 +329,7 @@ class GroupRelative:
 
     def parts(self, logits_V: Any, row: TokenRow) -> tuple[Any, dict[str, Any], Any]:
         """`(loss, metrics, dloss / dlog p(y))`."""
-        log_z = jax.nn.logsumexp(logits_V)
+        log_z = log_normaliser(logits_V)
         log_p = logits_V[row.drawn] - log_z
         ratio = jnp.exp(log_p - row.drawn_log_prob)
         bounded = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
@@ -333,9 +337,9 @@ class GroupRelative:
         loss = -jnp.minimum(ratio * row.advantage, bounded * row.advantage)
         slope = jnp.where(clipped, 0.0, -ratio * row.advantage)
         p_V = jnp.exp(logits_V - log_z)
-        metrics = {"entropy": log_z - jnp.sum(p_V * logits_V), "clipped": jnp.float32(clipped)}
+        metrics = {"entropy": log_z - total(p_V * logits_V), "clipped": jnp.float32(clipped)}
         if self.kl_weight:
-            log_u = row.reference_logits[row.drawn] - jax.nn.logsumexp(row.reference_logits) - log_p
+            log_u = row.reference_logits[row.drawn] - log_normaliser(row.reference_logits) - log_p
             metrics["kl"] = jnp.exp(log_u) - log_u - 1
             loss, slope = loss + self.kl_weight * metrics["kl"], slope + self.kl_weight * (1 - jnp.exp(log_u))
         return loss, metrics, slope

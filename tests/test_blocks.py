@@ -13,7 +13,7 @@ import pytest
 from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.blocks import Cut, block_attention
 from cotgrpo.models.elementwise import ACTIVATIONS, gated, rms_norm
-from cotgrpo.models.products import FEW_ROWS, summed_product, token_product, transposed_product
+from cotgrpo.models.products import FEW_ROWS, summed_product, token_product, total, transposed_product
 
 CASES: dict[str, dict[str, Any]] = {
     "one_block": {"T": 40},
@@ -155,3 +155,31 @@ def test_a_product_summed_over_rows(dtype: str) -> None:
     np.testing.assert_allclose(got, want, atol=1e-5)
     # The transposition is not taken into the product again.
     assert re.findall(r" dot\(.*lhs_contracting_dims=\{(\d)\}", program.as_text()) == ["1"]
+
+
+def fused_with_sums(text: str) -> list[str]:
+    """The operations of a compiled program that are in one computation with a sum's `reduce`, other than it and what it reads."""
+    bodies = [body for body in re.split(r"\n}\n", text) if re.search(r" reduce\(.*dimensions=\{1\}", body)]
+    return [name for body in bodies if "ENTRY" not in body for name in re.findall(r" (exponential|multiply)\(", body)]
+
+
+@pytest.mark.parametrize("row", [[1.0, -2.0, 3e38, 0.5], [1.0, np.inf, -3.0, 0.5], [np.nan, 1.0, 2.0, 0.5]])
+def test_a_total_is_the_sum(row: list[float]) -> None:
+    x_V = jnp.array(row)
+    np.testing.assert_array_equal(jax.jit(total)(x_V), jnp.sum(x_V))
+    np.testing.assert_array_equal(jax.grad(total)(jnp.arange(4.0)), jnp.ones(4))
+
+
+def test_what_is_summed_is_written_first_on_a_cpu() -> None:
+    square = lambda sum_of: jax.jit(jax.vmap(lambda x_V: sum_of(jnp.exp(x_V) * x_V)))
+    x_NV = jax.random.normal(jax.random.key(0), (64, 4096))
+    compiled = lambda function: function.lower(x_NV).compile().as_text()
+    assert fused_with_sums(compiled(square(jnp.sum)))
+    assert not fused_with_sums(compiled(square(total)))
+    np.testing.assert_allclose(square(total)(x_NV), square(jnp.sum)(x_NV), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("tpu", 0), ("cuda", 0), ("cpu", 1)])
+def test_a_program_for_another_platform_has_no_barrier(platform: str, barriers: int) -> None:
+    program = jax.jit(lambda x: summed_product(x, x)).trace(jnp.ones((4, 8))).lower(lowering_platforms=(platform,))
+    assert program.as_text().count("optimization_barrier") == barriers

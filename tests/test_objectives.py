@@ -291,6 +291,16 @@ def test_reference_kl_by_hand() -> None:
     np.testing.assert_allclose(loss, np.log(4) + 0.5 * kl, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_log_normaliser(shift: float) -> None:
+    z_V = np.append(np.random.default_rng(0).normal(size=9) + shift, objectives.MASKED_LOGIT).astype(np.float32)
+    want = shift + np.log(np.sum(np.exp(z_V.astype(np.float64) - shift)))
+    value, grad = jax.value_and_grad(objectives.log_normaliser)(jnp.asarray(z_V))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, np.exp(z_V.astype(np.float64) - want), rtol=1e-4)
+    assert np.isnan(objectives.log_normaliser(jnp.array([0.0, np.inf])))
+
+
 @pytest.mark.parametrize(
     "objective",
     [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient(), ForwardKl(3)],

@@ -1,4 +1,4 @@
-"""Matrix products, written so that XLA's CPU backend makes them at their best rate; elsewhere they are what they were."""
+"""Matrix products and sums, written so that XLA's CPU backend makes them at their best rate; elsewhere they are what they were."""
 
 from __future__ import annotations
 
@@ -48,15 +48,23 @@ def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, *
     return checkpoint_name(product(x, kernel), KEPT)
 
 
+def total(x: Float[Array, "V"]) -> Float[Array, ""]:
+    """`sum_v x_v` over a vocabulary.
+
+    XLA's CPU backend takes the formula of x into the sum, which then runs on one core and takes several times as long as writing x out and adding it up.
+    There x ends in a selection that changes no value and stays outside.
+    """
+    outside = lambda x: jnp.where(x > jnp.finfo(x.dtype).max, jnp.inf, x)
+    return jnp.sum(jax.lax.platform_dependent(x, cpu=outside, default=lambda x: x))
+
+
 def summed_product(x: Float[Array, "N D"], y: Float[Array, "N F"], dtype: Any = None) -> Float[Array, "D F"]:
     """`x^T y = sum_n x_n y_n^T` in `dtype`, for F much larger than D, as a vocabulary is: the gradient of a head over its N tokens.
 
     XLA's CPU backend leaves a product over both first dimensions to another library than the rest, which reaches half their rate where F is large. There `x^T` is written out first.
     """
-    x_DN = x.T
-    if jax.default_backend() == "cpu":
-        # Without the barrier XLA takes the transposition into the product again.
-        x_DN = jax.lax.optimization_barrier(x_DN)
+    # Without the barrier XLA takes the transposition into the product again.
+    x_DN = jax.lax.platform_dependent(x.T, cpu=jax.lax.optimization_barrier, default=lambda x: x)
     return jnp.matmul(x_DN, y, preferred_element_type=dtype)
 
 
