@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from cotgrpo.config import (
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.models.lora import init_lora
+from cotgrpo.models.products import total
 from cotgrpo.run.chips import CHIPS, parse_topology
 from cotgrpo.run.hlo import estimated_cycles
-from cotgrpo.run.plan import Planned, compile_step, needed_bytes
+from cotgrpo.run.plan import Planned, compile_step, needed_bytes, tpu_devices
 from cotgrpo.run.plan_page import ways
 from cotgrpo.run.roofline import Work, step_time
 from cotgrpo.sharding import batch_sharding, make_mesh, mesh_shape, state_sharding
@@ -299,6 +301,21 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
     said = sum(planned.argument_bytes(planned.step()[1]).values())
     # The compiler pads small arrays to tiles of 8 x 128.
     assert said <= figures["argument_bytes"] < 4 * said + 2**20
+
+
+@needs_libtpu
+def test_a_total_is_a_plain_sum_on_a_tpu() -> None:
+    """The program of `jnp.sum`, though the function holds another for CPUs."""
+    device = jax.sharding.SingleDeviceSharding(tpu_devices(parse_topology("v5e:2x2"))[0])
+    x_NV = jax.ShapeDtypeStruct((64, 4096), jnp.float32, sharding=device)
+
+    def operations(sum_of: Any) -> list[str]:
+        program = jax.jit(jax.vmap(lambda x_V: sum_of(jnp.exp(x_V) * x_V)), out_shardings=device)
+        text = program.trace(x_NV).lower(lowering_platforms=("tpu",)).compile().as_text()
+        return re.findall(r"\} ([a-z-]+)\(", text)
+
+    assert "fusion" in operations(jnp.sum)
+    assert operations(total) == operations(jnp.sum)
 
 
 @needs_libtpu
