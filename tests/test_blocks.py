@@ -158,7 +158,7 @@ def test_a_product_summed_over_rows(dtype: str) -> None:
 
 
 def fused_with_sums(text: str) -> list[str]:
-    """The operations of a compiled program that are in one computation with a sum's `reduce`, other than it and what it reads."""
+    """The exponentials and products of a compiled program that are in one computation with a sum's `reduce`."""
     bodies = [body for body in re.split(r"\n}\n", text) if re.search(r" reduce\(.*dimensions=\{1\}", body)]
     return [name for body in bodies if "ENTRY" not in body for name in re.findall(r" (exponential|multiply)\(", body)]
 
