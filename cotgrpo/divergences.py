@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 from cotgrpo import objectives
 from cotgrpo.models.products import total
-from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow, exact_metrics, log_normaliser, require
+from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenRow, exact_metrics, require, softmax
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -41,19 +40,17 @@ class ForwardKl:
         require(self.top_k >= 1, "ForwardKl.top_k", "an integer of at least 1", self.top_k)
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = log_normaliser(logits_V)
+        student = softmax(logits_V)
         q_K, rest = self.target(row)
-        kl = jnp.sum(q_K * (row.top_log_probs - (logits_V[row.top_ids] - log_z)))
-        log_p_rest = log_normaliser(self.others(logits_V, row)) - log_z
+        kl = jnp.sum(q_K * (row.top_log_probs - student.log_prob(row.top_ids)))
+        log_p_rest = softmax(self.others(logits_V, row)).log_z - student.log_z
         kl += jnp.where(rest > 0, rest * (jnp.log(jnp.where(rest > 0, rest, 1.0)) - log_p_rest), 0.0)
-        return kl, exact_metrics(logits_V, log_z, row) | {"top_mass": jnp.sum(q_K)}
+        return kl, exact_metrics(student, row) | {"top_mass": jnp.sum(q_K)}
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
         q_K, rest = self.target(row)
-        others_V = self.others(logits_V, row)
-        p_V = jnp.exp(logits_V - log_normaliser(logits_V))
-        spread_V = rest * jnp.exp(others_V - log_normaliser(others_V))
-        return self(logits_V, row), (p_V - spread_V).at[row.top_ids].add(-q_K)
+        spread_V = rest * softmax(self.others(logits_V, row)).p_V
+        return self(logits_V, row), (softmax(logits_V).p_V - spread_V).at[row.top_ids].add(-q_K)
 
     def target(self, row: TokenRow) -> tuple[Any, Any]:
         """The top's q, and the rest's: 0 where that is no more than the rounding of the sum."""
@@ -100,13 +97,16 @@ class ReferenceKl:
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
         loss, metrics = self.objective(logits_V, row)
-        log_p_V = jax.nn.log_softmax(logits_V)
-        kl = total(jnp.exp(log_p_V) * (log_p_V - jax.nn.log_softmax(row.reference_logits)))
+        kl = self.parts(logits_V, row)[0]
         return loss + self.weight * kl, metrics | {"kl": kl}
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
         (loss, metrics), grad_V = objectives.value_and_grad(self.objective)(logits_V, row)
-        log_p_V = jax.nn.log_softmax(logits_V)
-        p_V, ratio_V = jnp.exp(log_p_V), log_p_V - jax.nn.log_softmax(row.reference_logits)
-        kl = total(p_V * ratio_V)
+        kl, p_V, ratio_V = self.parts(logits_V, row)
         return (loss + self.weight * kl, metrics | {"kl": kl}), grad_V + self.weight * p_V * (ratio_V - kl)
+
+    def parts(self, logits_V: Any, row: TokenRow) -> tuple[Any, Any, Any]:
+        """`(KL(p || r), p, log p - log r)`."""
+        student, reference = softmax(logits_V), softmax(row.reference_logits)
+        ratio_V = (logits_V - student.log_z) - (row.reference_logits - reference.log_z)
+        return total(student.p_V * ratio_V), student.p_V, ratio_V

@@ -29,13 +29,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.models.products import total
+from cotgrpo.models.products import total, written
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
@@ -94,44 +94,65 @@ def ghost_reward(
     return logits_V[ghost] - logits_V[drawn]
 
 
-def log_normaliser(logits_V: Float[Array, "V"]) -> Float[Array, ""]:
-    """`log sum_v exp(z_v)`; NaN where the largest logit is not finite."""
+class Distribution(NamedTuple):
+    """p = softmax(z) at one context.
+
+    Attributes:
+        logits_V: z.
+        log_z: the log-normaliser `log sum_v exp(z_v)`; NaN where the largest logit is not finite.
+        p_V: `exp(z - log_z)`, NaN there too.
+    """
+
+    logits_V: Any
+    log_z: Any
+    p_V: Any
+
+    def log_prob(self, token: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+        """`log p(token)`, of one or of several."""
+        return self.logits_V[token] - self.log_z
+
+    def entropy(self) -> Float[Array, ""]:
+        """`-sum_v p_v log p_v`, in nats."""
+        return self.log_z - total(self.p_V * self.logits_V)
+
+
+def softmax(logits_V: Float[Array, "V"]) -> Distribution:
+    """The distribution of logits, from one array of exponentials."""
     top = jax.lax.stop_gradient(jnp.max(logits_V))
-    return top + jnp.log(total(jnp.exp(logits_V - top)))
+    mass_V = written(jnp.exp(logits_V - top))
+    mass = jnp.sum(mass_V)
+    return Distribution(logits_V, top + jnp.log(mass), mass_V * (1 / mass))
 
 
-def distribution_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+def distribution_metrics(student: Distribution, row: TokenRow) -> dict[str, Any]:
     """What every objective reports: `entropy` of p in nats, and `token_accuracy`, 1 where the greedy token is the ghost."""
-    p_V = jnp.exp(logits_V - log_z)
     return {
-        "entropy": log_z - total(p_V * logits_V),
-        "token_accuracy": jnp.float32(logits_V[row.ghost] >= jnp.max(logits_V)),
+        "entropy": student.entropy(),
+        "token_accuracy": jnp.float32(student.logits_V[row.ghost] >= jnp.max(student.logits_V)),
     }
 
 
-def exact_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+def exact_metrics(student: Distribution, row: TokenRow) -> dict[str, Any]:
     """The reward and its companions as exact means over y ~ p: nothing needs to be drawn to know them.
 
     `reward` = E[log p(y*) - log p(y)], `ghost_prob` = p(y*), `drawn_prob` = E[p(y)], `match_rate` = P(y = y*) = p(y*).
     """
-    metrics = distribution_metrics(logits_V, log_z, row)
-    ghost_logit = logits_V[row.ghost]
-    ghost_prob = jnp.exp(ghost_logit - log_z)
-    p_V = jnp.exp(logits_V - log_z)
+    metrics = distribution_metrics(student, row)
+    ghost_prob = jnp.exp(student.log_prob(row.ghost))
     return metrics | {
-        "reward": ghost_logit - log_z + metrics["entropy"],
+        "reward": student.log_prob(row.ghost) + metrics["entropy"],
         "ghost_prob": ghost_prob,
-        "drawn_prob": total(p_V * p_V),
+        "drawn_prob": total(student.p_V * student.p_V),
         "match_rate": ghost_prob,
     }
 
 
-def drawn_metrics(logits_V: Float[Array, "V"], log_z: Float[Array, ""], row: TokenRow) -> dict[str, Any]:
+def drawn_metrics(student: Distribution, row: TokenRow) -> dict[str, Any]:
     """The same for the one token that was drawn."""
-    return distribution_metrics(logits_V, log_z, row) | {
-        "reward": ghost_reward(logits_V, row.ghost, row.drawn),
-        "ghost_prob": jnp.exp(logits_V[row.ghost] - log_z),
-        "drawn_prob": jnp.exp(logits_V[row.drawn] - log_z),
+    return distribution_metrics(student, row) | {
+        "reward": ghost_reward(student.logits_V, row.ghost, row.drawn),
+        "ghost_prob": jnp.exp(student.log_prob(row.ghost)),
+        "drawn_prob": jnp.exp(student.log_prob(row.drawn)),
         "match_rate": jnp.float32(row.drawn == row.ghost),
     }
 
@@ -162,12 +183,11 @@ class Nll:
     num_draws = 0
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = log_normaliser(logits_V)
-        return log_z - logits_V[row.ghost], distribution_metrics(logits_V, log_z, row)
+        student = softmax(logits_V)
+        return -student.log_prob(row.ghost), distribution_metrics(student, row)
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        log_z = log_normaliser(logits_V)
-        return self(logits_V, row), toward_ghost(jnp.exp(logits_V - log_z), row.ghost)
+        return self(logits_V, row), toward_ghost(softmax(logits_V).p_V, row.ghost)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +202,9 @@ class Reinforce:
     num_draws = 1
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = log_normaliser(logits_V)
-        metrics = drawn_metrics(logits_V, log_z, row)
-        return -jax.lax.stop_gradient(metrics["reward"]) * (logits_V[row.drawn] - log_z), metrics
+        student = softmax(logits_V)
+        metrics = drawn_metrics(student, row)
+        return -jax.lax.stop_gradient(metrics["reward"]) * student.log_prob(row.drawn), metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +227,7 @@ class RewardGradient:
         return self.samples
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        metrics = drawn_metrics(logits_V, log_normaliser(logits_V), row)
-        return -ghost_reward(logits_V, row.ghost, row.drawn), metrics
+        return -ghost_reward(logits_V, row.ghost, row.drawn), drawn_metrics(softmax(logits_V), row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,30 +283,28 @@ class Pair:
         return jnp.where(logits_V <= MASKED_LOGIT, MASKED_LOGIT, (1 - self.beta) * logits_V)
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        log_z = log_normaliser(logits_V)
-        nll = log_z - logits_V[row.ghost]
+        student = softmax(logits_V)
         if self.estimator == "drawn":
             pair = softplus(-self.beta * ghost_reward(logits_V, row.ghost, row.drawn))
-            metrics = drawn_metrics(logits_V, log_z, row)
+            metrics = drawn_metrics(student, row)
         else:
-            n_V = jax.lax.stop_gradient(self.negatives_V(logits_V, log_z))
+            n_V = jax.lax.stop_gradient(self.negatives_V(student))
             pair = total(n_V * softplus(self.beta * (logits_V - logits_V[row.ghost])))
-            metrics = exact_metrics(logits_V, log_z, row)
-        return self.nll_weight * nll + self.pair_weight * (2 / self.beta) * pair, metrics
+            metrics = exact_metrics(student, row)
+        return self.pair_weight * (2 / self.beta) * pair - self.nll_weight * student.log_prob(row.ghost), metrics
 
-    def negatives_V(self, logits_V: Float[Array, "V"], log_z: Float[Array, ""]) -> Float[Array, "V"]:
-        """n, in the same words as p where it is p, so that XLA computes it once."""
-        return jnp.exp(logits_V - log_z) if self.negatives == "policy" else jax.nn.softmax(self.draw_logits(logits_V))
+    def negatives_V(self, student: Distribution) -> Float[Array, "V"]:
+        """N over the vocabulary."""
+        return student.p_V if self.negatives == "policy" else softmax(self.draw_logits(student.logits_V)).p_V
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        log_z = log_normaliser(logits_V)
-        p_V = jnp.exp(logits_V - log_z)
+        student = softmax(logits_V)
         if self.estimator == "drawn":
             n_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
         else:
-            n_V = self.negatives_V(logits_V, log_z)
+            n_V = self.negatives_V(student)
         lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[row.ghost]))
-        slope_V = self.nll_weight * p_V + (2 * self.pair_weight) * n_V * lost_V
+        slope_V = self.nll_weight * student.p_V + (2 * self.pair_weight) * n_V * lost_V
         return self(logits_V, row), toward_ghost(slope_V, row.ghost)
 
 
@@ -320,26 +337,25 @@ class GroupRelative:
         return self.kl_weight > 0
 
     def __call__(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, dict[str, Any]]:
-        return self.parts(logits_V, row)[:2]
+        return self.parts(softmax(logits_V), row)[:2]
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:
-        loss, metrics, slope = self.parts(logits_V, row)
+        student = softmax(logits_V)
+        loss, metrics, slope = self.parts(student, row)
         is_drawn_V = (jnp.arange(logits_V.shape[0]) == row.drawn).astype(jnp.float32)
-        return (loss, metrics), slope * (is_drawn_V - jax.nn.softmax(logits_V))
+        return (loss, metrics), slope * (is_drawn_V - student.p_V)
 
-    def parts(self, logits_V: Any, row: TokenRow) -> tuple[Any, dict[str, Any], Any]:
+    def parts(self, student: Distribution, row: TokenRow) -> tuple[Any, dict[str, Any], Any]:
         """`(loss, metrics, dloss / dlog p(y))`."""
-        log_z = log_normaliser(logits_V)
-        log_p = logits_V[row.drawn] - log_z
+        log_p = student.log_prob(row.drawn)
         ratio = jnp.exp(log_p - row.drawn_log_prob)
         bounded = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
         clipped = bounded * row.advantage < ratio * row.advantage
         loss = -jnp.minimum(ratio * row.advantage, bounded * row.advantage)
         slope = jnp.where(clipped, 0.0, -ratio * row.advantage)
-        p_V = jnp.exp(logits_V - log_z)
-        metrics = {"entropy": log_z - total(p_V * logits_V), "clipped": jnp.float32(clipped)}
+        metrics = {"entropy": student.entropy(), "clipped": jnp.float32(clipped)}
         if self.kl_weight:
-            log_u = row.reference_logits[row.drawn] - log_normaliser(row.reference_logits) - log_p
+            log_u = softmax(row.reference_logits).log_prob(row.drawn) - log_p
             metrics["kl"] = jnp.exp(log_u) - log_u - 1
             loss, slope = loss + self.kl_weight * metrics["kl"], slope + self.kl_weight * (1 - jnp.exp(log_u))
         return loss, metrics, slope

@@ -17,7 +17,7 @@ import numpy as np
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, by_layer, decode, head_of, init_cache, make_student
 from cotgrpo.models.products import transposed_product
-from cotgrpo.objectives import MASKED_LOGIT, log_normaliser
+from cotgrpo.objectives import MASKED_LOGIT, softmax
 from cotgrpo.sharding import batch_shards, open_axes
 from cotgrpo.token_engine import HeadSpec, draw, likeliest
 from cotgrpo.types import Params
@@ -342,8 +342,7 @@ def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any
         uniform_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
-    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, picked_B - jax.vmap(log_normaliser)(logits_BV)
+    return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)
 
 
 def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:

@@ -19,6 +19,8 @@ every tile.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 DRAW_BLOCK = 256
 """Width of the blocks of the two-level inverse CDF: the cumulative sum runs over V / 256 block sums, then over one block."""
+
+BLOCK_ROWS = 16
+"""Rows of logits, at most, that an objective is mapped over at one time on a CPU."""
 
 
 class TokenRows(flax.struct.PyTreeNode):
@@ -246,6 +251,35 @@ class Walk:
         reference_TV = None
         if rows.reference_hidden is not None:
             reference_TV = self.reference_spec.logits(rows.reference_hidden, reference_head)
+        at_once = functools.partial(self.row_sums, with_grad)
+        in_blocks = functools.partial(self.block_sums, with_grad)
+        known = (reference_TV, rows.replace(reference_hidden=None))
+        return jax.lax.platform_dependent(logits_TV, *known, cpu=in_blocks, default=at_once)
+
+    def block_sums(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
+        """`row_sums` of a few rows at a time, which stay in a CPU's caches; the gradient is written over the logits."""
+        tile = logits_TV.shape[0]
+        size = next(size for size in range(min(BLOCK_ROWS, tile), 0, -1) if tile % size == 0)
+        cut = lambda x, index: jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+        def one_block(index: Any, carry: Any) -> Any:
+            sums, block_BV, tile_TV = carry
+            known = jax.tree.map(lambda x: cut(x, index), (reference_TV, rows))
+            of_block, dlogits_BV = self.row_sums(with_grad, block_BV, *known)
+            if with_grad:
+                tile_TV = jax.lax.dynamic_update_slice_in_dim(tile_TV, dlogits_BV, index * size, axis=0)
+            # The next block is read here, behind the write: read where it is used, it would make XLA copy the tile before each write.
+            return jax.tree.map(jnp.add, sums, of_block), cut(tile_TV, index + 1), tile_TV
+
+        first = cut(logits_TV, 0)
+        sums = zeros_like_result(
+            lambda: self.row_sums(False, first, *jax.tree.map(lambda x: cut(x, 0), (reference_TV, rows)))[0]
+        )
+        sums, _, tile_TV = jax.lax.fori_loop(0, tile // size, one_block, (sums, first, logits_TV))
+        return sums, tile_TV if with_grad else None
+
+    def row_sums(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
+        """`tile_sums` of rows whose logits are there."""
         drawn_TG = rows.drawn
         if rows.uniform is not None:
             draw_TV = jax.vmap(lambda row: objectives.draw_logits(self.objective, row))(logits_TV)
@@ -287,14 +321,18 @@ class Walk:
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
 
     def zero_sums(self, tile: int, hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
-        """Zeros in the shape of `tile_sums`'s first result, found by abstract evaluation."""
+        """Zeros in the shape of `tile_sums`'s first result."""
 
         def first_tile(hidden_ND: Any, head_DV: Any, rows: TokenRows, reference_head: Any) -> Any:
             rows_T = jax.tree.map(lambda x: x[:tile], rows)
             return self.tile_sums(hidden_ND[:tile], head_DV, rows_T, reference_head, False)[0]
 
-        shapes = jax.eval_shape(first_tile, hidden_ND, head_DV, rows, reference_head)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return zeros_like_result(first_tile, hidden_ND, head_DV, rows, reference_head)
+
+
+def zeros_like_result(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Zeros in the shape of `function(*arguments)`, which is not computed."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
 
 
 def likeliest(logits_V: Float[Array, "V"]) -> Int[Array, ""]:

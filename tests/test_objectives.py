@@ -292,13 +292,18 @@ def test_reference_kl_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
-def test_log_normaliser(shift: float) -> None:
+def test_softmax(shift: float) -> None:
     z_V = np.append(np.random.default_rng(0).normal(size=9) + shift, objectives.MASKED_LOGIT).astype(np.float32)
     want = shift + np.log(np.sum(np.exp(z_V.astype(np.float64) - shift)))
-    value, grad = jax.value_and_grad(objectives.log_normaliser)(jnp.asarray(z_V))
+    p_V = np.exp(z_V.astype(np.float64) - want)
+    value, grad = jax.value_and_grad(lambda z_V: objectives.softmax(z_V).log_z)(jnp.asarray(z_V))
     np.testing.assert_allclose(value, want, rtol=1e-6)
-    np.testing.assert_allclose(grad, np.exp(z_V.astype(np.float64) - want), rtol=1e-4)
-    assert np.isnan(objectives.log_normaliser(jnp.array([0.0, np.inf])))
+    np.testing.assert_allclose(grad, p_V, rtol=1e-4)
+    student = objectives.softmax(jnp.asarray(z_V))
+    np.testing.assert_allclose(student.p_V, p_V, rtol=1e-6)
+    np.testing.assert_allclose(student.log_prob(jnp.int32(3)), np.log(p_V[3]), rtol=1e-4)
+    np.testing.assert_allclose(student.entropy(), -np.sum(p_V[:-1] * np.log(p_V[:-1])), rtol=1e-4)
+    assert all(np.all(np.isnan(x)) for x in objectives.softmax(jnp.array([0.0, np.inf]))[1:])
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def test_engine_is_naive_autodiff(name: str, spec: str) -> None:
         jax.value_and_grad(naive(objective, SPECS[spec], rows, reference_head), argnums=(0, 1))
     )(hidden, head)
 
-    def engine(hidden: Any, head: Any) -> Any:
-        return token_loss(objective, hidden, head, rows, spec=SPECS[spec], reference_head=reference_head, tile_size=16)
+    def engine(hidden: Any, head: Any) -> Any:  # two whole tiles and a half, each of two blocks
+        return token_loss(objective, hidden, head, rows, spec=SPECS[spec], reference_head=reference_head, tile_size=20)
 
     (loss, _), grads = jax.jit(jax.value_and_grad(engine, argnums=(0, 1), has_aux=True))(hidden, head)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -220,6 +220,14 @@ def test_memory_at_a_real_vocabulary_is_an_eighth_of_the_naive_step() -> None:
     for objective in (Nll(), Pair()):
         engine = temporaries(lambda h, w, rows, o=objective: token_loss(o, h, w, rows)[0])
         assert engine <= temporaries(all_at_once) / 8
+
+
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", 2), ("cuda", 1), ("tpu", 1)])
+def test_only_a_cpu_takes_a_tile_in_blocks(platform: str, loops: int) -> None:
+    hidden, head, rows, _ = problem(Nll())
+    gradient = jax.jit(jax.grad(lambda h: token_loss(Nll(), h, head, rows, tile_size=20)[0]))
+    program = gradient.trace(hidden).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.while") == loops
 
 
 @pytest.mark.parametrize("vocab", [5, 256, 300, 1_000])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.objectives import MASKED_LOGIT
+from cotgrpo.objectives import MASKED_LOGIT, softmax
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.sharding import axis_names, place, spec_of
 from cotgrpo.token_engine import HeadSpec, default_tile_size, draw, likeliest
@@ -87,8 +87,8 @@ def live_ghosts(
         token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
         if not top_k:
             return token, None, None
-        top_K, ids_K = jax.lax.top_k(logits_V, top_k)
-        return token, ids_K, top_K - jax.nn.logsumexp(logits_V)
+        ids_K = jax.lax.top_k(logits_V, top_k)[1]
+        return token, ids_K, softmax(logits_V).log_prob(ids_K)
 
     said = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
     # The contexts are the last N + 1 columns but one in both: in a row of another width they are moved, never reordered.
@@ -146,7 +146,7 @@ def reweighted(
         own: which rows are the student's own replies; the others keep their weights.
         clip: in (0, 1).
     """
-    log_prob = lambda logits_V, token: logits_V[token] - jax.nn.logsumexp(logits_V)
+    log_prob = lambda logits_V, token: softmax(logits_V).log_prob(token)
     now_BT = map_contexts(student, jax.lax.stop_gradient(params), ghosts, log_prob, own_targets(ghosts))
     change_BT = jnp.where(jnp.asarray(ghosts.loss_mask) != 0, now_BT - log_probs, 0.0)
     before_BT = jnp.cumsum(change_BT, axis=1) - change_BT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -48,14 +49,23 @@ def token_product(x: Any, kernel: Any, dimensions: Any, precision: Any = None, *
     return checkpoint_name(product(x, kernel), KEPT)
 
 
-def total(x: Float[Array, "V"]) -> Float[Array, ""]:
-    """`sum_v x_v` over a vocabulary.
+def on_cpu(change: Callable[[Any], Any], x: Any) -> Any:
+    """`change(x)`, which has x's values, in a program for a CPU; x itself elsewhere."""
+    return jax.lax.platform_dependent(x, cpu=change, default=lambda x: x)
+
+
+def written(x: Any) -> Any:
+    """x, to be summed over a vocabulary.
 
     XLA's CPU backend takes the formula of x into the sum, which then runs on one core and takes several times as long as writing x out and adding it up.
     There x ends in a selection that changes no value and stays outside.
     """
-    outside = lambda x: jnp.where(x > jnp.finfo(x.dtype).max, jnp.inf, x)
-    return jnp.sum(jax.lax.platform_dependent(x, cpu=outside, default=lambda x: x))
+    return on_cpu(lambda x: jnp.where(x > jnp.finfo(x.dtype).max, jnp.inf, x), x)
+
+
+def total(x: Float[Array, "V"]) -> Float[Array, ""]:
+    """`sum_v x_v` over a vocabulary."""
+    return jnp.sum(written(x))
 
 
 def summed_product(x: Float[Array, "N D"], y: Float[Array, "N F"], dtype: Any = None) -> Float[Array, "D F"]:
@@ -64,8 +74,7 @@ def summed_product(x: Float[Array, "N D"], y: Float[Array, "N F"], dtype: Any = 
     XLA's CPU backend leaves a product over both first dimensions to another library than the rest, which reaches half their rate where F is large. There `x^T` is written out first.
     """
     # Without the barrier XLA takes the transposition into the product again.
-    x_DN = jax.lax.platform_dependent(x.T, cpu=jax.lax.optimization_barrier, default=lambda x: x)
-    return jnp.matmul(x_DN, y, preferred_element_type=dtype)
+    return jnp.matmul(on_cpu(jax.lax.optimization_barrier, x.T), y, preferred_element_type=dtype)
 
 
 FEW_ROWS = 64
