@@ -294,7 +294,7 @@ class Pair:
         return self.pair_weight * (2 / self.beta) * pair - self.nll_weight * student.log_prob(row.ghost), metrics
 
     def negatives_V(self, student: Distribution) -> Float[Array, "V"]:
-        """N over the vocabulary."""
+        """The distribution of the negatives."""
         return student.p_V if self.negatives == "policy" else softmax(self.draw_logits(student.logits_V)).p_V
 
     def value_and_grad(self, logits_V: Float[Array, "V"], row: TokenRow) -> tuple[Any, Float[Array, "V"]]:

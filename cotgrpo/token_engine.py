@@ -251,13 +251,16 @@ class Walk:
         reference_TV = None
         if rows.reference_hidden is not None:
             reference_TV = self.reference_spec.logits(rows.reference_hidden, reference_head)
-        at_once = functools.partial(self.row_sums, with_grad)
-        in_blocks = functools.partial(self.block_sums, with_grad)
-        known = (reference_TV, rows.replace(reference_hidden=None))
-        return jax.lax.platform_dependent(logits_TV, *known, cpu=in_blocks, default=at_once)
+        return jax.lax.platform_dependent(
+            logits_TV,
+            reference_TV,
+            rows.replace(reference_hidden=None),
+            cpu=functools.partial(self.in_blocks, with_grad),
+            default=functools.partial(self.at_once, with_grad),
+        )
 
-    def block_sums(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
-        """`row_sums` of a few rows at a time, which stay in a CPU's caches; the gradient is written over the logits."""
+    def in_blocks(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
+        """`at_once` of a few rows at a time, which stay in a CPU's caches; the gradient is written over the logits."""
         tile = logits_TV.shape[0]
         size = next(size for size in range(min(BLOCK_ROWS, tile), 0, -1) if tile % size == 0)
         cut = lambda x, index: jax.lax.dynamic_slice_in_dim(x, index * size, size)
@@ -265,20 +268,17 @@ class Walk:
         def one_block(index: Any, carry: Any) -> Any:
             sums, block_BV, tile_TV = carry
             known = jax.tree.map(lambda x: cut(x, index), (reference_TV, rows))
-            of_block, dlogits_BV = self.row_sums(with_grad, block_BV, *known)
+            of_block, dlogits_BV = self.at_once(with_grad, block_BV, *known)
             if with_grad:
                 tile_TV = jax.lax.dynamic_update_slice_in_dim(tile_TV, dlogits_BV, index * size, axis=0)
             # The next block is read here, behind the write: read where it is used, it would make XLA copy the tile before each write.
             return jax.tree.map(jnp.add, sums, of_block), cut(tile_TV, index + 1), tile_TV
 
-        first = cut(logits_TV, 0)
-        sums = zeros_like_result(
-            lambda: self.row_sums(False, first, *jax.tree.map(lambda x: cut(x, 0), (reference_TV, rows)))[0]
-        )
-        sums, _, tile_TV = jax.lax.fori_loop(0, tile // size, one_block, (sums, first, logits_TV))
+        sums, _ = zeros_like_result(functools.partial(self.at_once, False), logits_TV, reference_TV, rows)
+        sums, _, tile_TV = jax.lax.fori_loop(0, tile // size, one_block, (sums, cut(logits_TV, 0), logits_TV))
         return sums, tile_TV if with_grad else None
 
-    def row_sums(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
+    def at_once(self, with_grad: bool, logits_TV: Any, reference_TV: Any, rows: TokenRows) -> Any:
         """`tile_sums` of rows whose logits are there."""
         drawn_TG = rows.drawn
         if rows.uniform is not None:
