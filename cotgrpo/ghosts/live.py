@@ -87,8 +87,8 @@ def live_ghosts(
         token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
         if not top_k:
             return token, None, None
-        ids_K = jax.lax.top_k(logits_V, top_k)[1]
-        return token, ids_K, softmax(logits_V).log_prob(ids_K)
+        top_K, ids_K = jax.lax.top_k(logits_V, top_k)
+        return token, ids_K, top_K - softmax(logits_V).log_z
 
     said = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
     # The contexts are the last N + 1 columns but one in both: in a row of another width they are moved, never reordered.
