@@ -22,6 +22,9 @@ from types import CodeType, ModuleType
 PACKAGE = "cotgrpo"
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses of the tests inherit it
+# Most of the time goes into compiling, and half of that into LLVM's optimizations; XLA's own are made all the same.
+# `XLA_FLAGS= python -m pytest` tests the programs that users run, as CI does with the slow tests.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -94,10 +97,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("the time for slow tests is up")
 
 
-@pytest.fixture
-def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set to nothing, the variable turns the compilation cache off."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs are kept for this run of the tests and the processes they start, not in the user's folder: many tests compile the same one."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    for name, value in {"compilation_cache_dir": folder, "persistent_cache_min_compile_time_secs": 0.1}.items():
+        os.environ[f"JAX_{name.upper()}"] = str(value)
+        jax.config.update(f"jax_{name}", value)
 
 
 CORE_ALONE = """

@@ -684,7 +684,6 @@ def test_the_commands_with_a_chat_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`sft` and `eval` of a student from scratch that reads and writes chats."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     tokenizer(WITH_DEFAULT_SYSTEM, eos="<eos>").save_pretrained(tmp_path / "tokenizer")
     write_triples(tmp_path / "rows.jsonl", ProceduralTeacher(seed=1).draw(40))
     (tmp_path / "c.yaml").write_text(

@@ -13,8 +13,6 @@ from test_cli import SETTINGS, options, read
 from cotgrpo.cli import main
 from cotgrpo.ghosts.procedural import ProceduralTeacher, write_triples
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,9 +21,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_triples(folder / "rows.jsonl", ProceduralTeacher(seed=1).draw(120))
     settings = SETTINGS.replace("{every: 2}", f"{{every: 2, keep: 1, keep_best: 1, folder: {folder / 'kept'}}}")
     (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{settings}", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        assert main(["sft", *options(folder)]) == 0
+    assert main(["sft", *options(folder)]) == 0
     return folder
 
 

@@ -30,19 +30,14 @@ checkpoint: {every: 2}
 """
 
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder that `sft` and `grpo` have filled, with the rows and the config beside it."""
     folder = tmp_path_factory.mktemp("cli")
     write_triples(folder / "rows.jsonl", ProceduralTeacher(seed=1).draw(120))
     (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{SETTINGS}", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        for command in ("sft", "grpo"):
-            assert main([command, *options(folder)]) == 0
+    for command in ("sft", "grpo"):
+        assert main([command, *options(folder)]) == 0
     return folder
 
 

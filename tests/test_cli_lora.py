@@ -20,7 +20,6 @@ from cotgrpo.run.checkpoint import CheckpointError
 from cotgrpo.run.setup import model_of
 from cotgrpo.run.stage_weights import restore_weights
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
 LORA = ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "[query, value, down]", "--data.format", "chat"]
 
 
@@ -29,10 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, a model and a config; `run` is a run of both stages with LoRA."""
     folder = tmp_path_factory.mktemp("lora")
     test_cli_pretrained.write_rows_and_model(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        for command in ("sft", "grpo"):
-            assert main([command, *options(folder, *LORA, "--run_dir", str(folder / "run"))]) == 0
+    for command in ("sft", "grpo"):
+        assert main([command, *options(folder, *LORA, "--run_dir", str(folder / "run"))]) == 0
     return folder
 
 

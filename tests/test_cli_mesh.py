@@ -38,7 +38,6 @@ MESH = ("--mesh.data", "-1", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.c
 @pytest.fixture(autouse=True)
 def all_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine with eight: the tests' own choice of the first is taken back."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     with jax.default_device(None):
         yield
 

@@ -40,9 +40,6 @@ checkpoint: {every: 2}
 """
 
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
-
-
 def write_model(folder: Path, texts: list[str]) -> Path:
     """A random model with a padded embedding, whose turns end with another token than its texts, and a second stop token."""
     tokenizer = train_tokenizer(texts, vocab_size=320, special_tokens=CONTROLS)
@@ -68,11 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, a model and a config; `chat` and `plain` are runs of both stages."""
     folder = tmp_path_factory.mktemp("pretrained")
     write_rows_and_model(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        for form in ("chat", "plain"):
-            for command in ("sft", "grpo"):
-                assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
+    for form in ("chat", "plain"):
+        for command in ("sft", "grpo"):
+            assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
     return folder
 
 

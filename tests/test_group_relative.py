@@ -182,7 +182,6 @@ checkpoint: {every: 3}
 """
 
 
-@pytest.mark.usefixtures("no_shared_cache")
 @pytest.mark.parametrize(
     ("reuse", "ahead", "logged_steps"),
     [

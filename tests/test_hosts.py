@@ -75,6 +75,7 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={4 // count}",
+            "JAX_COMPILATION_CACHE_DIR": "",  # none: what a killed process left half written would be a warning, and so an error
         }
         command = command or [sys.executable, "-W", "error", __file__, str(folder), str(pause)]
         self.processes = []
@@ -287,7 +288,7 @@ def test_two_killed_in_the_middle_of_a_save_go_on_to_the_bit(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_lora_of_two_processes_is_that_of_one(tmp_path: Path, no_shared_cache: None) -> None:
+def test_lora_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
     from test_cli_pretrained import options, read, write_rows_and_model
 

@@ -25,8 +25,6 @@ from cotgrpo.run.checkpoint import Checkpoints
 from cotgrpo.run.mirror import Mirror
 from cotgrpo.run.storage import COMMITTED, CheckpointError, files_below
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
-
 
 @pytest.fixture
 def url() -> Iterator[str]:

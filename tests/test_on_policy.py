@@ -48,9 +48,6 @@ SHAPE = DecoderConfig(
 )
 
 
-pytestmark = pytest.mark.usefixtures("no_shared_cache")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, a teacher that is larger than the student and has a padded embedding, the student after SFT, and an on-policy run of it."""
@@ -62,10 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(folder / "teacher", SHAPE, init_params(SHAPE, jax.random.key(5)), tokenizer=tokenizer)
     settings = SETTINGS.replace("TOKENIZER", str(folder / "tokenizer")).replace("TEACHER", str(folder / "teacher"))
     (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{settings}", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        for command in ("sft", "grpo"):
-            assert main([command, *options(folder)]) == 0
+    for command in ("sft", "grpo"):
+        assert main([command, *options(folder)]) == 0
     return folder
 
 

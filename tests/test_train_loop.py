@@ -408,7 +408,6 @@ def test_a_full_disk_is_explained_and_after_making_room_the_run_goes_on(
 @ORBAX_LEAVES_ERRORS
 def test_a_full_disk_is_a_line_of_a_command(
     small_disk: Callable[[str], Path],
-    no_shared_cache: None,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
