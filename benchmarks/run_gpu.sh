@@ -45,7 +45,7 @@ elif [ $# -gt 0 ]; then
     exit 2
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >>"$LOG" 2>&1
-    # The limits add up to 585 seconds. The memory of a long row is its attention scores, so all shapes recompute by layer.
+    # The limits add up to 585 seconds. The memory of a long row is its attention scores, so steps recompute by layer (`remat` compares the policies).
     part numerics 150 benchmarks/gpu_numerics.py
     part step_smollm2-135m 60 $BENCH step --shape smollm2-135m --batch 16 --seq 2048 --remat block
     part step_qwen2.5-0.5b 60 $BENCH step --shape qwen2.5-0.5b --batch 8 --seq 2048 --remat block
