@@ -190,7 +190,7 @@ PARTS: dict[str, Part] = {
         {"seq": 64, "repeats": 5},
     ),
     "data": Part(
-        "steps on packed text from the input pipeline beside the same steps on batches made before, and packing efficiency",
+        "steps on packed text from the input pipeline beside the same step on a constant batch, and packing efficiency",
         pipeline.measure_data,
         (("batches", "batches", "text"), *TIMES, SPEED[0], ("padded tokens/s", "padded_tokens_per_sec", "count")),
         (
