@@ -25,6 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses o
 # Most of the time goes into compiling, and half of that into LLVM's optimizations; XLA's own are made all the same.
 # `XLA_FLAGS= python -m pytest` tests the programs that users run, as CI does with the slow tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the programs that `compilation_cache` below keeps
 # A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -101,9 +102,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs are kept for this run of the tests and the processes they start, not in the user's folder: many tests compile the same one."""
     folder = str(tmp_path_factory.mktemp("programs"))
-    for name, value in {"compilation_cache_dir": folder, "persistent_cache_min_compile_time_secs": 0.1}.items():
-        os.environ[f"JAX_{name.upper()}"] = str(value)
-        jax.config.update(f"jax_{name}", value)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 CORE_ALONE = """
