@@ -40,23 +40,23 @@ from cotgrpo import (
     make_optimizer,
     objectives,
 )
-from cotgrpo.config import StudentConfig
+from cotgrpo.config.settings import StudentConfig
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import Triple
-from cotgrpo.ghosts.procedural import ProceduralTeacher
+from cotgrpo.evaluation.accuracy import ExactMatch
 from cotgrpo.models import load_pretrained, save_pretrained
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.objectives import GroupRelative
-from cotgrpo.run.evaluate import ExactMatch
-from cotgrpo.run.group_relative import GroupRelativeBatches
-from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
-from cotgrpo.run.quickstart import QUICKSTART
-from cotgrpo.run.rollouts import Asked, RolloutSettings
-from cotgrpo.run.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.sampling import SamplingSettings, make_sampler
+from cotgrpo.quickstart.quickstart import QUICKSTART
+from cotgrpo.rollouts.group_relative import GroupRelativeBatches
+from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
+from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
+from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
+from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler
+from cotgrpo.teachers.procedural import ProceduralTeacher
 
 SEQ_LEN, PROMPT_COLUMNS = QUICKSTART.data.seq_len, 32
 GROUP = 4
@@ -124,7 +124,7 @@ class Sizes:
     """How large the task is, and how long everything runs.
 
     Attributes:
-        kinds: of problems (`cotgrpo.ghosts.procedural.KINDS`), or None for all.
+        kinds: of problems (`cotgrpo.teachers.procedural.KINDS`), or None for all.
         digits: of their numbers.
         student: the shape of student and teacher.
         rows: the student's training problems.
@@ -320,8 +320,8 @@ class Ablation:
         )
         return make_sampler(self.decoder, settings)
 
-    def questions(self, rows: Sequence[Triple]) -> list[Asked]:
-        return [Asked(asked(row), self.template.prompt(row.question)) for row in rows]
+    def questions(self, rows: Sequence[Triple]) -> list[RolloutPrompt]:
+        return [RolloutPrompt(asked(row), self.template.prompt(row.question)) for row in rows]
 
     def self_replies(self, rows: Sequence[Triple], seed: int) -> SelfReplyBatches:
         """Batches of the best right reply of the student to each of the questions."""

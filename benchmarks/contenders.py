@@ -141,14 +141,14 @@ def cotgrpo_generate(task: Task, turns: Turns) -> None:
     import jax
 
     from cotgrpo.models import load_pretrained
-    from cotgrpo.models.decoder import by_layer
-    from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+    from cotgrpo.models.decoder import unstack_layers
+    from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler, pad_prompts
 
     turns.start("cotgrpo", "jax", "jaxlib", "flax")
     model = load_pretrained(task.folder, task.dtype)
     sample = jax.jit(make_sampler(model.config, SamplingSettings(max_new_tokens=task.new_tokens)))
     prompts, key = pad_prompts(list(task.ids)), jax.random.key(0)
-    params = by_layer(model.config, model.params)  # as `cotgrpo generate` does, once
+    params = unstack_layers(model.config, model.params)  # as `cotgrpo generate` does, once
     while turns.begin():
         replies = sample(params, prompts, key)
         turns.end(np.asarray(replies.tokens).tolist(), jax_peak())
@@ -386,9 +386,9 @@ MISSING = 3
 def main() -> int:
     name, kind, given = sys.argv[1:]
     if name == "cotgrpo":
-        from cotgrpo.run.large_pages import use_large_pages
+        from cotgrpo.huge_pages import use_huge_pages
 
-        use_large_pages()  # as its commands do; where GLIBC_TUNABLES is set for `peers.py`, all contenders have it
+        use_huge_pages()  # as its commands do; where GLIBC_TUNABLES is set for `peers.py`, all contenders have it
     told = json.loads(given)
     task = Task(Path(told["folder"]), np.load(told["ids"]), told["dtype"], told["remat"], told["new_tokens"])
     turns = Turns()

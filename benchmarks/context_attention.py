@@ -8,7 +8,7 @@ Three ways, forward and backward, of one layer's attention in float32, on 2, 4 a
     gather, blocks  the same gather, and each block of it read in turn with an online softmax, as a kernel reads it
     ring            Ring Attention (Liu et al. 2023, arXiv:2310.01889): the same blocks, passed from neighbour to neighbour
 
-The second and the third differ in nothing but how the blocks come. Beside time: bytes that a device sends (`cotgrpo.run.hlo`) and temporaries, both
+The second and the third differ in nothing but how the blocks come. Beside time: bytes that a device sends (`cotgrpo.planning.hlo`) and temporaries, both
 from the compiled program, and the largest difference of outputs and gradients from attention on one device. The devices share one memory: what
 a network costs is in the bytes and not in the times.
 """
@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec as P
 
 import cotgrpo
 from cotgrpo.models.attention import MASKED, attention, causal_segment_mask
-from cotgrpo.run.hlo import bytes_sent, collectives
-from cotgrpo.sharding import place, traced_on
+from cotgrpo.planning.hlo import bytes_sent, collectives
+from cotgrpo.sharding import constrain, traced_on
 
 AXIS = "context"
 Block = tuple[Any, Any, Any, Any]
@@ -129,8 +129,8 @@ def one_device(query: Any, key: Any, value: Any, positions: Any, segments: Any) 
 
 def gather(mesh: Mesh, query: Any, key: Any, value: Any, positions: Any, segments: Any) -> Any:
     """As `cotgrpo.models.decoder.Layer.attend` has it."""
-    query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
-    return place(one_device(query, place(key, "BSKH"), place(value, "BSKH"), positions, segments), "BTQH")
+    query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
+    return constrain(one_device(query, constrain(key, "BSKH"), constrain(value, "BSKH"), positions, segments), "BTQH")
 
 
 def by_blocks(mesh: Mesh, query: Any, key: Any, value: Any, positions: Any, segments: Any, *, ring: bool) -> Any:

@@ -36,7 +36,7 @@ import optax
 import cotgrpo
 from cotgrpo import ForwardKl, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, ghost_reward, objectives
 from cotgrpo.models.decoder import DecoderConfig, decode, init_cache, init_params, make_student
-from cotgrpo.token_engine import TokenRows, draw, token_loss
+from cotgrpo.tiled_loss import TokenRows, draw, tiled_loss
 
 OBJECTIVES: dict[str, Any] = {
     "nll": Nll(),
@@ -125,7 +125,7 @@ def distribution(rng: np.random.Generator, shape: tuple[int, ...], vocab: int, t
 
 
 def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
-    """`token_loss` and its gradients, tokens already drawn, so that both sides see the same."""
+    """`tiled_loss` and its gradients, tokens already drawn, so that both sides see the same."""
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
     as_rows: Any = TokenRows  # NumPy arrays will do
     N, D, V = sizes.tokens, sizes.width, sizes.vocab
@@ -143,7 +143,7 @@ def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[st
     reference_head = rounded(normal(D, V) * 2 / D**0.5) if with_reference else None
 
     def run(hidden: Any, head: Any, rows: TokenRows, reference_head: Any) -> Any:
-        loss = lambda h, w: token_loss(objective, h, w, rows, reference_head=reference_head)[0]
+        loss = lambda h, w: tiled_loss(objective, h, w, rows, reference_head=reference_head)[0]
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
     found = []

@@ -35,11 +35,11 @@ import jax
 import numpy as np
 from contenders import CONTENDERS, MISSING
 
+from cotgrpo.accelerators.mfu import matrix_rate
+from cotgrpo.accelerators.roofline import Work
+from cotgrpo.bench.workload import SHAPES, random_batch
 from cotgrpo.models.decoder import init_params
-from cotgrpo.models.weights import save_pretrained
-from cotgrpo.run.bench.workload import SHAPES, random_batch
-from cotgrpo.run.mfu import matrix_rate
-from cotgrpo.run.roofline import Work
+from cotgrpo.models.huggingface.weights import save_pretrained
 
 ON_CPU = jax.default_backend() == "cpu"
 

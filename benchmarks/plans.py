@@ -1,4 +1,4 @@
-"""Writes docs/plans: `cotgrpo plan` for the configs of docs/launch.md, each as JSON and as the printed table. Needs the `tpu` extra, and no TPU.
+"""Writes benchmarks/generated_plans: `cotgrpo plan` for the configs of docs/launch.md, each as JSON and as the printed table. Needs the `tpu` extra, and no TPU.
 
     python benchmarks/plans.py              all of them
     python benchmarks/plans.py NAME ...     these
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if names and name not in names:
             continue
         command = [sys.executable, "-m", "cotgrpo.cli", "plan", "--config", f"configs/{config}.yaml"]
-        command += ["--topology", topology, "--stage", stage, "--out", f"docs/plans/{name}.json"]
+        command += ["--topology", topology, "--stage", stage, "--out", f"benchmarks/generated_plans/{name}.json"]
         command += ["--student.path", f"configs/models/{MODELS[config.partition('_')[0]]}"]
         command += more.split()
         print(" ".join(command[1:]), flush=True)

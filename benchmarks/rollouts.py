@@ -21,17 +21,17 @@ import jax
 import numpy as np
 
 from cotgrpo import Pair, TrainState, jit_step, make_grpo_step, make_optimizer
-from cotgrpo.config import StudentConfig
+from cotgrpo.config.settings import StudentConfig
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
-from cotgrpo.ghosts.procedural import ProceduralTeacher
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.objectives import GroupRelative
-from cotgrpo.run.group_relative import GroupRelativeBatches
-from cotgrpo.run.on_policy import OnPolicyBatches, make_draw
-from cotgrpo.run.rollouts import Asked, Rollouts, RolloutSettings, judged
-from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.rollouts.group_relative import GroupRelativeBatches
+from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
+from cotgrpo.rollouts.rollouts import RolloutPrompt, Rollouts, RolloutSettings, judged
+from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.teachers.procedural import ProceduralTeacher
 
 VOCAB, GROUP = 512, 4
 
@@ -147,7 +147,10 @@ def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     config = student_of(args, len(tokenizer))
     params, student = init_params(config, jax.random.key(0)), make_student(config)
     sampler = make_sampler(config, SamplingSettings(args.new_tokens, template.stop_ids, temperature=1.0))
-    asked = [Asked(Question(t.question, t.answer, t, t.source, t.system), template.prompt(t.question)) for t in triples]
+    asked = [
+        RolloutPrompt(Question(t.question, t.answer, t, t.source, t.system), template.prompt(t.question))
+        for t in triples
+    ]
     settings = RolloutSettings(args.prompts, 64 + args.new_tokens, args.new_tokens)
     live = OnPolicyBatches(jax.jit(make_draw(sampler, student)), params, student, template, asked, settings, seed=0)
     group = GroupRelativeBatches(jax.jit(sampler), template, asked, settings, seed=0, group=GROUP)

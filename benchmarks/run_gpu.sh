@@ -14,7 +14,7 @@ OUT="${OUT:-benchmarks/results/gpu}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 LOG="$OUT/run.log"
-BENCH="-m cotgrpo.run.bench.command"
+BENCH="-m cotgrpo.bench.command"
 : >"$LOG"
 failed=0
 

@@ -2,7 +2,7 @@
 
     python benchmarks/weak_scaling.py --json benchmarks/results/cpu/weak_scaling.json
 
-Nothing runs: the step is compiled for virtual CPU devices, and its collectives are read from the compiled text (`cotgrpo.run.hlo`), those in loops
+Nothing runs: the step is compiled for virtual CPU devices, and its collectives are read from the compiled text (`cotgrpo.planning.hlo`), those in loops
 as often as they run. An all-reduce of S bytes among n devices counts 2 (n - 1) / n S for each, a gather and a scatter (n - 1) / n S.
 """
 
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh
 
 import cotgrpo
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
-from cotgrpo.run.hlo import bytes_sent, collectives
+from cotgrpo.planning.hlo import bytes_sent, collectives
 from cotgrpo.sharding import AXES, mesh_shape
 from cotgrpo.types import SftBatch, TrainState
 

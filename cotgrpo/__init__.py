@@ -4,8 +4,8 @@ GRPO in this package is GhostRespond Policy Optimization (a ghost reply supplies
 Policy Optimization. The names below need jax, flax, optax and numpy alone; data, sampling and runs live in the subpackages.
 """
 
-from cotgrpo.divergences import ForwardKl, ReferenceKl
-from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenRow, ghost_reward
+from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenInputs, ghost_reward
+from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
 from cotgrpo.optimizers import make_optimizer
 from cotgrpo.sharding import jit_step, make_mesh
 from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
@@ -22,7 +22,7 @@ __all__ = [
     "RewardGradient",
     "SftBatch",
     "Student",
-    "TokenRow",
+    "TokenInputs",
     "TrainState",
     "ghost_reward",
     "jit_step",

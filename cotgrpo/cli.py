@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cotgrpo.run.large_pages import use_large_pages
+from cotgrpo.huge_pages import use_huge_pages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ On several machines the same command runs on each (docs/hosts.md). Cloud TPU, SL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code. Without `arguments` it is the process's own, which it may start anew (`cotgrpo.run.large_pages`)."""
+    """The console script. Returns the exit code. Without `arguments` it is the process's own, which it may start anew (`cotgrpo.huge_pages`)."""
     own = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cotgrpo {version('cotgrpo')}")
         return 0
     if own and command in COMPUTING:
-        use_large_pages()
+        use_huge_pages()
     if command == "bench":
         return bench(rest)
     if command not in COMMANDS:
@@ -69,15 +69,15 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     """Runs one command, on this process or on several together, and turns the errors that a user can mend into a line and an exit code."""
     import jax
 
-    from cotgrpo.config import ConfigError
+    from cotgrpo.checkpoints.manager import CheckpointError
+    from cotgrpo.config.settings import ConfigError
     from cotgrpo.data.triples import DataError
-    from cotgrpo.ghosts.teacher import TeacherError
-    from cotgrpo.models.families import ModelError
-    from cotgrpo.run.checkpoint import CheckpointError
-    from cotgrpo.run.hosts import process_console
-    from cotgrpo.run.storage import without_tracebacks
-    from cotgrpo.run.train import Interrupted, TrainingStopped
-    from cotgrpo.run.watch import watching
+    from cotgrpo.distributed.peer_monitor import watching
+    from cotgrpo.distributed.processes import process_console
+    from cotgrpo.models.huggingface.families import ModelError
+    from cotgrpo.storage import without_tracebacks
+    from cotgrpo.teachers.endpoint import TeacherError
+    from cotgrpo.training.loop import Interrupted, TrainingStopped
 
     mendable = (ConfigError, DataError, CheckpointError, ModelError)
     try:
@@ -112,8 +112,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
 
 def join_processes(arguments: Sequence[str]) -> list[str]:
     """Starts what makes several processes one run, and returns the arguments without those that say where they are."""
-    from cotgrpo.config import ConfigError
-    from cotgrpo.run import hosts
+    from cotgrpo.config.settings import ConfigError
 
     coordinator, rest = taken("--distributed.coordinator", arguments)
     numbers: list[int | None] = []
@@ -122,7 +121,7 @@ def join_processes(arguments: Sequence[str]) -> list[str]:
         if value is not None and not value.isdigit():
             raise ConfigError(f"distributed.{name} must be a number, got {value!r}.")
         numbers.append(None if value is None else int(value))
-    hosts.start(coordinator, *numbers)
+    processes.start(coordinator, *numbers)
     return rest
 
 
@@ -141,9 +140,9 @@ with the key in the environment, or --teacher.path FOLDER. Run again, it asks on
 
 def generate(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo generate`."""
-    from cotgrpo.config_file import parse_settings
-    from cotgrpo.run.generate import run_generate
-    from cotgrpo.run.generate_config import GenerateConfig
+    from cotgrpo.config.files import parse_settings
+    from cotgrpo.config.generate import GenerateConfig
+    from cotgrpo.generation.generate import run_generate
 
     config = parse_settings(arguments, GenerateConfig(), prog="cotgrpo generate", description=GENERATE_HELP)
     run_generate(config, console)
@@ -164,9 +163,9 @@ throw a row away. The second writes the rows as triples to train on.
 
 def gold(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo gold`, both ways."""
-    from cotgrpo.config import ConfigError
+    from cotgrpo.config.settings import ConfigError
     from cotgrpo.data.triples import read_triples, write_triples
-    from cotgrpo.ghosts.gold import read_edited, read_student_replies, write_pairs
+    from cotgrpo.teachers.editing import read_edited, read_student_replies, write_pairs
 
     if {"-h", "--help"} & set(arguments):
         print(GOLD_HELP)
@@ -192,16 +191,16 @@ def gold(arguments: Sequence[str], console: Console) -> None:
 
 def sft(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo sft`."""
-    from cotgrpo.config_file import parse_config
-    from cotgrpo.run.stages import run_sft
+    from cotgrpo.config.files import parse_config
+    from cotgrpo.training.stages import run_sft
 
     run_sft(parse_config(arguments, prog="cotgrpo sft"), console)
 
 
 def grpo(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo grpo`."""
-    from cotgrpo.config_file import parse_config
-    from cotgrpo.run.stages import run_grpo
+    from cotgrpo.config.files import parse_config
+    from cotgrpo.training.stages import run_grpo
 
     run_grpo(parse_config(arguments, prog="cotgrpo grpo"), console)
 
@@ -212,9 +211,9 @@ Of any model: --model FOLDER_OR_ID --data.test ROWS, and --out DIR to keep eval.
 
 def evaluate(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo eval`."""
-    from cotgrpo.config import Config, ConfigError
-    from cotgrpo.config_file import parse_config
-    from cotgrpo.run.stages import newest_stage, run_eval, run_eval_pretrained
+    from cotgrpo.config.files import parse_config
+    from cotgrpo.config.settings import Config, ConfigError
+    from cotgrpo.training.stages import newest_stage, run_eval, run_eval_pretrained
 
     model, rest = taken("--model", arguments)
     if model is not None:
@@ -237,7 +236,7 @@ def evaluate(arguments: Sequence[str], console: Console) -> None:
 
 def taken(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The last value of an option that is no setting (None: it is not there), and the other arguments."""
-    from cotgrpo.config import ConfigError
+    from cotgrpo.config.settings import ConfigError
 
     value, rest, given = None, [], iter(arguments)
     for argument in given:
@@ -253,8 +252,8 @@ def taken(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]
 
 def options_of(names: Sequence[str], arguments: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | None]:
     """The value of each option, None where it is not given. Raises ConfigError for any other argument, and names the nearest, `flags` among them."""
-    from cotgrpo.config import ConfigError
-    from cotgrpo.config_file import nearest
+    from cotgrpo.config.files import nearest
+    from cotgrpo.config.settings import ConfigError
 
     options: dict[str, str | None] = {}
     rest = list(arguments)
@@ -279,8 +278,8 @@ generation_config.json, and a model card with the data, the objective, the setti
 
 def export(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo export`."""
-    from cotgrpo.config import ConfigError
-    from cotgrpo.run.export import run_export
+    from cotgrpo.config.settings import ConfigError
+    from cotgrpo.training.export import run_export
 
     if {"-h", "--help"} & set(arguments):
         print(EXPORT_HELP)
@@ -302,9 +301,9 @@ def plan(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo plan`."""
     import jax
 
-    from cotgrpo.config import ConfigError
-    from cotgrpo.config_file import parse_config
-    from cotgrpo.run.plan_page import run_plan
+    from cotgrpo.config.files import parse_config
+    from cotgrpo.config.settings import ConfigError
+    from cotgrpo.planning.page import run_plan
 
     topology, rest = taken("--topology", arguments)
     stage, rest = taken("--stage", rest)
@@ -322,8 +321,8 @@ def plan(arguments: Sequence[str], console: Console) -> None:
 
 def bench(arguments: Sequence[str]) -> int:
     """`cotgrpo bench`, which needs what a train step needs and nothing else, and no compilation cache: compiling is measured. Returns the exit code."""
+    from cotgrpo.bench.command import run_bench
     from cotgrpo.data.triples import DataError
-    from cotgrpo.run.bench.command import run_bench
 
     try:
         run_bench(arguments)
@@ -335,8 +334,8 @@ def bench(arguments: Sequence[str]) -> int:
 
 def quickstart(arguments: Sequence[str], console: Console) -> None:
     """`cotgrpo quickstart [--out DIR]`: `--out` is a short name of `--run_dir`."""
-    from cotgrpo.config_file import parse_config
-    from cotgrpo.run.quickstart import QUICKSTART, run_quickstart
+    from cotgrpo.config.files import parse_config
+    from cotgrpo.quickstart.quickstart import QUICKSTART, run_quickstart
 
     renamed = ["--run_dir" + a[len("--out") :] if a.partition("=")[0] == "--out" else a for a in arguments]
     run_quickstart(parse_config(renamed, prog="cotgrpo quickstart", defaults=QUICKSTART), console)

@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh of devices, and from a pure step to a compiled one.
 
 Parameters lie by rules over their paths, `PARAM_RULES`; activations by the letters of their dimensions, `DIMENSIONS`. Neither a model nor a step
-is given a mesh: `jit_step` traces the step with its mesh as JAX's ambient one, and `place(x, "BTD")` asks there. Without a mesh it does nothing.
+is given a mesh: `jit_step` traces the step with its mesh as JAX's ambient one, and `constrain(x, "BTD")` asks there. Without a mesh it does nothing.
 
     data      sequences; parameters whole on each device
     fsdp      sequences; parameters and optimizer state split, each layer gathered when it is used
@@ -159,37 +159,37 @@ def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def place(x: Any, letters: str) -> Any:
-    """`x` laid out by its dimensions' letters on the mesh that is being traced for, as `place(x_BTD, "BTD")`; without a mesh, `x`."""
-    return constrained(x, spec_of(letters, x.shape))
+def constrain(x: Any, letters: str) -> Any:
+    """`x` laid out by its dimensions' letters on the mesh that is being traced for, as `constrain(x_BTD, "BTD")`; without a mesh, `x`."""
+    return apply_constraint(x, partition_spec(letters, x.shape))
 
 
-def place_param(x: Any, name: str) -> Any:
+def constrain_param(x: Any, name: str) -> Any:
     """`x` laid out as the parameter `name` is, on the mesh that is being traced for; without a mesh, `x`."""
     sizes = open_axes()
-    return constrained(
+    return apply_constraint(
         x, PartitionSpec(*(axis if axis in sizes else None for axis in param_spec(name, x.shape, sizes)))
     )
 
 
-def gathered(x: Any, letters: str, name: str) -> Any:
-    """The parameter `name` laid out by its letters, as `place` does, and its gradient summed into the layout that the parameter has."""
+def all_gather_param(x: Any, letters: str, name: str) -> Any:
+    """The parameter `name` laid out by its letters, as `constrain` does, and its gradient summed into the layout that the parameter has."""
 
     @jax.custom_vjp
     def gather(x: Any) -> Any:
-        return place(x, letters)
+        return constrain(x, letters)
 
     # Summed as a whole and then cut: XLA makes one reduce-scatter of both. Asked for the cut alone, it moves the activations instead.
-    gather.defvjp(lambda x: (place(x, letters), None), lambda _, g: (place_param(place(g, letters), name),))
+    gather.defvjp(lambda x: (constrain(x, letters), None), lambda _, g: (constrain_param(constrain(g, letters), name),))
     return gather(x) if open_axes() else x
 
 
-def constrained(x: Any, spec: PartitionSpec) -> Any:
+def apply_constraint(x: Any, spec: PartitionSpec) -> Any:
     """`x` under a sharding constraint of the mesh that is being traced for, if there is one."""
     return jax.lax.with_sharding_constraint(x, spec) if open_axes() else x
 
 
-def spec_of(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+def partition_spec(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
     """The axes of each dimension by its letter, of the mesh that is being traced for. A dimension that its axes do not divide stays whole."""
     sizes = open_axes()
 
@@ -201,7 +201,7 @@ def spec_of(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def axis_names(spec: PartitionSpec) -> tuple[str, ...]:
-    """All axes that a spec of `spec_of` names, in its order."""
+    """All axes that a spec of `partition_spec` names, in its order."""
     return tuple(axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
@@ -252,7 +252,7 @@ def options_for(platform: str) -> dict[str, Any] | None:
     return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
-def jit_reader(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
+def jit_eval(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
     """Compiles `function(params, batch, ...)` that reads parameters, such as an evaluation step or a sampler.
 
     With a mesh the parameters lie as `state_sharding` says, every `[B, T, ...]` array of the batch as a batch of `jit_step` does (`[B]` over the sequences
@@ -262,7 +262,7 @@ def jit_reader(function: Callable[..., Any], mesh: Mesh | None = None) -> Any:
         return jax.jit(function)
 
     def spread(params: Any, batch: Any, *rest: Any) -> Any:
-        laid = jax.tree.map(lambda x: place(x, "BTG"[: x.ndim]), batch)  # G: whole
+        laid = jax.tree.map(lambda x: constrain(x, "BTG"[: x.ndim]), batch)  # G: whole
         return function(params, laid, *rest)
 
     compiled = jax.jit(traced_on(mesh, spread), out_shardings=NamedSharding(mesh, PartitionSpec()))

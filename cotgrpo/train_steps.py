@@ -18,7 +18,7 @@ import optax
 
 from cotgrpo import objectives
 from cotgrpo.objectives import GroupRelative, Nll, Objective, Pair
-from cotgrpo.token_engine import HeadSpec, TokenRows, token_loss
+from cotgrpo.tiled_loss import HeadSpec, TokenRows, tiled_loss
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -170,7 +170,7 @@ def make_batch_loss(
             top_ids=top_ids,
             top_log_probs=top_log_probs,
         )
-        loss, sums = token_loss(
+        loss, sums = tiled_loss(
             objective,
             student.hidden(params, *inputs),
             None if student.head is None else student.head(params),

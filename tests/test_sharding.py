@@ -15,15 +15,15 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import cotgrpo
-from cotgrpo.divergences import ForwardKl, ReferenceKl
 from cotgrpo.ghosts.live import reply_rewards, reweighted
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 from cotgrpo.objectives import Nll, Pair
-from cotgrpo.run.hlo import collectives
-from cotgrpo.run.on_policy import make_draw
-from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
-from cotgrpo.sharding import check_batch, check_mesh, jit_reader, mesh_shape, place, state_sharding, traced_on
+from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
+from cotgrpo.planning.hlo import collectives
+from cotgrpo.rollouts.on_policy import make_draw
+from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sharding import check_batch, check_mesh, constrain, jit_eval, mesh_shape, state_sharding, traced_on
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
 
 # Grouped heads, biases, both kinds of norms, a tied head with a soft-cap, a window in every other layer.
@@ -188,15 +188,15 @@ def test_generation_and_evaluation(mesh: str) -> None:
     sample, in_slots = (make_sampler(TIED, settings, 60, slots) for slots in (None, 4))
     evaluate = cotgrpo.make_eval_step(make_student(TIED, 60), Pair())
     where = cotgrpo.make_mesh(**MESHES[mesh])
-    want = jax.device_get(jit_reader(sample)(params, prompts, jax.random.key(0)))
-    got = jax.device_get(jit_reader(sample, where)(params, prompts, jax.random.key(0)))
+    want = jax.device_get(jit_eval(sample)(params, prompts, jax.random.key(0)))
+    got = jax.device_get(jit_eval(sample, where)(params, prompts, jax.random.key(0)))
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
     assert len(set(want.lengths)) > 1, "rows end at different times"
-    got = jax.device_get(jit_reader(in_slots, where)(params, prompts, jax.random.key(0)))
+    got = jax.device_get(jit_eval(in_slots, where)(params, prompts, jax.random.key(0)))
     np.testing.assert_array_equal(got.tokens, want.tokens)
     batch = make_batch(0, False)
-    one, many = (jit_reader(evaluate, mesh)(params, batch) for mesh in (None, where))
+    one, many = (jit_eval(evaluate, mesh)(params, batch) for mesh in (None, where))
     for name, metric in one.items():
         assert many[name].mean() == pytest.approx(metric.mean(), rel=1e-5), name
 
@@ -219,10 +219,10 @@ def test_rollouts(mesh: str) -> None:
     again = lambda params, held: reweighted(student, params, *held, own, 0.2)
 
     def rolled(mesh: Any = None) -> Any:
-        batch, replies, log_probs = jit_reader(draw, mesh)(models, (prompts, reads, None), jax.random.key(0))
+        batch, replies, log_probs = jit_eval(draw, mesh)(models, (prompts, reads, None), jax.random.key(0))
         later = jax.tree.map(lambda x: 1.1 * x, models[0])
-        weights = jit_reader(again, mesh)(later, (batch, log_probs)).loss_mask
-        rewards = jit_reader(functools.partial(reply_rewards, student), mesh)(models[0], batch)
+        weights = jit_eval(again, mesh)(later, (batch, log_probs)).loss_mask
+        rewards = jit_eval(functools.partial(reply_rewards, student), mesh)(models[0], batch)
         return jax.device_get((batch, replies.tokens, (log_probs, weights, rewards)))
 
     where = cotgrpo.make_mesh(**MESHES[mesh])
@@ -239,7 +239,9 @@ def test_slots_stay_where_they_are() -> None:
     prompts = Prompts(np.ones((64, 24), np.int32), np.full(64, 24, np.int32))
     sample = make_sampler(PLAIN, SamplingSettings(40, eos_ids=(0,), temperature=1.0), slots=32)
     mesh = cotgrpo.make_mesh(data=8)
-    spread = lambda params, prompts, key: sample(params, jax.tree.map(lambda x: place(x, "BT"[: x.ndim]), prompts), key)
+    spread = lambda params, prompts, key: sample(
+        params, jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), prompts), key
+    )
     whole = jax.sharding.NamedSharding(mesh, P())
     params = jax.device_put(init_params(PLAIN, jax.random.key(0)), whole)
     compiled = jax.jit(traced_on(mesh, spread), out_shardings=whole).lower(params, prompts, jax.random.key(0))

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cotgrpo.data.answers import begins_with_number, extract_answer
 from cotgrpo.data.template import AnyTemplate, Example, with_system
 from cotgrpo.data.tokenizer import transformers
 from cotgrpo.data.triples import DataError, Triple
-from cotgrpo.ghosts.verify import begins_with_number, extract_answer
 
 PROBE = Triple("probe question 7351", "probe rationale 7352", "probe answer 7353", source="the chat template")
 PROBE_WITH_SYSTEM = dataclasses.replace(PROBE, system="probe system 7350")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cotgrpo.data.batches import encode_fitting, fits
-from cotgrpo.data.sources import DataError, names_of, rows_of
+from cotgrpo.data.sources import DataError, as_list, rows_of
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import (
     BadRows,
@@ -19,12 +19,12 @@ from cotgrpo.data.triples import (
     Triple,
     check_usable,
     collect,
-    fields_of,
+    correct_flag,
     is_blank,
     is_incorrect,
-    said_correct,
+    parse_fields,
+    require_text,
     system_of,
-    text_of,
     triple_of,
 )
 
@@ -65,7 +65,7 @@ def read_questions(
     Raises:
         DataError: a file that is not there or not readable, a bad row, or nothing left.
     """
-    names = names_of(sources)
+    names = as_list(sources)
     questions, report = questions_in(rows_of(names, split), split=split, bad_rows=bad_rows)
     check_usable(questions, names, report)
     return questions, report
@@ -80,14 +80,14 @@ def questions_in(
 
 def question_of(row: Any, place: str) -> tuple[Question, Sequence[str]]:
     """The question in one row, and the texts that tell it from another. Raises DataError naming the place, the field and the fix."""
-    fields, _ = fields_of(row, place)
-    question = text_of(fields["question"], "question", row, place)
-    known_wrong = said_correct(row, place) is False
+    fields, _ = parse_fields(row, place)
+    question = require_text(fields["question"], "question", row, place)
+    known_wrong = correct_flag(row, place) is False
     gold = row.get("gold")
     gold = fields["answer"] if gold is None and not known_wrong else gold
     if is_blank(gold):
         raise DataError(f"{place}: no right answer: expected a field gold, or an answer that is correct. Add it.")
-    gold = text_of(gold, "gold", row, place)
+    gold = require_text(gold, "gold", row, place)
     rationale, answer = fields["rationale"], fields["answer"]
     reference = None
     if not (known_wrong or is_blank(rationale) or is_blank(answer)):

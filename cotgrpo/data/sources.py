@@ -17,7 +17,7 @@ class DataError(ValueError):
     """Data that cannot be used as it is; the message names the place, what was expected and the fix."""
 
 
-def names_of(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
+def as_list(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
     """One or several sources as a list. Raises DataError where there is none."""
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     if not names:
@@ -97,10 +97,10 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            yield f"{path}:{number}", parsed(line.rstrip(), f"{path}:{number}")
+            yield f"{path}:{number}", parse_json_line(line.rstrip(), f"{path}:{number}")
 
 
-def parsed(line: bytes, place: str) -> Any:
+def parse_json_line(line: bytes, place: str) -> Any:
     """The JSON value in a line, or the `DataError` that says why there is none."""
     try:
         return json.loads(line.decode("utf-8"))

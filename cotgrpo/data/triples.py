@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cotgrpo.data.answers import answers_match
 from cotgrpo.data.sources import DataError as DataError
-from cotgrpo.data.sources import names_of, rows_of
-from cotgrpo.ghosts.verify import answers_match
+from cotgrpo.data.sources import as_list, rows_of
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "problem"),
@@ -121,7 +121,7 @@ def read_triples(
     Raises:
         DataError: a file that is not there or not readable, a bad row, or nothing left.
     """
-    names = names_of(sources)
+    names = as_list(sources)
     triples, report = triples_in(
         rows_of(names, split),
         split=split,
@@ -221,20 +221,20 @@ def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
 
 def triple_of(row: Any, place: str) -> Triple:
     """The triple in one row. Raises DataError naming the place, the field, what was expected and what came."""
-    fields, whole = fields_of(row, place)
+    fields, whole = parse_fields(row, place)
     if fields["rationale"] is None and whole is not None and fields["question"] is not None:
         raise DataError(
             f"{place}: no rationale: expected a field {' or '.join(ALIASES['rationale'])}, "
             "or a reply with '#### answer' or '</think>' in it. Add the field."
         )
-    texts = {field: text_of(fields[field], field, row, place) for field in ALIASES}
+    texts = {field: require_text(fields[field], field, row, place) for field in ALIASES}
     system = system_of(fields, row, place)
     return Triple(**texts, id=None if row.get("id") is None else str(row["id"]), source=place, system=system)
 
 
 def system_of(fields: Mapping[str, Any], row: Mapping[str, Any], place: str) -> str:
     """The row's own system message, stripped; empty where it has none. Raises DataError where it is no text."""
-    return "" if is_blank(fields["system"]) else text_of(fields["system"], "system", row, place)
+    return "" if is_blank(fields["system"]) else require_text(fields["system"], "system", row, place)
 
 
 def is_blank(value: Any) -> bool:
@@ -242,7 +242,7 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def fields_of(row: Any, place: str) -> tuple[dict[str, Any], Any]:
+def parse_fields(row: Any, place: str) -> tuple[dict[str, Any], Any]:
     """(the row's values for question, rationale, answer and system, the reply in one text), each None where it has none.
 
     A reply in one text is taken apart into rationale and answer where they can be told apart.
@@ -267,7 +267,7 @@ def fields_of(row: Any, place: str) -> tuple[dict[str, Any], Any]:
     return fields | {"system": row.get("system")}, whole
 
 
-def text_of(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
+def require_text(value: Any, field: str, row: Mapping[str, Any], place: str) -> str:
     """The field as stripped text. Raises DataError where it is missing, empty or no text."""
     if value is None:
         keys = ", ".join(map(str, row)) or "nothing"
@@ -322,13 +322,13 @@ def split_reply(text: str) -> tuple[str, str] | None:
 
 def is_incorrect(row: Mapping[str, Any], triple: Triple) -> bool:
     """Whether `gold` is another answer than the triple's, in a row whose `correct` does not say. Raises DataError where `correct` is no bool."""
-    correct = said_correct(row, triple.source)
+    correct = correct_flag(row, triple.source)
     if correct is not None:
         return not correct
     return row.get("gold") is not None and not answers_match(triple.answer, str(row["gold"]))
 
 
-def said_correct(row: Mapping[str, Any], place: str) -> bool | None:
+def correct_flag(row: Mapping[str, Any], place: str) -> bool | None:
     """The row's `correct`, or None where it does not say. Raises DataError where it is no bool."""
     correct = row.get("correct")
     if correct is not None and not isinstance(correct, bool):

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.objectives import MASKED_LOGIT, softmax
-from cotgrpo.sampling import Prompts, Replies
-from cotgrpo.sharding import axis_names, place, spec_of
-from cotgrpo.token_engine import HeadSpec, default_tile_size, draw, likeliest
+from cotgrpo.sampling.decode_loop import Prompts, Replies
+from cotgrpo.sharding import axis_names, constrain, partition_spec
+from cotgrpo.tiled_loss import HeadSpec, default_tile_size, draw, likeliest
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def live_ghosts(
         teacher: the frozen model q; its `vocab_size` must not exceed the student's, so that it names no token that the student lacks.
         params: the teacher's parameters; no gradient reaches them.
         prompts: what the student read.
-        replies: what the student wrote (`cotgrpo.sampling.make_sampler`).
+        replies: what the student wrote (`cotgrpo.sampling.decode_loop.make_sampler`).
         reads: what the teacher reads instead of `prompts`, a row for each reply, of any width; None: the same.
         key: draws each ghost token from the teacher's distribution; None: takes the likeliest, the first of equals.
-        top_k: this many of the teacher's likeliest tokens come with their log-probabilities (`cotgrpo.divergences.ForwardKl`), at most its vocabulary; 0: none.
+        top_k: this many of the teacher's likeliest tokens come with their log-probabilities (`cotgrpo.objectives.divergences.ForwardKl`), at most its vocabulary; 0: none.
         tile_size: rows whose logits exist at one time; None chooses.
 
     Returns:
@@ -182,10 +182,10 @@ def map_contexts(
         tile_size: rows of logits at a time; None chooses.
     """
     hidden_BTD = student.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
-    head_DV = None if student.head is None else place(student.head(params), "DV")
+    head_DV = None if student.head is None else constrain(student.head(params), "DV")
     live_BT, columns = jax.tree.map(jnp.asarray, (batch.loss_mask, columns))
     walk = functools.partial(map_live, HeadSpec(student.softcap, student.vocab_size), function, tile_size)
-    rows = spec_of("BT", batch.tokens.shape)
+    rows = partition_spec("BT", batch.tokens.shape)
     shards, whole = axis_names(rows), jax.sharding.PartitionSpec()
     if not shards:
         return walk(shards, hidden_BTD, head_DV, live_BT != 0, columns)

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from cotgrpo.data.answers import answers_match, extract_answer
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple
-from cotgrpo.ghosts.verify import answers_match, extract_answer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ import dataclasses
 from cotgrpo.models.rotary import RopeScaling
 
 REMAT_POLICIES = ("nothing", "dots", "block", "offload")
-KEPT = "kept"
+SAVED_NAMES = "kept"
 """Name (`jax.ad_checkpoint.checkpoint_name`) of what "dots" keeps. A policy that looks for products itself does not see into a function with its own gradient."""
 ATTENTION = ("blocks", "xla", "splash")
 DTYPES = ("float32", "bfloat16")

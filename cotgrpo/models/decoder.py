@@ -5,7 +5,7 @@ are one scanned layer with stacked parameters, so compile time does not grow wit
 differ (sliding windows in some of them), both views of the sequence are made once and each layer picks its own.
 
 The same module serves training (`make_student`) and generation (`init_cache`, `decode`). With a cache the layers are not scanned but written out one after the other, each with arrays of
-its own (`by_layer`): compiling takes longer with depth, and a token needs no copy of weights or cache.
+its own (`unstack_layers`): compiling takes longer with depth, and a token needs no copy of weights or cache.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
-from cotgrpo.models.blocks import block_attention
-from cotgrpo.models.config import KEPT, DecoderConfig
+from cotgrpo.models.blockwise_attention import block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
-from cotgrpo.models.elementwise import along, gated, rms_norm
-from cotgrpo.models.products import token_product, transposed_product
+from cotgrpo.models.config import SAVED_NAMES, DecoderConfig
+from cotgrpo.models.matmul import project_tokens
+from cotgrpo.models.norm_and_gate import along, gated, rms_norm
 from cotgrpo.models.rotary import rotate, rotation
-from cotgrpo.models.splash import splash_attention
-from cotgrpo.sharding import gathered, place
+from cotgrpo.models.splash_attention import splash_attention
+from cotgrpo.sharding import all_gather_param, constrain
 from cotgrpo.types import Params, Student
+from cotgrpo.xla_cpu import project_few_tokens
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
@@ -58,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class TransposedDense(nn.Module):
-    """`x W^T + b`: the projection that `nn.Dense` makes, of a kernel as `by_layer` stores it, `[outputs, inputs]`."""
+    """`x W^T + b`: the projection that `nn.Dense` makes, of a kernel as `unstack_layers` stores it, `[outputs, inputs]`."""
 
     features: int
     use_bias: bool
@@ -68,7 +69,7 @@ class TransposedDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         zeros = nn.initializers.zeros
         kernel_FD = self.param("transposed", zeros, (self.features, x.shape[-1]), self.dtype)
-        y = transposed_product(x.astype(self.dtype), kernel_FD, self.dtype)
+        y = project_few_tokens(x.astype(self.dtype), kernel_FD, self.dtype)
         return y + along(self.param("bias", zeros, (self.features,), self.dtype), y) if self.use_bias else y
 
 
@@ -107,7 +108,7 @@ class View(flax.struct.PyTreeNode):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention and a gated MLP, each added to the residual stream. `transposed`: its matrices are as `by_layer` stores them."""
+    """One transformer layer: attention and a gated MLP, each added to the residual stream. `transposed`: its matrices are as `unstack_layers` stores them."""
 
     config: DecoderConfig
     transposed: bool = False
@@ -119,14 +120,14 @@ class Layer(nn.Module):
         There is one view, or there are two, the global and the local one, and `is_local` says which is this layer's.
         """
         c = self.config
-        x = checkpoint_name(place(x, "BTD"), RESIDUAL)
+        x = checkpoint_name(constrain(x, "BTD"), RESIDUAL)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         mixed, cached = self.attend(x, view, is_local, cached, slot)
-        mixed = place(self.dense("out", to_residual=True)(mixed), "BTD")
+        mixed = constrain(self.dense("out", to_residual=True)(mixed), "BTD")
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
-        h = place(gated(c.activation, self.dense("gate")(h), self.dense("up")(h)), "BTF")
-        h = place(self.dense("down", to_residual=True)(h), "BTD")
+        h = constrain(gated(c.activation, self.dense("gate")(h), self.dense("up")(h)), "BTF")
+        h = constrain(self.dense("down", to_residual=True)(h), "BTD")
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return x, cached
 
@@ -140,9 +141,9 @@ class Layer(nn.Module):
         if c.qk_norm:
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
-        query, key, value = place(query, "BTQH"), place(key, "BTKH"), place(value, "BTKH")
+        query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
         # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered, which no policy that keeps products repeats.
-        key, value = (checkpoint_name(place(x, "BSKH"), KEPT) for x in (key, value))
+        key, value = (checkpoint_name(constrain(x, "BSKH"), SAVED_NAMES) for x in (key, value))
         softmax = (c.query_scale, c.attention_softcap)
         if cached is not None and view.mask is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3)
@@ -157,7 +158,7 @@ class Layer(nn.Module):
         else:
             windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
             mixed = splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax)
-        mixed = place(mixed, "BTQH")
+        mixed = constrain(mixed, "BTQH")
         return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
 
     def norm(self, name: str) -> RMSNorm:
@@ -175,7 +176,7 @@ class Layer(nn.Module):
             dtype=jnp.dtype(c.dtype),
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
-            dot_general=token_product,
+            dot_general=project_tokens,
         )
 
 
@@ -199,7 +200,7 @@ class Decoder(nn.Module):
         )
         if not c.tied_head:
             self.param("head", nn.initializers.normal(c.init_scale), (c.width, c.vocab_size), jnp.dtype(c.param_dtype))
-        x_BTD = place(gathered(embedding_VD, "VD", "embedding")[tokens].astype(jnp.dtype(c.dtype)), "BTD")
+        x_BTD = constrain(all_gather_param(embedding_VD, "VD", "embedding")[tokens].astype(jnp.dtype(c.dtype)), "BTD")
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:
@@ -249,7 +250,7 @@ class Decoder(nn.Module):
         if self.config.remat == "nothing":
             return Layer
         policies = jax.checkpoint_policies
-        dots = policies.save_only_these_names(KEPT)
+        dots = policies.save_only_these_names(SAVED_NAMES)
         offload = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[RESIDUAL],
@@ -298,7 +299,7 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
     )
 
 
-def by_layer(config: DecoderConfig, params: Params) -> Params:
+def unstack_layers(config: DecoderConfig, params: Params) -> Params:
     """The parameters as `decode` reads them: each layer's apart, its matrices transposed and in the compute dtype; those that are so already, as they are.
 
     A loop over stacked layers copies each layer out of the stack, and a loop over tokens would pay for that at every token. Here it is paid once, before it: in time, and in the
@@ -330,8 +331,8 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
     K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
     layers = range(config.num_layers)
     return KvCache(
-        keys=tuple(place(jnp.zeros((batch, K, H, length), dtype), "BKHS") for _ in layers),
-        values=tuple(place(jnp.zeros((batch, K, length, H), dtype), "BKSH") for _ in layers),
+        keys=tuple(constrain(jnp.zeros((batch, K, H, length), dtype), "BKHS") for _ in layers),
+        values=tuple(constrain(jnp.zeros((batch, K, length, H), dtype), "BKSH") for _ in layers),
         positions=jnp.zeros((batch, length), jnp.int32),
         segment_ids=jnp.full((batch, length), -1, jnp.int32),
     )
@@ -352,12 +353,14 @@ def decode(
     length are left-padded with segment 0 and agree with the unpadded forward pass.
 
     Args:
-        params: the student's, or what `by_layer` makes of them: whoever calls this in a loop does that before it.
+        params: the student's, or what `unstack_layers` makes of them: whoever calls this in a loop does that before it.
         tokens, positions, segment_ids: of the tokens that are read; `cache` is of those before them.
         slot: the first column of the cache to write; `slot + T` must not pass its length.
 
     Returns:
         The rows that the head reads, and the cache with the new tokens.
     """
-    out: Any = Decoder(config).apply({"params": by_layer(config, params)}, tokens, positions, segment_ids, cache, slot)
+    out: Any = Decoder(config).apply(
+        {"params": unstack_layers(config, params)}, tokens, positions, segment_ids, cache, slot
+    )
     return out

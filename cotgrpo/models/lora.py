@@ -161,10 +161,10 @@ def lora_student(student: Student, params: Params, lora: LoraConfig, key: Any = 
 
     def hidden(adapters: Adapters, tokens: Any, positions: Any, segment_ids: Any) -> Any:
         check(params, adapters, lora)
-        beside = Beside(lora, row_numbers(tokens))
+        beside = LoraInterceptor(lora, row_numbers(tokens))
         with nn.intercept_methods(beside):
             rows = student.hidden(
-                graft(params, adapters, key if lora.dropout else None), tokens, positions, segment_ids
+                merge_trees(params, adapters, key if lora.dropout else None), tokens, positions, segment_ids
             )
         ignored = {path for path, _ in flat(adapters)} - beside.applied
         if ignored:
@@ -205,7 +205,7 @@ def make_lora_step(
     return step
 
 
-class Beside:
+class LoraInterceptor:
     """Adds `scale (dropout(x) A) B` to the product of every `nn.Dense` beside whose kernel adapters lie: an interceptor for linen's methods.
 
     The products run in the model's compute type, the sums over the wide side in float32.
@@ -241,7 +241,7 @@ def row_numbers(tokens: Int[Array, "B T"]) -> Any:
     return jnp.sum(tokens.astype(jnp.uint32) * odd_T[None, :] * jnp.uint32(2654435761), axis=1, dtype=jnp.uint32)
 
 
-def graft(params: Params, adapters: Adapters, key: Any) -> Params:
+def merge_trees(params: Params, adapters: Adapters, key: Any) -> Params:
     """`params` with the adapters beside the kernels, where linen's scan slices both by layer; with a key, one for each projection's dropout too."""
     whole = jax.tree.map(lambda leaf: leaf, params)
     for path, pair in flat(adapters):

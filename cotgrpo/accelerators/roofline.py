@@ -1,0 +1,189 @@
+"""What a train step has to compute, read and send, by arithmetic: the floor under its time, on any chip.
+
+    6 N a token: two operations for each weight of the layers' matrix products, forward, and twice that backward
+    attention    q k^T and weights v see on average min(T / 2, window) keys
+    head         6 D V a supervised token, and nothing for the others
+
+These are the *model's* operations, those of MFU. What is computed again (`remat`) or beside (a frozen reference) is counted as work, not as model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from cotgrpo.accelerators.chips import Topology
+from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
+from cotgrpo.models.config import DecoderConfig
+
+WHOLE_LAYERS = ("block", "offload")
+"""Policies of recomputation that compute layers anew."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One train step, all devices together.
+
+    Attributes:
+        decoder: the student.
+        tokens: positions of a batch, B * T.
+        seq_len: T.
+        micro_batches: passes over the parameters.
+        supervised: share of the tokens that the head runs for.
+        reference: whether a frozen copy of the student reads the batch too.
+        frozen: whether the student's own weights are frozen, beside adapters that are trained.
+    """
+
+    decoder: DecoderConfig
+    tokens: int
+    seq_len: int
+    micro_batches: int = 1
+    supervised: float = 1.0
+    reference: bool = False
+    frozen: bool = False
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the layers' matrix products."""
+        c = self.decoder
+        return c.num_layers * sum(inputs * outputs for inputs, outputs in c.projections.values())
+
+    @property
+    def head_weights(self) -> int:
+        return self.decoder.width * self.decoder.vocab_size
+
+    @property
+    def seen_keys(self) -> float:
+        """Keys that a query reads, summed over the layers: causal, inside the window, in one document."""
+        c, T = self.decoder, self.seq_len
+        local = T / 2 if c.window is None or c.window >= T else c.window - c.window**2 / (2 * T)
+        return (c.num_layers - c.num_local) * T / 2 + c.num_local * local
+
+    @property
+    def score_flops(self) -> float:
+        """One matrix product of attention, a token, all layers: `2 Q H` for each key that is read."""
+        return 2 * self.decoder.num_heads * self.decoder.head_dim * self.seen_keys
+
+    @property
+    def model_flops(self) -> float:
+        """Of the method: forward and backward, each once. Frozen weights need no gradient of their own."""
+        passes = 4 if self.frozen else 6
+        layers = passes * self.layer_weights + 6 * self.score_flops
+        return self.tokens * (layers + self.supervised * passes * self.head_weights)
+
+    @property
+    def hardware_flops(self) -> float:
+        """With what is computed again, and masked scores where attention is not a kernel that skips them."""
+        layers_again = int(self.decoder.remat in WHOLE_LAYERS)
+        scores_again = int(self.decoder.remat != "nothing")
+        # Products of attention in all, and how many times the scores that are read each computes.
+        products, masked = {
+            "xla": (6 + 2 * scores_again, self.masked),
+            # The backward pass makes the scores again, in the kernel in each of its two parts; a policy that keeps products keeps the result of attention too.
+            "blocks": (7 + 2 * layers_again, self.masked * (KEY_LENGTH_BUCKETS + 1) / (2 * KEY_LENGTH_BUCKETS)),
+            "splash": (9 + 2 * layers_again, 1),
+        }[self.decoder.attention]
+        extra = 2 * layers_again * self.layer_weights + (products * masked - 6) * self.score_flops
+        if self.reference:
+            extra += 2 * self.layer_weights + 2 * masked * self.score_flops
+            extra += 2 * self.supervised * self.head_weights
+        return self.model_flops + self.tokens * extra
+
+    @property
+    def masked(self) -> float:
+        """How many times more scores plain attention computes than are read."""
+        return self.decoder.num_layers * self.seq_len / self.seen_keys
+
+    def hbm_bytes(self, state_bytes: float, mesh: Mapping[str, int]) -> float:
+        """Bytes that one device reads and writes: weights, activations, the head's logits, gradients and the optimizer's update.
+
+        Args:
+            state_bytes: parameters and optimizer state on the device.
+            mesh: sizes of the axes.
+        """
+        c = self.decoder
+        tensor = mesh.get("tensor", 1)
+        shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
+        number = DTYPE_BYTES[c.dtype]
+        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
+        weights = number * (passes * self.layer_weights + 2 * self.head_weights) * self.micro_batches / tensor
+        per_layer = sum(inputs + outputs for inputs, outputs in c.projections.values())
+        activations = number * (passes + 1) * c.num_layers * per_layer / tensor
+        logits = (3 * 4 + 3 * number) * self.supervised * c.vocab_size / tensor
+        gradients = 0 if self.frozen else 2 * 4 * c.num_params() / (tensor * mesh.get("fsdp", 1))
+        return (
+            weights + (activations + logits) * self.tokens / shards + gradients * self.micro_batches + 2 * state_bytes
+        )
+
+    def sent_bytes(self, mesh: Mapping[str, int]) -> float:
+        """Bytes that one device has to send, where no compiled program says: weights gathered in each pass and gradients summed (fsdp, data),
+        activations summed twice a layer and pass (tensor), keys and values gathered (context).
+        """
+        c = self.decoder
+        data, fsdp, tensor, context = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context"))
+        number, share = DTYPE_BYTES[c.dtype], lambda n: (n - 1) / n
+        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
+        weights = (self.layer_weights + self.head_weights) / tensor
+        gathered = passes * number * weights * share(fsdp)
+        summed = 0 if self.frozen else 4 * weights * (share(fsdp) + 2 * share(data) / fsdp)
+        tokens = self.tokens / (data * fsdp * context)
+        stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
+        keys = (passes + 1) * 2 * number * c.num_kv_heads * c.head_dim * c.num_layers * tokens * (context - 1) / tensor
+        return (gathered + summed) * self.micro_batches + stream + keys
+
+    def activation_bytes(self, mesh: Mapping[str, int]) -> float:
+        """What one device keeps between the forward and the backward pass of a micro-batch, and the largest that is alive at once beside it:
+        one layer, the head's tile, and gathered weights.
+        """
+        c = self.decoder
+        tensor = mesh.get("tensor", 1)
+        shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
+        tokens = self.tokens / self.micro_batches / shards
+        number = DTYPE_BYTES[c.dtype]
+        outputs = number * sum(outputs for _, outputs in c.projections.values()) / tensor
+        scores = (4 + number) * c.num_heads * self.seq_len / tensor if c.attention == "xla" else 0
+        whole = 4 * number * c.width + outputs + number * c.mlp_width / tensor + scores
+        stream = number * c.width
+        kept = {"nothing": whole, "dots": stream + outputs, "block": stream, "offload": 0}[c.remat]
+        layer = number * self.layer_weights / c.num_layers / tensor
+        head = (4 + number) * self.head_weights / tensor
+        tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor
+        return tokens * (c.num_layers * kept + 2 * whole) + 2 * layer + head + tile
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds that one step takes at least, by what limits it.
+
+    Attributes:
+        compute: operations over the peak.
+        memory: bytes over HBM's bandwidth.
+        network: bytes sent over the links' bandwidth.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def overlapped(self) -> float:
+        """Everything at once: the floor."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def in_turn(self) -> float:
+        """Nothing at once."""
+        return self.compute + self.memory + self.network
+
+
+def step_time(
+    work: Work, topology: Topology, state_bytes: float, sent_bytes: float, mesh: Mapping[str, int]
+) -> StepTime:
+    """The roofline of a step; `state_bytes` and `sent_bytes` are those of one device."""
+    chip = topology.chip
+    return StepTime(
+        compute=work.hardware_flops / (topology.num_chips * chip.flops),
+        memory=work.hbm_bytes(state_bytes, mesh) / (chip.hbm_bandwidth / chip.devices),
+        network=sent_bytes / topology.network_bandwidth,
+    )

@@ -1,0 +1,198 @@
+"""Several processes as one run: how they find each other, which of them writes, and what they agree on.
+
+Every process runs the same program with the same settings. Process 0 alone reads and writes the run folder and prints; what it finds there the others are told.
+Checkpoints are written and read by all. `cotgrpo.distributed.peer_monitor` ends the others when one of them ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from cotgrpo.config.settings import ConfigError
+
+HEARTBEAT_SECONDS = 30
+"""A process that the watch does not miss (it hangs, or its network does) is missed by JAX after this time."""
+
+T = TypeVar("T")
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the processes of a run through `jax.distributed`. To be called before any device is touched.
+
+    Without arguments they are found as JAX finds them: on Cloud TPU (one process a host), under SLURM and Open MPI (one process a GPU), on
+    Kubernetes, or at `JAX_COORDINATOR_ADDRESS`. Where there is one process only, nothing is started.
+
+    Args:
+        coordinator: HOST:PORT, a free port of process 0's host.
+        num_processes: of the run; 1: this is the only one, whatever the environment says.
+        process_id: of this one, in [0, num_processes).
+
+    Raises:
+        ConfigError: arguments that do not fit together, or processes that do not find each other.
+    """
+    if num_processes == 1 or ((coordinator, num_processes, process_id) == (None, None, None) and not on_a_cluster()):
+        return
+    if num_processes is not None and not (process_id is None or 0 <= process_id < num_processes):
+        raise ConfigError(
+            f"distributed.process_id must be 0 to {num_processes - 1} for {num_processes} processes, got {process_id}."
+        )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError(f"distributed.coordinator must be HOST:PORT, got {coordinator!r}.")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"The processes of this run did not find each other ({' '.join(str(error).split())}). Give every one of them "
+            "--distributed.coordinator HOST:PORT, --distributed.num_processes N and its own --distributed.process_id, or "
+            "--distributed.num_processes 1 where it is the only one."
+        ) from error
+
+
+def on_a_cluster() -> bool:
+    """Whether the environment tells of several processes, or is a Cloud TPU machine, whose metadata JAX asks."""
+    several = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    workers = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        return True
+    if "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+        return any(int(os.environ.get(name, 1)) > 1 for name in several)
+    if workers is not None:
+        return "," in workers
+    # JAX sets TPU_SKIP_MDS_QUERY itself where there is no TPU.
+    return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
+
+
+def is_process_0() -> bool:
+    """Whether this is process 0, which writes and prints."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def process_console() -> Console:
+    """Where this process prints: process 0 to the terminal, the others nowhere."""
+    return Console(quiet=not is_process_0())
+
+
+def on_process_0(make: Callable[[], T]) -> T:
+    """What `make()` returns on process 0, on every process. It is called there only, and must return what JSON can hold.
+
+    What it raises it raises on process 0; the others then end with it (see `cotgrpo.distributed.peer_monitor`).
+    """
+    if jax.process_count() == 1:
+        return make()
+    data = np.frombuffer(json.dumps(make()).encode(), np.uint8) if is_process_0() else np.zeros(0, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    whole = multihost_utils.broadcast_one_to_all(np.resize(data, size) if data.size else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(whole, np.uint8).tobytes())
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree as NumPy arrays on every process, however they are spread over devices."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    whole = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
+    return jax.tree.map(
+        lambda x: multihost_utils.process_allgather(x, tiled=True) if whole(x) else jax.device_get(x), tree
+    )
+
+
+def process_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> np.ndarray:
+    """The rows of a global array that this process's devices need, ascending: those it has to read.
+
+    Args:
+        sharding: of the array.
+        shape: global; the first dimension is that of the rows.
+    """
+    indices = sharding.addressable_devices_indices_map(tuple(shape)).values()
+    rows = [np.arange(shape[0])[index[0]] for index in indices if index is not None]
+    return np.unique(np.concatenate(rows))
+
+
+def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
+    """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays; arrays that are global already are moved."""
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def put_on_mesh(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put`, also onto devices of other processes, for arrays that are the same on every process, or global already."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(array: Any, sharding: jax.sharding.Sharding) -> Any:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+        here = np.asarray(array)
+        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def gather_rows(rows: np.ndarray, values: np.ndarray, batch_size: int) -> np.ndarray:
+    """Values of this process's rows, and of all the others': `[n, len(rows)]` of every process -> `[n, batch_size]`."""
+    if jax.process_count() == 1:
+        return values
+    mine = np.zeros((2, len(values), batch_size), np.uint32)
+    mine[0][:, rows], mine[1][:, rows] = values, 1
+    found, there = np.moveaxis(multihost_utils.process_allgather(mine), 1, 0)
+    first = there.argmax(axis=0)  # a row may be on several processes, and is the same on all
+    return np.take_along_axis(found, first[None], axis=0)[0]
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM instead of dying from them, so that the loop can save first; every process stops after the same step.
+
+    With one process a second signal acts at once. With several, JAX takes SIGTERM, whichever process it came to, and tells all of them the step to stop after.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        alone = jax.process_count() == 1
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+                self.previous[number] = signal.signal(number, self.note if alone else self.pass_on) or signal.SIG_DFL
+        except ValueError:  # not in the main thread: signals stay with whoever has it
+            self.previous = {}
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.restore()
+
+    def pass_on(self, number: int, frame: Any) -> None:
+        """Makes Ctrl-C what JAX listens to. The handler of SIGTERM is not Python's, and stays."""
+        self.received = number
+        signal.raise_signal(signal.SIGTERM)
+
+    def stop_after(self, step: int) -> int | None:
+        """The signal to stop for after this step, or None. To be asked once a step, by every process."""
+        if jax.process_count() == 1:
+            return self.received
+        return (self.received or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def __exit__(self, *exception: Any) -> None:
+        self.restore()

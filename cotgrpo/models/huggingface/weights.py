@@ -1,0 +1,330 @@
+"""Hugging Face models in and out: `load_pretrained` reads a folder or a hub id, `save_pretrained` writes what `transformers` reads.
+
+Weights are safetensors, never pickles, and no remote code is run. They pass through host memory one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.models.huggingface.config import config_json, differences
+from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
+from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
+from cotgrpo.models.huggingface.model_card import model_card
+from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
+from cotgrpo.sharding import state_sharding
+from cotgrpo.types import Params, Student
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors that older checkpoints hold and the config determines."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(ModelFolder):
+    """A model from Hugging Face: a `ModelFolder`, and
+
+    Attributes:
+        student: what train steps take. Ids that the tokenizer does not have are never drawn.
+        params: the weights.
+    """
+
+    student: Student
+    params: Params
+
+
+def load_pretrained(
+    folder_or_id: str | Path,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    compute_dtype: str | None = None,
+    remat: str = "dots",
+) -> Pretrained:
+    """Reads a model: config.json, safetensors (one file or shards), and the size of its tokenizer.
+
+    Args:
+        folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        dtype: how the weights are stored on the devices, "float32" or "bfloat16"; None: as in the checkpoint (float16 becomes float32).
+        mesh: from `make_mesh`: weights are sharded by `cotgrpo.sharding.PARAM_RULES`. None: on JAX's default device.
+        compute_dtype: "float32" or "bfloat16"; None: `dtype`.
+        remat: as in `DecoderConfig`.
+
+    Raises:
+        ModelError: what is wrong with the folder, its config, its weights or its tokenizer.
+    """
+    found = open_folder(folder_or_id)
+    tensors, names = find_tensors(found.folder), names_by_path(found.config)
+    check_tensors(found.config, names, tensors, found.folder)
+    stored = tensors["model.embed_tokens.weight"].dtype
+    dtype = dtype or ("bfloat16" if stored == jnp.bfloat16 else "float32")
+    config = dataclasses.replace(found.config, param_dtype=dtype, dtype=compute_dtype or dtype, remat=remat)
+    return Pretrained(
+        config=config,
+        student=make_student(config, found.own_vocab_size()),
+        params=read_params(config, names, tensors, mesh),
+        folder=found.folder,
+        hf_config=found.hf_config,
+        generation_config=found.generation_config,
+        hub_id=found.hub_id,
+    )
+
+
+def names_by_path(config: DecoderConfig) -> dict[tuple[str, ...], list[str]]:
+    """{path in the parameter tree: its tensors' names}, one a layer where layers are stacked."""
+    layers = range(config.num_layers)
+    return {
+        path: [name.format(layer) for layer in layers] if path[0] == "layers" else [name]
+        for path, name in tensor_names(config).items()
+    }
+
+
+@functools.cache
+def abstract_params(config: DecoderConfig) -> Any:
+    """The parameter tree's shapes and dtypes."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, in a checkpoint, of one tensor of the leaf at `path`: kernels and the head are transposed there."""
+    shape = shape[1:] if path[0] == "layers" else shape
+    return shape[::-1] if path[-1] in ("kernel", "head") else shape
+
+
+def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree of nested dicts."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+
+def check_tensors(
+    config: DecoderConfig,
+    names: Mapping[tuple[str, ...], list[str]],
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+) -> None:
+    """The checkpoint holds the tensors of the config, in its shapes, and no others.
+
+    Raises:
+        ModelError: names them.
+    """
+    expected = {
+        name: stored_shape(path, leaf.shape)
+        for path, leaf in leaves_by_path(abstract_params(config)).items()
+        for name in names[path]
+    }
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected and not DERIVED.search(name)]
+    if config.tied_head and "lm_head.weight" in extra and "model.embed_tokens.weight" in tensors:
+        head, embedding = tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()
+        if head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
+            raise ModelError(
+                f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight differs from "
+                "model.embed_tokens.weight. Set tie_word_embeddings to false to keep both, or remove lm_head.weight."
+            )
+        extra.remove("lm_head.weight")
+    for found, what in ((missing, "lacks"), (extra, "holds unexpected")):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ModelError(
+                f"The checkpoint in {folder} {what} {', '.join(found[:3])}{more}: it does not belong to its config.json."
+            )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ModelError(
+                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json says {list(shape)}."
+            )
+
+
+def read_params(
+    config: DecoderConfig,
+    names: Mapping[tuple[str, ...], list[str]],
+    tensors: Mapping[str, StoredTensor],
+    mesh: jax.sharding.Mesh | None,
+) -> Params:
+    """The parameter tree, filled tensor by tensor on the devices; large leaves first, while there is most room for copies."""
+    tree = abstract_params(config)
+    leaves = leaves_by_path(tree)
+    shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(leaves)
+    filled: dict[str, Any] = {}
+    for path in sorted(leaves, key=lambda path: -leaves[path].size):
+        stored = [tensors[name] for name in names[path]]
+        inner = filled
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = read_leaf(path, leaves[path], stored, shardings[path])
+    return jax.tree.map(lambda _, leaf: leaf, tree, filled)  # in the order of `init_params`
+
+
+def read_leaf(path: tuple[str, ...], leaf: Any, stored: list[StoredTensor], sharding: Any) -> jax.Array:
+    """One leaf of the tree, whole or stacked from its layers."""
+    if path[0] != "layers":
+        return on_devices(stored[0], path, leaf.dtype, sharding)
+    per_layer = sharding and jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    stacked = empty(leaf.shape, leaf.dtype, sharding)
+    for layer, tensor in enumerate(stored):
+        stacked = set_layer(stacked, on_devices(tensor, path, leaf.dtype, per_layer), layer, sharding)
+        stacked.block_until_ready()  # so that no second tensor waits in host memory
+    return stacked
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """Zeros, made where they shall lie."""
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def set_layer(stacked: jax.Array, one: jax.Array, layer: Any, sharding: Any) -> jax.Array:
+    """`stacked` with `one` at `layer`, in the same memory."""
+    stacked = jax.lax.dynamic_update_index_in_dim(stacked, one, layer, 0)
+    return stacked if sharding is None else jax.lax.with_sharding_constraint(stacked, sharding)
+
+
+def on_devices(tensor: StoredTensor, path: tuple[str, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """One stored tensor in the tree's layout and dtype, each device given its own part."""
+    array = tensor.read().astype(dtype, copy=False)
+    array = array.T if path[-1] in ("kernel", "head") else array
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    source: ModelFolder | None = None,
+    tokenizer: Any = None,
+    generation_config: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, complete or not at all.
+
+    In a run of several processes all of them call it, and the first one writes.
+
+    Args:
+        folder: new or empty.
+        config: the decoder's shape.
+        params: its weights.
+        source: the model that training started from: its config.json, generation_config.json, tokenizer and chat template are copied.
+            None: config.json is that of the first family that can express `config`.
+        tokenizer: a `transformers` tokenizer, saved instead of the source's files.
+        generation_config: fields of generation_config.json, over those of the source and the tokenizer.
+        card: facts for the model card (`cotgrpo.models.huggingface.model_card.model_card`).
+        dtype: "float32", "bfloat16" or "float16"; None: as in `params`.
+        max_shard_bytes: larger weights are split into several files.
+
+    Raises:
+        ModelError: a folder that is not empty, parameters or tokenizer of another model, or a config that the source does not have.
+    """
+    folder = Path(folder)
+    refuse_used(folder)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ModelError(f"The tokenizer has {len(tokenizer)} tokens, but the embedding has {config.vocab_size} rows.")
+    hf = dict(source.hf_config) if source else config_json(config)
+    if source and (found := differences(config, hf)):
+        raise ModelError(f"The config is not that of {source.folder}: {'; '.join(found)}.")
+    base = {"base_model": source.hub_id} if source and source.hub_id else {}
+    readme = model_card(folder.name, base | dict(card or {}))
+    tensors = new_tensors(config, params, dtype)
+    hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
+    if jax.process_index() == 0:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_tensors(partial, tensors, max_shard_bytes)
+        write_beside(partial, hf, source, tokenizer, generation_config or {})
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+        os.replace(partial, folder)
+    else:
+        for tensor in tensors:
+            tensor.array()  # its part in gathering each
+    return folder
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises ModelError where `folder` is neither new nor empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} is not empty: give the export a folder of its own.")
+
+
+def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[NewTensor]:
+    """The tensors of a checkpoint, fetched from the devices when they are written."""
+    leaves, abstract = leaves_by_path(params), leaves_by_path(abstract_params(config))
+    if {path: leaf.shape for path, leaf in leaves.items()} != {path: leaf.shape for path, leaf in abstract.items()}:
+        wrong = sorted({(p, x.shape) for p, x in leaves.items()} ^ {(p, x.shape) for p, x in abstract.items()})[0]
+        raise ModelError(
+            f"The parameters are not those of the config: {'/'.join(wrong[0])} {list(wrong[1])} is in one only."
+        )
+    known = {str(kind): kind for kind in DTYPES.values()}
+    if dtype is not None and dtype not in known:
+        raise ModelError(f"dtype must be one of {', '.join(known)} or None, got {dtype!r}.")
+    return [
+        NewTensor(
+            name=name,
+            dtype=np.dtype(leaves[path].dtype) if dtype is None else known[dtype],
+            shape=stored_shape(path, leaves[path].shape),
+            array=functools.partial(on_host, path, leaves[path], layer),
+        )
+        for path, layer_names in names_by_path(config).items()
+        for layer, name in enumerate(layer_names)
+    ]
+
+
+def on_host(path: tuple[str, ...], leaf: Any, layer: int) -> np.ndarray:
+    """One tensor in a checkpoint's layout, gathered from all devices."""
+    leaf = leaf[layer] if path[0] == "layers" else leaf
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
+    return array.T if path[-1] in ("kernel", "head") else array
+
+
+def write_beside(
+    folder: Path, hf: HfConfig, source: ModelFolder | None, tokenizer: Any, generation_config: Mapping[str, Any]
+) -> None:
+    """config.json, generation_config.json, and the files of the tokenizer and its chat template."""
+    generation = dict((source and source.generation_config) or {})
+    if tokenizer is not None:
+        ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        ids = {name: i for name, i in ids.items() if i is not None}
+        generation, hf = ids | generation, ids | dict(hf)
+        tokenizer.save_pretrained(folder)
+    elif source is not None:
+        for name in TOKENIZER_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
+    generation |= generation_config
+    for name, value in (("config.json", hf), ("generation_config.json", generation)):
+        if value:
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

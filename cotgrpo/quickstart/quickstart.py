@@ -1,0 +1,198 @@
+"""The whole method on a made-up task, on a CPU in minutes: a procedural teacher, SFT, GRPO (GhostRespond, not Group Relative), a report.
+
+The task is real: sums whose rationale, digit by digit with its carries, the student has to write out; no sum of the test occurs in training.
+The teacher's text is scarce, and SFT gets out of it what there is. GRPO goes on from there twice, with as many updates: on the same text (teacher-forced), and
+on the student's own replies to further questions, where a live teacher says the ghost token at each prefix (on-policy). No text exists for those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cotgrpo.atomic_files import read_json, whole_file, write_json
+from cotgrpo.config.ghosts import GhostsConfig
+from cotgrpo.config.settings import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    StageConfig,
+    StudentConfig,
+    TokenizerConfig,
+)
+from cotgrpo.data.triples import Triple
+from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.reports.charts import interval_chart, standalone
+from cotgrpo.reports.report import write_report
+from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+from cotgrpo.training.stages import merge_samples, run_grpo, run_sft
+
+KINDS = ("column_addition",)
+TRAIN_ROWS, QUESTIONS, TEST_ROWS = 250, 4_000, 500
+TEACHER = Path(__file__).with_name("live_teacher")
+"""The live teacher's folder; `cotgrpo.quickstart.make_live_teacher` says how it was made."""
+REPLIES_OF_A_ROW = 2
+"""About as many replies are in a packed row: an on-policy update supervises as many tokens as a teacher-forced one."""
+
+QUICKSTART = Config(
+    run_dir="quickstart_run",
+    student=StudentConfig(
+        width=96,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=16,
+        mlp_width=256,
+        rope_theta=1_000.0,
+        init_scale=0.06,
+    ),
+    tokenizer=TokenizerConfig(path=str(TEACHER)),  # ghost tokens are ids, so both need the same tokens
+    data=DataConfig(seq_len=160, loss_on="completion"),
+    sft=StageConfig(
+        steps=2_000, batch_size=8, eval_every=500, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
+    ),
+    grpo=GrpoConfig(
+        steps=300, batch_size=8, eval_every=100, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
+    ),
+    eval=EvalConfig(rows=TEST_ROWS, batch_size=250, max_new_tokens=72),
+    checkpoint=CheckpointConfig(every=150, keep=2),
+)
+"""The quick start's settings; every one of them is also an option of the command."""
+
+STAGES = {
+    "base": "untrained",
+    "sft": "after SFT",
+    "grpo": "after GRPO, teacher-forced",
+    "on_policy": "after GRPO, on-policy",
+}
+
+
+def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) -> dict[str, Any]:
+    """Teacher, SFT, GRPO and a report of all in `config.run_dir`; run again, it goes on where it was. Returns `report.json`.
+
+    The teacher writes `train.jsonl`, `questions.jsonl` and `test.jsonl` there, from `config.seed`, unless `config.data.train` names other rows. Of those the
+    live teacher knows nothing, so there is no on-policy stage then.
+    """
+    console = console or Console()
+    folder = Path(config.run_dir)
+    started = time.perf_counter()
+    own_rows = bool(config.data.train)
+    if not own_rows:
+        on_process_0(lambda: teach(folder, config.seed))
+        console.print(
+            f"teacher: {TRAIN_ROWS} triples, {QUESTIONS} questions and {TEST_ROWS} held-out rows in {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
+        config = dataclasses.replace(config, data=data)
+    elif config.tokenizer == QUICKSTART.tokenizer:  # which knows sums alone
+        config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=400))
+    stages = {"teacher": time.perf_counter() - started}
+    reports = {"sft": run_sft(config, console), "grpo": run_grpo(config, console)}
+    if not own_rows:
+        reports["on_policy"] = run_grpo(on_policy(config), console)
+    report = combined(config, reports, stages)
+    page = on_process_0(lambda: str(write_combined(folder, report)))
+    for name, row in report["accuracy"].items():
+        console.print(
+            f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} held-out questions (95 % interval {row['low']:.1%} to {row['high']:.1%})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"{report['wall_seconds']['total']:.0f} s in all; open {page}", highlight=False, soft_wrap=True)
+    return report
+
+
+def on_policy(config: Config) -> Config:
+    """The settings of the on-policy stage: as the teacher-forced one, from the same student, but on the student's own replies to other questions."""
+    folder, grpo = Path(config.run_dir), config.grpo
+    ghosts = GhostsConfig(
+        source="teacher_model",
+        teacher=str(TEACHER),
+        prompts=(str(folder / "questions.jsonl"),),
+        max_new_tokens=config.eval.max_new_tokens,
+    )
+    grpo = dataclasses.replace(
+        grpo, init_from=str(folder / "sft"), ghosts=ghosts, batch_size=REPLIES_OF_A_ROW * grpo.batch_size
+    )
+    return dataclasses.replace(config, run_dir=str(folder / "on_policy"), grpo=grpo)
+
+
+def write_combined(folder: Path, report: dict[str, Any]) -> Path:
+    """Writes `report.json`, its page and the chart of the accuracies; returns the page."""
+    write_json(folder / "report.json", report)
+    rows = [(name, STAGES[name], row) for name, row in report["accuracy"].items()]
+    (folder / "accuracy.svg").write_text(standalone(interval_chart("Held-out accuracy", rows)), encoding="utf-8")
+    return write_report(folder)
+
+
+def teach(folder: Path, seed: int) -> None:
+    """Writes the teacher's triples and further questions, where they are not there yet; the sums of the test are in neither."""
+    rows = ProceduralTeacher(seed, KINDS).draw(TRAIN_ROWS + QUESTIONS)
+    # Nothing is written for the questions; their answers only judge the student's replies, for the log.
+    asked = [dataclasses.replace(row, rationale="") for row in rows[TRAIN_ROWS:]]
+    write_rows(folder / "test.jsonl", ProceduralTeacher(seed, KINDS, held_out=True).draw(TEST_ROWS))
+    write_rows(folder / "questions.jsonl", asked)
+    write_rows(folder / "train.jsonl", rows[:TRAIN_ROWS])
+
+
+def write_rows(path: Path, rows: Sequence[Triple]) -> None:
+    """Writes the rows, unless the file is there; a crash leaves no half of one."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            write_triples(temporary, rows)
+
+
+def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str, float]) -> dict[str, Any]:
+    """The reports of all stages as one; `wall` holds the seconds before them."""
+    for name, label in (("sft", "SFT"), ("grpo", "GRPO"), ("on_policy", "on-policy GRPO")):
+        if name in reports:
+            wall[f"{label} training"] = reports[name]["wall_seconds"]["training"]
+            wall[f"{label} evaluation"] = reports[name]["wall_seconds"]["evaluation"]
+    wall["total"] = sum(wall.values())
+    notes = [
+        "Teacher-forced GRPO goes on from the SFT student with the same text, so part of its gain is that of more training steps."
+    ]
+    found = reports["grpo"]
+    accuracy, losses, data = dict(found["accuracy"]), dict(found["held_out_loss"]), dict(found["data"])
+    if "on_policy" in reports:
+        own = reports["on_policy"]
+        accuracy["on_policy"], losses["on_policy"] = own["accuracy"]["grpo"], own["held_out_loss"]["grpo"]
+        data |= own["data"]
+        gain = 100 * (accuracy["on_policy"]["value"] - accuracy["grpo"]["value"])
+        notes.append(
+            f"On-policy GRPO starts from the SFT student too, and makes as many updates: its held-out accuracy is {gain:+.1f} points from that of teacher-forced. "
+            f"The student replies to {data['prompts']['kept']:,} questions that it has no text for, and a live teacher says the ghost token at each prefix of its replies."
+        )
+    return found | {
+        "title": "cotgrpo quickstart",
+        "command": f"cotgrpo quickstart --out {shlex.quote(config.run_dir)} --seed {config.seed}",
+        "accuracy": accuracy,
+        "held_out_loss": losses,
+        "data": data,
+        "samples": samples(Path(config.run_dir), accuracy),
+        "wall_seconds": wall,
+        "notes": notes,
+    }
+
+
+def samples(folder: Path, measured: Iterable[str]) -> list[dict[str, Any]]:
+    """Replies of the student at each point, to the same questions."""
+    files = {
+        "base": "sft/before.json",
+        "sft": "sft/after.json",
+        "grpo": "grpo/after.json",
+        "on_policy": "on_policy/grpo/after.json",
+    }
+    return merge_samples({name: read_json(folder / files[name])["replies"] for name in measured})

@@ -1,1 +1,0 @@
-"""What a command does around the pure steps: the host loop, checkpoints, evaluation, reports."""

@@ -1,0 +1,144 @@
+"""What was asked and what came back, one JSON object a line, on the disk before anything else happens.
+
+A record that `append` has returned from survives a kill and a power cut. A line that was half written then is cut off when the journal is
+opened again, and its request is asked again. One process at a time may hold a journal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cotgrpo.data.triples import DataError
+from cotgrpo.teachers.endpoint import Failure, Outcome, TeacherReply
+
+Key = tuple[str, int]
+"""(hash of the prompt, number of the candidate): what a reply answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One request and its outcome.
+
+    Attributes:
+        prompt_hash: SHA-256 of the messages.
+        candidate: from 0.
+        question_id: of the row.
+        question: its text.
+        outcome: reply or failure.
+        accepted: whether the reply may become a triple.
+        reason: why, or why not; of a failure, what failed.
+        detail: of this one.
+    """
+
+    prompt_hash: str
+    candidate: int
+    question_id: str
+    question: str
+    outcome: Outcome
+    accepted: bool
+    reason: str
+    detail: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.prompt_hash, self.candidate
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kind = "reply" if isinstance(self.outcome, TeacherReply) else "failure"
+        del fields["outcome"]
+        return json.dumps(fields | {kind: dataclasses.asdict(self.outcome)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Record:
+        """What `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
+        fields = json.loads(line)
+        reply, failure = fields.pop("reply", None), fields.pop("failure", None)
+        return cls(outcome=TeacherReply(**reply) if failure is None else Failure(**failure), **fields)
+
+
+class Journal:
+    """An append-only file of records, and what it holds so far.
+
+    Attributes:
+        records: the newest record of each request.
+        repaired: whether a half-written last line was cut off.
+
+    Raises:
+        DataError: another process holds it, or a line other than the last is no record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import fcntl
+
+        self.path = path
+        is_new = not path.exists()
+        # Read, and append from wherever the end is after repair.
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open until `close`
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise DataError(f"{path} is in use by another process: wait for it, or choose another folder.") from None
+        try:
+            self.repaired = False
+            self.records = {record.key: record for record in self.read()}
+        except BaseException:
+            self.file.close()
+            raise
+        if is_new:
+            sync_folder(path.parent)
+
+    def read(self) -> list[Record]:
+        """All records; cuts off what a killed process left of the last one."""
+        self.file.seek(0)
+        records, whole = [], 0
+        lines = self.file.read().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("no end of line")
+                records.append(Record.from_json(line))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if number < len(lines):
+                    raise DataError(
+                        f"{self.path}:{number}: no record ({type(error).__name__}: {error}). The file was changed by hand: mend or "
+                        "remove the line."
+                    ) from None
+                self.repaired = True
+                self.file.truncate(whole)
+                os.fsync(self.file.fileno())
+                break
+            whole += len(line)
+        return records
+
+    def append(self, record: Record) -> None:
+        """Writes a record; it is on the disk when this returns."""
+        line = memoryview(record.to_json().encode("utf-8") + b"\n")
+        while line:
+            line = line[self.file.write(line) :]
+        os.fsync(self.file.fileno())
+        self.records[record.key] = record
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """A new file's name is on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""The command `export`: the newest student of a run as a folder that `transformers` loads, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cotgrpo.atomic_files import read_json
+from cotgrpo.config.files import load_config
+from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.data.template import AnyTemplate
+from cotgrpo.models.huggingface.adapters import save_adapter
+from cotgrpo.models.huggingface.weights import refuse_used, save_pretrained
+from cotgrpo.training.inputs import model_of
+from cotgrpo.training.stages import newest_stage
+from cotgrpo.training.weights import StageWeights, restore_weights
+
+
+def run_export(
+    run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None, *, adapter: bool = False
+) -> Path:
+    """Writes the newest student of `run_dir` to `out`: weights, config.json, tokenizer, chat template, generation config, model card.
+
+    LoRA's adapters are merged into the weights, unless `adapter` asks for them alone.
+
+    Args:
+        run_dir: a folder that `sft` or `grpo` has filled. Of a pretrained student, the JSON files at its `student.path` are read again.
+        out: new or empty.
+        dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
+        console: where it is said what was written.
+        adapter: write the adapters alone, as a folder that `peft` loads beside the pretrained student.
+
+    Raises:
+        ConfigError, CheckpointError, ModelError, DataError: no trained student, none that can be read, or `out` is in use; with `adapter`,
+            a run without LoRA, a base that is no pretrained model, or a `dtype`.
+    """
+    refuse_used(out)
+    stage = newest_stage(run_dir)
+    folder = run_dir / stage
+    config = load_config(folder / "config.yaml")
+    model = model_of(config, folder, folder, [])
+    weights, step = restore_weights(folder, model)
+    template = model.template(config.data.loss_on)
+    card = facts(config, stage, step, template, folder)
+    written = f"{folder} at step {step} written to {out}"
+    if adapter:
+        check_adapter(weights, folder, dtype)
+        assert weights.lora is not None
+        save_adapter(out, weights.trained, weights.lora, weights.base_name, card)
+        (console or Console()).print(f"adapter of {written}", highlight=False, soft_wrap=True)
+        return out
+    stops = list(template.stop_ids)
+    of_source = model.source is not None and config.tokenizer.path is None
+    save_pretrained(
+        out,
+        model.decoder,
+        weights.merged(),
+        source=model.source,
+        tokenizer=None if of_source else model.tokenizer,
+        # Generation stops where it did when accuracy was measured.
+        generation_config={"eos_token_id": stops if len(stops) > 1 else stops[0]},
+        card=card,
+        dtype=dtype,
+    )
+    (console or Console()).print(written, highlight=False, soft_wrap=True)
+    return out
+
+
+def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:
+    """Raises ConfigError where a stage has no adapter that can be exported alone."""
+    if weights.lora is None:
+        raise ConfigError(f"{folder} was trained without LoRA and has no adapter. Leave --adapter out.")
+    if weights.base_name is None:
+        raise ConfigError(
+            f"The base of the adapters in {folder} is a trained stage and no pretrained model, so nobody could load them alone. "
+            "Leave --adapter out: they are merged into the weights then."
+        )
+    if dtype is not None:
+        raise ConfigError("Adapters are stored in float32, as they were trained. Leave --dtype out, or --adapter.")
+
+
+def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
+    """What the model card says of a run; the accuracy only where the report is that of this step."""
+    done = folder / "report.json"
+    report = read_json(done) if done.is_file() and step == getattr(config, stage).steps else None
+    sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
+    settings = dataclasses.asdict(config)
+    for name in config.student.shape() if config.student.path is not None else ():
+        del settings["student"][name]  # that of config.json counts
+    if not config.lora.rank:
+        del settings["lora"]
+    known: dict[str, Any] = {
+        "datasets": [name.partition(":")[0] for name in sources[0] if not is_file(name)],
+        "objective": objective(config, stage, step),
+        "data": data_text(config, template, *sources),
+        "config": settings,
+    }
+    if report is not None:
+        known["versions"] = report["versions"]
+        known["accuracy"] = {
+            f"held-out rows, {name}": f"{row['value']:.1%} of {row['n']} (95 % interval {row['low']:.1%} to {row['high']:.1%})"
+            for name, row in report["accuracy"].items()
+        }
+    return known
+
+
+def is_file(source: str) -> bool:
+    """A file of rows, and no hub id."""
+    return source.endswith((".jsonl", ".json", ".parquet"))
+
+
+def objective(config: Config, stage: str, step: int) -> str:
+    """What was optimised, in words."""
+    what = f"Stage {stage}, step {step} of {getattr(config, stage).steps}. "
+    if stage == "sft":
+        start = config.sft.init_from or config.student.path or "scratch"
+        return f"{what}Next-token loss on the {config.data.loss_on}, from {start}."
+    start = config.grpo.init_from or "the SFT student of the same run"
+    return (
+        f"{what}GhostRespond Policy Optimization (not Group Relative) from {start}: `{config.grpo.objective.build()}`."
+    )
+
+
+def data_text(config: Config, template: AnyTemplate, train: list[str], test: list[str]) -> str:
+    """The rows, and how a prompt is written."""
+    data = config.data
+    held_out = named(test, data.test_split) if test else f"{data.test_rows} of these rows, left out of training"
+    prompt = template.tokenizer.decode(template.prompt("QUESTION"))
+    return f"Trained on {named(train, data.train_split)}; held out: {held_out}.\n\nA prompt, as the student read it:\n\n```text\n{prompt}\n```"
+
+
+def named(sources: list[str], split: str | None) -> str:
+    """Files and hub ids, and which of their rows."""
+    return f"`{', '.join(sources)}`" + (f" (split {split})" if split else "")

@@ -1,0 +1,308 @@
+"""Pretrained students through the command line: a model folder in, SFT, GRPO, a model folder out that says and scores the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from cotgrpo.checkpoints.manager import CheckpointError
+from cotgrpo.cli import EXPORT_HELP, main
+from cotgrpo.config.files import load_config
+from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
+from cotgrpo.models import Pretrained, load_pretrained, save_pretrained
+from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.decoder import init_params
+from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+from cotgrpo.training import stages
+from cotgrpo.training.inputs import load_eval_inputs
+
+CONTROLS = ("<pad>", "<eos>", "<sep>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SETTINGS = """
+data: {seq_len: 320, test_rows: 12}
+sft: {steps: 4, batch_size: 2, log_every: 2, optimizer: {learning_rate: 1.0e-3}}
+grpo: {steps: 2, batch_size: 2, log_every: 1, optimizer: {learning_rate: 1.0e-3}}
+eval: {rows: 12, batch_size: 12, max_new_tokens: 8}
+checkpoint: {every: 2}
+"""
+
+
+def write_model(folder: Path, texts: list[str]) -> Path:
+    """A random model with a padded embedding, whose turns end with another token than its texts, and a second stop token."""
+    tokenizer = train_tokenizer(texts, vocab_size=320, special_tokens=CONTROLS)
+    tokenizer.chat_template = CHATML
+    config = DecoderConfig(
+        vocab_size=len(tokenizer) + 5, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
+    )
+    params = init_params(dataclasses.replace(config, init_scale=0.2), jax.random.key(7))
+    stops = {"eos_token_id": [CONTROLS.index("<eos>"), CONTROLS.index("<|im_end|>")]}
+    return save_pretrained(folder, config, params, tokenizer=tokenizer, generation_config=stops)
+
+
+def write_rows_and_model(folder: Path) -> None:
+    """`rows.jsonl`, `model` and `c.yaml`, which names the model and has small settings."""
+    rows = ProceduralTeacher(seed=1).draw(60)
+    write_triples(folder / "rows.jsonl", rows)
+    write_model(folder / "model", [f"{t.question}\n{t.rationale}" for t in rows])
+    (folder / "c.yaml").write_text(f"student: {{path: {folder / 'model'}}}\n{SETTINGS}", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows, a model and a config; `chat` and `plain` are runs of both stages."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_rows_and_model(folder)
+    for form in ("chat", "plain"):
+        for command in ("sft", "grpo"):
+            assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
+    return folder
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(folder / "c.yaml"), "--data.train", str(folder / "rows.jsonl"), *more]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command said on stderr, which is one line."""
+    error = capsys.readouterr().err
+    assert error.startswith("cotgrpo: ") and error.count("\n") == 1, error
+    return error
+
+
+def logits_of(model: Pretrained, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one sequence, `[T, V]`; what is padded behind it to one length for all does not reach back."""
+    tokens_BT = jnp.asarray(np.pad(tokens, (0, 320 - len(tokens)))[None], jnp.int32)
+    logits_BTV = model.student.logits(model.params, tokens_BT, jnp.arange(320)[None], jnp.ones_like(tokens_BT))
+    return np.asarray(logits_BTV[0, : len(tokens)], np.float64)
+
+
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_trained_exported_and_measured_again(form: str, folder: Path, tmp_path: Path) -> None:
+    run, out = folder / form, tmp_path / "export"
+    loss = read(run / "grpo" / "report.json")["held_out_loss"]
+    assert list(loss) == ["base", "sft", "grpo"] and loss["grpo"] < loss["sft"] < loss["base"]
+    assert main(["export", "--run_dir", str(run), "--out", str(out)]) == 0
+    # The same rows are held out, from data.train and the seed, without a run.
+    arguments = options(folder, "--data.format", form, "--model", str(out), "--out", str(tmp_path / "eval"))
+    assert main(["eval", *arguments]) == 0
+    measured, trained = read(tmp_path / "eval" / "eval.json"), read(run / "grpo" / "after.json")
+    assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    for name in ("accuracy", "replies", "truncated", "unparsable"):
+        assert measured[name] == trained[name]
+    generation = read(out / "generation_config.json")
+    assert generation["eos_token_id"] == ([4, 1] if form == "chat" else 1)
+    assert read(out / "config.json") == read(folder / "model" / "config.json")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_the_model_card(folder: Path, tmp_path: Path) -> None:
+    assert (
+        main(["export", "--run_dir", str(folder / "chat"), "--out", str(tmp_path / "named"), "--dtype=bfloat16"]) == 0
+    )
+    card = (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
+    report = read(folder / "chat" / "grpo" / "report.json")
+    for text in (
+        "# named",
+        str(folder / "rows.jsonl"),
+        "12 of these rows, left out of training",
+        "<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant",
+        "Stage grpo, step 2 of 2",
+        "Pair(beta=1.0",
+        f"| held-out rows, base | {report['accuracy']['base']['value']:.1%} of 12 (95 % interval",
+        "| held-out rows, grpo |",
+        "learning_rate: 0.001",
+        f"- orbax-checkpoint {report['versions']['orbax-checkpoint']}",
+    ):
+        assert text in card, text
+    assert "width:" not in card, "the shape is that of config.json"
+    assert "datasets" not in yaml.safe_load(card.split("---")[1]), "files are no data sets of the hub"
+    tensors = load_file(tmp_path / "named" / "model.safetensors")
+    assert {str(t.dtype) for t in tensors.values()} == {"bfloat16"}
+
+
+def test_the_first_stage_starts_from_the_weights(folder: Path) -> None:
+    """Before SFT, the loss is that of the model folder itself, whose padded rows count for nothing."""
+    before = read(folder / "chat" / "sft" / "before.json")
+    setup = load_eval_inputs(load_config(folder / "chat" / "sft" / "config.yaml"))
+    loaded = load_pretrained(folder / "model")
+    assert setup.model.vocab_size == loaded.student.vocab_size == loaded.config.vocab_size - 5
+    total = weight = 0.0
+    for example in setup.test:
+        logits = logits_of(loaded, example.tokens)[:, : setup.model.vocab_size]
+        nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(logits) - 1), example.tokens[1:]]
+        total += nll[example.supervised[1:]].sum()
+        weight += example.supervised.sum()
+    assert before["loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that goes on, the next stage, eval and export need config.json and the tokenizer alone."""
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    arguments = options(folder, "--run_dir", str(tmp_path / "run"), "--student.path", str(model))
+    with monkeypatch.context() as patch:
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise CheckpointError("stopped on the way")
+
+        patch.setattr(stages.StageRunner, "report", stop)
+        assert main(["sft", *arguments]) == 2
+    (model / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "sft" / "checkpoints" / "4")
+    assert main(["sft", *arguments]) == 0
+    assert main(["grpo", *arguments]) == 0
+    assert main(["eval", "--run_dir", str(tmp_path / "run")]) == 0
+    assert main(["export", "--run_dir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    got, want = (read(run / "grpo" / "report.json") for run in (tmp_path / "run", folder / "plain"))
+    assert got["samples"] == want["samples"] and got["held_out_loss"] == want["held_out_loss"]
+
+
+def test_grpo_straight_from_the_model_and_near_it(folder: Path, tmp_path: Path) -> None:
+    model = str(folder / "model")
+    arguments = options(folder, "--run_dir", str(tmp_path), "--grpo.init_from", model)
+    assert main(["grpo", *arguments, "--grpo.objective.reference_kl", "0.5"]) == 0
+    report = read(tmp_path / "grpo" / "report.json")
+    assert list(report["accuracy"]) == ["base", "grpo"]
+    assert report["held_out_loss"]["base"] == read(folder / "plain" / "sft" / "before.json")["loss"]
+
+
+def test_a_student_from_scratch_is_exported(folder: Path, tmp_path: Path) -> None:
+    shape = "{width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}"
+    (tmp_path / "c.yaml").write_text(f"student: {shape}\ntokenizer: {{vocab_size: 300}}\n{SETTINGS}", encoding="utf-8")
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(folder / "rows.jsonl")]
+    assert main(["sft", *arguments, "--run_dir", str(tmp_path / "run")]) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    out = tmp_path / "export"
+    assert main(["export", "--run_dir", str(moved), "--out", str(out)]) == 0
+    assert read(out / "config.json")["model_type"] == "llama"
+    assert load_tokenizer(out).convert_tokens_to_ids("<eos>") == read(out / "generation_config.json")["eos_token_id"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Next-token loss on the sequence, from scratch" in card and "GhostRespond" not in card
+    # The config file's shape does not count beside --model.
+    assert main(["eval", *arguments, "--model", str(out), "--out", str(tmp_path / "eval")]) == 0
+    measured, trained = read(tmp_path / "eval" / "eval.json"), read(moved / "sft" / "after.json")
+    assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    assert measured["replies"] == trained["replies"]
+
+
+def test_held_out_rows_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", f"--model={folder / 'model'}", "--eval.rows", "3", "--eval.max_new_tokens", "4"]
+    assert main([*arguments, "--data.test", str(folder / "rows.jsonl")]) == 0
+    assert "0.0% of 3" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "data.test is empty" in error_of(capsys)
+    assert main([*arguments, "--run_dir", str(tmp_path)]) == 2
+    assert "--model and --run_dir name two students" in error_of(capsys)
+    assert main(["eval", "--model"]) == 2
+    assert "--model needs a value" in error_of(capsys)
+
+
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_transformers_computes_the_same(form: str, folder: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "export"
+    assert main(["export", "--run_dir", str(folder / form), "--out", str(out)]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ours = load_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokens = np.asarray(tokenizer.encode("What is 12 + 30?"))
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens[None])).logits[0].numpy()
+    size = ours.student.vocab_size
+    np.testing.assert_allclose(logits_of(ours, tokens)[:, :size], want[:, :size], atol=1e-4)
+    # Greedy replies, and where they stop.
+    reply = read(folder / form / "grpo" / "after.json")["replies"][0]
+    text = [{"role": "user", "content": reply["question"]}]
+    if form == "chat":
+        prompt = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
+    else:
+        prompt = f"{reply['question']}<sep>"
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    written = theirs.generate(inputs, max_new_tokens=8, do_sample=False)[0, inputs.shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=False) == reply["text"]
+
+
+def test_another_model_in_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", *options(folder, "--run_dir", str(folder / "plain"), "--student.path", "a/b")]) == 2
+    assert f"student.path ('{folder / 'model'}' there, 'a/b' now)" in error_of(capsys)
+
+
+def test_export_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    assert capsys.readouterr().out.strip() == EXPORT_HELP
+    run, out = ["--run_dir", str(folder / "plain")], ["--out", str(tmp_path / "out")]
+    for arguments, message in (
+        (out, "needs --run_dir DIR"),
+        (run, "and --out FOLDER"),
+        ([*run, "--out", str(folder)], "is not empty: give the export a folder of its own"),
+        ([*run, *out, "--dtyp", "x"], "Unknown option --dtyp. Did you mean --dtype?"),
+        ([*run, *out, "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+        (["--run_dir", str(tmp_path), *out], "holds no trained student"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert message in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def without_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def unknown_type(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(read(model / "config.json") | {"model_type": "mamba"}))
+
+
+def larger_tokenizer(model: Path) -> None:
+    train_tokenizer(["abc"], vocab_size=600, special_tokens=("<pad>", "<eos>", *map(str, range(300)))).save_pretrained(
+        model
+    )
+
+
+def truncated(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (shutil.rmtree, [], "No folder"),
+        (without_tokenizer, [], "No tokenizer in"),
+        (unknown_type, [], "unknown model_type 'mamba'"),
+        (larger_tokenizer, [], "but the embedding has"),
+        (truncated, [], "model.safetensors"),
+        (None, ["--data.seq_len", "20"], "but the window (seq_len) has 20"),
+        (None, ["--student.width", "64"], "student.width is no setting of a pretrained student"),
+        (None, ["--tokenizer.path", "{other}"], "is that of another model: its token"),
+        (None, ["--grpo.init_from", "/no/such/folder"], "no such folder"),
+    ],
+)
+def test_wrong_models_are_one_line(
+    change: Any, more: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    if change is not None:
+        change(model)
+    train_tokenizer(["zebras and yaks"] * 9, vocab_size=290).save_pretrained(tmp_path / "other")
+    arguments = options(folder, "--run_dir", str(tmp_path / "run"), "--student.path", str(model))
+    command = "grpo" if "--grpo.init_from" in more else "sft"
+    assert main([command, *arguments, *(a.format(other=tmp_path / "other") for a in more)]) == 2
+    assert message in error_of(capsys)

@@ -1,0 +1,419 @@
+"""Several processes as one run: the same rows, losses and checkpoints as one, and an end for all where one ends.
+
+Run as a program, `python test_hosts.py FOLDER SECONDS_A_STEP` and with the options of `cotgrpo.cli`, this file is the training run of the tests, one process of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+STEPS = 24
+
+
+def main(folder: Path, pause: float) -> None:
+    from cotgrpo.cli import run
+
+    sys.exit(run(lambda rest, console: training(folder, pause), sys.argv[3:]))
+
+
+def training(folder: Path, pause: float) -> None:
+    """The run of test_train_loop.py, with its batch spread over all devices."""
+    import jax
+    from test_train_loop import SETTINGS, STUDENT, Batches, new_state, optimizer
+
+    import cotgrpo
+    from cotgrpo.training.loop import train
+
+    def report(number: int, batch: Any) -> Any:
+        print(number, flush=True)
+        time.sleep(pause)
+        return batch
+
+    def evaluate(params: Any) -> dict[str, float]:
+        return {"loss": float(jax.jit(lambda p: (p["embedding"] ** 2).mean())(params))}
+
+    step = cotgrpo.make_grpo_step(STUDENT, optimizer(), cotgrpo.Pair(estimator="drawn"))
+    settings = dataclasses.replace(SETTINGS, total_steps=STEPS)
+    state = train(
+        cotgrpo.jit_step(step, mesh=cotgrpo.make_mesh(data=-1)),
+        new_state(),
+        Batches(report),
+        folder,
+        settings,
+        evaluate=evaluate,
+    )
+    print("done", int(state.step), jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Run:
+    """The processes of one run on this machine, with four devices in all."""
+
+    def __init__(self, folder: Path, count: int, *, pause: float = 0.0, command: list[str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder.parent / f"{folder.name}-{count}-{i}.txt" for i in range(count)]
+        coordinator = f"localhost:{free_port()}"
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={4 // count}",
+            "JAX_COMPILATION_CACHE_DIR": "",  # none: what a killed process left half written would be a warning, and so an error
+        }
+        command = command or [sys.executable, "-W", "error", __file__, str(folder), str(pause)]
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            where = ["--distributed.coordinator", coordinator, "--distributed.num_processes", str(count)]
+            where += ["--distributed.process_id", str(i)] if count > 1 else []
+            with open(output, "w") as file:
+                process = subprocess.Popen([*command, *where], stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self.processes.append(process)
+
+    def wait(self, seconds: float = 240) -> list[int]:
+        """The exit codes, once all have ended."""
+        until = time.monotonic() + seconds
+        try:
+            return [process.wait(max(until - time.monotonic(), 0.1)) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def output(self, process: int) -> str:
+        return self.outputs[process].read_text()
+
+    def kill(self) -> None:
+        """All at once, and none of them may have ended before."""
+        for process in self.processes:
+            process.kill()
+        assert self.wait() == [-signal.SIGKILL] * len(self.processes), "\n".join(
+            path.read_text() for path in self.outputs
+        )
+
+    def when_taken(self, batches: int) -> None:
+        """Returns when every process has taken so many batches."""
+        until = time.monotonic() + 120
+        while not all(str(batches) in self.output(i).split() for i in range(len(self.processes))):
+            assert time.monotonic() < until and all(process.poll() is None for process in self.processes)
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, True),
+        ({"SLURM_NTASKS": "8", "TPU_SKIP_MDS_QUERY": "1"}, False),  # in the batch script, not under srun
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host", "TPU_WORKER_HOSTNAMES": "localhost"}, True),
+    ],
+)
+def test_the_environment_tells_of_several_processes(
+    environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cotgrpo.distributed.processes import on_a_cluster
+
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert on_a_cluster() == several
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--distributed.coordinator host --distributed.num_processes 2 --distributed.process_id 0",
+            "must be HOST:PORT, got 'host'",
+        ),
+        (
+            "--distributed.num_processes 2 --distributed.process_id 2",
+            "process_id must be 0 to 1 for 2 processes, got 2",
+        ),
+        ("--distributed.num_processes two", "distributed.num_processes must be a number, got 'two'"),
+        ("--distributed.process_id", "--distributed.process_id needs a value"),
+        (
+            "--distributed.num_processes 2 --distributed.process_id 1",
+            "did not find each other .*Give every one of them",
+        ),
+    ],
+)
+def test_wrong_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cotgrpo.cli import main
+
+    assert main(["sft", *options.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the log, without times."""
+    from cotgrpo.logs.metrics_log import read_metrics
+    from cotgrpo.training.loop import TIME_KEYS
+
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(folder)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are whole, beside others."""
+    return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def final_state(folder: Path) -> list[np.ndarray]:
+    from test_train_loop import as_arrays, new_state
+
+    from cotgrpo.checkpoints.manager import Checkpoints
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    found = checkpoints.restore_latest(new_state())
+    checkpoints.close()
+    assert found is not None
+    return as_arrays(found[0])
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """The same steps, the same rows of data (to the bit) and losses, the same last checkpoint. Sums over processes are in another order."""
+    got, want = rows_of(folder), rows_of(whole)
+    assert [row["step"] for row in got] == [row["step"] for row in want]
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.get("train/batch_crc") == theirs.get("train/batch_crc")
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert steps_of(folder) == steps_of(whole)
+    for a, b in zip(final_state(folder), final_state(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("hosts") / "whole"
+    assert Run(folder, 1).wait() == [0]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_the_run_of_one(whole: Path, tmp_path: Path, count: int) -> None:
+    run = Run(tmp_path / "run", count)
+    assert run.wait() == [0] * count
+    assert_same_run(tmp_path / "run", whole)
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    for i in range(count):
+        assert f"done {STEPS} {i} {count} 4" in run.output(i)
+        assert ("loss" in run.output(i)) == (i == 0)
+
+
+def test_a_killed_process_ends_the_other_with_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, 2, pause=0.1)
+    run.when_taken(10)
+    run.processes[1].kill()
+    killed = time.monotonic()
+    assert run.wait() == [4, -signal.SIGKILL]
+    assert time.monotonic() - killed < 60
+    name = f"process 1 of 2 ({socket.gethostname()}, pid {run.processes[1].pid})"
+    assert f"cotgrpo: {name} has ended: it was killed, or its machine is gone." in run.output(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_whichever_process_is_killed_and_however_many_go_on(whole: Path, tmp_path: Path, victim: int) -> None:
+    """Four processes; then two; then one, on the same checkpoints."""
+    folder = tmp_path / "run"
+    for count, taken in ((4, 7), (2, 14)):
+        run = Run(folder, count, pause=0.1)
+        run.when_taken(taken)
+        run.processes[victim % count].kill()
+        killed = time.monotonic()
+        codes = run.wait()
+        assert time.monotonic() - killed < 60
+        assert codes.pop(victim % count) == -signal.SIGKILL and all(codes)
+        for i in {*range(count)} - {victim % count}:
+            assert f"cotgrpo: process {victim % count} of {count} ({socket.gethostname()}, pid " in run.output(i)
+    assert Run(folder, 1).wait() == [0]
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_two_killed_in_the_middle_of_a_save_go_on_to_the_bit(tmp_path: Path) -> None:
+    """Both at once, twice by chance and twice with a checkpoint half written: then the rows and the last checkpoint of two that nothing disturbed."""
+    from test_train_loop import half_written
+
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    assert Run(undisturbed, 2).wait() == [0, 0]
+    rng = random.Random(time.time_ns())
+    caught = 0
+    for saving in (False, False, True, True):
+        run = Run(folder, 2, pause=0.05)
+        # Every fourth step is saved. Nine batches further the second save has begun, so that the first is whole.
+        run.when_taken(max(whole_steps(folder), default=0) + (rng.randrange(1, 4) if saving else rng.randrange(9, 11)))
+        time.sleep(0.0 if saving else rng.random() * 0.1)
+        while saving and not half_written(folder):
+            time.sleep(0.0005)
+        run.kill()
+        caught += bool(half_written(folder))
+    assert caught  # each may have got its name before the signal arrived
+    run = Run(folder, 2)
+    assert run.wait() == [0, 0]
+    assert "Resuming after step" in run.output(0)
+    assert rows_of(folder) == rows_of(undisturbed)
+    for got, want in zip(final_state(folder), final_state(undisturbed), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_lora_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
+    from test_cli_pretrained import options, read, write_rows_and_model
+
+    write_rows_and_model(tmp_path)
+    more = ["--lora.rank", "4", "--data.format", "chat", "--mesh.data", "1", "--mesh.fsdp", "4"]
+    more += ["--sft.batch_size", "4", "--grpo.batch_size", "4", "--grpo.objective.reference_kl", "0.1"]
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        for stage in ("sft", "grpo"):
+            command = [sys.executable, "-W", "error", "-m", "cotgrpo.cli", stage]
+            run = Run(folder, count, command=[*command, *options(tmp_path, *more, "--run_dir", str(folder))])
+            assert run.wait() == [0] * count, run.output(0)
+    for stage in ("sft", "grpo"):
+        two, one = tmp_path / "2" / stage, tmp_path / "1" / stage
+        for mine, theirs in zip(rows_of(two), rows_of(one), strict=True):
+            assert mine.get("train/batch_crc") == theirs.get("train/batch_crc")
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        for name in ("before.json", "after.json"):
+            mine, theirs = read(two / name), read(one / name)
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert mine["replies"] == theirs["replies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_saves_all_at_one_step(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, 2, pause=0.3)
+    run.when_taken(5)
+    run.processes[1].send_signal(number)
+    signalled = time.monotonic()
+    assert run.wait() == [128 + signal.SIGTERM, 128 + number]
+    assert time.monotonic() - signalled < 30
+    last = max(steps_of(folder))
+    for i in (0, 1):
+        assert f"Stopped by a signal after step {last}, and saved: run the same command to go on." in run.output(i)
+    run = Run(folder, 4)
+    assert run.wait() == [0] * 4
+    assert f"Resuming after step {last}." in run.output(0)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_to_the_quick_start(tmp_path: Path, count: int) -> None:
+    """Saved, and ended with the documented code, within 30 s."""
+    from cotgrpo.quickstart.quickstart import QUICKSTART
+
+    folder = tmp_path / "run"
+    run = Run(folder, count, command=[sys.executable, "-m", "cotgrpo.cli", "quickstart", "--out", str(folder)])
+    until = time.monotonic() + 300
+    while f"20/{QUICKSTART.sft.steps}" not in run.output(0):
+        assert time.monotonic() < until and run.processes[0].poll() is None
+        time.sleep(0.1)
+    run.processes[-1].send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    assert run.wait() == [128 + signal.SIGTERM] * count
+    assert time.monotonic() - signalled < 30
+    (kept,) = (folder / "sft" / "checkpoints").iterdir()
+    assert f"Stopped by a signal after step {kept.name}, and saved" in run.output(0)
+
+
+ON_POLICY = """
+student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, mlp_width: 64, init_scale: 0.2}
+tokenizer: {vocab_size: 300}
+data: {seq_len: 128, test_rows: 8}
+sft: {steps: 1, batch_size: 4}
+grpo: {steps: 3, batch_size: 4, log_every: 1, ghosts: {source: privileged_self, max_new_tokens: 8, reuse: 2}}
+eval: {rows: 8, batch_size: 8, max_new_tokens: 8}
+mesh: {fsdp: 2}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["privileged_self", "verified_reward"])
+def test_on_policy_over_two_processes(tmp_path: Path, source: str) -> None:
+    """Each process's devices write the replies to their share of the questions; the log, and the text of the replies, are those of one process."""
+    from cotgrpo.logs.completions import read_completions
+    from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+
+    write_triples(tmp_path / "rows.jsonl", ProceduralTeacher(seed=1).draw(60))
+    (tmp_path / "c.yaml").write_text(ON_POLICY, encoding="utf-8")
+    for count in (1, 2):
+        for command in ("sft", "grpo"):
+            folder = tmp_path / f"run{count}"
+            options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
+            objective = "group_relative" if source == "verified_reward" else "forward_kl"
+            options += ["--grpo.objective.name", objective, "--grpo.ghosts.source", source]
+            if source == "verified_reward":
+                options += ["--grpo.ghosts.ahead", "true"]
+            program = [sys.executable, "-m", "cotgrpo.cli", command, *options, "--run_dir", str(folder)]
+            run = Run(folder, count, command=program)
+            assert run.wait() == [0] * count, run.output(0)
+    one, two = (tmp_path / f"run{count}" / "grpo" for count in (1, 2))
+    got, want = rows_of(two), rows_of(one)
+    assert len(got) == len(want) >= 3
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    replies = [[row["text"] for row in read_completions(folder, 100)] for folder in (one, two)]
+    assert replies[0] == replies[1] and len(replies[0]) == 8
+
+
+@pytest.mark.slow
+def test_the_error_of_one_process_is_told_to_all(tmp_path: Path) -> None:
+    """Process 1 cannot read its rows, and process 0 would wait for it in the first step."""
+    program = """
+import sys
+import jax
+from jax.experimental import multihost_utils
+from cotgrpo.cli import run
+from cotgrpo.data.triples import DataError
+
+def work(rest, console):
+    if jax.process_index() == 1:
+        raise DataError("rows.jsonl: no such file.")
+    multihost_utils.sync_global_devices("a step")
+
+sys.exit(run(work, sys.argv[1:]))
+"""
+    run = Run(tmp_path / "run", 2, command=[sys.executable, "-W", "error", "-c", program])
+    assert run.wait(60) == [4, 2]
+    assert "cotgrpo: rows.jsonl: no such file." in run.output(1)
+    assert f"process 1 of 2 ({socket.gethostname()}" in run.output(0)
+    assert "has ended: DataError: rows.jsonl: no such file." in run.output(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,347 @@
+"""The facts of docs/method.md about each objective, by exact enumeration over a small vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cotgrpo import objectives
+from cotgrpo.objectives import (
+    GroupRelative,
+    Nll,
+    Pair,
+    Reinforce,
+    RewardGradient,
+    TokenInputs,
+    ghost_reward,
+)
+from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
+
+V = 7
+PAIR_ONLY = Pair(nll_weight=0.0, pair_weight=1.0, estimator="drawn")
+CLOSED_FORMS = [
+    Nll(),
+    Pair(),
+    Pair(beta=0.5, pair_weight=2.0),
+    Pair(beta=0.5, negatives="calibrated", nll_weight=0.0, pair_weight=1.0),
+    Pair(beta=1.0, negatives="calibrated"),
+    Pair(estimator="drawn"),
+    PAIR_ONLY,
+    ReferenceKl(Pair(), 0.3),
+    ReferenceKl(RewardGradient(), 0.3),
+    ForwardKl(3),
+    ReferenceKl(ForwardKl(3), 0.3),
+]
+
+
+def random_logits(seed: int, scale: float = 1.5) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(seed), (V,))
+
+
+def row(ghost: int, drawn: int | None = None, reference: jax.Array | None = None) -> TokenInputs:
+    """With a distribution of the ghost too, whose likeliest tokens are `ghost` and the two behind it."""
+    drawn_id = None if drawn is None else jnp.int32(drawn)
+    top = (jnp.arange(3) + ghost) % V, jnp.log(jnp.array([0.5, 0.3, 0.1]))
+    return TokenInputs(jnp.int32(ghost), drawn_id, jnp.float32(1.0), reference, top_ids=top[0], top_log_probs=top[1])
+
+
+def told(q: np.ndarray, top_k: int) -> TokenInputs:
+    """The row of a live ghost with this distribution."""
+    ids = np.argsort(-q, kind="stable")[:top_k]
+    log_q = jnp.log(jnp.asarray(q[ids], jnp.float32))
+    return TokenInputs(jnp.int32(ids[0]), None, jnp.float32(1.0), top_ids=jnp.asarray(ids), top_log_probs=log_q)
+
+
+def gradient(objective: objectives.Objective, logits: jax.Array, token: TokenInputs) -> jax.Array:
+    return jax.grad(lambda z: objective(z, token)[0])(logits)
+
+
+def mean_gradient(objective: objectives.Objective, logits: jax.Array, ghost: int) -> jax.Array:
+    """The exact mean of the drawn gradient over y ~ n, by enumeration."""
+    n = jax.nn.softmax(objectives.draw_logits(objective, logits))
+    return sum(n[y] * gradient(objective, logits, row(ghost, y)) for y in range(V))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_ghost_reward_is_the_log_ratio(jit: bool) -> None:
+    reward = jax.jit(ghost_reward) if jit else ghost_reward
+    np.testing.assert_allclose(reward(jnp.array([1.0, 3.0, 0.5]), 1, 0), 2.0)
+    logits = random_logits(0)
+    log_p = np.log(np.exp(logits) / np.exp(logits).sum())
+    for ghost in range(V):
+        for drawn in range(V):
+            np.testing.assert_allclose(reward(logits, ghost, drawn), log_p[ghost] - log_p[drawn], atol=1e-6)
+
+
+def test_ghost_reward_vmaps_over_tokens() -> None:
+    logits = jax.random.normal(jax.random.key(1), (5, V))
+    ghost, drawn = jnp.array([0, 1, 2, 3, 4]), jnp.array([0, 2, 2, 6, 1])
+    expected = np.asarray(logits)[np.arange(5), ghost] - np.asarray(logits)[np.arange(5), drawn]
+    np.testing.assert_allclose(jax.vmap(ghost_reward)(logits, ghost, drawn), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reinforce_expected_gradient_is_minus_that_of_the_entropy(seed: int) -> None:
+    logits = random_logits(seed)
+
+    def entropy(z: jax.Array) -> jax.Array:
+        return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z))
+
+    for ghost in range(V):  # the same for every ghost: it carries no information
+        np.testing.assert_allclose(mean_gradient(Reinforce(), logits, ghost), -jax.grad(entropy)(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reward_gradient_expected_gradient_is_that_of_sft(seed: int) -> None:
+    logits = random_logits(seed)
+    for ghost in range(V):
+        np.testing.assert_allclose(
+            mean_gradient(RewardGradient(), logits, ghost), gradient(Nll(), logits, row(ghost)), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("negatives", ["policy", "calibrated"])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_exact_pair_is_the_mean_of_the_drawn_pair(seed: int, negatives: str, beta: float) -> None:
+    logits = random_logits(seed)
+    exact, drawn = (
+        Pair(beta=beta, nll_weight=0.5, pair_weight=0.7, negatives=negatives, estimator=e) for e in ("exact", "drawn")
+    )
+    n = jax.nn.softmax(logits * (1.0 if negatives == "policy" else 1.0 - beta))
+    for ghost in range(V):
+        mean_loss = sum(n[y] * drawn(logits, row(ghost, y))[0] for y in range(V))
+        np.testing.assert_allclose(exact(logits, row(ghost))[0], mean_loss, rtol=1e-5)
+        np.testing.assert_allclose(gradient(exact, logits, row(ghost)), mean_gradient(drawn, logits, ghost), atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_slopes(beta: float) -> None:
+    """Every form but REINFORCE has the logit gradient `-sum_{y != y*} p(y) w(y) (e_y* - e_y)`; at D = 0 the pair's slope is that of SFT."""
+    logits, ghost = random_logits(3), 2
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    advantage = np.asarray(logits[ghost] - logits, np.float64)
+    weights = {
+        Nll(): np.ones(V),
+        Pair(beta=beta, nll_weight=0.0, pair_weight=1.0): 2 / (1 + np.exp(beta * advantage)),
+    }
+    for objective, w in weights.items():
+        expected = sum(p[y] * w[y] * (np.eye(V)[y] - np.eye(V)[ghost]) for y in range(V) if y != ghost)
+        np.testing.assert_allclose(gradient(objective, logits, row(ghost)), expected, atol=1e-6)
+    flat = jnp.zeros(V)
+    np.testing.assert_allclose(
+        gradient(Pair(beta=beta, nll_weight=0.0, pair_weight=1.0), flat, row(ghost)),
+        gradient(Nll(), flat, row(ghost)),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("objective", [PAIR_ONLY, RewardGradient()], ids=["pair", "reward_gradient"])
+def test_one_small_step_raises_the_ghost_and_lowers_the_drawn_token(objective: objectives.Objective) -> None:
+    signs = set()
+    for seed in range(200):
+        before, after, reward = log_probs_around_a_step(objective, seed)
+        assert after["ghost"] > before["ghost"] and after["drawn"] < before["drawn"], f"seed {seed}, R = {reward}"
+        signs.add(reward > 0)
+    assert signs == {True, False}, "the pairs must cover R < 0 and R > 0"
+
+
+def test_reinforce_fails_that_test() -> None:
+    wrong = {True: 0, False: 0}
+    for seed in range(200):
+        before, after, reward = log_probs_around_a_step(Reinforce(), seed)
+        wrong[reward > 0] += not (after["ghost"] > before["ghost"] and after["drawn"] < before["drawn"])
+    assert wrong[True] > 50, "where the ghost is likelier, REINFORCE rewards the drawn token for it"
+    assert wrong[False] > 0
+
+
+def log_probs_around_a_step(objective: objectives.Objective, seed: int) -> tuple[dict, dict, float]:
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        logits = jnp.asarray(rng.normal(size=V) * 2)
+        ghost, drawn = (int(token) for token in rng.choice(V, 2, replace=False))
+        pair = row(ghost, drawn)
+        stepped = logits - 1e-3 * gradient(objective, logits, pair)
+        names = {"ghost": ghost, "drawn": drawn}
+        before, after = (
+            {name: float(jax.nn.log_softmax(z)[token]) for name, token in names.items()} for z in (logits, stepped)
+        )
+        return before, after, float(ghost_reward(logits, ghost, drawn))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PAIR_ONLY,
+        Pair(nll_weight=0.0, pair_weight=1.0, beta=0.5, negatives="calibrated", estimator="drawn"),
+        RewardGradient(),
+    ],
+    ids=["pair", "calibrated", "reward_gradient"],
+)
+def test_no_gradient_at_all_where_the_drawn_token_is_the_ghost(objective: objectives.Objective) -> None:
+    for seed in range(20):
+        logits = random_logits(seed, scale=4.0)
+        token = row(seed % V, seed % V)
+        assert not np.any(gradient(objective, logits, token))
+        assert not np.any(objectives.value_and_grad(objective)(logits, token)[1])
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("negatives", ["policy", "calibrated"])
+def test_fixed_points(beta: float, negatives: str) -> None:
+    """Ghosts drawn from q: the calibrated pair stops at q, the policy pair at q^(1 / (1 + beta)), flatter."""
+    q = jax.nn.softmax(random_logits(5))
+    objective = Pair(beta=beta, nll_weight=0.0, pair_weight=1.0, negatives=negatives)
+    expected = q if negatives == "calibrated" else q ** (1 / (1 + beta)) / jnp.sum(q ** (1 / (1 + beta)))
+
+    def mean_over_ghosts(logits: jax.Array) -> jax.Array:
+        per_ghost = jax.vmap(lambda g: gradient(objective, logits, TokenInputs(g, None, jnp.float32(1.0))))(
+            jnp.arange(V)
+        )
+        return jnp.sum(q[:, None] * per_ghost, axis=0)
+
+    np.testing.assert_allclose(mean_over_ghosts(jnp.log(expected)), 0.0, atol=1e-6)
+    # And plain gradient descent from elsewhere gets there.
+    logits = jax.lax.fori_loop(0, 4_000, lambda _, z: z - 1.0 * mean_over_ghosts(z), jnp.zeros(V))
+    np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, V - 1, V])
+@pytest.mark.parametrize("seed", range(3))
+def test_forward_kl_by_enumeration(top_k: int, seed: int) -> None:
+    """The KL between the two distributions in which all tokens but the top are one, and `p - q'` for its gradient."""
+    logits, objective = random_logits(seed), ForwardKl(top_k)
+    p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (logits, random_logits(seed + 9)))
+    token = told(q, top_k)
+    top = np.isin(np.arange(V), np.asarray(token.top_ids))
+    merged = lambda x: np.append(x[top], x[~top].sum()) if top_k < V else x
+    want = np.sum(merged(q) * np.log(merged(q) / merged(p)))
+    spread = np.where(top, q, p / max(p[~top].sum(), 1e-300) * q[~top].sum())
+    (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+    np.testing.assert_allclose(loss, want, atol=1e-6)
+    np.testing.assert_allclose(grad, p - spread, atol=1e-6)
+    np.testing.assert_allclose(gradient(objective, logits, token), p - spread, atol=1e-6)
+    np.testing.assert_allclose(metrics["top_mass"], q[top].sum(), rtol=1e-6)
+
+
+def test_forward_kl_rests_at_the_ghosts_distribution() -> None:
+    q = np.asarray(jax.nn.softmax(random_logits(5)), np.float64)
+    whole, part = (told(q, top_k) for top_k in (V, 3))
+    for token, near in ((whole, np.ones(V, bool)), (part, np.isin(np.arange(V), np.asarray(part.top_ids)))):
+        step = lambda _, z, token=token: z - gradient(ForwardKl(token.top_ids.size), z, token)
+        p = jax.nn.softmax(jax.lax.fori_loop(0, 4_000, step, random_logits(6)))
+        np.testing.assert_allclose(p[near], q[near], atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_forward_kl_to_a_certain_ghost_is_nll(top_k: int) -> None:
+    """As teacher-forced rows tell it: all of q on one token, which is named for the others as well."""
+    logits, log_q = random_logits(1), jnp.where(jnp.arange(top_k) == 0, 0.0, objectives.MASKED_LOGIT)
+    token = row(2).replace(top_ids=jnp.full(top_k, 2), top_log_probs=log_q)
+    (loss, _), grad = objectives.value_and_grad(ForwardKl(top_k))(logits, token)
+    (want, _), want_grad = objectives.value_and_grad(Nll())(logits, token)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, want_grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", CLOSED_FORMS, ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_closed_form_gradient_is_autodiff(objective: objectives.Objective, seed: int) -> None:
+    logits = random_logits(seed, scale=3.0)
+    draws = objectives.num_draws(objective)
+    for ghost in range(V):
+        token = row(ghost, (ghost + seed) % V if draws else None, random_logits(seed + 50))
+        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+        plain_loss, plain_metrics = objective(logits, token)
+        np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+        np.testing.assert_allclose(grad, gradient(objective, logits, token), atol=2e-6)
+        assert metrics.keys() == plain_metrics.keys()
+
+
+def test_metrics_by_hand() -> None:
+    p = np.array([0.5, 0.25, 0.25])
+    logits = jnp.log(jnp.asarray(p, jnp.float32))
+    loss, metrics = Pair(nll_weight=1.0, pair_weight=0.0)(logits, row(1))
+    entropy = 0.5 * np.log(2) + 0.5 * np.log(4)
+    expected = {
+        "entropy": entropy,
+        "token_accuracy": 0.0,  # the greedy token is 0
+        "reward": np.log(0.25) + entropy,
+        "ghost_prob": 0.25,
+        "drawn_prob": 0.375,
+        "match_rate": 0.25,
+    }
+    np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-6, err_msg=name)
+    drawn = RewardGradient()(logits, row(1, 0))[1]
+    expected |= {"reward": np.log(0.5), "drawn_prob": 0.5, "match_rate": 0.0}
+    for name, value in expected.items():
+        np.testing.assert_allclose(drawn[name], value, atol=1e-6, err_msg=name)
+
+
+def test_reference_kl_by_hand() -> None:
+    p, r = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
+    kl = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    token = row(1, reference=jnp.log(jnp.asarray(r, jnp.float32)) + 3.0)
+    logits = jnp.log(jnp.asarray(p, jnp.float32)) - 1.0
+    loss, metrics = ReferenceKl(Nll(), 0.5)(logits, token)
+    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.log(4) + 0.5 * kl, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_softmax(shift: float) -> None:
+    z_V = np.append(np.random.default_rng(0).normal(size=9) + shift, objectives.MASKED_LOGIT).astype(np.float32)
+    want = shift + np.log(np.sum(np.exp(z_V.astype(np.float64) - shift)))
+    p_V = np.exp(z_V.astype(np.float64) - want)
+    value, grad = jax.value_and_grad(lambda z_V: objectives.softmax(z_V).log_z)(jnp.asarray(z_V))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, p_V, rtol=1e-4)
+    student = objectives.softmax(jnp.asarray(z_V))
+    np.testing.assert_allclose(student.p_V, p_V, rtol=1e-6)
+    np.testing.assert_allclose(student.log_prob(jnp.int32(3)), np.log(p_V[3]), rtol=1e-4)
+    np.testing.assert_allclose(student.entropy(), -np.sum(p_V[:-1] * np.log(p_V[:-1])), rtol=1e-4)
+    assert all(np.all(np.isnan(x)) for x in objectives.softmax(jnp.array([0.0, np.inf]))[1:])
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Nll(), Pair(), Pair(estimator="drawn", negatives="calibrated", beta=0.5), RewardGradient(), ForwardKl(3)],
+)
+@pytest.mark.parametrize("size", [30.0, 1e4])
+def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float) -> None:
+    logits = jnp.array([size, -size, 0.0, size, objectives.MASKED_LOGIT, objectives.MASKED_LOGIT, 1.0])
+    for ghost in (0, 1, 2):
+        token = row(ghost, 3).replace(top_ids=jnp.array([0, 1, 2]))
+        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+        assert np.isfinite(loss) and np.all(np.isfinite(grad)) and all(np.isfinite(x) for x in metrics.values())
+        assert not np.any(grad[4:6]), "a token that does not exist gets no gradient"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Pair(beta=0.0), "Pair.beta must be a positive number, got 0.0"),
+        (
+            lambda: Pair(beta=1.5, negatives="calibrated"),
+            "Pair.beta must be at most 1 with calibrated negatives, got 1.5",
+        ),
+        (lambda: Pair(negatives="uniform"), "Pair.negatives must be"),
+        (lambda: Pair(estimator="sampled"), "Pair.estimator must be"),
+        (lambda: Pair(nll_weight=0.0, pair_weight=0.0), "a positive sum"),
+        (lambda: Pair(nll_weight=-1.0), "Pair.nll_weight must be"),
+        (lambda: Pair(samples=0), "Pair.samples must be"),
+        (lambda: RewardGradient(samples=0), "RewardGradient.samples must be"),
+        (lambda: GroupRelative(clip=1.0), "GroupRelative.clip must be"),
+        (lambda: GroupRelative(kl_weight=-1.0), "GroupRelative.kl_weight must be"),
+        (lambda: ReferenceKl(Nll(), -0.1), "ReferenceKl.weight must be"),
+        (lambda: ForwardKl(0), "ForwardKl.top_k must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_settings_say_what_was_expected(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
