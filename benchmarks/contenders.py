@@ -106,7 +106,7 @@ def cotgrpo_train(task: Task, turns: Turns) -> None:
     from cotgrpo.models import load_pretrained
 
     turns.start("cotgrpo", "jax", "jaxlib", "flax", "optax")
-    model = load_pretrained(task.folder, task.dtype, remat="block" if task.remat else "dots")
+    model = load_pretrained(task.folder, task.dtype, remat="full" if task.remat else "dots")
     B, T = task.ids.shape
     last = np.arange(T) == T - 1  # the torch losses have no target there
     batch = cotgrpo.SftBatch(

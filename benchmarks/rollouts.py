@@ -70,7 +70,7 @@ def sampler_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = SamplingSettings(args.new_tokens, eos_ids=ends, temperature=1.0)
 
     def row(kind: str, width: int, slots: int | None, parts: list[Prompts]) -> dict[str, Any]:
-        sample = jax.jit(make_sampler(config, settings, slots=slots))
+        sample = jax.jit(make_sampler(config, settings, decode_batch_size=slots))
         keys = [jax.random.fold_in(key, number) for number in range(len(parts))]
         seconds, replies = fastest(
             args.repeats, lambda: [sample(params, *both) for both in zip(parts, keys, strict=True)]

@@ -47,9 +47,9 @@ else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >>"$LOG" 2>&1
     # The limits add up to 585 seconds. The memory of a long row is its attention scores, so steps recompute by layer (`remat` compares the policies).
     part numerics 150 benchmarks/gpu_numerics.py
-    part step_smollm2-135m 60 $BENCH step --shape smollm2-135m --batch 16 --seq 2048 --remat block
-    part step_qwen2.5-0.5b 60 $BENCH step --shape qwen2.5-0.5b --batch 8 --seq 2048 --remat block
-    part step_llama-3.2-1b 75 $BENCH step --shape llama-3.2-1b --batch 4 --seq 2048 --remat block
+    part step_smollm2-135m 60 $BENCH step --shape smollm2-135m --batch 16 --seq 2048 --remat full
+    part step_qwen2.5-0.5b 60 $BENCH step --shape qwen2.5-0.5b --batch 8 --seq 2048 --remat full
+    part step_llama-3.2-1b 75 $BENCH step --shape llama-3.2-1b --batch 4 --seq 2048 --remat full
     part remat 50 $BENCH remat --shape qwen2.5-0.5b --batch 4 --seq 2048 --repeats 5
     part compile 60 $BENCH compile --shape smollm2-135m --layers 4 32 --repeats 1
     part engine 40 $BENCH engine --shape smollm2-135m --batch 4 --seq 2048 --vocab 32768 131072 262144

@@ -113,6 +113,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
 def join_processes(arguments: Sequence[str]) -> list[str]:
     """Starts what makes several processes one run, and returns the arguments without those that say where they are."""
     from cotgrpo.config.settings import ConfigError
+    from cotgrpo.distributed.processes import start
 
     coordinator, rest = taken("--distributed.coordinator", arguments)
     numbers: list[int | None] = []
@@ -121,7 +122,7 @@ def join_processes(arguments: Sequence[str]) -> list[str]:
         if value is not None and not value.isdigit():
             raise ConfigError(f"distributed.{name} must be a number, got {value!r}.")
         numbers.append(None if value is None else int(value))
-    processes.start(coordinator, *numbers)
+    start(coordinator, *numbers)
     return rest
 
 

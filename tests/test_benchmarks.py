@@ -42,11 +42,11 @@ def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--width 32 --layers 1 --prompts 8 --prompt 8 --new_tokens 8 --slots 4 --repeats 1 --updates 1"
     _, result = run("rollouts", *small.split())
-    tile_loss, *others = result["sampler"]
+    at_once, *others = result["sampler"]
     assert [(row["kind"], row["at_a_time"]) for row in others] == [("batches", 4), ("slots", 4)]
     for row in result["sampler"]:
         assert row["tokens_per_sec"] == pytest.approx(8 * row["mean_length"] / row["seconds"])
-    assert others[1]["mean_length"] == tile_loss["mean_length"], "slots write the same replies"
+    assert others[1]["mean_length"] == at_once["mean_length"], "slots write the same replies"
     for row in result["loop"]:
         assert min(row["update_s"], row["drawing_s"], row["step_s"]) > 0
         assert row["idle"] == pytest.approx(1 - (row["drawing_s"] + row["step_s"]) / row["update_s"])

@@ -44,7 +44,7 @@ TIED = DecoderConfig(
     init_scale=0.2,
 )
 PLAIN = DecoderConfig(
-    vocab_size=64, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_width=48, tied_head=False, remat="block", init_scale=0.2
+    vocab_size=64, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_width=48, tied_head=False, remat="full", init_scale=0.2
 )  # fmt: skip
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2, targets=("query", "value", "down"))
 
@@ -237,7 +237,7 @@ def test_rollouts(mesh: str) -> None:
 def test_slots_stay_where_they_are() -> None:
     """In the compiled text: nothing travels while tokens are written; between, the prompts that are read next do, and no slot's cache."""
     prompts = Prompts(np.ones((64, 24), np.int32), np.full(64, 24, np.int32))
-    sample = make_sampler(PLAIN, SamplingSettings(40, eos_ids=(0,), temperature=1.0), slots=32)
+    sample = make_sampler(PLAIN, SamplingSettings(40, eos_ids=(0,), temperature=1.0), decode_batch_size=32)
     mesh = cotgrpo.make_mesh(data=8)
     spread = lambda params, prompts, key: sample(
         params, jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), prompts), key

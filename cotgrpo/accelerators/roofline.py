@@ -16,7 +16,7 @@ from cotgrpo.accelerators.chips import Topology
 from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
 from cotgrpo.models.config import DecoderConfig
 
-WHOLE_LAYERS = ("block", "offload")
+WHOLE_LAYERS = ("full", "offload")
 """Policies of recomputation that compute layers anew."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -76,7 +76,7 @@ class Work:
     def hardware_flops(self) -> float:
         """With what is computed again, and masked scores where attention is not a kernel that skips them."""
         layers_again = int(self.decoder.remat in WHOLE_LAYERS)
-        scores_again = int(self.decoder.remat != "nothing")
+        scores_again = int(self.decoder.remat != "none")
         # Products of attention in all, and how many times the scores that are read each computes.
         products, masked = {
             "xla": (6 + 2 * scores_again, self.masked),
@@ -145,7 +145,7 @@ class Work:
         scores = (4 + number) * c.num_heads * self.seq_len / tensor if c.attention == "xla" else 0
         whole = 4 * number * c.width + outputs + number * c.mlp_width / tensor + scores
         stream = number * c.width
-        kept = {"nothing": whole, "dots": stream + outputs, "block": stream, "offload": 0}[c.remat]
+        kept = {"none": whole, "dots": stream + outputs, "full": stream, "offload": 0}[c.remat]
         layer = number * self.layer_weights / c.num_layers / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor

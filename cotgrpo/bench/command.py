@@ -105,7 +105,7 @@ PARTS: dict[str, Part] = {
             ("compile s", "compile_s", "seconds"),
             ("temp MB", "temp_bytes", "MB"),
         ),
-        (("--policies", {"nargs": "+", "choices": REMAT_POLICIES, "default": ["dots", "nothing", "block"]}),),
+        (("--policies", {"nargs": "+", "choices": REMAT_POLICIES, "default": ["dots", "none", "full"]}),),
     ),
     "on_policy": Part(
         "a GRPO update on the student's own replies: rollout, live ghost, step",

@@ -22,13 +22,35 @@ OBJECTIVES = {
     "reinforce": Reinforce,
     "group_relative": GroupRelative,
 }
-OF_LIVE = ("choice", "temperature", "max_new_tokens", "slots", "teacher_forced_share", "reuse", "ratio_clip")
+OF_LIVE = (
+    "choice",
+    "temperature",
+    "max_new_tokens",
+    "decode_batch_size",
+    "teacher_forced_share",
+    "updates_per_rollout",
+    "ratio_clip",
+)
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher_forced": (),
     "teacher_model": ("teacher", "prompts", *OF_LIVE),
     "privileged_self": ("privileged_prompt", *OF_LIVE),
-    "self_reply": ("candidates", "temperatures", "questions", "refresh_every", "max_new_tokens", "slots"),
-    "verified_reward": ("prompts", "candidates", "max_new_tokens", "slots", "reuse", "ahead"),
+    "self_reply": (
+        "num_generations",
+        "temperatures",
+        "questions",
+        "refresh_every",
+        "max_new_tokens",
+        "decode_batch_size",
+    ),
+    "verified_reward": (
+        "prompts",
+        "num_generations",
+        "max_new_tokens",
+        "decode_batch_size",
+        "updates_per_rollout",
+        "prefetch_rollouts",
+    ),
 }
 
 
@@ -94,13 +116,13 @@ class GhostsConfig:
         privileged_prompt: of privileged_self, the question as it is put to the student that knows; holds {question}, {rationale} and {answer}.
         temperature: of the student's replies.
         max_new_tokens: the student's replies are cut off here; what data.seq_len leaves beside them is for the question.
-        slots: the student's replies that are written at a time, where one that ends makes room for the next; null: all of a batch (of self_reply,
+        decode_batch_size: the student's replies that are written at a time, where one that ends makes room for the next; null: all of a batch (of self_reply,
             eval.batch_size). Fewer need less memory.
         teacher_forced_share: of a batch's rows, in [0, 1): those with the text of the training rows instead of a reply of the student.
-        reuse: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
+        updates_per_rollout: updates on the same replies; the contexts of a later one are weighted by how much likelier the student now makes them.
         ratio_clip: the weights lie in [1 - ratio_clip, 1 + ratio_clip].
-        ahead: of verified_reward, replies are drawn one update ahead and judged while the device works, by the student as it was before that update.
-        candidates: replies to a question: of self_reply, the best is kept; of verified_reward, each is held against the others.
+        prefetch_rollouts: of verified_reward, replies are drawn one update ahead and judged while the device works, by the student as it was before that update.
+        num_generations: replies to a question: of self_reply, the best is kept; of verified_reward, each is held against the others.
         temperatures: of self_reply, those of the candidates, in turn.
         questions: of self_reply, how many are asked at a time.
         refresh_every: of self_reply, updates between two times.
@@ -115,12 +137,12 @@ class GhostsConfig:
     privileged_prompt: str = PRIVILEGED_PROMPT
     temperature: float = 1.0
     max_new_tokens: int = 256
-    slots: int | None = None
+    decode_batch_size: int | None = None
     teacher_forced_share: float = 0.0
-    reuse: int = 1
+    updates_per_rollout: int = 1
     ratio_clip: float = 0.2
-    ahead: bool = False
-    candidates: int = 4
+    prefetch_rollouts: bool = False
+    num_generations: int = 4
     temperatures: tuple[float, ...] = (0.7, 1.0)
     questions: int = 256
     refresh_every: int = 50
@@ -138,14 +160,16 @@ class GhostsConfig:
             raise ValueError("ghosts.teacher must name the folder or hub id of the live teacher, got none.")
         self.require(self.temperature > 0, "temperature", "above 0, so that replies differ")
         self.require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        self.require(self.slots is None or self.slots >= 1, "slots", "at least 1 or null")
+        self.require(
+            self.decode_batch_size is None or self.decode_batch_size >= 1, "decode_batch_size", "at least 1 or null"
+        )
         self.require(0 <= self.teacher_forced_share < 1, "teacher_forced_share", "in [0, 1)")
-        self.require(self.reuse >= 1, "reuse", "at least 1")
+        self.require(self.updates_per_rollout >= 1, "updates_per_rollout", "at least 1")
         self.require(0 < self.ratio_clip < 1, "ratio_clip", "in (0, 1)")
-        for name in ("candidates", "questions", "refresh_every"):
+        for name in ("num_generations", "questions", "refresh_every"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        alone = self.source == "verified_reward" and self.candidates == 1
-        self.require(not alone, "candidates", "at least 2 where replies are held against each other")
+        alone = self.source == "verified_reward" and self.num_generations == 1
+        self.require(not alone, "num_generations", "at least 2 where replies are held against each other")
         sampled = bool(self.temperatures) and all(t > 0 for t in self.temperatures)
         self.require(sampled, "temperatures", "one or more numbers above 0")
         try:

@@ -60,7 +60,7 @@ class StudentConfig:
     init_scale: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["nothing", "dots", "block", "offload"] = "dots"
+    remat: Literal["none", "dots", "full", "offload"] = "dots"
     attention: Literal["auto", "blocks", "xla", "splash"] = "auto"
 
     def __post_init__(self) -> None:
@@ -285,9 +285,9 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 f"objective.name forward_kl needs a live ghost, whose distribution it is told: set ghosts.source to {' or '.join(LIVE)}, got {self.ghosts.source}."
             )
-        if self.ghosts.source == "verified_reward" and self.batch_size % self.ghosts.candidates:
+        if self.ghosts.source == "verified_reward" and self.batch_size % self.ghosts.num_generations:
             raise ConfigError(
-                f"grpo.batch_size counts replies: expected a multiple of ghosts.candidates, {self.ghosts.candidates} to each question, got {self.batch_size}."
+                f"grpo.batch_size counts replies: expected a multiple of ghosts.num_generations, {self.ghosts.num_generations} to each question, got {self.batch_size}."
             )
         if self.max_entropy_growth is not None and not self.max_entropy_growth > 1:
             raise ConfigError(f"max_entropy_growth must be above 1 or null, got {self.max_entropy_growth}.")

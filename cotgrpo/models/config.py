@@ -6,7 +6,7 @@ import dataclasses
 
 from cotgrpo.models.rotary import RopeScaling
 
-REMAT_POLICIES = ("nothing", "dots", "block", "offload")
+REMAT_POLICIES = ("none", "dots", "full", "offload")
 SAVED_NAMES = "kept"
 """Name (`jax.ad_checkpoint.checkpoint_name`) of what "dots" keeps. A policy that looks for products itself does not see into a function with its own gradient."""
 ATTENTION = ("blocks", "xla", "splash")
@@ -32,8 +32,8 @@ class DecoderConfig:
         init_scale: standard deviation of the initial weights; projections back into the residual stream are divided by `sqrt(2 L)`.
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
         param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: "nothing" (all activations are kept), "dots" (norms, rotations and gates: all but matrix products and attention),
-            "block" (everything inside a layer; only the residual stream is kept), "offload" (the same, with the residual stream kept in the host's memory).
+        remat: what the backward pass recomputes: "none" (all activations are kept), "dots" (norms, rotations and gates: all but matrix products and attention),
+            "full" (everything inside a layer; only the residual stream is kept), "offload" (the same, with the residual stream kept in the host's memory).
         attention: of whole sequences: "blocks" (`models/blocks.py`) or "xla", which holds all scores (`models/attention.py`), on any device; or
             "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
         activation: of the MLP's gate: "silu", "gelu" (by the error function) or "gelu_tanh" (its approximation).

@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         return tuple(views)
 
     def rematted_layer(self) -> Any:
-        if self.config.remat == "nothing":
+        if self.config.remat == "none":
             return Layer
         policies = jax.checkpoint_policies
         dots = policies.save_only_these_names(SAVED_NAMES)
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
             offload_src="device",
             offload_dst="pinned_host",
         )
-        policy = {"dots": dots, "block": None, "offload": offload}[self.config.remat]
+        policy = {"dots": dots, "full": None, "offload": offload}[self.config.remat]
         # Inside a scan the loop itself keeps the recomputation from being merged away, so CSE need not be prevented.
         return nn.remat(Layer, policy=policy, prevent_cse=False)
 

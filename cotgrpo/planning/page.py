@@ -177,7 +177,7 @@ def ranked(planned: Planned, console: Console) -> list[dict[str, Any]]:
     return sorted(found, key=middle)
 
 
-SEARCHED = ("nothing", "dots", "block")
+SEARCHED = ("none", "dots", "full")
 """Policies of recomputation that a search tries. What `offload` costs depends on the way to the host's memory, which no estimate here knows."""
 
 

@@ -83,7 +83,9 @@ class GroupRelativeBatches(Rollouts):
 
     def draw_ahead(self) -> None:
         """Queues the next batch's replies where the batch just taken is the last of its own."""
-        self.drawn = self.draw(self.taken) if self.ahead and self.taken % self.settings.reuse == 0 else None
+        self.drawn = (
+            self.draw(self.taken) if self.ahead and self.taken % self.settings.updates_per_rollout == 0 else None
+        )
 
     def correct(self, asked: Sequence[RolloutPrompt], written: Any) -> np.ndarray:
         """1 for each reply that is right, and 0."""

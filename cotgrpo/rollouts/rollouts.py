@@ -52,7 +52,7 @@ class RolloutSettings:
         seq_len: columns of a row, those of the reply included.
         max_new_tokens: columns of the reply.
         forced_rows: teacher-forced rows beside them.
-        reuse: updates on the same replies.
+        updates_per_rollout: updates on the same replies.
         ratio_clip: bound of the weights of a later update (`cotgrpo.ghosts.live.reweighted`).
     """
 
@@ -60,7 +60,7 @@ class RolloutSettings:
     seq_len: int
     max_new_tokens: int
     forced_rows: int = 0
-    reuse: int = 1
+    updates_per_rollout: int = 1
     ratio_clip: float = 0.2
 
     @property
@@ -183,7 +183,7 @@ class Rollouts(abc.ABC):
         self.params = self.merged(trained)
 
     def __next__(self) -> GhostBatch:
-        uses = self.taken % self.settings.reuse
+        uses = self.taken % self.settings.updates_per_rollout
         self.taken += 1
         if uses:
             assert self.held is not None
@@ -194,7 +194,7 @@ class Rollouts(abc.ABC):
     def asked(self, number: int) -> list[RolloutPrompt]:
         """The questions of batch `number`, one a reply."""
         count = self.settings.replies // self.group
-        first = number // self.settings.reuse * count
+        first = number // self.settings.updates_per_rollout * count
         return [self.questions[int(self.order[i])] for i in range(first, first + count) for _ in range(self.group)]
 
     def prompts(self, asked: Sequence[RolloutPrompt]) -> Prompts:
@@ -208,7 +208,7 @@ class Rollouts(abc.ABC):
     def get_state(self) -> dict[str, Any]:
         """JSON-able but for arrays, which `Checkpoints.save` turns to text: the loop asks at every step, and the device would wait for that."""
         state: dict[str, Any] = {"taken": self.taken}
-        if self.taken % self.settings.reuse:
+        if self.taken % self.settings.updates_per_rollout:
             assert self.held is not None
             state["held"] = self.held
         return state

@@ -130,7 +130,7 @@ class SelfReplyBatches:
         if not found:
             raise DataError(
                 f"None of {settings.candidates} replies to each of {len(asked)} questions was right after {self.taken} updates: the student cannot be its own "
-                "ghost yet. Train it longer by SFT, or raise grpo.ghosts.candidates or grpo.ghosts.max_new_tokens."
+                "ghost yet. Train it longer by SFT, or raise grpo.ghosts.num_generations or grpo.ghosts.max_new_tokens."
             )
         with explaining_disk_errors(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)

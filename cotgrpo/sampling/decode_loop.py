@@ -129,7 +129,10 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 def make_sampler(
-    config: DecoderConfig, settings: SamplingSettings, vocab_size: int | None = None, slots: int | None = None
+    config: DecoderConfig,
+    settings: SamplingSettings,
+    vocab_size: int | None = None,
+    decode_batch_size: int | None = None,
 ) -> Sampler:
     """A pure function that writes replies; wrap it in `jax.jit`. It compiles once for each shape of the prompts.
 
@@ -142,24 +145,26 @@ def make_sampler(
         config: the student's decoder.
         settings: how tokens are drawn.
         vocab_size: the tokenizer's size where the decoder's is padded beyond it; padded ids are never drawn.
-        slots: replies that are written at a time; None: all.
+        decode_batch_size: replies that are written at a time; None: all.
 
     Returns:
         `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling does not look at the key. Each call makes a copy of the layers
         with `cotgrpo.models.decoder.by_layer`; parameters that do not change between calls may be given as that function returns them.
 
     Raises:
-        ValueError: `slots` below 1.
+        ValueError: `decode_batch_size` below 1.
     """
-    if slots is not None and slots < 1:
-        raise ValueError(f"make_sampler: slots must be at least 1 or None, got {slots}.")
+    if decode_batch_size is not None and decode_batch_size < 1:
+        raise ValueError(f"make_sampler: decode_batch_size must be at least 1 or None, got {decode_batch_size}.")
     student = make_student(config, vocab_size)
     spec = HeadSpec(student.softcap, student.vocab_size)
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
         prompts = jax.tree.map(jnp.asarray, prompts)
         head_VD = head_of(config, params).T  # of a tied head no copy: the embedding
-        return DecodeLoop(config, settings, spec, unstack_layers(config, params), head_VD, prompts, key).replies(slots)
+        return DecodeLoop(config, settings, spec, unstack_layers(config, params), head_VD, prompts, key).replies(
+            decode_batch_size
+        )
 
     return sample
 

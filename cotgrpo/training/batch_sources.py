@@ -74,14 +74,14 @@ def live_batches(config: Config, setup: StageInputs, weights: StageWeights, fold
         seq_len=config.data.seq_len,
         max_new_tokens=ghosts.max_new_tokens,
         forced_rows=forced_rows,
-        reuse=ghosts.reuse,
+        updates_per_rollout=ghosts.updates_per_rollout,
         ratio_clip=ghosts.ratio_clip,
     )
     sampling = SamplingSettings(
         ghosts.max_new_tokens, template.stop_ids, temperature=ghosts.temperature, pad_id=template.pad_id
     )
     draw = make_draw(
-        make_sampler(model.decoder, sampling, model.vocab_size, ghosts.slots),
+        make_sampler(model.decoder, sampling, model.vocab_size, ghosts.decode_batch_size),
         teacher,
         drawn_ghosts=ghosts.choice == "drawn",
         top_k=top_k,
@@ -108,13 +108,18 @@ def group_relative_batches(
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     sampling = SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
     return GroupRelativeBatches(
-        jit_eval(make_sampler(model.decoder, sampling, model.vocab_size, ghosts.slots), model.mesh),
+        jit_eval(make_sampler(model.decoder, sampling, model.vocab_size, ghosts.decode_batch_size), model.mesh),
         template,
         asked_in(config, setup),
-        RolloutSettings(config.grpo.batch_size, config.data.seq_len, ghosts.max_new_tokens, reuse=ghosts.reuse),
+        RolloutSettings(
+            config.grpo.batch_size,
+            config.data.seq_len,
+            ghosts.max_new_tokens,
+            updates_per_rollout=ghosts.updates_per_rollout,
+        ),
         seed=config.seed,
-        group=ghosts.candidates,
-        ahead=ghosts.ahead,
+        group=ghosts.num_generations,
+        ahead=ghosts.prefetch_rollouts,
         merged=weights.merged,
         completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
         mesh=model.mesh,
@@ -159,7 +164,7 @@ def self_reply_batches(config: Config, setup: StageInputs, weights: StageWeights
     """The batches of a stage that learns from the student's own best replies."""
     ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
     settings = SelfReplySettings(
-        candidates=ghosts.candidates,
+        candidates=ghosts.num_generations,
         questions=ghosts.questions,
         refresh_every=ghosts.refresh_every,
         batch_size=config.grpo.batch_size,
@@ -173,7 +178,7 @@ def self_reply_batches(config: Config, setup: StageInputs, weights: StageWeights
                 model.decoder,
                 SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=t, pad_id=template.pad_id),
                 model.vocab_size,
-                ghosts.slots or config.eval.batch_size,
+                ghosts.decode_batch_size or config.eval.batch_size,
             ),
             model.mesh,
         )

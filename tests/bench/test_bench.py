@@ -68,8 +68,8 @@ def test_supervised(bench: Any) -> None:
 
 def test_remat(bench: Any) -> None:
     """The same step, and the less is kept, the less memory it takes."""
-    rows = bench("remat", "--policies", "nothing", "dots", "block", "--seq", "128")["rows"]
-    assert [row["policy"] for row in rows] == ["nothing", "dots", "block"]
+    rows = bench("remat", "--policies", "none", "dots", "full", "--seq", "128")["rows"]
+    assert [row["policy"] for row in rows] == ["none", "dots", "full"]
     assert rows[0]["time_share"] == 1
     assert rows[0]["temp_bytes"] > rows[1]["temp_bytes"] > rows[2]["temp_bytes"]
 

@@ -100,7 +100,7 @@ def test_on_policy_on_eight_devices(
     save_pretrained(teacher, shape, init_params(shape, jax.random.key(5)), tokenizer=tokenizer)
     live = ["--grpo.ghosts.source", "teacher_model", "--grpo.ghosts.teacher", str(teacher), "--grpo.steps", "3"]
     live += [
-        "--grpo.ghosts.reuse",
+        "--grpo.ghosts.updates_per_rollout",
         "2",
         "--grpo.ghosts.teacher_forced_share",
         "0.25",

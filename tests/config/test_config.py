@@ -86,8 +86,11 @@ GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.sour
         ([*FORWARD_KL, "--grpo.objective.top_k", "0"], "ForwardKl.top_k must be an integer of at least 1, got 0"),
         (["--grpo.objective.top_k", "4"], "top_k is no setting of 'pair'"),
         (["--grpo.ghosts.source", "verified_reward"], "belong together: .* got pair with verified_reward"),
-        ([*GROUP_RELATIVE, "--grpo.batch_size", "6"], "a multiple of ghosts.candidates, 4 to each question, got 6"),
-        ([*GROUP_RELATIVE, "--grpo.ghosts.candidates", "1"], "ghosts.candidates must be at least 2"),
+        (
+            [*GROUP_RELATIVE, "--grpo.batch_size", "6"],
+            "a multiple of ghosts.num_generations, 4 to each question, got 6",
+        ),
+        ([*GROUP_RELATIVE, "--grpo.ghosts.num_generations", "1"], "ghosts.num_generations must be at least 2"),
         (
             [*GROUP_RELATIVE, "--grpo.ghosts.temperature", "0.5"],
             "temperature is no setting of the source 'verified_reward'",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cotgrpo.data.answers import answers_match, extract_answer, may_be_formula, numbers
 from cotgrpo.data.triples import read_triples
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 FORMULAS = [
     (r"(x+1)^2", r"x^2+2x+1"),
     (r"2\sqrt{2}", r"\sqrt{8}"),

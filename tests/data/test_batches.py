@@ -20,7 +20,7 @@ from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.data.triples import DataError, read_triples
 from cotgrpo.types import SftBatch
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 
 
 def documents(lengths: list[int]) -> list[Example]:

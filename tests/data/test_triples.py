@@ -15,7 +15,7 @@ import pytest
 from cotgrpo.data.sources import hub_rows
 from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples, triple_of, write_triples
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
 
 GOOD = {"question": "What is 1+2?", "rationale": "1+2=3", "answer": "3"}

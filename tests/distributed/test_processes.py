@@ -356,7 +356,7 @@ student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, 
 tokenizer: {vocab_size: 300}
 data: {seq_len: 128, test_rows: 8}
 sft: {steps: 1, batch_size: 4}
-grpo: {steps: 3, batch_size: 4, log_every: 1, ghosts: {source: privileged_self, max_new_tokens: 8, reuse: 2}}
+grpo: {steps: 3, batch_size: 4, log_every: 1, ghosts: {source: privileged_self, max_new_tokens: 8, updates_per_rollout: 2}}
 eval: {rows: 8, batch_size: 8, max_new_tokens: 8}
 mesh: {fsdp: 2}
 """
@@ -378,7 +378,7 @@ def test_on_policy_over_two_processes(tmp_path: Path, source: str) -> None:
             objective = "group_relative" if source == "verified_reward" else "forward_kl"
             options += ["--grpo.objective.name", objective, "--grpo.ghosts.source", source]
             if source == "verified_reward":
-                options += ["--grpo.ghosts.ahead", "true"]
+                options += ["--grpo.ghosts.prefetch_rollouts", "true"]
             program = [sys.executable, "-m", "cotgrpo.cli", command, *options, "--run_dir", str(folder)]
             run = Run(folder, count, command=program)
             assert run.wait() == [0] * count, run.output(0)

@@ -146,7 +146,7 @@ def test_replies_that_are_drawn_one_update_ahead(reuse: int) -> None:
     tokenizer = train_tokenizer(["no words"], vocab_size=300)
     template = Template(tokenizer)
     asked = [RolloutPrompt(Question(str(n), "7"), np.array([3 + n, 4], np.int32)) for n in range(8)]
-    settings = RolloutSettings(8, 10, 6, reuse=reuse)
+    settings = RolloutSettings(8, 10, 6, updates_per_rollout=reuse)
     make = lambda: GroupRelativeBatches(SAMPLE, template, asked, settings, seed=0, group=GROUP, ahead=True)
     batches = make()
     students = [jax.tree.map(lambda x, n=n: (1 + 0.5 * n) * x, PARAMS) for n in range(3 * reuse)]
@@ -176,7 +176,7 @@ grpo:
   log_every: 3
   eval_every: 3
   objective: {name: group_relative, reference_kl: 0.04}
-  ghosts: {source: verified_reward, candidates: 4, max_new_tokens: 12}
+  ghosts: {source: verified_reward, num_generations: 4, max_new_tokens: 12}
 eval: {rows: 4, batch_size: 4, max_new_tokens: 12}
 checkpoint: {every: 3}
 """
@@ -198,7 +198,7 @@ def test_a_run_from_the_command_line_and_its_end_after_a_cut(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text(SETTINGS)
     options = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(tmp_path / "rows.jsonl")]
-    options += ["--grpo.ghosts.reuse", str(reuse), "--grpo.ghosts.ahead", str(ahead).lower()]
+    options += ["--grpo.ghosts.updates_per_rollout", str(reuse), "--grpo.ghosts.prefetch_rollouts", str(ahead).lower()]
     for command in ("sft", "grpo"):
         assert main([command, *options, "--run_dir", str(tmp_path / "run")]) == 0
     whole, cut = tmp_path / "run" / "grpo", tmp_path / "cut" / "grpo"

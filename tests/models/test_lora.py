@@ -97,7 +97,7 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(
     ("lora", "remat"),
-    [(LORA, "nothing"), (dataclasses.replace(LORA, rslora=True), "block")],
+    [(LORA, "none"), (dataclasses.replace(LORA, rslora=True), "full")],
     ids=["plain", "rslora_remat"],
 )
 def test_beside_and_merged_are_the_same_model(lora: LoraConfig, remat: str, params: Any) -> None:

@@ -106,7 +106,7 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decoder, "splash_attention", functools.partial(splash_attention, interpret=True))
     plain = DecoderConfig(
         vocab_size=31, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=16, init_scale=0.5,
-        window=40, local_layers=(0,), attention_softcap=5.0, query_scale=0.3, local_rope_theta=100.0, remat="block",
+        window=40, local_layers=(0,), attention_softcap=5.0, query_scale=0.3, local_rope_theta=100.0, remat="full",
     )  # fmt: skip
     kernel = DecoderConfig(**{**vars(plain), "attention": "splash"})
     params = init_params(plain, jax.random.key(0))
@@ -125,7 +125,7 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
     jax.tree.map(same, found, expected)
 
 
-@pytest.mark.parametrize(("remat", "calls"), [("nothing", 3), ("dots", 3), ("block", 4)])
+@pytest.mark.parametrize(("remat", "calls"), [("none", 3), ("dots", 3), ("full", 4)])
 def test_dots_keeps_the_kernels_result(remat: str, calls: int) -> None:
     """One call forward, one for each half of the backward pass; the forward one again where nothing of the layer is kept."""
     config = DecoderConfig(

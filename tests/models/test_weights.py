@@ -109,8 +109,8 @@ def test_dtypes(stored: str, as_loaded: str, folder: Path, params: Any, tmp_path
     assert loaded.config.param_dtype == loaded.config.dtype == as_loaded
     want = jax.tree.map(lambda x: x.astype(stored).astype(as_loaded), params)
     assert_equal(loaded.params, want)
-    wide = load_pretrained(tmp_path / "other", "float32", compute_dtype="bfloat16", remat="block")
-    assert (wide.config.param_dtype, wide.config.dtype, wide.config.remat) == ("float32", "bfloat16", "block")
+    wide = load_pretrained(tmp_path / "other", "float32", compute_dtype="bfloat16", remat="full")
+    assert (wide.config.param_dtype, wide.config.dtype, wide.config.remat) == ("float32", "bfloat16", "full")
     assert_equal(wide.params, jax.tree.map(lambda x: x.astype(stored).astype("float32"), params))
     assert wide.student.hidden(wide.params, *np.zeros((3, 1, 2), np.int32)).dtype == jnp.bfloat16
 

@@ -133,7 +133,7 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
 
 def test_operations_by_hand() -> None:
     shape = DecoderConfig(
-        vocab_size=10, width=4, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=2, mlp_width=8, remat="block",
+        vocab_size=10, width=4, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=2, mlp_width=8, remat="full",
         attention="splash", window=4, local_layers=(0,), dtype="bfloat16",
     )  # fmt: skip
     work = Work(shape, tokens=32, seq_len=16)
@@ -147,7 +147,7 @@ def test_operations_by_hand() -> None:
     assert dataclasses.replace(work, supervised=0.25).model_flops == work.model_flops - 32 * 0.75 * 6 * 40
     frozen = dataclasses.replace(work, frozen=True)
     assert frozen.model_flops == 32 * (4 * 3 * layer + 6 * scores + 4 * 40)
-    plain = Work(dataclasses.replace(shape, attention="xla", remat="nothing"), tokens=32, seq_len=16)
+    plain = Work(dataclasses.replace(shape, attention="xla", remat="none"), tokens=32, seq_len=16)
     assert plain.hardware_flops == 32 * (6 * 3 * layer + 6 * 2 * 2 * 2 * 3 * 16 + 6 * 40)  # all keys of all layers
     blocks = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, attention="blocks"))
     kept = dataclasses.replace(work, decoder=dataclasses.replace(shape, remat="dots"))
@@ -193,7 +193,7 @@ def test_a_search_yields_what_divides() -> None:
 
 def test_the_command_plans_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
-    student = ["--student.path", str(ROOT / "configs" / "models" / "llama-3-8b"), "--student.remat", "block"]
+    student = ["--student.path", str(ROOT / "configs" / "models" / "llama-3-8b"), "--student.remat", "full"]
     rest = [
         "--student.dtype",
         "bfloat16",
@@ -288,7 +288,7 @@ def test_every_chip_names_its_source() -> None:
 @needs_libtpu
 def test_a_step_compiles_for_a_tpu_slice() -> None:
     """With the kernel, local layers beside global ones, a tensor axis and micro-batches."""
-    student = dataclasses.replace(TINY.student, head_dim=16, dtype="bfloat16", remat="block")
+    student = dataclasses.replace(TINY.student, head_dim=16, dtype="bfloat16", remat="full")
     grpo = dataclasses.replace(TINY.grpo, micro_batches=2)
     config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=256))
     planned = Planned(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2})
@@ -323,14 +323,14 @@ def test_a_total_is_a_plain_sum_on_a_tpu() -> None:
 def test_layers_inputs_in_the_hosts_memory_are_not_on_the_chip() -> None:
     """As `block`, less the residual stream at each of twelve layers: the tokens of a chip times D, in bfloat16."""
     temporaries = {}
-    for remat in ("block", "offload"):
+    for remat in ("full", "offload"):
         student = dataclasses.replace(TINY.student, width=512, num_layers=12, dtype="bfloat16", remat=remat)
         grpo = dataclasses.replace(TINY.grpo, batch_size=64)
         config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=2048))
         figures = Planned(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2}).figures()
         temporaries[remat] = figures["bytes_per_device"]["temporaries"]
     stream = 12 * (64 * 2048 // 2) * 512 * 2
-    assert temporaries["block"] - temporaries["offload"] > 0.7 * stream
+    assert temporaries["full"] - temporaries["offload"] > 0.7 * stream
 
 
 @needs_libtpu

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from cotgrpo.reports import charts, report_page
+from cotgrpo.reports import charts, page
 from cotgrpo.reports.charts import Curve, axis, curve_chart, format_number, format_percent, interval_chart, stretched
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -129,7 +129,7 @@ def test_a_chart_as_a_file_of_its_own() -> None:
 
 def test_colours_can_be_read() -> None:
     """Contrast to the ground of at least 4.5 to 1 (WCAG 2 AA), in both schemes."""
-    style = [text.split("@media screen") for text in (charts.CHART_STYLE, report_page.STYLE)]
+    style = [text.split("@media screen") for text in (charts.CHART_STYLE, page.STYLE)]
     for chart_part, page_part in zip(*style, strict=True):
         scheme = dict(re.findall(r"--(\w+): (#\w{6})", chart_part + page_part))
         assert scheme.keys() == {"paper", "ink", "quiet", "rule", *charts.STAGES, "other", "right", "wrong"}

@@ -30,11 +30,11 @@ def sample(
     seed: int = 0,
     config: DecoderConfig = CONFIG,
     vocab_size: Any = None,
-    slots: int | None = None,
+    decode_batch_size: int | None = None,
     **options: Any,
 ) -> Replies:
     settings = SamplingSettings(**({"max_new_tokens": NEW} | options))
-    sampler = jax.jit(make_sampler(config, settings, vocab_size, slots))
+    sampler = jax.jit(make_sampler(config, settings, vocab_size, decode_batch_size))
     return jax.device_get(sampler(PARAMS, prompts, jax.random.key(seed)))
 
 
@@ -101,14 +101,14 @@ def test_padding_and_batch_mates_change_nothing(temperature: float) -> None:
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[0])
 
 
-@pytest.mark.parametrize(("slots", "temperature"), [(1, 0.0), (3, 1.0), (8, 0.7), (99, 1.0)])
-def test_fewer_slots_than_prompts_write_the_same_replies(slots: int, temperature: float) -> None:
+@pytest.mark.parametrize(("decode_batch_size", "temperature"), [(1, 0.0), (3, 1.0), (8, 0.7), (99, 1.0)])
+def test_fewer_slots_than_prompts_write_the_same_replies(decode_batch_size: int, temperature: float) -> None:
     """Replies of 1 to 12 tokens to prompts of 1 to 8; some rows hold no prompt. Log-probabilities against the trainer's, too."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(0, 37, rng.integers(1, 9)).astype(np.int32) for _ in range(19)]
     options: dict[str, Any] = {"eos_ids": (0, 1, 2), "temperature": temperature, "pad_id": 33}
     tile_loss = sample(pad_prompts(asked), **options)
-    in_slots = sample(pad_prompts(asked, length=10, rows=23), slots=slots, **options)
+    in_slots = sample(pad_prompts(asked, length=10, rows=23), decode_batch_size=decode_batch_size, **options)
     assert len(set(tile_loss.lengths.tolist())) > 4
     for name in ("tokens", "lengths", "finished"):
         np.testing.assert_array_equal(getattr(in_slots, name)[:19], getattr(tile_loss, name))
@@ -122,12 +122,14 @@ def test_fewer_slots_than_prompts_write_the_same_replies(slots: int, temperature
         np.testing.assert_allclose(in_slots.log_probs[row, :length], want, atol=1e-4)
 
 
-@pytest.mark.parametrize(("slots", "held"), [(None, 64), (8, 8)])
-def test_there_is_one_cache_and_it_is_that_of_the_slots(slots: int | None, held: int) -> None:
+@pytest.mark.parametrize(("decode_batch_size", "held"), [(None, 64), (8, 8)])
+def test_there_is_one_cache_and_it_is_that_of_the_slots(decode_batch_size: int | None, held: int) -> None:
     """In the compiled program: it is updated in place, and all else is small beside it."""
     config = dataclasses.replace(CONFIG, num_layers=8, num_kv_heads=4, head_dim=16)
     prompts = Prompts(np.ones((64, 8), np.int32), np.full(64, 8, np.int32))
-    sampler = jax.jit(make_sampler(config, SamplingSettings(504, eos_ids=(0,), temperature=1.0), slots=slots))
+    sampler = jax.jit(
+        make_sampler(config, SamplingSettings(504, eos_ids=(0,), temperature=1.0), decode_batch_size=decode_batch_size)
+    )
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     memory: Any = sampler.lower(shapes, prompts, jax.random.key(0)).compile().memory_analysis()
     cache = 4 * 2 * 8 * 4 * 16 * 512 * held
@@ -215,7 +217,10 @@ def test_a_masked_token_stays_masked_at_any_temperature() -> None:
         (lambda: SamplingSettings(1, temperature=float("nan")), "temperature must be at least 0, got nan"),
         (lambda: SamplingSettings(1, top_k=0), "top_k must be at least 1 or None, got 0"),
         (lambda: SamplingSettings(1, top_p=0.0), r"top_p must lie in \(0, 1\], got 0.0"),
-        (lambda: make_sampler(CONFIG, SamplingSettings(1), slots=0), "slots must be at least 1 or None, got 0"),
+        (
+            lambda: make_sampler(CONFIG, SamplingSettings(1), decode_batch_size=0),
+            "decode_batch_size must be at least 1 or None, got 0",
+        ),
         (lambda: pad_prompts(PROMPTS, rows=3), "at most 3 prompts, got 4"),
         (lambda: pad_prompts([]), "at least one token each"),
         (lambda: pad_prompts([np.array([], np.int32)]), "at least one token each"),

@@ -18,7 +18,7 @@ from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.data.triples import DataError, Triple, read_triples
 from cotgrpo.training.inputs import read_rows
 
-SVAMP = Path(__file__).parents[2] / "shared" / "data" / "svamp_palm540b.jsonl"
+SVAMP = Path(__file__).parents[3] / "shared" / "data" / "svamp_palm540b.jsonl"
 ROWS: list[tuple[dict[str, Any], str, bool]] = [
     ({"question": "1", "rationale": "r", "answer": "1"}, "1", True),
     ({"question": "2", "rationale": "r", "answer": "3", "gold": "2"}, "2", False),
