@@ -23,6 +23,7 @@ import optax
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
+    from jaxtyping import PyTree as PyTree
 
     # Batches come from the host as NumPy arrays, and are JAX arrays inside a step.
     AnyArray = Array | np.ndarray
