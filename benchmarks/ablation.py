@@ -55,7 +55,7 @@ from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler
+from cotgrpo.sampling import SamplingSettings, make_sampler
 from cotgrpo.teachers.procedural import ProceduralTeacher
 
 SEQ_LEN, PROMPT_COLUMNS = QUICKSTART.data.seq_len, 32

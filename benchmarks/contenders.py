@@ -142,7 +142,7 @@ def cotgrpo_generate(task: Task, turns: Turns) -> None:
 
     from cotgrpo.models import load_pretrained
     from cotgrpo.models.decoder import unstack_layers
-    from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler, pad_prompts
+    from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 
     turns.start("cotgrpo", "jax", "jaxlib", "flax")
     model = load_pretrained(task.folder, task.dtype)

@@ -30,7 +30,7 @@ from cotgrpo.objectives import GroupRelative
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, Rollouts, RolloutSettings, judged
-from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.procedural import ProceduralTeacher
 
 VOCAB, GROUP = 512, 4

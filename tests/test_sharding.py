@@ -22,7 +22,7 @@ from cotgrpo.objectives import Nll, Pair
 from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
 from cotgrpo.planning.hlo import collectives
 from cotgrpo.rollouts.on_policy import make_draw
-from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.sharding import check_batch, check_mesh, constrain, jit_eval, mesh_shape, state_sharding, traced_on
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
 

@@ -19,7 +19,7 @@ from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, unstack_layers
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
-from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
 from cotgrpo.tiled_loss import TokenRows, default_tile_size, tiled_loss
 
 OBJECTIVES: dict[str, Objective] = {"nll": Nll(), "pair": Pair()}

@@ -23,7 +23,7 @@ from cotgrpo.bench.workload import random_batch
 from cotgrpo.ghosts.live import live_ghosts
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import make_student
-from cotgrpo.sampling.decode_loop import Prompts, SamplingSettings, make_sampler
+from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
 
 
 def measure_on_policy(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.distributed.processes import fetch
 from cotgrpo.models.decoder import DecoderConfig
-from cotgrpo.sampling.decode_loop import QUEUE, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.sharding import batch_shards, jit_eval
 from cotgrpo.types import Metrics
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from cotgrpo.ghosts.live import with_replies
-from cotgrpo.sampling.decode_loop import Prompts, Replies
+from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.types import GhostBatch
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.objectives import MASKED_LOGIT, softmax
-from cotgrpo.sampling.decode_loop import Prompts, Replies
+from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.sharding import axis_names, constrain, partition_spec
 from cotgrpo.tiled_loss import HeadSpec, default_tile_size, draw, likeliest
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student

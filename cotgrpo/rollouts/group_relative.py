@@ -28,7 +28,7 @@ from cotgrpo.rollouts.rollouts import (
     metric,
     rollout_metrics,
 )
-from cotgrpo.sampling.decode_loop import Sampler
+from cotgrpo.sampling import Sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
 from cotgrpo.types import GhostBatch, Metrics, Params
 

@@ -30,7 +30,7 @@ from cotgrpo.rollouts.rollouts import (
     metric,
     rollout_metrics,
 )
-from cotgrpo.sampling.decode_loop import Prompts, Replies, Sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, Sampler, pad_prompts
 from cotgrpo.sharding import jit_eval
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 

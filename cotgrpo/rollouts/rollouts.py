@@ -21,7 +21,7 @@ from cotgrpo.data.questions import Question
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.evaluation.accuracy import Reply, judge
-from cotgrpo.sampling.decode_loop import Prompts, Replies, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, pad_prompts
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params
 
 ROLLOUTS = 0x726F6C6C

@@ -1,122 +1,122 @@
-"""Jitted generation with a key/value cache: greedy, temperature, top-k, top-p, over prompts of different length.
+"""Continuous batching in one jitted program: prefill prompts, decode one token per reply, harvest finished replies.
 
-The log-probabilities that come back are those of the student's own distribution, softmax(logits), as a train step computes it; temperature
-and filters choose which token is drawn, not what its log-probability is.
+The log-probabilities are those of the student's own distribution, softmax(logits), as a train step computes them.
+Temperature and filters choose the token; they do not change its log-probability.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student, unstack_layers
-from cotgrpo.objectives import MASKED_LOGIT, softmax
+from cotgrpo.objectives import softmax
+from cotgrpo.sampling.prompts import Prompts, Replies
+from cotgrpo.sampling.settings import SamplingSettings, filter_logits
 from cotgrpo.sharding import batch_shards, open_axes
 from cotgrpo.tiled_loss import HeadSpec, draw, likeliest
 from cotgrpo.types import Params
 from cotgrpo.xla_cpu import project_few_tokens
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-
-    from cotgrpo.types import AnyArray
-
-
-class Prompts(flax.struct.PyTreeNode):
-    """Prompts of different length in one array, padded on the left, so that every reply begins in the same column.
-
-    Attributes:
-        tokens: int32 `[B, T]`.
-        lengths: int32 `[B]`: the last `lengths[b]` tokens of row b are its prompt. 0: there is none and gets no reply; such rows come last.
-    """
-
-    tokens: Int[AnyArray, "B T"]
-    lengths: Int[AnyArray, "B"]
-
-
-class Replies(flax.struct.PyTreeNode):
-    """What a sampler wrote.
-
-    Attributes:
-        tokens: int32 `[B, T]`; the eos token is part of a reply, and `pad_id` follows it.
-        log_probs: float32 `[B, T]`, log p(token) in the student's own distribution; 0 behind the end.
-        lengths: int32 `[B]`, tokens of each reply, the eos token included.
-        finished: bool `[B]`, whether eos came; False: the reply was cut off after `max_new_tokens`.
-    """
-
-    tokens: Int[Array, "B T"]
-    log_probs: Float[Array, "B T"]
-    lengths: Int[Array, "B"]
-    finished: Bool[Array, "B"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How replies are drawn. Filters apply in this order: temperature, top-k, top-p.
-
-    Attributes:
-        max_new_tokens: >= 1.
-        eos_ids: tokens that end a reply; empty: every reply runs to `max_new_tokens`.
-        temperature: >= 0; 0 is greedy (the likeliest token, the first of equals).
-        top_k: draw from the k likeliest tokens (and those equal to the k-th), or None.
-        top_p: in (0, 1]; draw from the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020, arXiv:1904.09751).
-        pad_id: fills a row behind its end.
-
-    Raises:
-        ValueError: a setting outside its range.
-    """
-
-    max_new_tokens: int
-    eos_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    pad_id: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"SamplingSettings.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not self.temperature >= 0:
-            raise ValueError(f"SamplingSettings.temperature must be at least 0, got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"SamplingSettings.top_k must be at least 1 or None, got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"SamplingSettings.top_p must lie in (0, 1], got {self.top_p}.")
-
+    from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 QUEUE = 4
-"""Prompts for each slot, where there is a long queue of them that could be given in one call: few slots run dry in the end, and finished replies come often."""
+"""Prompts per row of the decode batch in one call. With this many, few rows are idle at the end."""
 
-Sampler = Callable[[Params, Prompts, Any], Replies]
+Sampler = Callable[[Params, Prompts, jax.Array], Replies]
 """`sample(params, prompts, key) -> replies`."""
 
 
-class DecodeState(flax.struct.PyTreeNode):
-    """The replies that are being written, one a slot. Fields of a slot without one, or whose reply has ended, wait for the next prompt.
+def make_sampler(
+    config: DecoderConfig,
+    settings: SamplingSettings,
+    vocab_size: int | None = None,
+    decode_batch_size: int | None = None,
+) -> Sampler:
+    """Return a pure function that writes replies. Wrap it in `jax.jit`; it compiles once per shape of the prompts.
 
-    The cache holds a slot's prompt in its first P columns. The N behind them are a ring in which every slot writes at the same column, whatever it has written: a reply of
-    at most N tokens never meets itself there, and what an earlier reply left belongs to another segment.
+    A reply depends on its own prompt and random numbers only, not on padding, other rows or `decode_batch_size`.
+    The loop stops once every reply has finished.
+
+    With a decode batch smaller than the number of prompts, rows with a finished reply take the next prompts.
+    They do so an eighth of the batch at a time, so prefill runs on batches. No row waits for the longest reply,
+    and the cache has `decode_batch_size` rows.
+
+    Args:
+        config: the student's decoder.
+        settings: how tokens are drawn.
+        vocab_size: the tokenizer's size if the decoder's vocabulary is padded. Padded ids are never drawn.
+        decode_batch_size: replies decoded at a time. None: all.
+
+    Returns:
+        `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling ignores the key.
+        Each call copies the layers with `cotgrpo.models.decoder.unstack_layers`. To copy them once for many calls,
+        pass the result of that function as `params`.
+
+    Raises:
+        ValueError: `decode_batch_size` is below 1.
+    """
+    if decode_batch_size is not None and decode_batch_size < 1:
+        raise ValueError(f"make_sampler: decode_batch_size must be at least 1 or None, got {decode_batch_size}.")
+    student = make_student(config, vocab_size)
+    spec = HeadSpec(student.softcap, student.vocab_size)
+
+    def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
+        prompts = jax.tree.map(jnp.asarray, prompts)
+        count = len(prompts.lengths)
+        batch_size = count if decode_batch_size is None else min(decode_batch_size, count)
+        return DecodeLoop(
+            config=config,
+            settings=settings,
+            spec=spec,
+            params=unstack_layers(config, params),
+            head_VD=head_of(config, params).T,  # a tied head is the embedding: no copy
+            prompts=prompts,
+            key=key,
+            batch_size=batch_size,
+            admit_size=admit_size(batch_size, count),
+        ).run()
+
+    return sample
+
+
+def admit_size(batch_size: int, num_prompts: int) -> int:
+    """Return how many prompts are prefilled at a time: all, or an eighth of the batch, a multiple of its shards."""
+    if batch_size == num_prompts:
+        return batch_size
+    shards = batch_shards(open_axes())
+    return min(-(-batch_size // (8 * shards)) * shards, batch_size)
+
+
+class DecodeState(flax.struct.PyTreeNode):
+    """The decode batch: one reply per row. Rows without a reply, or with an ended one, wait for the next prompt.
+
+    The cache holds a row's prompt in its first P columns. The other N columns are a ring buffer. At each step all rows
+    write at the same column of the ring, however long their replies are. A reply has at most N tokens, so it never
+    overwrites itself. Keys of an earlier reply belong to another segment, so no query reads them.
 
     Attributes:
-        row: int32 `[B]`, the prompt; the number of prompts where the slot has none.
-        start: int32 `[B]`, the ring's column of the reply's first token.
-        length: int32 `[B]`, its tokens so far.
-        position: int32 `[B]`, of its next token, counted from the prompt's first.
-        ended: bool `[B]`, whether it is complete, or there is none.
-        finished: bool `[B]`, whether eos came.
-        hidden: `[B, D]`, the row that the head reads for its next token.
+        column: int32, tokens decoded so far per row. The next one goes to column `column % N` of the ring.
+        prompt_index: int32 `[B]`, row of the prompt; the number of prompts if the row has none.
+        start: int32 `[B]`, column of the ring with the reply's first token.
+        length: int32 `[B]`, tokens of the reply so far.
+        position: int32 `[B]`, position of the next token, counted from the first token of the prompt.
+        ended: bool `[B]`, True if the reply is complete or the row has none.
+        finished: bool `[B]`, True if the reply ends with eos.
+        hidden: `[B, D]`, the hidden row from which the head predicts the next token.
         tokens: int32 `[B, T]`, the ring.
-        log_probs: float32 `[B, T]`, likewise.
-        cache: of the prompt and the ring.
+        log_probs: float32 `[B, T]`, in the same columns as `tokens`.
+        cache: keys and values of the prompt and the ring.
     """
 
-    row: Int[Array, "B"]
+    column: Int[Array, ""]
+    prompt_index: Int[Array, "B"]
     start: Int[Array, "B"]
     length: Int[Array, "B"]
     position: Int[Array, "B"]
@@ -128,219 +128,219 @@ class DecodeState(flax.struct.PyTreeNode):
     cache: KvCache
 
 
-def make_sampler(
-    config: DecoderConfig,
-    settings: SamplingSettings,
-    vocab_size: int | None = None,
-    decode_batch_size: int | None = None,
-) -> Sampler:
-    """A pure function that writes replies; wrap it in `jax.jit`. It compiles once for each shape of the prompts.
+class LoopCarry(flax.struct.PyTreeNode):
+    """What the outer loop carries.
 
-    A reply depends on its own prompt and random numbers alone, not on padding, the other rows, or the number of slots. The loop ends when every row has.
-
-    With fewer slots than prompts, slots whose reply has ended take the next prompts, an eighth of the slots at a time, so that reading those is one batch: nothing waits for
-    the longest reply, and the cache is that of the slots.
-
-    Args:
-        config: the student's decoder.
-        settings: how tokens are drawn.
-        vocab_size: the tokenizer's size where the decoder's is padded beyond it; padded ids are never drawn.
-        decode_batch_size: replies that are written at a time; None: all.
-
-    Returns:
-        `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling does not look at the key. Each call makes a copy of the layers
-        with `cotgrpo.models.decoder.by_layer`; parameters that do not change between calls may be given as that function returns them.
-
-    Raises:
-        ValueError: `decode_batch_size` below 1.
+    Attributes:
+        next_prompt: int32, the first prompt that no row has taken yet.
+        state: the decode batch.
+        replies: harvested replies, one row per prompt.
     """
-    if decode_batch_size is not None and decode_batch_size < 1:
-        raise ValueError(f"make_sampler: decode_batch_size must be at least 1 or None, got {decode_batch_size}.")
-    student = make_student(config, vocab_size)
-    spec = HeadSpec(student.softcap, student.vocab_size)
 
-    def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
-        prompts = jax.tree.map(jnp.asarray, prompts)
-        head_VD = head_of(config, params).T  # of a tied head no copy: the embedding
-        return DecodeLoop(config, settings, spec, unstack_layers(config, params), head_VD, prompts, key).replies(
-            decode_batch_size
-        )
-
-    return sample
+    next_prompt: Int[Array, ""]
+    state: DecodeState
+    replies: Replies
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLoop:
-    """One call of a sampler, while it is traced: what all of its loops read."""
+    """One call of a sampler while it is traced. The attributes do not change during the loop.
+
+    Attributes:
+        params: as `unstack_layers` returns them.
+        batch_size: rows of the decode batch.
+        admit_size: prompts that are prefilled at a time.
+    """
 
     config: DecoderConfig
     settings: SamplingSettings
     spec: HeadSpec
     params: Params
-    head_VD: Any
+    head_VD: Float[Array, "V D"]
     prompts: Prompts
-    key: Any
+    key: PRNGKeyArray
+    batch_size: int
+    admit_size: int
 
-    @property
-    def total(self) -> Any:
-        """How many of the rows hold a prompt."""
-        return jnp.sum(self.prompts.lengths > 0)
+    def run(self) -> Replies:
+        """Return the replies to all prompts."""
+        carry = LoopCarry(jnp.int32(0), self.empty_state(), self.empty_replies())
+        carry = jax.lax.while_loop(self.has_work, self.admit_and_decode, carry)
+        return harvest(carry.state, carry.replies, self.settings.pad_id)
 
-    def replies(self, slots: int | None) -> Replies:
-        """The replies to all prompts, written in so many slots."""
+    def empty_state(self) -> DecodeState:
+        """Return a decode batch without replies."""
+        zeros = jnp.zeros((self.batch_size,), jnp.int32)
+        ring = (self.batch_size, self.settings.max_new_tokens)
+        return DecodeState(
+            column=jnp.int32(0),
+            prompt_index=zeros + len(self.prompts.lengths),
+            start=zeros,
+            length=zeros,
+            position=zeros,
+            ended=jnp.ones((self.batch_size,), bool),
+            finished=jnp.zeros((self.batch_size,), bool),
+            hidden=jnp.zeros((self.batch_size, self.config.width), jnp.dtype(self.config.dtype)),
+            tokens=jnp.zeros(ring, jnp.int32),
+            log_probs=jnp.zeros(ring, jnp.float32),
+            cache=init_cache(self.config, self.batch_size, self.prompts.tokens.shape[1] + ring[1]),
+        )
+
+    def empty_replies(self) -> Replies:
+        """Return a row of padding for each prompt."""
         count, N = len(self.prompts.lengths), self.settings.max_new_tokens
-        width = count if slots is None else min(slots, count)
-        share = batch_shards(open_axes())
-        group = width if width == count else min(-(-width // (8 * share)) * share, width)
-
-        def to_go(taken: Any, slots: DecodeState) -> Any:
-            """Whether slots have replies to write before the next prompts are read."""
-            left = self.total - taken
-            waiting = (left > 0) & (jnp.sum(slots.ended) >= jnp.minimum(group, left))
-            return ~jnp.all(slots.ended) & ~waiting
-
-        def one_round(carry: Any) -> Any:
-            taken, column, slots, replies = carry
-            replies = harvest(slots, replies, self.settings.pad_id)
-            taken, slots = self.admit_prompts(slots, taken, column, group)
-            column, slots = jax.lax.while_loop(
-                lambda inner: to_go(taken, inner[1]), lambda inner: self.one_token(*inner), (column, slots)
-            )
-            return taken, column, slots, replies
-
-        none = Replies(
+        return Replies(
             tokens=jnp.full((count, N), self.settings.pad_id, jnp.int32),
             log_probs=jnp.zeros((count, N), jnp.float32),
             lengths=jnp.zeros((count,), jnp.int32),
             finished=jnp.zeros((count,), bool),
         )
-        start = (jnp.int32(0), jnp.int32(0), self.empty(width), none)
-        going_on = lambda carry: (carry[0] < self.total) | ~jnp.all(carry[2].ended)
-        _, _, slots_left, replies = jax.lax.while_loop(going_on, one_round, start)
-        return harvest(slots_left, replies, self.settings.pad_id)
 
-    def empty(self, width: int) -> DecodeState:
-        """So many slots without a reply."""
-        P, N = self.prompts.tokens.shape[1], self.settings.max_new_tokens
-        zeros = jnp.zeros((width,), jnp.int32)
-        return DecodeState(
-            row=zeros + len(self.prompts.lengths),
-            start=zeros,
-            length=zeros,
-            position=zeros,
-            ended=jnp.ones((width,), bool),
-            finished=jnp.zeros((width,), bool),
-            hidden=jnp.zeros((width, self.config.width), jnp.dtype(self.config.dtype)),
-            tokens=jnp.zeros((width, N), jnp.int32),
-            log_probs=jnp.zeros((width, N), jnp.float32),
-            cache=init_cache(self.config, width, P + N),
-        )
+    def num_waiting(self, next_prompt: Int[Array, ""]) -> Int[Array, ""]:
+        """Return how many prompts have not been taken yet."""
+        return jnp.sum(self.prompts.lengths > 0) - next_prompt
 
-    def admit_prompts(self, slots: DecodeState, taken: Any, column: Any, group: int) -> tuple[Any, DecodeState]:
-        """The next `group` prompts, read as one batch, each into a slot without a reply; and how many are taken now."""
+    def has_work(self, carry: LoopCarry) -> Bool[Array, ""]:
+        """Return whether prompts wait or replies are unfinished."""
+        return (self.num_waiting(carry.next_prompt) > 0) | ~jnp.all(carry.state.ended)
+
+    def admit_and_decode(self, carry: LoopCarry) -> LoopCarry:
+        """Harvest finished replies, admit the next prompts, and decode until the next prompts can be admitted."""
+        replies = harvest(carry.state, carry.replies, self.settings.pad_id)
+        next_prompt, state = self.admit_prompts(carry.state, carry.next_prompt)
+        waiting = self.num_waiting(next_prompt)
+
+        def keep_decoding(state: DecodeState) -> Bool[Array, ""]:
+            admit = (waiting > 0) & (jnp.sum(state.ended) >= jnp.minimum(self.admit_size, waiting))
+            return ~jnp.all(state.ended) & ~admit
+
+        return LoopCarry(next_prompt, jax.lax.while_loop(keep_decoding, self.decode_token, state), replies)
+
+    def admit_prompts(self, state: DecodeState, next_prompt: Int[Array, ""]) -> tuple[Int[Array, ""], DecodeState]:
+        """Prefill the next `admit_size` prompts as one batch and put each into a row without an unfinished reply.
+
+        Returns:
+            The next prompt to take after these, and the state.
+        """
         count = len(self.prompts.tokens)
-        rank_B = jnp.cumsum(slots.ended) - 1
-        gets_B = slots.ended & (rank_B < group) & (taken + rank_B < self.total)
-        row_R = jnp.minimum(taken + jnp.arange(group), count - 1)
-        hidden_RD, cache = self.read(row_R)
+        rank_B = jnp.cumsum(state.ended) - 1  # of each free row among the free ones
+        admitted_B = state.ended & (rank_B < self.admit_size) & (rank_B < self.num_waiting(next_prompt))
+        index_R = jnp.minimum(next_prompt + jnp.arange(self.admit_size), count - 1)
+        hidden_RD, cache = self.prefill(index_R)
 
-        def take(new: Any, old: Any) -> Any:
-            if group < len(gets_B):  # else they are in order, so that on a mesh none has to travel
+        def scatter(new: Shaped[Array, "R ..."], old: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+            if self.admit_size < self.batch_size:  # else the order is the same, and on a mesh no row moves
                 new = jnp.take(new, rank_B, axis=0, mode="clip")
-            return jnp.where(gets_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+            return jnp.where(admitted_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
 
-        def prompt_columns(new: Any, old: Any) -> Any:
-            before = jax.lax.slice(old, (0,) * old.ndim, (len(old), *new.shape[1:]))
-            return jax.lax.dynamic_update_slice(old, take(new, before), (0,) * old.ndim)
+        def scatter_prefix(new: Shaped[Array, "R ..."], old: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+            """Scatter into the columns of the prompt, the first ones."""
+            prefix = jax.lax.slice(old, (0,) * old.ndim, (len(old), *new.shape[1:]))
+            return jax.lax.dynamic_update_slice(old, scatter(new, prefix), (0,) * old.ndim)
 
-        zero_R = jnp.zeros_like(row_R)
-        return taken + jnp.sum(gets_B), slots.replace(
-            row=take(row_R, jnp.where(slots.ended, count, slots.row)),
-            start=take(zero_R + column % self.settings.max_new_tokens, slots.start),
-            length=take(zero_R, slots.length),
-            position=take(self.prompts.lengths[row_R], slots.position),
-            ended=slots.ended & ~gets_B,
-            finished=slots.finished & ~gets_B,
-            hidden=take(hidden_RD, slots.hidden),
-            cache=jax.tree.map(prompt_columns, cache, slots.cache),
+        zero_R = jnp.zeros_like(index_R)
+        return next_prompt + jnp.sum(admitted_B), state.replace(
+            prompt_index=scatter(index_R, jnp.where(state.ended, count, state.prompt_index)),
+            start=scatter(zero_R + state.column % self.settings.max_new_tokens, state.start),
+            length=scatter(zero_R, state.length),
+            position=scatter(self.prompts.lengths[index_R], state.position),
+            ended=state.ended & ~admitted_B,
+            finished=state.finished & ~admitted_B,
+            hidden=scatter(hidden_RD, state.hidden),
+            cache=jax.tree.map(scatter_prefix, cache, state.cache),
         )
 
-    def read(self, row_R: Any) -> tuple[Any, KvCache]:
-        """The prompts of these rows: the last one's hidden row of each, and their keys and values."""
-        tokens_RP, lengths_R = self.prompts.tokens[row_R], self.prompts.lengths[row_R]
+    def prefill(self, index_R: Int[Array, "R"]) -> tuple[Float[Array, "R D"], KvCache]:
+        """Return the last hidden row of each of these prompts, and their keys and values."""
+        tokens_RP, lengths_R = self.prompts.tokens[index_R], self.prompts.lengths[index_R]
         P = tokens_RP.shape[1]
-        # Positions count from the first token of the prompt; padding before it is segment 0, which no token of a reply reads.
+        # Positions count from the first token of the prompt. Padding before it is segment 0, which no reply reads.
         positions_RP = jnp.arange(P)[None, :] - (P - lengths_R[:, None])
-        segments_RP = jnp.where(positions_RP >= 0, row_R[:, None] + 1, 0)
+        segments_RP = jnp.where(positions_RP >= 0, index_R[:, None] + 1, 0)
         hidden_RPD, cache = decode(
             self.config,
             self.params,
             tokens_RP,
             jnp.maximum(positions_RP, 0),
             segments_RP,
-            init_cache(self.config, len(row_R), P),
+            init_cache(self.config, len(index_R), P),
             0,
         )
         return hidden_RPD[:, -1], cache
 
-    def one_token(self, column: Any, slots: DecodeState) -> tuple[Any, DecodeState]:
-        """The next token of every slot, and the column of the one behind it."""
+    def decode_token(self, state: DecodeState) -> DecodeState:
+        """Draw the next token of every row and run the decoder on it."""
         settings, P = self.settings, self.prompts.tokens.shape[1]
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(self.key, row))(slots.row)
-        logits_BV = self.spec.logits(project_few_tokens(slots.hidden, self.head_VD, jnp.float32), None)
-        token_B, log_prob_B = choose(settings, logits_BV, keys_B, slots.length)
-        writes_B = ~slots.ended
-        at = column % settings.max_new_tokens
+        keys_B = jax.vmap(lambda index: jax.random.fold_in(self.key, index))(state.prompt_index)
+        logits_BV = self.spec.logits(project_few_tokens(state.hidden, self.head_VD, jnp.float32), None)
+        token_B, log_prob_B = sample_tokens(settings, logits_BV, keys_B, state.length)
+        active_B = ~state.ended
+        ring_column = state.column % settings.max_new_tokens
 
-        def put(ring_BT: Any, new_B: Any) -> Any:
-            old_B = jax.lax.dynamic_index_in_dim(ring_BT, at, axis=1, keepdims=False)
-            return ring_BT.at[:, at].set(jnp.where(writes_B, new_B, old_B))
+        def write(ring_BT: Shaped[Array, "B T"], new_B: Shaped[Array, "B"]) -> Shaped[Array, "B T"]:
+            old_B = jax.lax.dynamic_index_in_dim(ring_BT, ring_column, axis=1, keepdims=False)
+            return ring_BT.at[:, ring_column].set(jnp.where(active_B, new_B, old_B))
 
         eos_E = jnp.asarray(settings.eos_ids, jnp.int32)
         is_eos_B = jnp.any(token_B[:, None] == eos_E[None, :], axis=-1)
-        segments_B = jnp.where(writes_B, slots.row + 1, 0)
+        segments_B = jnp.where(active_B, state.prompt_index + 1, 0)
         hidden_B1D, cache = decode(
             self.config,
             self.params,
             token_B[:, None],
-            slots.position[:, None],
+            state.position[:, None],
             segments_B[:, None],
-            slots.cache,
-            P + at,
+            state.cache,
+            P + ring_column,
         )
-        length_B = slots.length + writes_B
-        slots = slots.replace(
+        length_B = state.length + active_B
+        return state.replace(
+            column=state.column + 1,
             length=length_B,
-            position=slots.position + writes_B,
-            ended=slots.ended | is_eos_B | (length_B == settings.max_new_tokens),
-            finished=slots.finished | (writes_B & is_eos_B),
+            position=state.position + active_B,
+            ended=state.ended | is_eos_B | (length_B == settings.max_new_tokens),
+            finished=state.finished | (active_B & is_eos_B),
             hidden=hidden_B1D[:, 0],
-            tokens=put(slots.tokens, token_B),
-            log_probs=put(slots.log_probs, log_prob_B),
+            tokens=write(state.tokens, token_B),
+            log_probs=write(state.log_probs, log_prob_B),
             cache=cache,
         )
-        return column + 1, slots
 
 
-def harvest(slots: DecodeState, replies: Replies, pad_id: int) -> Replies:
-    """The replies with those that have ended in the slots, each at its prompt's row."""
+def harvest(state: DecodeState, replies: Replies, pad_id: int) -> Replies:
+    """Copy the ended replies of the decode batch into `replies`, each to the row of its prompt."""
     N = replies.tokens.shape[1]
     column_N = jnp.arange(N)[None, :]
-    ring_BN = (slots.start[:, None] + column_N) % N
-    own_BN = column_N < slots.length[:, None]
-    row_B = jnp.where(slots.ended, slots.row, len(replies.lengths))  # one behind the last: dropped
-    unrolled = lambda ring_BT, fill: jnp.where(own_BN, jnp.take_along_axis(ring_BT, ring_BN, axis=1), fill)
-    put = lambda whole, new: whole.at[row_B].set(new, mode="drop")
+    ring_column_BN = (state.start[:, None] + column_N) % N
+    is_reply_BN = column_N < state.length[:, None]
+    # An index past the last prompt is dropped.
+    index_B = jnp.where(state.ended, state.prompt_index, len(replies.lengths))
+
+    def unroll(ring_BN: Shaped[Array, "B N"], fill: float) -> Shaped[Array, "B N"]:
+        return jnp.where(is_reply_BN, jnp.take_along_axis(ring_BN, ring_column_BN, axis=1), fill)
+
+    def put(whole: Shaped[Array, "M ..."], new: Shaped[Array, "B ..."]) -> Shaped[Array, "M ..."]:
+        return whole.at[index_B].set(new, mode="drop")
+
     return Replies(
-        tokens=put(replies.tokens, unrolled(slots.tokens, pad_id)),
-        log_probs=put(replies.log_probs, unrolled(slots.log_probs, 0.0)),
-        lengths=put(replies.lengths, slots.length),
-        finished=put(replies.finished, slots.finished),
+        tokens=put(replies.tokens, unroll(state.tokens, pad_id)),
+        log_probs=put(replies.log_probs, unroll(state.log_probs, 0.0)),
+        lengths=put(replies.lengths, state.length),
+        finished=put(replies.finished, state.finished),
     )
 
 
-def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any) -> tuple[Any, Any]:
-    """Token number `index_B` of each reply, `[B]`, and its log-probability in softmax(logits)."""
+def sample_tokens(
+    settings: SamplingSettings,
+    logits_BV: Float[Array, "B V"],
+    keys_B: Key[Array, "B"],
+    index_B: Int[Array, "B"],
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draw token number `index_B` of each reply.
+
+    Returns:
+        The tokens and their log-probabilities in softmax(logits).
+    """
     if settings.temperature == 0:
         token_B = jax.vmap(likeliest)(logits_BV)
     else:
@@ -348,52 +348,3 @@ def choose(settings: SamplingSettings, logits_BV: Any, keys_B: Any, index_B: Any
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
     return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)
-
-
-def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:
-    """The logits of the distribution that is drawn from: divided by a temperature > 0, tokens outside top-k and top-p masked."""
-    real_V = logits_V > MASKED_LOGIT
-    logits_V = jnp.where(real_V, logits_V / settings.temperature, MASKED_LOGIT)
-    vocab = logits_V.shape[0]
-    if settings.top_k is not None and settings.top_k < vocab:
-        least = jax.lax.top_k(logits_V, settings.top_k)[0][-1]
-        logits_V = jnp.where(logits_V >= least, logits_V, MASKED_LOGIT)
-    if settings.top_p < 1:
-        sorted_V = jnp.sort(logits_V, descending=True)
-        p_V = jax.nn.softmax(sorted_V)
-        # A token stays while those before it hold less than top_p; the likeliest one always does.
-        stays_V = jnp.cumsum(p_V) - p_V < settings.top_p
-        least = jnp.min(jnp.where(stays_V, sorted_V, jnp.inf))
-        logits_V = jnp.where(logits_V >= least, logits_V, MASKED_LOGIT)
-    return logits_V
-
-
-def pad_prompts(
-    prompts: Sequence[np.ndarray], *, length: int | None = None, rows: int | None = None, pad_id: int = 0
-) -> Prompts:
-    """Prompts of different length as one NumPy array, padded on the left.
-
-    Args:
-        prompts: int `[n]` each, n >= 1.
-        length: columns; None: the longest prompt's. A fixed length keeps a sampler from compiling anew, and so do
-        rows: of the array, at least as many as there are prompts; those behind them hold none. None: one a prompt.
-        pad_id: any token; it is never read.
-
-    Raises:
-        ValueError: no prompt, an empty one, or one that is longer than `length`.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"Expected prompts of at least one token each, got lengths {lengths[:10]}.")
-    length = max(lengths) if length is None else length
-    if max(lengths) > length:
-        row = lengths.index(max(lengths))
-        raise ValueError(f"Prompt {row} has {lengths[row]} tokens, but there are {length} columns: raise the length.")
-    rows = len(prompts) if rows is None else rows
-    if len(prompts) > rows:
-        raise ValueError(f"Expected at most {rows} prompts, got {len(prompts)}: raise the rows.")
-    tokens, counts = np.full((rows, length), pad_id, np.int32), np.zeros(rows, np.int32)
-    counts[: len(prompts)] = lengths
-    for row_T, prompt in zip(tokens, prompts, strict=False):
-        row_T[length - len(prompt) :] = prompt
-    return Prompts(tokens=tokens, lengths=counts)

@@ -16,7 +16,7 @@ from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import DataError
 from cotgrpo.models.decoder import unstack_layers
 from cotgrpo.models.huggingface.weights import load_pretrained
-from cotgrpo.sampling.decode_loop import QUEUE, Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import QUEUE, Prompts, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.endpoint import Outcome, Request, TeacherReply
 
 PROMPT_COLUMNS = 64

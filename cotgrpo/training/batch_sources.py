@@ -22,7 +22,7 @@ from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler
+from cotgrpo.sampling import SamplingSettings, make_sampler
 from cotgrpo.sharding import jit_eval
 from cotgrpo.training.inputs import Model, StageInputs
 from cotgrpo.training.mesh import check_model

@@ -25,7 +25,7 @@ from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.objectives import GroupRelative, TokenInputs, value_and_grad
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
-from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.train_steps import make_batch_loss
 from cotgrpo.training.loop import TIME_KEYS
 from cotgrpo.types import GhostBatch

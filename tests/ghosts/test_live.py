@@ -12,7 +12,7 @@ import pytest
 
 from cotgrpo.ghosts.live import live_ghosts, map_contexts, reply_rewards, with_replies
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
-from cotgrpo.sampling.decode_loop import Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.types import Student
 
 VOCAB, EOS, NEW = 37, 0, 6

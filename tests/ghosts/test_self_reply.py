@@ -15,7 +15,7 @@ from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.data.triples import read_triples
 from cotgrpo.ghosts.self_reply import Candidate, best_reply
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.sampling.decode_loop import Prompts, Replies
+from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.teachers.procedural import ProceduralTeacher
 
 TRIPLES = ProceduralTeacher(seed=1).draw(12)

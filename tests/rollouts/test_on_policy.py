@@ -23,7 +23,7 @@ from cotgrpo.logs.metrics_log import MetricsLog, read_metrics
 from cotgrpo.models import save_pretrained
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.rollouts.on_policy import make_draw
-from cotgrpo.sampling.decode_loop import SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.training.collapse import CollapseDetector
 from cotgrpo.training.loop import TIME_KEYS, TrainingStopped

@@ -24,7 +24,7 @@ from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.models import Pretrained, load_pretrained
 from cotgrpo.models.decoder import decode, init_cache
 from cotgrpo.models.huggingface.families import FAMILIES
-from cotgrpo.sampling.decode_loop import Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.tiled_loss import HeadSpec
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch: pip install 'cotgrpo[parity]'")

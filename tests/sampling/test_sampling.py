@@ -12,7 +12,7 @@ import pytest
 
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student, unstack_layers
 from cotgrpo.objectives import MASKED_LOGIT
-from cotgrpo.sampling.decode_loop import Prompts, Replies, SamplingSettings, filter_logits, make_sampler, pad_prompts
+from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, make_sampler, pad_prompts
 from cotgrpo.tiled_loss import likeliest
 
 CONFIG = DecoderConfig(
