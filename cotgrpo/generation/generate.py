@@ -26,7 +26,15 @@ from cotgrpo.data.triples import DataError, DropReport
 from cotgrpo.generation.progress import ReplyProgress
 from cotgrpo.generation.triple_files import write_card, write_rows
 from cotgrpo.teachers.decontamination import TestQuestions
-from cotgrpo.teachers.endpoint import SHORTEST_SECRET, Outcome, Request, Teacher, TeacherError, TeacherReply
+from cotgrpo.teachers.endpoint import (
+    MIN_SECRET_LENGTH,
+    EndpointTeacher,
+    Outcome,
+    Request,
+    Teacher,
+    TeacherError,
+    TeacherReply,
+)
 from cotgrpo.teachers.filtering import (
     REJECTED,
     Candidate,
@@ -117,7 +125,7 @@ def read_all(config: GenerateConfig) -> tuple[list[Question], DropReport, TestQu
 def check_folder(out: Path, config: GenerateConfig) -> None:
     """Raises ConfigError where the folder holds replies of another teacher or to another prompt, or a setting holds the key."""
     key = os.environ.get(config.teacher.api_key_env, "").strip()
-    if len(key) >= SHORTEST_SECRET and any(key in str(value) for _, value in flat(dataclasses.asdict(config))):
+    if len(key) >= MIN_SECRET_LENGTH and any(key in str(value) for _, value in flat(dataclasses.asdict(config))):
         raise ConfigError(
             f"The key in {config.teacher.api_key_env} stands in a setting too, and settings are saved with the output. Remove it there."
         )
@@ -143,7 +151,7 @@ def make_teacher(config: GenerateConfig) -> Teacher:
     """The teacher that the config names."""
     settings = config.teacher
     if settings.path is None:
-        return settings.endpoint()
+        return EndpointTeacher(settings)
     from cotgrpo.teachers.local import LocalTeacher
 
     assert settings.temperature is not None  # as check_complete has seen
@@ -201,7 +209,7 @@ class Generation:
         known = self.journal.records
         new = [Request(key, self.asked[key[0]][1]) for key in self.wanted if key not in known]
         failed = [
-            Request(record.key, self.asked[record.prompt_hash][1], again=True)
+            Request(record.key, self.asked[record.prompt_hash][1], failed_before=True)
             for record in self.records()
             if not isinstance(record.outcome, TeacherReply)
         ]

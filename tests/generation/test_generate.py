@@ -29,7 +29,16 @@ from cotgrpo.data.chat import ChatTemplate
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import DataError, read_triples
 from cotgrpo.generation.generate import make_teacher, run_generate
-from cotgrpo.teachers.endpoint import EndpointTeacher, Failure, Gate, Request, TeacherError, TeacherReply, retry_after
+from cotgrpo.teachers.endpoint import (
+    EndpointSettings,
+    EndpointTeacher,
+    Failure,
+    RateLimiter,
+    Request,
+    TeacherError,
+    TeacherReply,
+    parse_retry_after,
+)
 from cotgrpo.teachers.journal import Journal, Record
 
 pytest.importorskip("openai")
@@ -131,24 +140,24 @@ def test_retry_after_holds_everybody(server: FaultyServer, tmp_path: Path) -> No
     generate(server, tmp_path, "--teacher.concurrency", "1")
     first, *others = (at for _, at in server.asked)
     assert len(others) == 5 and min(others) - first >= 1.0
-    assert retry_after({"retry-after": "7"}) == 7.0 and retry_after({"retry-after-ms": "250"}) == 0.25
-    assert retry_after({}) is None and retry_after({"retry-after": "soon"}) is None
+    assert parse_retry_after({"retry-after": "7"}) == 7.0 and parse_retry_after({"retry-after-ms": "250"}) == 0.25
+    assert parse_retry_after({}) is None and parse_retry_after({"retry-after": "soon"}) is None
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    assert 98 <= (retry_after({"retry-after": date}) or 0) <= 100
+    assert 98 <= (parse_retry_after({"retry-after": date}) or 0) <= 100
 
 
 def test_requests_per_minute() -> None:
     """Six workers at 1200 a minute begin 0.05 s apart, and none of them in a pause that the server asks for."""
 
     async def begin() -> list[float]:
-        gate = Gate(1200.0)
+        gate = RateLimiter(1200.0)
         times = []
 
         async def work(number: int) -> None:
-            await gate.turn()
+            await gate.wait_turn()
             times.append(time.monotonic())
             if number == 2:
-                gate.hold(0.3)
+                gate.pause(0.3)
 
         await asyncio.gather(*(work(number) for number in range(6)))
         return times
@@ -161,8 +170,8 @@ def test_requests_per_minute() -> None:
 @pytest.mark.parametrize(
     ("orders", "key", "message"),
     [
-        ([""] * 30, "sk-test-another-key-9999", r"refused the key \(HTTP 401; model 'adder'\). teacher.api_key_env"),
-        (["[lost]"] * 30, KEY, "knows no such address or model .*HTTP 404.*no such model"),
+        ([""] * 30, "sk-test-another-key-9999", r"rejected the key \(HTTP 401; model 'adder'\).*teacher.api_key_env"),
+        (["[lost]"] * 30, KEY, "does not know this address or model .*HTTP 404.*no such model"),
         (["[no_quota]"] * 30, KEY, r"no quota left .*no money for \[key\]"),
         (["[busy_1h]"] * 30, KEY, "asks for a pause of 3600 s"),
         (["[bad_request]"] * 30, KEY, r"10 requests in a row failed, .*HTTP 400: .*I do not like \[key\]"),
@@ -216,7 +225,7 @@ def test_the_key_is_written_nowhere(
     everything = all_text(tmp_path) + output.out + output.err + caplog.text + repr(config)
     assert "adder" in everything and server.url in everything
     assert KEY not in everything and "0a1b2c3d4e5f" not in everything
-    teacher = config.teacher.endpoint()
+    teacher = EndpointTeacher(config.teacher)
     assert teacher.api_key == KEY and KEY not in repr(teacher)
 
 
@@ -231,10 +240,15 @@ def test_a_key_among_the_settings_is_refused(
     assert "key" in output.err and KEY not in output.out + output.err + all_text(tmp_path) and not server.asked
 
 
-def test_short_keys_are_no_secrets(server: FaultyServer) -> None:
+def test_short_keys_are_no_secrets(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """`EMPTY` is what servers without keys are sent; to cut it out of replies would maim them."""
-    assert EndpointTeacher("m", server.url, "EMPTY").redacted("an EMPTY box") == "an EMPTY box"
-    assert EndpointTeacher("m", server.url, "sk/abc+defgh").redacted("sk%2Fabc%2Bdefgh sk/abc+defgh") == "[key] [key]"
+    settings = EndpointSettings(server.url, "m")
+    for key, text, expected in (
+        ("EMPTY", "an EMPTY box", "an EMPTY box"),
+        ("sk/abc+defgh", "sk%2Fabc%2Bdefgh sk/abc+defgh", "[key] [key]"),
+    ):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert EndpointTeacher(settings).redact(text) == expected
 
 
 def test_nothing_kept_is_an_error_with_the_commonest_reasons(
@@ -430,13 +444,13 @@ def test_wrong_settings(capsys: pytest.CaptureFixture[str], arguments: list[str]
 def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint elsewhere needs one; this machine does not."""
     monkeypatch.delenv("OPENAI_API_KEY")
-    settings = ["--teacher.model", "m", "--teacher.base_url"]
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-        parse_settings([*settings, "https://host.example/v1"], GenerateConfig()).teacher.endpoint()
-    assert parse_settings([*settings, "http://localhost:1/v1"], GenerateConfig()).teacher.endpoint().api_key == "none"
+    elsewhere = EndpointSettings("https://host.example/v1", "m")
+    with pytest.raises(TeacherError, match="OPENAI_API_KEY is not set"):
+        EndpointTeacher(elsewhere)
+    assert EndpointTeacher(EndpointSettings("http://localhost:1/v1", "m")).api_key == "none"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9-1234567890")
-    with pytest.raises(ConfigError, match="no HTTP header can") as caught:
-        parse_settings([*settings, "https://host.example/v1"], GenerateConfig()).teacher.endpoint()
+    with pytest.raises(TeacherError, match="an HTTP header cannot") as caught:
+        EndpointTeacher(elsewhere)
     assert "1234567890" not in str(caught.value)
 
 
@@ -444,7 +458,7 @@ def test_a_server_that_is_down(tmp_path: Path) -> None:
     with FaultyServer() as server:
         pass
     write_questions(tmp_path, [""] * 30)
-    with pytest.raises(TeacherError, match=r"3 requests in a row failed, .*no connection.* Run the same command"):
+    with pytest.raises(TeacherError, match=r"3 requests in a row failed, .*no connection.* the same command"):
         generate(server, tmp_path, "--teacher.failures_in_a_row", "3", "--teacher.retries", "1")
     assert len(lines(tmp_path / "out" / "replies.jsonl")) < 30
 

@@ -12,7 +12,7 @@ import pytest
 from cotgrpo.cli import GOLD_HELP, main
 from cotgrpo.data.triples import DataError, read_triples
 from cotgrpo.teachers.decontamination import TestQuestions
-from cotgrpo.teachers.endpoint import BadReply, TeacherReply, reply_of
+from cotgrpo.teachers.endpoint import AttemptFailed, TeacherReply, parse_reply
 from cotgrpo.teachers.filtering import (
     Candidate,
     Judge,
@@ -174,9 +174,9 @@ def test_questions(tmp_path: Path) -> None:
     ],
 )
 def test_bodies_without_a_reply(body: bytes, reason: str) -> None:
-    with pytest.raises(BadReply) as caught:
-        reply_of(body)
-    assert caught.value.args[0] == reason
+    with pytest.raises(AttemptFailed) as caught:
+        parse_reply(body)
+    assert caught.value.reason == reason
 
 
 def test_bodies_with_a_reply() -> None:
@@ -185,7 +185,7 @@ def test_bodies_with_a_reply() -> None:
         "choices": [{"message": message, "finish_reason": None}],
         "usage": {"prompt_tokens": "many", "completion_tokens": 2},
     }
-    assert reply_of(json.dumps(body).encode()) == TeacherReply("half ? done", "so", completion_tokens=2)
+    assert parse_reply(json.dumps(body).encode()) == TeacherReply("half ? done", "so", completion_tokens=2)
 
 
 def test_gold_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
