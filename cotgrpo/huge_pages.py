@@ -1,4 +1,4 @@
-"""Large pages of memory for what XLA computes on a CPU."""
+"""Huge pages of memory for what XLA computes on a CPU."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import platform
 import sys
 
-VARIABLE, LARGE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 def use_huge_pages() -> None:
-    """Starts this process anew, with the same arguments and number, so that the C library asks Linux for pages of 2 MiB.
+    """Restart this process, with the same arguments and process id, so that `malloc` asks Linux for pages of 2 MiB.
 
-    XLA's CPU backend takes its temporaries from `malloc` at every call, and gives them back: gigabytes of fresh pages of 4 KiB a training step, each of which the kernel
-    has to clear and map (docs/performance.md has the figures). The library reads the variable `GLIBC_TUNABLES` when a process starts, and never again; where it is set
-    already, to nothing too, and where there is no glibc, nothing is done.
+    XLA's CPU backend allocates its temporaries at each call and frees them: gigabytes of fresh 4 KiB pages a train step,
+    each of which the kernel has to clear and map. docs/performance.md has the figures. glibc reads the variable
+    `GLIBC_TUNABLES` only when a process starts. Nothing happens without glibc, or if the variable is set already, even
+    to an empty value.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and VARIABLE not in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: LARGE})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: TUNABLE})

@@ -1,71 +1,123 @@
-"""What distinguishes one decoder from another, as one frozen dataclass."""
+"""The shape and options of a decoder, as one frozen dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from cotgrpo.models.rotary import RopeScaling
 
-REMAT_POLICIES = ("none", "dots", "full", "offload")
+Dtype = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "dots", "full", "offload"]
+REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
 SAVED_NAMES = "kept"
-"""Name (`jax.ad_checkpoint.checkpoint_name`) of what "dots" keeps. A policy that looks for products itself does not see into a function with its own gradient."""
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of what the remat policy "dots" keeps.
+
+A policy that looks for matrix products does not see into functions with their own gradient.
+"""
 ATTENTION = ("blocks", "xla", "splash")
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder. The defaults from `activation` on make a plain Llama; families set them (`models/families.py`).
+class Vocabulary:
+    """The size of a decoder's vocabulary, which comes with its tokenizer.
 
     Attributes:
-        vocab_size: V, rows of the embedding and columns of the head.
-        width: D, the size of the residual stream.
-        num_layers: L.
-        num_heads: Q, query heads.
-        num_kv_heads: K, key/value heads; divides `num_heads`.
-        head_dim: H, even.
-        mlp_width: F, the size of the gated MLP's middle.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: added to the mean square in RMSNorm.
-        tied_head: the head is the transposed embedding.
-        init_scale: standard deviation of the initial weights; projections back into the residual stream are divided by `sqrt(2 L)`.
-        dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are float32 either way.
-        param_dtype: storage type of the parameters.
-        remat: what the backward pass recomputes: "none" (all activations are kept), "dots" (norms, rotations and gates: all but matrix products and attention),
-            "full" (everything inside a layer; only the residual stream is kept), "offload" (the same, with the residual stream kept in the host's memory).
-        attention: of whole sequences: "blocks" (`models/blocks.py`) or "xla", which holds all scores (`models/attention.py`), on any device; or
-            "splash", the kernel of TPUs (`models/splash.py`). Generation has its own.
-        activation: of the MLP's gate: "silu", "gelu" (by the error function) or "gelu_tanh" (its approximation).
-        biases: the projections that add a bias, of "query", "key", "value", "out", "gate", "up", "down".
-        qk_norm: RMSNorm over H of every query and key head, before the rotation.
-        post_norms: a second RMSNorm after attention and after the MLP, before each is added to the residual stream.
-        norm_plus_one: RMSNorm multiplies by `1 + scale`, with `scale` starting at 0.
-        embedding_scale: multiplies the embedding, or None.
-        query_scale: multiplies `q k^T`; None: `H ** -0.5`.
-        attention_softcap: c makes every attention score `c * tanh(score / c)`, or None.
-        logit_softcap: the same for the logits, or None.
-        window: a local layer's query sees the keys less than `window` positions before it (itself included); None: no local layers.
-        local_layers: indices of the local layers; None: all of them, if there is a window.
-        local_rope_theta: base of the rotary frequencies in local layers, which then have no scaling; None: as in the others.
-        rope_scaling: how the rotary frequencies are stretched, or None.
-        max_positions: the context length the model claims. Nothing is refused beyond it.
+        vocab_size: V, rows of the embedding and columns of the head (`vocab_size`).
     """
 
     vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderShape:
+    """The shape of a decoder that is trained from scratch.
+
+    Names in parentheses are those of Hugging Face's config.json.
+
+    Attributes:
+        width: D, size of the residual stream (`hidden_size`).
+        num_layers: L (`num_hidden_layers`).
+        num_heads: Q, query heads (`num_attention_heads`).
+        num_kv_heads: K, key/value heads (`num_key_value_heads`). It divides `num_heads`.
+        head_dim: H, even (`head_dim`).
+        mlp_width: F, inner size of the gated MLP (`intermediate_size`).
+        rope_theta: base of the rotary frequencies (`rope_theta`).
+        tied_head: whether the head is the transposed embedding (`tie_word_embeddings`).
+        init_scale: standard deviation of the initial weights (`initializer_range`). Projections into the residual
+            stream are divided by `sqrt(2 L)`.
+    """
+
+    width: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    mlp_width: int = 768
     rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
     tied_head: bool = True
     init_scale: float = 0.02
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "dots"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DecoderConfig.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"DecoderConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"DecoderConfig.head_dim must be even for rotary positions, got {self.head_dim}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderPrecision:
+    """The number types of a decoder, and what its backward pass recomputes.
+
+    Attributes:
+        dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are always float32.
+        param_dtype: storage type of the parameters.
+        remat: what the backward pass recomputes. "none": nothing. "dots": norms, rotations and gates; matrix products
+            and attention are kept. "full": whole layers; only the residual stream is kept. "offload": the same, with
+            the residual stream kept in host memory.
+    """
+
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    remat: RematPolicy = "dots"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
+    """The shape of a decoder. With the defaults it is a plain Llama; families of models set the other options.
+
+    Attributes:
+        norm_eps: added to the mean square in RMSNorm (`rms_norm_eps`).
+        attention: implementation for training: "blocks" (blockwise, any device), "xla" (materializes all scores) or
+            "splash" (TPU kernel). Generation has its own.
+        activation: of the MLP's gate: "silu", "gelu" (exact) or "gelu_tanh" (approximation) (`hidden_act`).
+        biases: projections with a bias, of "query", "key", "value", "out", "gate", "up", "down".
+        qk_norm: RMSNorm over H of every query and key head, before the rotation.
+        post_norms: a second RMSNorm after attention and after the MLP, before each is added to the residual stream.
+        norm_plus_one: RMSNorm multiplies by `1 + scale`, and `scale` starts at 0.
+        embedding_scale: factor of the embedding, or None.
+        query_scale: factor of `q k^T` (`query_pre_attn_scalar ** -0.5`). None: `H ** -0.5`.
+        attention_softcap: c maps each score to `c * tanh(score / c)` (`attn_logit_softcapping`), or None.
+        logit_softcap: the same for the logits (`final_logit_softcapping`), or None.
+        window: a query of a local layer sees keys at most `window - 1` positions before it (`sliding_window`).
+            None: no local layers.
+        local_layers: indices of the local layers. None: all layers, if there is a window.
+        local_rope_theta: base of the rotary frequencies in local layers, which then have no scaling. None: `rope_theta`.
+        rope_scaling: how the rotary frequencies are scaled, or None.
+        max_positions: context length (`max_position_embeddings`). It is not enforced.
+
+    Raises:
+        ValueError: a size or option is out of range.
+    """
+
+    norm_eps: float = 1e-5
     attention: str = "blocks"
     activation: str = "silu"
     biases: tuple[str, ...] = ()
@@ -83,15 +135,9 @@ class DecoderConfig:
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"DecoderConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig.head_dim must be even for rotary positions, got {self.head_dim}.")
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise ValueError(f"DecoderConfig.vocab_size must be at least 1, got {self.vocab_size}.")
         choices = (
             ("remat", REMAT_POLICIES),
             ("attention", ATTENTION),
@@ -120,14 +166,14 @@ class DecoderConfig:
 
     @property
     def num_local(self) -> int:
-        """The number of layers with a sliding window."""
+        """Return the number of layers with a sliding window."""
         if self.window is None:
             return 0
         return self.num_layers if self.local_layers is None else len(set(self.local_layers))
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each matrix product of a layer."""
+        """Return (inputs, outputs) of each matrix product of a layer."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "query": (self.width, heads),
@@ -140,7 +186,7 @@ class DecoderConfig:
         }
 
     def num_params(self) -> int:
-        """The number of parameters."""
+        """Return the number of parameters."""
         products = sum(inputs * outputs for inputs, outputs in self.projections.values())
         biases = sum(self.projections[name][1] for name in self.biases)
         norms = self.width * (4 if self.post_norms else 2) + (2 * self.head_dim if self.qk_norm else 0)
