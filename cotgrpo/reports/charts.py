@@ -1,7 +1,7 @@
-"""Charts as SVG text, for a report that needs neither a plotting library nor a network: curves over steps, and accuracies with intervals.
+"""Charts as SVG text: curves over steps, and accuracies with intervals.
 
-Colours come from `CHART_STYLE`, which follows the reader's light or dark scheme. A chart carries its numbers as tooltips (`<title>`) and as a
-sentence for screen readers.
+A chart needs neither a plotting library nor a network. Colours come from `templates/charts.css`, which follows the
+reader's light or dark scheme. A chart carries its numbers as tooltips (`<title>`) and as a sentence for screen readers.
 """
 
 from __future__ import annotations
@@ -12,54 +12,28 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from importlib import resources
 from typing import Any
 
-CHART_STYLE = """
-:root {
-  color-scheme: light dark; --paper: #ffffff; --ink: #1a1d21; --quiet: #596069; --rule: #dde1e6;
-  --base: #616975; --sft: #0b62a8; --grpo: #b0420a; --on_policy: #0f7263; --other: #6d3fb0;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #15181c; --ink: #e9ecef; --quiet: #a5adb7; --rule: #343a42;
-    --base: #a8afb9; --sft: #6fb6f5; --grpo: #f5a05f; --on_policy: #57c9b4; --other: #c3a1f7;
-  }
-}
-.chart { overflow: visible; }
-.chart text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--quiet); font-variant-numeric: tabular-nums;
-  paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-.chart .strong { fill: var(--ink); font-weight: 600; }
-.chart .rule { stroke: var(--rule); stroke-width: 1; }
-.chart .line { fill: none; stroke: var(--series); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.chart .dashed { stroke-dasharray: 5 4; }
-.chart .band { fill: var(--series); opacity: .2; }
-.chart .track { fill: var(--rule); opacity: .55; }
-.chart .bar { fill: var(--series); opacity: .4; }
-.chart .whisker { fill: none; stroke: var(--ink); stroke-width: 1.5; }
-.chart .dot, .chart .name { fill: var(--series); }
-.chart .name { font-weight: 600; }
-.chart .spot { fill: transparent; }
-.chart .spot:hover { fill: var(--series); }
-"""
+from markupsafe import Markup
+
+from cotgrpo.reports.formats import escape_text, format_number, format_percent
 
 STAGES = {"base": "Before", "sft": "SFT", "grpo": "GRPO", "on_policy": "On-policy"}
-"""Stages that have a colour of their own, as they are called in a chart."""
+"""Stages with a colour of their own, and their names in a chart."""
 MOST_POINTS = 100
-"""A longer curve is drawn as the means of this many stretches, over a band from their lowest to their highest value."""
+"""A longer curve is drawn as the means of this many segments, over a band from their lowest to their highest value."""
 POINTS_WITH_DOTS = 30
 LOG_FROM = 30.0
-"""Positive values whose highest is this many times the lowest go on a logarithmic axis, where the chart allows one."""
+"""Positive values that span at least this factor go on a logarithmic axis, if the chart allows one."""
 LARGEST = 1e30
-"""Larger values are drawn here: what is beyond has blown up, and must not spoil the arithmetic of the axis."""
+"""Larger values are drawn here, so that a loss that blew up does not overflow the arithmetic of the axis."""
 
 WIDTH, HEIGHT = 340, 220
 LEFT, RIGHT, TOP, BOTTOM = 48, 16, 48, 40
 NARROWEST_STAGE = 0.3
 LETTER = 6.6
-"""About the width of a letter of the charts' text, to place what follows it."""
-
-UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Approximate width of a letter of the charts' text, which places what follows it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +42,9 @@ class Curve:
 
     Attributes:
         stage: "sft", "grpo", or any other; curves of one stage share its part of the axis.
-        label: what the values are, where a chart has several kinds; else "".
+        label: what the values are, if a chart has several kinds; else "".
         points: at least one `(step, value)`, steps ascending from 0 or more, values finite.
-        second: drawn dashed and in the colour of comparisons, beside the stage's main curve.
+        second: whether it is drawn dashed and in the colour of comparisons.
     """
 
     stage: str
@@ -84,8 +58,8 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
-    """Neighbouring points of a curve drawn as one."""
+class Segment:
+    """Neighbouring points of a curve, drawn as one."""
 
     step: float
     mean: float
@@ -95,7 +69,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The vertical axis: `place` of a value is 0 at `bottom`, 1 at `top`."""
+    """The vertical axis; `place` maps `bottom` to 0 and `top` to 1."""
 
     bottom: float
     top: float
@@ -107,14 +81,14 @@ class Scale:
         return (warp(value) - warp(self.bottom)) / (warp(self.top) - warp(self.bottom))
 
 
-def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, log: bool = False) -> str:
-    """An SVG of the curves; each stage has its own part of the axis of steps, after the one before.
+def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, log: bool = False) -> Markup:
+    """Draw the curves as an SVG. Each stage has its own part of the axis of steps, after the one before.
 
     Args:
-        title: named in the description for screen readers.
+        title: start of the description for screen readers.
         curves: at least one.
-        percent: values are fractions, shown as percentages.
-        log: a logarithmic axis may be used; it is where the values span a factor of `LOG_FROM`.
+        percent: whether values are fractions, shown as percentages.
+        log: whether a logarithmic axis may be used. It is used if the values span a factor of `LOG_FROM`.
     """
     show = format_percent if percent else format_number
     curves = [dataclasses.replace(c, points=[(s, min(max(v, -LARGEST), LARGEST)) for s, v in c.points]) for c in curves]
@@ -128,7 +102,7 @@ def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, l
         y = lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * scale.place(value)
         parts += stage_axis(stage, start, end, last_step)
         for curve in own:
-            parts += drawn_curve(curve, x, y, show)
+            parts += draw_curve(curve, x, y, show)
             (first, was), (last, is_now) = curve.points[0], curve.points[-1]
             named = " ".join(filter(None, (stage_label(stage), curve.label)))
             described.append(f"{named}: {show(was)} at step {first:g}, {show(is_now)} at step {last:g}")
@@ -136,7 +110,10 @@ def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, l
 
 
 def stage_places(curves: Sequence[Curve]) -> dict[str, tuple[float, float]]:
-    """Where on the axis each stage starts and ends: widths in proportion to steps, but a short stage is widened so that it can be read."""
+    """Return where on the axis each stage starts and ends.
+
+    Widths are in proportion to steps, but a short stage is widened so that it can be read.
+    """
     steps: dict[str, float] = {}
     for curve in curves:
         steps[curve.stage] = max(steps.get(curve.stage, 1.0), curve.points[-1][0])
@@ -146,7 +123,10 @@ def stage_places(curves: Sequence[Curve]) -> dict[str, tuple[float, float]]:
 
 
 def legend(curves: Sequence[Curve], show: Callable[[float], str]) -> list[str]:
-    """Each kind of curve with its last value, in a row at the top; a kind that goes through several stages shows their colours."""
+    """Draw each kind of curve with its last value, in a row at the top.
+
+    A kind that goes through several stages shows their colours.
+    """
     parts, left = [], 2.0
     for label in dict.fromkeys(curve.label for curve in curves):
         own = [curve for curve in curves if curve.label == label]
@@ -156,13 +136,15 @@ def legend(curves: Sequence[Curve], show: Callable[[float], str]) -> list[str]:
             left += 18
         last = show(own[-1].points[-1][1])
         named = label or "last"
-        parts.append(f'<text x="{left:.1f}" y="16">{clean(named)} <tspan class="strong">{clean(last)}</tspan></text>')
+        parts.append(
+            f'<text x="{left:.1f}" y="16">{escape_text(named)} <tspan class="strong">{escape_text(last)}</tspan></text>'
+        )
         left += LETTER * (len(named) + len(last) + 1) + 22
     return parts
 
 
 def horizontal_rules(scale: Scale, show: Callable[[float], str]) -> list[str]:
-    """The ticks of the vertical axis with their lines."""
+    """Draw the ticks of the vertical axis with their lines."""
     parts = []
     for tick in scale.ticks:
         y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * scale.place(tick)
@@ -174,7 +156,7 @@ def horizontal_rules(scale: Scale, show: Callable[[float], str]) -> list[str]:
 
 
 def stage_axis(stage: str, start: float, end: float, last_step: float) -> list[str]:
-    """A stage's name above its part of the axis, and its own steps below."""
+    """Draw a stage's name above its part of the axis, and its own steps below."""
     first_stage = start == LEFT
     parts = []
     if not first_stage:
@@ -182,7 +164,7 @@ def stage_axis(stage: str, start: float, end: float, last_step: float) -> list[s
     else:
         parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     name = f'<text class="name" x="{(start + end) / 2:.1f}" y="{TOP - 10}" text-anchor="middle">'
-    parts.append(f'<g style="{series_style(stage)}">{name}{clean(stage_label(stage))}</text></g>')
+    parts.append(f'<g style="{series_style(stage)}">{name}{escape_text(stage_label(stage))}</text></g>')
     ticks = axis(0.0, last_step, count=max(1, int((end - start) / 56)))[2]
     ticks = [tick for tick in ticks if 0 < tick <= last_step and tick == round(tick)] or [last_step]
     # A later stage's 0 would stand on the end of the one before.
@@ -192,44 +174,47 @@ def stage_axis(stage: str, start: float, end: float, last_step: float) -> list[s
     return parts
 
 
-def drawn_curve(
+def draw_curve(
     curve: Curve, x: Callable[[float], float], y: Callable[[float], float], show: Callable[[float], str]
 ) -> list[str]:
-    """The line through a curve's stretches, the band around them, and a dot or spot with a tooltip at each."""
-    stretches = stretched(curve.points)
+    """Draw the line through a curve's segments, the band around them, and a dot or spot with a tooltip at each."""
+    segments = downsample(curve.points)
     parts = [f'<g style="{curve.style}">']
-    if len(stretches) < len(curve.points):
-        edge = [f"{x(s.step):.1f},{y(s.high):.1f}" for s in stretches]
-        edge += [f"{x(s.step):.1f},{y(s.low):.1f}" for s in reversed(stretches)]
+    if len(segments) < len(curve.points):
+        edge = [f"{x(s.step):.1f},{y(s.high):.1f}" for s in segments]
+        edge += [f"{x(s.step):.1f},{y(s.low):.1f}" for s in reversed(segments)]
         parts.append(f'<polygon class="band" points="{" ".join(edge)}"/>')
-    line = " ".join(f"{x(s.step):.1f},{y(s.mean):.1f}" for s in stretches)
+    line = " ".join(f"{x(s.step):.1f},{y(s.mean):.1f}" for s in segments)
     parts.append(f'<polyline class="{line_class(curve)}" points="{line}"/>')
-    kind, radius = ("dot", 2.5) if len(stretches) <= POINTS_WITH_DOTS else ("spot", 5)
+    kind, radius = ("dot", 2.5) if len(segments) <= POINTS_WITH_DOTS else ("spot", 5)
     named = f"{curve.label}, " if curve.label else ""
-    for s in stretches:
-        tooltip = f"<title>{clean(named)}step {s.step:g}: {show(s.mean)}</title>"
+    for s in segments:
+        tooltip = f"<title>{escape_text(named)}step {s.step:g}: {show(s.mean)}</title>"
         parts.append(
             f'<circle class="{kind}" cx="{x(s.step):.1f}" cy="{y(s.mean):.1f}" r="{radius}">{tooltip}</circle>'
         )
     return [*parts, "</g>"]
 
 
-def stretched(points: Sequence[tuple[float, float]]) -> list[Stretch]:
-    """The points, or the means of `MOST_POINTS` stretches of about equal length where there are more, each at its last step."""
+def downsample(points: Sequence[tuple[float, float]]) -> list[Segment]:
+    """Return the points, or the means of `MOST_POINTS` segments of about equal length if there are more points.
+
+    A segment stands at its last step.
+    """
     pieces = min(len(points), MOST_POINTS)
     bounds = [len(points) * i // pieces for i in range(pieces + 1)]
-    stretches = []
+    segments = []
     for start, end in itertools.pairwise(bounds):
         values = [value for _, value in points[start:end]]
-        stretches.append(Stretch(points[end - 1][0], sum(values) / len(values), min(values), max(values)))
-    return stretches
+        segments.append(Segment(points[end - 1][0], sum(values) / len(values), min(values), max(values)))
+    return segments
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> str:
-    """An SVG of fractions with their intervals: for each row a line of text, and a bar with a dot at the value and a whisker.
+def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> Markup:
+    """Draw fractions with their intervals as an SVG: a line of text, a bar, a dot and a whisker for each row.
 
     Args:
-        title: named in the description for screen readers.
+        title: start of the description for screen readers.
         rows: `(stage, label, {"value", "low", "high", "n"} or None)`; None is shown as not measured.
     """
     highest = max((row["high"] for _, _, row in rows if row), default=1.0)
@@ -244,14 +229,15 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
         parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="{anchor}">{format_percent(tick)}</text>')
     for i, (stage, label, row) in enumerate(rows):
         top = 8 + each * i
-        said = "not measured"
+        figures = "not measured"
         if row is not None:
-            said = f"{row['value']:.1%} ({row['low']:.1%} to {row['high']:.1%}, n = {row['n']:,})"
-        described.append(f"{label}: {said}")
-        parts.append(f'<g style="{series_style(stage)}"><title>{clean(label)}: {said}</title>')
+            figures = f"{row['value']:.1%} ({row['low']:.1%} to {row['high']:.1%}, n = {row['n']:,})"
+        described.append(f"{label}: {figures}")
+        name = escape_text(label)
         parts.append(
-            f'<text x="{left}" y="{top + 15}"><tspan class="name">{clean(label)}</tspan><tspan dx="8">{said}</tspan></text>'
+            f'<g style="{series_style(stage)}"><title>{name}: {figures}</title><text x="{left}" y="{top + 15}">'
         )
+        parts.append(f'<tspan class="name">{name}</tspan><tspan dx="8">{figures}</tspan></text>')
         box = f'x="{left}" y="{top + 23}" height="16" rx="3"'
         parts.append(f'<rect class="track" {box} width="{WIDTH - left - right}"/>')
         if row is not None:
@@ -265,39 +251,47 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
 
 
 def standalone(chart: str) -> str:
-    """The chart as a file of its own, for a README: with its style, its size, a ground with a margin, and an XML name space."""
+    """Return the chart as an SVG file of its own, with style, size, background and XML namespace."""
     margin = 14
     width, height = (int(side) + 2 * margin for side in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
     box = f'viewBox="{-margin} {-margin} {width} {height}"'
     root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {box} '
     ground = f'<rect x="{-margin}" y="{-margin}" width="{width}" height="{height}" rx="8" fill="var(--paper)"/>'
     chart = re.sub(r'<svg (.*?)viewBox="[^"]*" ', lambda found: root + found[1], chart, count=1)
-    return chart.replace(">", f"><style>{CHART_STYLE}</style>{ground}", 1)
+    return chart.replace(">", f"><style>{read_style()}</style>{ground}", 1)
 
 
-def svg(height: int, description: str, parts: Sequence[str]) -> str:
-    """The SVG element around its parts."""
-    described = f'role="img" aria-label="{clean(description)}"'
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" {described}>{"".join(parts)}</svg>'
+def read_style() -> str:
+    """Return the charts' CSS."""
+    return resources.files("cotgrpo.reports").joinpath("templates/charts.css").read_text(encoding="utf-8")
+
+
+def svg(height: int, description: str, parts: Sequence[str]) -> Markup:
+    """Return the SVG element around its parts."""
+    described = f'role="img" aria-label="{escape_text(description)}"'
+    return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" {described}>{"".join(parts)}</svg>')
 
 
 def series_style(stage: str) -> str:
-    """Sets the colour of what belongs to a stage."""
+    """Return the CSS that sets the colour of what belongs to a stage."""
     return f"--series: var(--{stage if stage in STAGES else 'other'})"
 
 
 def stage_label(stage: str) -> str:
-    """A stage as it is called in a chart."""
+    """Return a stage's name as charts show it."""
     return STAGES.get(stage, stage)
 
 
 def line_class(curve: Curve) -> str:
-    """The class of a curve's line."""
+    """Return the CSS class of a curve's line."""
     return "line dashed" if curve.second else "line"
 
 
 def scale_of(values: Sequence[float], log: bool = False, most: float = math.inf) -> Scale:
-    """The axis for the values, which are at most `most`: logarithmic where that is allowed, all are positive, and they span a factor of `LOG_FROM`."""
+    """Return the axis for the values, which are at most `most`.
+
+    It is logarithmic if `log` allows it, all values are positive, and they span a factor of `LOG_FROM`.
+    """
     low, high = min(values), max(values)
     if not (log and low > 1 / LARGEST and high >= LOG_FROM * low):
         return Scale(*axis(low, high, most=most))
@@ -312,9 +306,11 @@ def scale_of(values: Sequence[float], log: bool = False, most: float = math.inf)
 
 
 def axis(low: float, high: float, count: int = 5, most: float = math.inf) -> tuple[float, float, list[float]]:
-    """`(bottom, top, ticks)` around `[low, high]`, ticks at multiples of 1, 2, 2.5 or 5 times a power of ten, about `count` of them.
+    """Return `(bottom, top, ticks)` around `[low, high]`.
 
-    What spreads over less than half a percent of its size is drawn as a level line, between half of it and one and a half, but not beyond `most`, nor below 0 if it is not.
+    Ticks are about `count` multiples of 1, 2, 2.5 or 5 times a power of ten.
+    Values that spread over less than half a percent of their size make a level line, from half of it to one and a half.
+    That axis ends at `most`, and at 0 if no value is negative.
     """
     size = max(abs(low), abs(high))
     if high - low <= 5e-3 * size:
@@ -326,29 +322,3 @@ def axis(low: float, high: float, count: int = 5, most: float = math.inf) -> tup
     # An entropy of -1e-8, which rounding makes of 0, lies on the tick.
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return first * step, last * step, [i * step for i in range(first, last + 1)]
-
-
-def format_number(value: float) -> str:
-    """At most four significant digits: `0.5`, `12k`, `3e-4`."""
-    value = float(f"{value:.4g}")
-    shown = f"{value:g}"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if max(size, 1e4) <= abs(value) < 1e12:
-            shown = f"{value / size:g}{letter}"
-            break
-    else:
-        if value and not 1e-2 <= abs(value) < 1e12:
-            mantissa, exponent = f"{value:.3e}".split("e")
-            shown = f"{float(mantissa):g}e{int(exponent)}"
-    return shown.replace("-", "\N{MINUS SIGN}")
-
-
-def format_percent(fraction: float) -> str:
-    """At most three significant digits: `2.5%`."""
-    return format_number(float(f"{100 * fraction:.3g}")) + "%"
-
-
-def clean(text: Any) -> str:
-    """Text for HTML and XML: escaped; what a browser does not show, or obeys (control characters, half surrogates, overrides of direction), as a mark."""
-    mark = lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\N{REPLACEMENT CHARACTER}"
-    return escape(UNSHOWN.sub(mark, str(text).replace("\r\n", "\n")), quote=True)

@@ -1,7 +1,4 @@
-"""The report of a run, from its `report.json` and `metrics.jsonl`: reads and checks them, and writes the page.
-
-GRPO here is GhostRespond Policy Optimization, not Group Relative.
-"""
+"""The report of a run: read and check `report.json` and `metrics.jsonl`, and write the page."""
 
 from __future__ import annotations
 
@@ -11,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cotgrpo.atomic_files import write_text
+from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.logs.completions import read_completions
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.page import TRAINED, render
-from cotgrpo.storage import explaining_disk_errors
 
-SHAPE: dict[str, Any] = {
+Shape = type | dict[str, Any] | list[Any]
+
+SHAPE: dict[str, Shape] = {
     "title": str,
     "command": str,
     "accuracy": {"*": {"value": float, "n": int, "low": float, "high": float}},
@@ -28,46 +27,47 @@ SHAPE: dict[str, Any] = {
     "config": str,
     "versions": {"*": str},
 }
-"""What `report.json` holds, beside the optional `notes`, a list of text. "*": any names."""
+"""What `report.json` holds, besides the optional `notes`, a list of text. "*" stands for any names."""
 
 COMPLETIONS_READ, COMPLETIONS_SHOWN = 1_000, 12
 STAGE_FOLDERS = {"sft": "sft", "grpo": "grpo", "on_policy": "on_policy/grpo"}
-"""Of a run with several stages: where each has its logs."""
+"""Where each stage of a run with several stages has its logs."""
 
 KINDS = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
 
 
 class ReportError(ValueError):
-    """A run folder that cannot be reported; the message names the file, what was expected and the fix."""
+    """Raised for a run folder without a valid report; the message names the file, what was expected and the fix."""
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder/report.html`.
+    """Write `folder/report.html`.
 
     Args:
-        folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of several (in the folders `STAGE_FOLDERS`).
-            Without rows in the logs there are no curves; where there is a `completions.jsonl` beside the log, its newest replies are shown.
+        folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of several (in the
+            folders of `STAGE_FOLDERS`). Without rows in the logs the page lacks curves. If a `completions.jsonl` is
+            next to the log, the page shows its newest replies.
 
     Returns:
         The page's path.
 
     Raises:
-        ReportError: `report.json` is missing or not what `SHAPE` says.
+        ReportError: `report.json` is missing or does not match `SHAPE`.
     """
     report = read_report(folder / "report.json")
-    page = render(
-        report, read_stages(folder, report), shown(read_completions(completions_of(folder), COMPLETIONS_READ))
-    )
+    replies = choose_replies(read_completions(completions_folder(folder), COMPLETIONS_READ))
+    page = render(report, read_stages(folder, report), replies)
     path = folder / "report.html"
-    with explaining_disk_errors(path):
+    with explain_disk_errors(path):
         write_text(path, page)
     return path
 
 
-def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest replies to show, up to two thirds of them such as the ghost says another token in: of a student that is nearly right most have none.
+def choose_replies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose the newest replies to show.
 
-    Those come last, which the page puts first.
+    Up to two thirds are replies in which the ghost proposes another token: few have one once a student is nearly right.
+    Those come last, and the page shows the last first.
     """
     corrected = [row for row in rows if any(ghost is not None for ghost in row["ghosts"] or ())]
     corrected = corrected[-(COMPLETIONS_SHOWN * 2 // 3) :]
@@ -75,15 +75,17 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return others[max(len(others) + len(corrected) - COMPLETIONS_SHOWN, 0) :] + corrected
 
 
-def completions_of(folder: Path) -> Path:
-    """The folder whose `completions.jsonl` belongs to a report: a stage's own, or that of a run's last stage."""
+def completions_folder(folder: Path) -> Path:
+    """Return the folder with a report's `completions.jsonl`: a stage's own, or that of a run's last stage."""
     inside = [folder / place for place in STAGE_FOLDERS.values() if (folder / place / "metrics.jsonl").is_file()]
     return inside[-1] if inside and not (folder / "metrics.jsonl").is_file() else folder
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The checked content of a `report.json`."""
-    again = "Give a finished run's folder, or delete the file and run the command of that folder again: it writes a new one."
+    """Return the checked content of a `report.json`."""
+    again = (
+        "Give a finished run's folder, or delete the file and run that folder's command again, which writes a new one."
+    )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,8 +103,8 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def check(value: Any, shape: Any, place: str) -> None:
-    """Raises ReportError at the first place where the value is not of the shape (see `SHAPE`)."""
+def check(value: object, shape: Shape, place: str) -> None:
+    """Raise ReportError at the first place where the value does not match the shape (see `SHAPE`)."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             raise ReportError(f"{place or 'the file'} must be an object, got {type(value).__name__} {value!r:.40}")
@@ -126,7 +128,10 @@ def check(value: Any, shape: Any, place: str) -> None:
 
 
 def read_stages(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the log by stage, in the order of training: of the folder itself if it is one stage's, else of its sub-folders."""
+    """Return the log's rows by stage, in the order of training.
+
+    They are those of the folder itself if it is one stage's, else those of its sub-folders.
+    """
     if (folder / "metrics.jsonl").is_file():
         measured = [stage for stage in TRAINED if stage in report["accuracy"]]
         return {measured[-1] if measured else folder.resolve().name: read_metrics(folder)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
-from cotgrpo.reports import charts, page
-from cotgrpo.reports.charts import Curve, axis, curve_chart, format_number, format_percent, interval_chart, stretched
+from cotgrpo.reports import charts
+from cotgrpo.reports.charts import Curve, axis, curve_chart, downsample, interval_chart
+from cotgrpo.reports.formats import escape_text, format_number, format_percent
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -68,16 +70,16 @@ def test_log_axis() -> None:
     assert not charts.scale_of([1.0, 29.0], log=True).log
 
 
-def test_stretched_means() -> None:
+def test_segment_means() -> None:
     points = [(float(step), float(step)) for step in range(1, 1001)]
-    stretches = stretched(points)
-    assert len(stretches) == charts.MOST_POINTS == 100
-    assert stretches[0] == charts.Stretch(10, 5.5, 1, 10)  # 1 .. 10
-    assert stretches[-1] == charts.Stretch(1000, 995.5, 991, 1000)
+    segments = downsample(points)
+    assert len(segments) == charts.MOST_POINTS == 100
+    assert segments[0] == charts.Segment(10, 5.5, 1, 10)  # 1 .. 10
+    assert segments[-1] == charts.Segment(1000, 995.5, 991, 1000)
     few = [(1.0, 5.0), (7.0, -1.0)]
-    assert stretched(few) == [charts.Stretch(1, 5, 5, 5), charts.Stretch(7, -1, -1, -1)]
-    uneven = stretched(points[:101])
-    assert len(uneven) == 100 and uneven[-1] == charts.Stretch(101, 100.5, 100, 101)
+    assert downsample(few) == [charts.Segment(1, 5, 5, 5), charts.Segment(7, -1, -1, -1)]
+    uneven = downsample(points[:101])
+    assert len(uneven) == 100 and uneven[-1] == charts.Segment(101, 100.5, 100, 101)
 
 
 def test_curves_are_where_their_values_are() -> None:
@@ -129,7 +131,8 @@ def test_a_chart_as_a_file_of_its_own() -> None:
 
 def test_colours_can_be_read() -> None:
     """Contrast to the ground of at least 4.5 to 1 (WCAG 2 AA), in both schemes."""
-    style = [text.split("@media screen") for text in (charts.CHART_STYLE, page.STYLE)]
+    folder = Path(charts.__file__).parent / "templates"
+    style = [(folder / name).read_text().split("@media screen") for name in ("charts.css", "report.css")]
     for chart_part, page_part in zip(*style, strict=True):
         scheme = dict(re.findall(r"--(\w+): (#\w{6})", chart_part + page_part))
         assert scheme.keys() == {"paper", "ink", "quiet", "rule", *charts.STAGES, "other", "right", "wrong"}
@@ -169,8 +172,8 @@ def test_percentages() -> None:
 
 def test_marks_for_what_cannot_be_shown() -> None:
     assert (
-        charts.clean("a\r\nb\tc\x00\x1b\ud800\u202e\ufffe<&\"'")
-        == "a\nb\tc\u2400\u241b\ufffd\ufffd\ufffd&lt;&amp;&quot;&#x27;"
+        escape_text("a\r\nb\tc\x00\x1b\ud800\u202e\ufffe<&\"'")
+        == "a\nb\tc\u2400\u241b\ufffd\ufffd\ufffd&lt;&amp;&#34;&#39;"
     )
     for kept in ("\N{ZERO WIDTH JOINER}", "\u3000", "\N{NO-BREAK SPACE}", "\U0001f9d1\U0001f3fd"):
-        assert charts.clean(kept) == kept
+        assert escape_text(kept) == kept

@@ -43,7 +43,7 @@ def without(key: str) -> Any:
 )
 def test_malformed_results_are_refused(tmp_path: Path, report: Any, problem: str) -> None:
     path = write_run(tmp_path, report) / "report.json"
-    with pytest.raises(ReportError, match="delete the file and run the command") as caught:
+    with pytest.raises(ReportError, match="delete the file and run that folder") as caught:
         write_report(tmp_path)
     assert str(caught.value).startswith(f"{path}: {problem}")
     assert not (tmp_path / "report.html").exists()
