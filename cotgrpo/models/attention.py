@@ -1,7 +1,7 @@
-"""Attention over packed sequences, in plain XLA: the reference that every other backend has to agree with.
+"""Attention over packed sequences, in plain XLA: the reference for the other implementations.
 
-A query sees a key when both lie in the same segment and the key's position is not after the query's. Positions restart in each document,
-so this one rule serves packed training rows, padding, and a key/value cache.
+A query sees a key if both lie in the same segment and the key's position is not after the query's. Positions restart in
+each document, so the same rule serves packed training rows, padding, and a key/value cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int
 
 MASKED = -1e30
-"""The score of a key that may not be seen: finite, so that a fully masked row is a uniform row and not NaN."""
+"""Score of a masked key. It is finite, so a fully masked row gets uniform weights and not NaN."""
 
 
 def causal_segment_mask(
@@ -25,7 +25,7 @@ def causal_segment_mask(
     key_segments: Int[Array, "B S"],
     window: Int[Array, ""] | int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """True where query t may read key s: same segment, position of s <= position of t, and less than `window` before it."""
+    """Return True where query t sees key s: same segment, and `0 <= position_t - position_s < window`."""
     same = query_segments[:, :, None] == key_segments[:, None, :]
     seen = same & (key_positions[:, None, :] <= query_positions[:, :, None])
     if window is None:
@@ -41,10 +41,16 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T Q H"]:
-    """Grouped-query attention, `softmax(cap(q k^T * scale) + mask) v`; scores and softmax in float32.
+    """Return `softmax(cap(q k^T * scale) + mask) v`, grouped-query attention with scores and softmax in float32.
 
-    Query head n reads key/value head `n // (Q / K)`. The group stays an axis of its own, so keys and values are never repeated in memory.
-    `scale` is `1 / sqrt(H)` where it is None; `cap(s) = softcap * tanh(s / softcap)`, or s where softcap is None.
+    Query head n reads key/value head `n // (Q / K)`. Groups are a dimension of their own, so keys and values are not
+    repeated in memory.
+
+    Args:
+        query, key, value: any float type.
+        mask: True where a query sees a key.
+        scale: None: `1 / sqrt(H)`.
+        softcap: c: `cap(s) = c * tanh(s / c)`. None: `cap(s) = s`.
     """
     return attention_by_head(query, jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2), mask, scale, softcap)
 
@@ -57,7 +63,10 @@ def attention_by_head(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T Q H"]:
-    """The same, of keys and values that lie as a cache keeps them, so that neither of the two matrix products needs a transposed copy."""
+    """Return what `attention` returns, from keys and values in the layout of a cache.
+
+    In this layout neither of the two matrix products needs a transposed copy.
+    """
     B, T, Q, H = query.shape
     K = key.shape[1]
     query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)

@@ -1,11 +1,15 @@
-"""Attention in blocks of queries, in plain XLA: what `cotgrpo.models.attention` computes, for whole sequences, with half the scores and none kept.
+"""Blockwise attention for training, in plain XLA, with its own gradient.
 
-A block of queries reads the keys up to its own end, so of the masked upper half of the scores about 7/16 are never computed. The forward pass keeps
-its result and one number a query, the log of the softmax's denominator; the backward pass makes each block's scores again from it (Dao et al. 2022,
-arXiv:2205.14135). No array has all scores, or the mask of all of them.
+It computes what `cotgrpo.models.attention` computes for whole sequences, in blocks of queries. A block reads the keys
+up to its own end, so about 7/16 of the scores, most of the masked half, are never computed. The forward pass keeps its
+result and one number per query: the log of the softmax's denominator. The backward pass recomputes each block's scores
+from it (Dao et al. 2022, arXiv:2205.14135). No array holds all scores or the whole mask.
 
-Where the rule in `attention` compares positions, skipping compares places in the row as well. That is the same for documents that lie in one piece with
-positions that count up, as packing writes them.
+The rule of `cotgrpo.models.attention` compares positions. Skipping also compares places in the row. Both agree if every
+document is contiguous and its positions count up, as in packed rows.
+
+Dimensions besides those of `cotgrpo.types`: G = Q / K query heads share a key/value head, and N = G * rows are the
+queries of a block.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -24,12 +30,15 @@ from cotgrpo.models.config import SAVED_NAMES
 from cotgrpo.sharding import axis_names, open_axes, partition_spec
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Float, Int
+    from cotgrpo.types import Array, Float, Int, PyTree
 
 KEY_LENGTH_BUCKETS = 8
-"""Into how many lengths of keys a sequence is cut: the program has this many loops, and (LEVELS + 1) / (2 LEVELS) of all scores are computed."""
+"""Number of key lengths a sequence is split into. Each is one loop of the program.
+
+With n buckets, `(n + 1) / (2 n)` of all scores are computed.
+"""
 ROWS = 64
-"""The least rows of a block, and what longer blocks are multiples of."""
+"""Least rows of a block. Longer blocks are multiples of it."""
 
 
 def block_attention(
@@ -42,189 +51,305 @@ def block_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T Q H"]:
-    """Causal grouped-query attention inside segments, `softmax(cap(q k^T * scale) + mask) v`; scores and softmax in float32.
+    """Return `softmax(cap(q k^T * scale) + mask) v`: causal grouped-query attention inside segments.
+
+    Scores and softmax are float32.
 
     Args:
-        query, key, value: any float type, heads and groups as in `attention`.
+        query, key, value: any float type. Heads and groups are those of `attention`.
         positions, segment_ids: of queries and keys, as in `causal_segment_mask`.
-        window: a query sees the keys less than this before it; None: all keys before it.
+        window: a query sees keys at most `window - 1` positions before it. None: all keys before it.
         scale: None: `1 / sqrt(H)`.
         softcap: as in `attention`.
     """
     B, T, Q, H = query.shape
-    cut = BlockSchedule.of(B, T, Q, softcap)
+    schedule = BlockSchedule.of(B, T, Q, softcap)
     query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)
-    padded = lambda x: jnp.pad(x, ((0, 0), (0, cut.length - T)) + ((0, 0),) * (x.ndim - 2))
-    marks = (padded(positions), padded(segment_ids + 1) - 1, window)
-    return attend(cut, *map(padded, (query, key, value)), marks)[:, :T]
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, schedule.length - T)) + ((0, 0),) * (x.ndim - 2))
+    visibility = Visibility(pad(positions), pad(segment_ids + 1) - 1, window)
+    return attend(schedule, *map(pad, (query, key, value)), visibility)[:, :T]
+
+
+class Bucket(NamedTuple):
+    """Consecutive blocks that read the same keys: all keys before the bucket's end.
+
+    Attributes:
+        start: first row.
+        rows: rows of each block.
+        blocks: number of blocks.
+    """
+
+    start: int
+    rows: int
+    blocks: int
+
+    @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return self.start + self.rows * self.blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSchedule:
-    """How a sequence is cut: `levels` of (first row, rows of a block, number of blocks), in order. A block sees the keys up to its level's end."""
+    """How a sequence is split into blocks.
+
+    Attributes:
+        length: rows of the padded sequence.
+        buckets: in order, covering the sequence.
+        softcap: as in `attention`.
+    """
 
     length: int
-    levels: tuple[tuple[int, int, int], ...]
+    buckets: tuple[Bucket, ...]
     softcap: float | None = None
 
     @classmethod
     def of(cls, batch: int, length: int, heads: int, softcap: float | None) -> BlockSchedule:
-        """Blocks whose scores take 4 MiB on a CPU, about what its caches hold, and 256 MiB elsewhere; not below ROWS rows.
+        """Choose blocks whose scores take 4 MiB on a CPU, about the size of its caches, and 256 MiB elsewhere.
 
-        Queries that a mesh spreads by their place in the row are not cut: each device would need another's.
+        A block has at least ROWS rows. Sequences whose tokens are sharded are one block: the queries of a block would
+        lie on one device.
         """
         if partition_spec("BT", (batch, length))[1] is not None or length <= ROWS:
-            return cls(length, ((0, length, 1),), softcap)
+            return cls(length, (Bucket(0, length, 1),), softcap)
         sizes = open_axes()
         shards = math.prod(sizes[axis] for axis in axis_names(partition_spec("BTQH", (batch, length, heads, 1))))
         budget = 2**22 if jax.default_backend() == "cpu" else 2**28
         most = budget // (4 * batch * heads * length // shards)
         rows = max(ROWS, most // ROWS * ROWS)
-        level = -(-length // KEY_LENGTH_BUCKETS)
-        rows = min(rows, -(-level // ROWS) * ROWS)
-        blocks = -(-level // rows)
+        bucket = -(-length // KEY_LENGTH_BUCKETS)
+        rows = min(rows, -(-bucket // ROWS) * ROWS)
+        blocks = -(-bucket // rows)
         total = -(-length // rows)
         starts = range(0, total, blocks)
-        return cls(total * rows, tuple((s * rows, rows, min(blocks, total - s)) for s in starts), softcap)
+        return cls(total * rows, tuple(Bucket(s * rows, rows, min(blocks, total - s)) for s in starts), softcap)
+
+
+class Visibility(flax.struct.PyTreeNode):
+    """What decides which keys a query sees, as in `causal_segment_mask`."""
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    window: Int[Array, ""] | int | None
+
+
+class Residuals(flax.struct.PyTreeNode):
+    """What the backward pass reads: the inputs, the result, and the log of each query's sum of exponentials."""
+
+    query: Float[Array, "B T Q H"]
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+    visibility: Visibility
+    mixed: Float[Array, "B T Q H"]
+    log_sum_BKGT1: Float[Array, "B K G T 1"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(cut: BlockSchedule, query: Any, key: Any, value: Any, marks: Any) -> Any:
-    """The blocks one after the other; `query` is scaled, and `marks` are positions, segments and the window."""
-    return forward(cut, query, key, value, marks)[0]
+def attend(
+    schedule: BlockSchedule,
+    query: Float[Array, "B T Q H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    visibility: Visibility,
+) -> Float[Array, "B T Q H"]:
+    """Return the attention of all blocks, bucket by bucket. `query` is scaled already."""
+    return attend_forward(schedule, query, key, value, visibility)[0]
 
 
-def forward(cut: BlockSchedule, query: Any, key: Any, value: Any, marks: Any) -> Any:
-    """The result, and what `backward` needs: it, the inputs, and the log of each query's sum of exponentials."""
+def attend_forward(
+    schedule: BlockSchedule,
+    query: Float[Array, "B T Q H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    visibility: Visibility,
+) -> tuple[Float[Array, "B T Q H"], Residuals]:
+    """Return the result of `attend` and what its gradient needs."""
     B, T, Q, H = query.shape
-    K = key.shape[2]
-    query_BKGTH, key_BKSH, value_BKSH = by_head(query, K), by_head(key), by_head(value)
+    query_BKGTH, key_BKSH, value_BKSH = group_heads(query, key.shape[2]), heads_first(key), heads_first(value)
     mixed, logs = [], []
-    for start, rows, blocks in cut.levels:
-        end = start + rows * blocks
-        keys, values = key_BKSH[:, :, :end], value_BKSH[:, :, :end]
-
-        def one_block(at: Any, keys: Any = keys, values: Any = values, rows: int = rows) -> Any:
-            scores = block_scores(cut, part(query_BKGTH, at, rows), keys, marks, at, rows)[0]
-            most = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - most)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            own = product("bkns,bksh->bknh", weights.astype(value.dtype), values)
-            return groups(own / total, rows), groups(most + jnp.log(total), rows)
-
-        own, log = each_block(one_block, start, rows, blocks)
-        mixed.append(join(own))
-        logs.append(join(log))
+    for bucket in schedule.buckets:
+        keys, values = key_BKSH[:, :, : bucket.end], value_BKSH[:, :, : bucket.end]
+        own_mixed, own_logs = bucket_forward(schedule.softcap, bucket, query_BKGTH, keys, values, visibility)
+        mixed.append(own_mixed)
+        logs.append(own_logs)
     mixed_BKGTH = jnp.concatenate(mixed, axis=3)
     mixed_BTQH = checkpoint_name(jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype), SAVED_NAMES)
-    log_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), SAVED_NAMES)
-    return mixed_BTQH, (query, key, value, marks, mixed_BTQH, log_BKGT1)
+    log_sum_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), SAVED_NAMES)
+    return mixed_BTQH, Residuals(query, key, value, visibility, mixed_BTQH, log_sum_BKGT1)
 
 
-def backward(cut: BlockSchedule, kept: Any, dmixed: Any) -> Any:
-    """With w = softmax(s): `ds = w (dw - sum_s w dw)`, `dw = dmixed v^T`; from there the products' own gradients."""
-    query, key, value, marks, mixed, log_BKGT1 = kept
+def bucket_forward(
+    softcap: float | None,
+    bucket: Bucket,
+    query_BKGTH: Float[Array, "B K G T H"],
+    key_BKSH: Float[Array, "B K S H"],
+    value_BKSH: Float[Array, "B K S H"],
+    visibility: Visibility,
+) -> tuple[Float[Array, "B K G rows H"], Float[Array, "B K G rows 1"]]:
+    """Return the attention and the log-sums of a bucket's rows, in float32. Keys and values end with the bucket."""
+
+    def one_block(carry: tuple[()], start: int | Int[Array, ""]) -> tuple[tuple[()], tuple[Array, Array]]:
+        query_BKNH = take_rows(query_BKGTH, start, bucket.rows)
+        scores, _ = block_scores(softcap, query_BKNH, key_BKSH, visibility, start, bucket.rows)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = einsum_f32("bkns,bksh->bknh", weights.astype(value_BKSH.dtype), value_BKSH)
+        return carry, (
+            split_groups(mixed / total, bucket.rows),
+            split_groups(highest + jnp.log(total), bucket.rows),
+        )
+
+    _, (mixed, logs) = scan_blocks(bucket, one_block, ())
+    return join_blocks(mixed), join_blocks(logs)
+
+
+def attend_backward(
+    schedule: BlockSchedule, saved: Residuals, dmixed: Float[Array, "B T Q H"]
+) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"], None]:
+    """Return the gradients of query, key and value; `visibility` has none.
+
+    With weights `w = softmax(s)`: `dw = dmixed v^T` and `ds = w (dw - sum_s w dw)`. The rest are gradients of products.
+    """
+    query, key, value = saved.query, saved.key, saved.value
     B, T, Q, H = query.shape
     K = key.shape[2]
-    query_BKGTH, key_BKSH, value_BKSH, dmixed_BKGTH = (
-        by_head(query, K),
-        by_head(key),
-        by_head(value),
-        by_head(dmixed, K),
+    # The softmax's gradient needs sum_s w dw, which equals the inner product of the result and its gradient.
+    inner = jnp.sum(saved.mixed.astype(jnp.float32) * dmixed.astype(jnp.float32), axis=-1)
+    rows = QueryRows(
+        query=group_heads(query, K),
+        dmixed=group_heads(dmixed, K),
+        log_sum=saved.log_sum_BKGT1,
+        inner=jnp.moveaxis(inner.reshape(B, T, K, Q // K), 1, 3)[..., None],
     )
-    # d softmax needs sum_s weight_s dweight_s, which is the product of the result and its gradient.
-    inner = jnp.sum(mixed.astype(jnp.float32) * dmixed.astype(jnp.float32), axis=-1)
-    inner_BKGT1 = jnp.moveaxis(inner.reshape(B, T, K, Q // K), 1, 3)[..., None]
+    key_BKSH, value_BKSH = heads_first(key), heads_first(value)
     dkey, dvalue = (jnp.zeros(x.shape, jnp.float32) for x in (key_BKSH, value_BKSH))
     dquery = []
-    for start, rows, blocks in cut.levels:
-        end = start + rows * blocks
-        keys, values = key_BKSH[:, :, :end], value_BKSH[:, :, :end]
-
-        def one_block(at: Any, sums: Any, keys: Any = keys, values: Any = values, rows: int = rows) -> Any:
-            own_query, own_dmixed, own_log, own_inner = (
-                part(x, at, rows) for x in (query_BKGTH, dmixed_BKGTH, log_BKGT1, inner_BKGT1)
-            )
-            scores, slope = block_scores(cut, own_query, keys, marks, at, rows)
-            weights = jnp.exp(scores - own_log)
-            dweights = product("bknh,bksh->bkns", own_dmixed, values)
-            dscores = weights * (dweights - own_inner)
-            if slope is not None:
-                dscores = dscores * slope
-            weights, dscores = weights.astype(value.dtype), dscores.astype(query.dtype)
-            own = (product("bkns,bknh->bksh", dscores, own_query), product("bkns,bknh->bksh", weights, own_dmixed))
-            return groups(product("bkns,bksh->bknh", dscores, keys), rows), jax.tree.map(jnp.add, sums, own)
-
-        sums = dkey[:, :, :end], dvalue[:, :, :end]
-        own, sums = each_block(one_block, start, rows, blocks, sums)
-        dquery.append(join(own))
+    for bucket in schedule.buckets:
+        keys, values, own_dkey, own_dvalue = (x[:, :, : bucket.end] for x in (key_BKSH, value_BKSH, dkey, dvalue))
+        own_dquery, own_dkey, own_dvalue = bucket_backward(
+            schedule.softcap, bucket, rows, keys, values, saved.visibility, (own_dkey, own_dvalue)
+        )
+        dquery.append(own_dquery)
         dkey, dvalue = (
             jax.lax.dynamic_update_slice_in_dim(whole, new, 0, axis=2)
-            for whole, new in zip((dkey, dvalue), sums, strict=True)
+            for whole, new in ((dkey, own_dkey), (dvalue, own_dvalue))
         )
     dquery_BTQH = jnp.moveaxis(jnp.concatenate(dquery, axis=3), 3, 1).reshape(B, T, Q, H)
     dkey_BTKH, dvalue_BTKH = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2)
-    return (dquery_BTQH.astype(query.dtype), dkey_BTKH.astype(key.dtype), dvalue_BTKH.astype(value.dtype), None)
+    return dquery_BTQH.astype(query.dtype), dkey_BTKH.astype(key.dtype), dvalue_BTKH.astype(value.dtype), None
 
 
-attend.defvjp(forward, backward)
+class QueryRows(flax.struct.PyTreeNode):
+    """What the backward pass reads of every query.
+
+    Attributes:
+        query: scaled.
+        dmixed: the gradient of the result.
+        log_sum: the log of the sum of exponentials.
+        inner: `sum_h mixed_h dmixed_h`.
+    """
+
+    query: Float[Array, "B K G T H"]
+    dmixed: Float[Array, "B K G T H"]
+    log_sum: Float[Array, "B K G T 1"]
+    inner: Float[Array, "B K G T 1"]
 
 
-def block_scores(cut: BlockSchedule, query_BKNH: Any, key_BKSH: Any, marks: Any, at: Any, rows: int) -> tuple[Any, Any]:
-    """Capped and masked scores `[B, K, N, S]`, N queries of all groups, and the slope of the cap, or None without one."""
-    positions, segment_ids, window = marks
-    B, K = query_BKNH.shape[:2]
-    reach = key_BKSH.shape[2]
-    scores = product("bknh,bksh->bkns", query_BKNH, key_BKSH)
+def bucket_backward(
+    softcap: float | None,
+    bucket: Bucket,
+    rows: QueryRows,
+    key_BKSH: Float[Array, "B K S H"],
+    value_BKSH: Float[Array, "B K S H"],
+    visibility: Visibility,
+    sums: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+) -> tuple[Float[Array, "B K G rows H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Return the gradient of a bucket's queries, and `sums`, the gradients of keys and values, with its part added."""
+
+    def one_block(sums: tuple[Array, Array], start: int | Int[Array, ""]) -> tuple[tuple[Array, Array], Array]:
+        own = jax.tree.map(lambda x: take_rows(x, start, bucket.rows), rows)
+        scores, slope = block_scores(softcap, own.query, key_BKSH, visibility, start, bucket.rows)
+        weights = jnp.exp(scores - own.log_sum)
+        dweights = einsum_f32("bknh,bksh->bkns", own.dmixed, value_BKSH)
+        dscores = weights * (dweights - own.inner)
+        if slope is not None:
+            dscores = dscores * slope
+        weights, dscores = weights.astype(value_BKSH.dtype), dscores.astype(own.query.dtype)
+        dkey = einsum_f32("bkns,bknh->bksh", dscores, own.query)
+        dvalue = einsum_f32("bkns,bknh->bksh", weights, own.dmixed)
+        dquery = einsum_f32("bkns,bksh->bknh", dscores, key_BKSH)
+        return (sums[0] + dkey, sums[1] + dvalue), split_groups(dquery, bucket.rows)
+
+    (dkey, dvalue), dquery = scan_blocks(bucket, one_block, sums)
+    return join_blocks(dquery), dkey, dvalue
+
+
+attend.defvjp(attend_forward, attend_backward)
+
+
+def block_scores(
+    softcap: float | None,
+    query_BKNH: Float[Array, "B K N H"],
+    key_BKSH: Float[Array, "B K S H"],
+    visibility: Visibility,
+    start: int | Int[Array, ""],
+    rows: int,
+) -> tuple[Float[Array, "B K N S"], Float[Array, "B K N S"] | None]:
+    """Return the capped and masked scores of a block, and the slope of the cap (None without a cap)."""
+    B, K, S = query_BKNH.shape[0], query_BKNH.shape[1], key_BKSH.shape[2]
+    scores = einsum_f32("bknh,bksh->bkns", query_BKNH, key_BKSH)
     slope = None
-    if cut.softcap is not None:
-        tanh = jnp.tanh(scores / cut.softcap)
-        scores, slope = cut.softcap * tanh, 1.0 - jnp.square(tanh)
-    own_positions, own_segments = (jax.lax.dynamic_slice_in_dim(x, at, rows, axis=1) for x in (positions, segment_ids))
-    seen = causal_segment_mask(own_positions, own_segments, positions[:, :reach], segment_ids[:, :reach], window)
-    return jnp.where(seen[:, None, None], scores.reshape(B, K, -1, rows, reach), MASKED).reshape(scores.shape), slope
+    if softcap is not None:
+        tanh = jnp.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1.0 - jnp.square(tanh)
+    positions, segment_ids = visibility.positions, visibility.segment_ids
+    own_positions, own_segments = (
+        jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1) for x in (positions, segment_ids)
+    )
+    seen = causal_segment_mask(own_positions, own_segments, positions[:, :S], segment_ids[:, :S], visibility.window)
+    return jnp.where(seen[:, None, None], scores.reshape(B, K, -1, rows, S), MASKED).reshape(scores.shape), slope
 
 
-def each_block(one_block: Any, start: int, rows: int, blocks: int, sums: Any = None) -> Any:
-    """`one_block` at every block of a level: results stacked on a first axis, and the sums that it carries on, if it does."""
-    if blocks == 1:
-        result = one_block(start) if sums is None else one_block(start, sums)
-        own, sums = (result, None) if sums is None else result
-        own = jax.tree.map(lambda x: x[None], own)
-        return own if sums is None else (own, sums)
-    starts = start + rows * jnp.arange(blocks)
-    if sums is None:
-        return jax.lax.map(one_block, starts)
-    sums, own = jax.lax.scan(lambda sums, at: one_block(at, sums)[::-1], sums, starts)
-    return own, sums
+def scan_blocks(
+    bucket: Bucket, one_block: Callable[[PyTree, int | Int[Array, ""]], tuple[PyTree, PyTree]], carry: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Scan `one_block(carry, start) -> (carry, result)` over a bucket: the last carry and the stacked results."""
+    if bucket.blocks == 1:
+        carry, result = one_block(carry, bucket.start)
+        return carry, jax.tree.map(lambda x: x[None], result)
+    return jax.lax.scan(one_block, carry, bucket.start + bucket.rows * jnp.arange(bucket.blocks))
 
 
-def part(x_BKGTH: Any, at: Any, rows: int) -> Any:
-    """A block of rows of all groups behind each other, `[B, K, G rows, H]`: one dimension, so that no product with it needs a transposed copy."""
+def take_rows(x_BKGTH: Float[Array, "B K G T H"], start: int | Int[Array, ""], rows: int) -> Float[Array, "B K N H"]:
+    """Return a block of rows, all groups in one dimension, so that products with it need no transposed copy."""
     B, K, G, _, H = x_BKGTH.shape
-    return jax.lax.dynamic_slice_in_dim(x_BKGTH, at, rows, axis=3).reshape(B, K, G * rows, H)
+    return jax.lax.dynamic_slice_in_dim(x_BKGTH, start, rows, axis=3).reshape(B, K, G * rows, H)
 
 
-def groups(x_BKNH: Any, rows: int) -> Any:
-    """The reverse of `part`, `[B, K, G, rows, H]`."""
+def split_groups(x_BKNH: Float[Array, "B K N H"], rows: int) -> Float[Array, "B K G rows H"]:
+    """Undo the flattening of `take_rows`."""
     B, K, _, H = x_BKNH.shape
     return x_BKNH.reshape(B, K, -1, rows, H)
 
 
-def join(blocks_NBKGTH: Any) -> Any:
-    """Blocks of rows `[N, B, K, G, rows, H]` behind each other, `[B, K, G, N rows, H]`."""
-    N, B, K, G, rows, H = blocks_NBKGTH.shape
-    return jnp.moveaxis(blocks_NBKGTH, 0, 3).reshape(B, K, G, N * rows, H)
+def join_blocks(blocks: Float[Array, "blocks B K G rows H"]) -> Float[Array, "B K G T H"]:
+    """Concatenate stacked blocks along their rows."""
+    count, B, K, G, rows, H = blocks.shape
+    return jnp.moveaxis(blocks, 0, 3).reshape(B, K, G, count * rows, H)
 
 
-def by_head(x: Any, num_kv_heads: int | None = None) -> Any:
-    """`[B, T, K, H]` as `[B, K, T, H]`; with `num_kv_heads`, `[B, T, Q, H]` as `[B, K, G, T, H]`."""
-    if num_kv_heads is None:
-        return jnp.swapaxes(x, 1, 2)
+def heads_first(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+    """Swap tokens and heads."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def group_heads(x: Float[Array, "B T Q H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:
+    """Group query heads by the key/value head they read."""
     B, T, Q, H = x.shape
     return jnp.moveaxis(x.reshape(B, T, num_kv_heads, Q // num_kv_heads, H), 1, 3)
 
 
-def product(letters: str, left: Any, right: Any) -> Any:
-    """A matrix product with its sums in float32."""
-    return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
+def einsum_f32(subscripts: str, left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return a matrix product with float32 sums."""
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)

@@ -24,7 +24,7 @@ from cotgrpo.models.blockwise_attention import block_attention
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import SAVED_NAMES, DecoderConfig
 from cotgrpo.models.matmul import project_tokens
-from cotgrpo.models.norm_and_gate import along, gated, rms_norm
+from cotgrpo.models.norm_and_gate import broadcast_last, gated, rms_norm
 from cotgrpo.models.rotary import rotate, rotation
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.sharding import all_gather_param, constrain
@@ -70,7 +70,7 @@ class TransposedDense(nn.Module):
         zeros = nn.initializers.zeros
         kernel_FD = self.param("transposed", zeros, (self.features, x.shape[-1]), self.dtype)
         y = project_few_tokens(x.astype(self.dtype), kernel_FD, self.dtype)
-        return y + along(self.param("bias", zeros, (self.features,), self.dtype), y) if self.use_bias else y
+        return y + broadcast_last(self.param("bias", zeros, (self.features,), self.dtype), y) if self.use_bias else y
 
 
 class KvCache(flax.struct.PyTreeNode):

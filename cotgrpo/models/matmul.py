@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
 from cotgrpo.sharding import partition_spec
 
+if TYPE_CHECKING:
+    from cotgrpo.types import Array, Float
 
-def project_tokens(x: Any, kernel: Any, dimensions: Any, precision: Any = None, **options: Any) -> Any:
-    """`x W`, a `dot_general` for `flax.linen.Dense`: `[B, T, D] x [D, F] -> [B, T, F]`.
+DotDimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+"""((contracted dimensions of left, of right), (batch dimensions of left, of right))."""
 
-    The gradient `dW = sum_n x_n dy_n^T` sums over B and T. Left to autodiff it is `(dy^T x)^T` over two dimensions, for which XLA's CPU compiler writes
-    `dy` out transposed, with all that makes `dy` computed element by element on the way; as one product over the B T rows it needs no copy.
+
+def project_tokens(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "D F"],
+    dimensions: DotDimensions,
+    precision: jax.lax.PrecisionLike = None,
+    *,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "B T F"]:
+    """Return `x W`: a `dot_general` for `flax.linen.Dense`.
+
+    The gradient `dW = sum_n x_n dy_n^T` sums over B and T. Autodiff writes it as `(dy^T x)^T` over two dimensions.
+    For that, XLA's CPU compiler writes out a transposed `dy` and repeats the elementwise work that makes it.
+    One product over the B T rows needs no copy.
     """
 
     @jax.custom_vjp
-    def product(x: Any, kernel: Any) -> Any:
-        return jax.lax.dot_general(x, kernel, dimensions, precision, **options)
+    def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
+        return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=preferred_element_type)
 
-    def forward(x: Any, kernel: Any) -> Any:
-        # Frozen weights (LoRA's) have no gradient, and so x is not kept.
+    def forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array | None, Array]]:
+        # Frozen weights (those under LoRA) have no gradient, so x is not kept.
         return product(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
 
-    def backward(kept: Any, dy: Any) -> tuple[Any, Any]:
+    def backward(
+        kept: tuple[Array | None, Array], dy: Float[Array, "B T F"] | SymbolicZero
+    ) -> tuple[Array | None, Array | None]:
         x, kernel = kept
         if isinstance(dy, SymbolicZero):
             return None, None
         dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), precision).astype(dy.dtype)
         if x is None:
             return dx, None
-        # Tokens that a mesh spreads by their place in the row have no order as one dimension: there B and T stay two.
+        # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
         if partition_spec("BT", x.shape[:2])[1] is None:
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))

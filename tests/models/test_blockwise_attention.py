@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cotgrpo.models.attention import attention, causal_segment_mask
-from cotgrpo.models.blockwise_attention import BlockSchedule, block_attention
+from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS, BlockSchedule, block_attention
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import ACTIVATIONS, gated, rms_norm
 from cotgrpo.xla_cpu import FEW_ROWS, outer_product_sum, project_few_tokens, vocab_sum
@@ -74,11 +74,11 @@ def test_bfloat16_blocks_are_near_float32() -> None:
 def test_a_cut_covers_the_sequence_and_skips(case: str) -> None:
     shape = {"B": 2, "Q": 4} | CASES[case]
     cut = BlockSchedule.of(shape["B"], shape["T"], shape["Q"], None)
-    ends = [start + rows * blocks for start, rows, blocks in cut.levels]
-    assert [start for start, _, _ in cut.levels] == [0, *ends[:-1]]
+    ends = [bucket.end for bucket in cut.buckets]
+    assert [bucket.start for bucket in cut.buckets] == [0, *ends[:-1]]
     assert ends[-1] == cut.length >= shape["T"]
-    assert len(cut.levels) <= 8
-    assert any(blocks > 1 for _, _, blocks in cut.levels) == (case == "loops")
+    assert len(cut.buckets) <= KEY_LENGTH_BUCKETS
+    assert any(bucket.blocks > 1 for bucket in cut.buckets) == (case == "loops")
 
 
 def autodiff_norm(x: Any, scale_D: Any, eps: float) -> Any:
