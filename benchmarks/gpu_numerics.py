@@ -34,9 +34,9 @@ import numpy as np
 import optax
 
 import cotgrpo
-from cotgrpo import ForwardKl, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, ghost_reward, objectives
+from cotgrpo import ForwardKl, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenInputs, ghost_reward, objectives
 from cotgrpo.models.decoder import DecoderConfig, decode, init_cache, init_params, make_student
-from cotgrpo.tiled_loss import TokenRows, draw, tiled_loss
+from cotgrpo.tiled_loss import Reference, tiled_loss
 
 OBJECTIVES: dict[str, Any] = {
     "nll": Nll(),
@@ -127,32 +127,30 @@ def distribution(rng: np.random.Generator, shape: tuple[int, ...], vocab: int, t
 def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
     """`tiled_loss` and its gradients, tokens already drawn, so that both sides see the same."""
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
-    as_rows: Any = TokenRows  # NumPy arrays will do
     N, D, V = sizes.tokens, sizes.width, sizes.vocab
     normal = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
-    draws, with_reference = objectives.num_draws(objective), getattr(objective, "needs_reference", False)
-    rows = as_rows(
+    draws, with_reference = objectives.num_draws(objective), objectives.needs_reference(objective)
+    inputs = TokenInputs(
         ghost=rng.integers(0, V, N, dtype=np.int32),
         weight=np.where(rng.random(N) < 0.7, rng.random(N), 0.0).astype(np.float32),
         drawn=rng.integers(0, V, (N, draws), dtype=np.int32) if draws else None,
-        reference_hidden=normal(N, D) if with_reference else None,
-        **distribution(rng, (N,), V, objectives.top_k(objective)),
+        extra=distribution(rng, (N,), V, objectives.top_k(objective)),
     )
     rounded: Any = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
     hidden, head = rounded(normal(N, D)), rounded(normal(D, V) * 2 / D**0.5)
-    reference_head = rounded(normal(D, V) * 2 / D**0.5) if with_reference else None
+    reference = Reference(normal(N, D), rounded(normal(D, V) * 2 / D**0.5)) if with_reference else None
 
-    def run(hidden: Any, head: Any, rows: TokenRows, reference_head: Any) -> Any:
-        loss = lambda h, w: tiled_loss(objective, h, w, rows, reference_head=reference_head)[0]
+    def run(hidden: Any, head: Any, inputs: TokenInputs, reference: Reference | None) -> Any:
+        loss = lambda h, w: tiled_loss(objective, h, w, inputs, reference=reference)[0]
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
     found = []
-    want, want_grads = compute(run, hidden, head, rows, reference_head, device=cpu)
+    want, want_grads = compute(run, hidden, head, inputs, reference, device=cpu)
     for precision, matmul in precisions(device).items():
         cast = (lambda x: x.astype(jnp.bfloat16)) if precision == "bfloat16" else (lambda x: x)
-        got, grads = compute(run, cast(hidden), cast(head), rows, reference_head, device=device, precision=matmul)
+        got, grads = compute(run, cast(hidden), cast(head), inputs, reference, device=device, precision=matmul)
         tolerance = TOLERANCES[precision]["engine"]
-        found.append(row("engine", name, precision, "loss", loss_error(got, want, rows.weight.sum()), tolerance))
+        found.append(row("engine", name, precision, "loss", loss_error(got, want, inputs.weight.sum()), tolerance))
         for value, mine, theirs in zip(("d hidden", "d head"), grads, want_grads, strict=True):
             found.append(row("engine", name, precision, value, array_error(mine, theirs), tolerance))
     return found
@@ -162,7 +160,7 @@ def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str,
     """One whole step. The optimizer only keeps the gradient, so what is compared went through the real step."""
     rng, objective = np.random.default_rng(1), OBJECTIVES[name]
     B, T, V = sizes.batch, sizes.seq, sizes.decoder.vocab_size
-    draws, with_reference = objectives.num_draws(objective), getattr(objective, "needs_reference", False)
+    draws, with_reference = objectives.num_draws(objective), objectives.needs_reference(objective)
     ids = rng.integers(0, V, (B, T + 1), dtype=np.int32)
     half = np.arange(T) >= T // 2  # two documents a row
     batch = cotgrpo.GhostBatch(
@@ -172,7 +170,7 @@ def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str,
         segment_ids=np.broadcast_to(1 + half, (B, T)).astype(np.int32),
         loss_mask=(rng.random((B, T)) < 0.7).astype(np.float32),
         drawn_tokens=rng.integers(0, V, (B, T, draws), dtype=np.int32) if draws else None,
-        **distribution(rng, (B, T), V, objectives.top_k(objective)),
+        extra=distribution(rng, (B, T), V, objectives.top_k(objective)),
     )
     keep = optax.trace(decay=0.0)
     with jax.default_device(cpu):
@@ -209,7 +207,7 @@ def check_draws(sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
     rng = np.random.default_rng(2)
     logits = (3 * rng.normal(size=(sizes.tokens, sizes.vocab))).astype(np.float32)
     uniform = rng.random((sizes.tokens, 2), dtype=np.float32)
-    want, got = (compute(jax.vmap(draw), logits, uniform, device=at) for at in (cpu, device))
+    want, got = (compute(jax.vmap(objectives.draw), logits, uniform, device=at) for at in (cpu, device))
     return [row("draw", "-", "float32", "tokens drawn otherwise", float(np.mean(got != want)), DRAW_TOLERANCE)]
 
 

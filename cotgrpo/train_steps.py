@@ -1,25 +1,29 @@
-"""Pure train steps: `step(state, batch) -> (state, metrics)`. GRPO here is GhostRespond Policy Optimization, not Group Relative.
+"""Pure train steps: `step(state, batch) -> (state, metrics)`.
 
-Model, optimizer and objective are closed over; everything that changes is in `TrainState`, a pytree of arrays. There are no globals, no host callbacks
-and no mesh in here: `jit_step` adds jit, donation and shardings from outside. A step's randomness is `fold_in(state.key, state.step)`.
+GRPO here is GhostRespond Policy Optimization, not Group Relative. Model, optimizer and objective are closed over.
+Everything that changes is in `TrainState`, a pytree of arrays. There are no globals, no host callbacks and no mesh in
+here: `jit_step` adds jit, donation and shardings from outside. A step's randomness is `fold_in(state.key, state.step)`.
 
-Losses are sums with weights. Gradients are summed over micro-batches and divided once, by the weight of the whole batch, so accumulation and any
-sharding give the same update as one big batch.
+Losses are sums with weights. Gradients are summed over micro-batches and divided once, by the weight of the whole
+batch. So accumulation and any sharding give the same update as one big batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cotgrpo import objectives
-from cotgrpo.objectives import GroupRelative, Nll, Objective, Pair
-from cotgrpo.tiled_loss import HeadSpec, TokenRows, tiled_loss
-from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState
+from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
+from cotgrpo.tiled_loss import HeadSpec, Reference, tiled_loss
+from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState, check_arrays
+
+if TYPE_CHECKING:
+    from cotgrpo.types import Array, Float, PRNGKeyArray, PyTree
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`, or `step(state, batch, reference_params)` when built with a reference."""
@@ -33,9 +37,9 @@ def make_sft_step(
     micro_batches: int = 1,
     tile_size: int | None = None,
 ) -> Step:
-    """The supervised step: the next-token loss `-log p(target)` of an `SftBatch`, averaged over its supervised tokens.
+    """Build the supervised step: the next-token loss `-log p(target)`, averaged over the supervised tokens.
 
-    Arguments as in `make_grpo_step`, of which this is the case `Nll`.
+    It is `make_grpo_step` with the objective `Nll`, and takes the same arguments.
     """
     return make_grpo_step(student, tx, objective, micro_batches=micro_batches, tile_size=tile_size)
 
@@ -49,40 +53,46 @@ def make_grpo_step(
     micro_batches: int = 1,
     tile_size: int | None = None,
 ) -> Step:
-    """The GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
+    """Build the GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
 
         loss = sum_t w_t objective(logits_t, (y*_t, y_t)) / sum_t w_t
 
-    An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. A loss or gradient that is not finite (a batch with no supervised
-    token gives one, 0 / 0) leaves `params` and `opt_state` as they were, counts in the metric `skipped`, and adds nothing to the other means.
+    An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. A loss or gradient that is not finite
+    leaves `params` and `opt_state` as they were. It counts in the metric `skipped`, and adds nothing to the other
+    means. A batch with no supervised token gives one, 0 / 0.
 
     Args:
         student: the model's pure functions.
-        tx: an optax transformation. The metric `learning_rate` appears if its state holds just one (`cotgrpo.optimizers.make_optimizer` does).
-        objective: a function of one token, see `cotgrpo.objectives`.
-        reference: a frozen model for objectives that want one (`ReferenceKl`, `GroupRelative` with a `kl_weight`). The step then takes its parameters as a third argument,
-            so that they are neither baked into the program nor part of the state.
+        tx: an optax transformation. The metric `learning_rate` appears if its state holds exactly one, as that of
+            `cotgrpo.optimizers.make_optimizer` does.
+        objective: a function of one token, see `cotgrpo.objectives.Objective`.
+        reference: a frozen model for objectives with `needs_reference`. The step then takes its parameters as a third
+            argument, so that they are neither baked into the program nor part of the state.
         micro_batches: the batch is taken in this many equal parts, gradients summed; must divide B.
-        tile_size: tokens a tile of the engine; None chooses.
+        tile_size: tokens a tile of the loss; None chooses.
 
     Returns:
-        `step(state, batch[, reference_params]) -> (state, metrics)`, not jitted. Metrics: `loss`, what the objective reports, `grad_norm`,
-        `learning_rate`, `skipped` (0 or 1), `tokens` (real ones), `padded_tokens`.
+        `step(state, batch[, reference_params]) -> (state, metrics)`, not jitted. Metrics: `loss`, what the objective
+        reports, `grad_norm`, `learning_rate`, `skipped` (0 or 1), `tokens` (real ones), `padded_tokens`.
 
     Raises:
-        ValueError: an objective that needs a reference without one, or the reverse; `micro_batches` or `tile_size` below 1.
+        ValueError: an objective that needs a reference without one, or the reverse; `micro_batches` or `tile_size`
+            below 1. When the step is traced: a batch whose arrays do not fit each other, or lack an extra array that
+            the objective needs.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
     gradient = jax.value_and_grad(make_batch_loss(student, objective, reference, tile_size), has_aux=True)
 
-    def step(state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None) -> Any:
+    def step(
+        state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         ghosts = GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
         uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
         (loss, (sums, weight)), grads = accumulate(
             lambda part: gradient(state.params, *part, reference_params), (ghosts, uniform), micro_batches
         )
-        # A product, which XLA fuses with what follows, where a quotient would be a pass of its own over all gradients.
+        # XLA fuses a product with what follows. A quotient would be a pass of its own over all gradients.
         share = 1.0 / weight
         grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state.params)
         grad_norm = optax.tree.norm(grads)
@@ -111,12 +121,13 @@ def make_grpo_step(
 def make_eval_step(
     student: Student, objective: Objective = Nll(), *, tile_size: int | None = None
 ) -> Callable[[Params, SftBatch | GhostBatch], Metrics]:
-    """`eval_step(params, batch) -> metrics`: the objective and its metrics on held-out text, no gradient, the head on supervised tokens only.
+    """Build `eval_step(params, batch) -> metrics`: the objective and its metrics on held-out text, without gradient.
 
-    The metrics of several batches add up (`Metric.__add__`) to the mean over all their tokens, however they were packed.
+    The head runs on supervised tokens only. The metrics of several batches add up (`Metric.__add__`) to the mean over
+    all their tokens, however they were packed.
 
     Raises:
-        ValueError: an objective that draws tokens or needs a reference; evaluation is deterministic.
+        ValueError: an objective that draws tokens or needs a reference. Evaluation is deterministic.
     """
     if objectives.num_draws(objective):
         raise ValueError(
@@ -134,76 +145,74 @@ def make_eval_step(
 
 def make_batch_loss(
     student: Student, objective: Objective, reference: Student | None, tile_size: int | None
-) -> Callable[..., Any]:
-    """`batch_loss(params, ghosts, uniform, reference_params) -> (loss_sum, (metric_sums, weight_sum))`."""
+) -> Callable[..., tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]]:
+    """Return `batch_loss(params, ghosts, uniform, reference_params) -> (loss_sum, (metric_sums, weight_sum))`."""
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size must be at least 1 or None, got {tile_size}.")
-    if getattr(objective, "needs_reference", False) != (reference is not None):
+    if objectives.needs_reference(objective) != (reference is not None):
         wants = "needs" if reference is None else "does not use"
         raise ValueError(
-            f"The objective {objective!r} {wants} a frozen reference model: "
-            "ReferenceKl, or GroupRelative with a kl_weight, and make_*_step(..., reference=Student) belong together."
+            f"The objective {objective!r} {wants} a frozen reference model. Objectives with needs_reference, such as "
+            "ReferenceKl, and make_*_step(..., reference=Student) belong together."
         )
 
-    def batch_loss(params: Params, ghosts: GhostBatch, uniform: Any, reference_params: Params | None) -> Any:
-        inputs = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
-        reference_hidden = reference_head = None
+    def batch_loss(
+        params: Params,
+        ghosts: GhostBatch,
+        uniform: Float[Array, "B T G"] | None,
+        reference_params: Params | None,
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
+        contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
+        frozen = None
         if reference is not None:
-            frozen = jax.lax.stop_gradient(reference_params)
-            reference_hidden = reference.hidden(frozen, *inputs)
-            reference_head = None if reference.head is None else reference.head(frozen)
-        drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
-        if isinstance(objective, GroupRelative) and (ghosts.advantages is None or ghosts.drawn_log_probs is None):
-            raise ValueError(
-                "GroupRelative needs a batch with advantages and drawn_log_probs: cotgrpo.ghosts.group_relative.group_batch makes one."
-            )
-        log_prob, advantage = jax.tree.map(jnp.asarray, (ghosts.drawn_log_probs, ghosts.advantages))
-        top_ids, top_log_probs = jax.tree.map(jnp.asarray, distribution_of(objective, ghosts))
-        rows = TokenRows(
-            ghost=jnp.asarray(ghosts.ghost_tokens),
-            weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
-            drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
-            uniform=uniform,
-            reference_hidden=reference_hidden,
-            drawn_log_prob=log_prob,
-            advantage=advantage,
-            top_ids=top_ids,
-            top_log_probs=top_log_probs,
-        )
+            fixed = jax.lax.stop_gradient(reference_params)
+            head = None if reference.head is None else reference.head(fixed)
+            frozen = Reference(reference.hidden(fixed, *contexts), head, HeadSpec.of(reference))
+        inputs = token_inputs(objective, ghosts)
         loss, sums = tiled_loss(
             objective,
-            student.hidden(params, *inputs),
+            student.hidden(params, *contexts),
             None if student.head is None else student.head(params),
-            rows,
-            spec=HeadSpec(student.softcap, student.vocab_size),
-            reference_head=reference_head,
-            reference_spec=HeadSpec() if reference is None else HeadSpec(reference.softcap, reference.vocab_size),
+            inputs,
+            uniform=uniform,
+            reference=frozen,
+            spec=HeadSpec.of(student),
             tile_size=tile_size,
         )
-        return loss, (sums, jnp.sum(rows.weight))
+        return loss, (sums, jnp.sum(inputs.weight))
 
     return batch_loss
 
 
-def distribution_of(objective: Objective, ghosts: GhostBatch) -> tuple[Any, Any]:
-    """The batch's `top_ids` and `top_log_probs`, or None where the objective wants none. Raises ValueError where they are not as many as it wants."""
-    wanted = objectives.top_k(objective)
-    if not wanted:
-        return None, None
-    parts = (ghosts.top_ids, ghosts.top_log_probs)
-    if any(part is None or part.shape[-1] != wanted for part in parts):
-        got = "none" if None in parts else " and ".join(str(part.shape[-1]) for part in parts if part is not None)
+def token_inputs(objective: Objective, ghosts: GhostBatch) -> TokenInputs:
+    """Return what the objective reads of a batch, besides logits.
+
+    Raises:
+        ValueError: arrays whose shapes or dtypes do not fit each other, or an extra array that the objective needs and
+            the batch does not carry.
+    """
+    check_arrays(ghosts)
+    names = objectives.batch_fields(objective)
+    names = tuple(ghosts.extra) if names is None else names
+    missing = [name for name in names if name not in ghosts.extra]
+    if missing:
         raise ValueError(
-            f"{objective!r} needs a batch with {wanted} top_ids and top_log_probs at each context, got {got}: "
-            "cotgrpo.ghosts.live.live_ghosts(..., top_k=) makes one."
+            f"{objective!r} needs the extra array {missing[0]!r}: expected {type(ghosts).__name__}(extra=...) with "
+            f"{', '.join(names)}, got {', '.join(ghosts.extra) or 'no extra arrays'}."
         )
-    return parts
+    drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
+    return TokenInputs(
+        ghost=jnp.asarray(ghosts.ghost_tokens),
+        weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
+        drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
+        extra={name: jnp.asarray(ghosts.extra[name]) for name in names},
+    )
 
 
-def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> jax.Array | None:
-    """`[B, T, G]` numbers in [0, 1) for the tokens that the engine has to draw, or None.
+def uniforms_for(objective: Objective, ghosts: GhostBatch, key: PRNGKeyArray) -> Float[Array, "B T G"] | None:
+    """Return `[B, T, G]` numbers in [0, 1) for the tokens that the step has to draw, or None.
 
-    Drawn for the whole batch at once, so that neither tiles nor micro-batches change what is drawn.
+    They are drawn for the whole batch at once, so that neither tiles nor micro-batches change what is drawn.
     """
     draws = objectives.num_draws(objective)
     if not draws or ghosts.drawn_tokens is not None:
@@ -211,8 +220,8 @@ def uniforms_for(objective: Objective, ghosts: GhostBatch, key: jax.Array) -> ja
     return jax.random.uniform(key, (*ghosts.tokens.shape, draws))
 
 
-def accumulate(gradient: Callable[[Any], Any], batch: Any, micro_batches: int) -> Any:
-    """The sum of `gradient(part)` over `micro_batches` equal parts of `batch`, one part in memory at a time."""
+def accumulate(gradient: Callable[[PyTree], PyTree], batch: PyTree, micro_batches: int) -> PyTree:
+    """Return the sum of `gradient(part)` over `micro_batches` equal parts of `batch`, one part in memory at a time."""
     if micro_batches == 1:
         return gradient(batch)
 
@@ -229,7 +238,7 @@ def accumulate(gradient: Callable[[Any], Any], batch: Any, micro_batches: int) -
 
 
 def token_counts(ghosts: GhostBatch) -> Metrics:
-    """`tokens`, those of documents, and `padded_tokens`, all positions that were computed; means over steps."""
+    """Return `tokens`, those of documents, and `padded_tokens`, all positions that were computed; means over steps."""
     real = jnp.sum(ghosts.segment_ids != 0).astype(jnp.float32)
     return {
         "tokens": Metric(real, jnp.ones(())),

@@ -4,9 +4,9 @@ Dimension legend, used in names (`logits_TV`) and in signatures (`Float[Array, "
 
     B sequences    T tokens of a sequence    N = B * T tokens of a batch    V vocabulary    D model width
     L layers       Q query heads             K key/value heads              H head width    G drawn tokens a context
-    F MLP width    S slots of a key/value cache
+    F MLP width    S columns of a key/value cache
 
-Everything here is a pytree of arrays, except `Student`, which holds functions and is closed over by a step.
+Everything here is a pytree of arrays, except `Student`. It holds functions, and a step closes over it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Params = Any
 
 
 class Metric(flax.struct.PyTreeNode):
-    """A weighted mean that is not divided yet: `total / weight`.
+    """A weighted mean before its division: `total / weight`.
 
-    Sums add across tokens, micro-batches, devices and hosts; the division happens once, when a person reads the number.
+    Sums add across tokens, micro-batches, devices and hosts. The division happens once, when the number is read.
 
     Attributes:
         total: sum of weight times value, float32 scalar.
@@ -50,7 +50,7 @@ class Metric(flax.struct.PyTreeNode):
         return Metric(self.total + other.total, self.weight + other.weight)
 
     def mean(self) -> float:
-        """`total / weight` as a Python float; `nan` where nothing was counted."""
+        """Return `total / weight` as a Python float, `nan` if nothing was counted."""
         weight = float(self.weight)
         return float(self.total) / weight if weight else float("nan")
 
@@ -75,7 +75,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, *, params: Params, tx: optax.GradientTransformation, key: Any) -> TrainState:
-        """The state before the first step. `key` is a JAX random key, or an int seed for one."""
+        """Return the state before the first step. `key` is a JAX random key, or an int seed for one."""
         key = jax.random.key(key) if isinstance(key, int) else key
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
 
@@ -88,7 +88,8 @@ class SftBatch(flax.struct.PyTreeNode):
         targets: int32 in [0, V), the id that should follow each input.
         positions: int32 >= 0, counted from the start of each document (they restart in a packed row).
         segment_ids: int32, 0 for padding, 1, 2, ... for the documents of a row. Attention stays inside a segment.
-        loss_mask: float or bool, the weight of each target in the loss, 0 where nothing is supervised.
+        loss_mask: float or bool, the weight of each target in the loss, 0 for targets that are not supervised.
+        extra: further arrays `[B, T]` or `[B, T, K]` by name, which reach the objective by that name.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -96,19 +97,19 @@ class SftBatch(flax.struct.PyTreeNode):
     positions: Int[AnyArray, "B T"]
     segment_ids: Int[AnyArray, "B T"]
     loss_mask: Real[AnyArray, "B T"] | Bool[AnyArray, "B T"]
+    extra: dict[str, AnyArray] = flax.struct.field(default_factory=dict)
 
 
 class GhostBatch(flax.struct.PyTreeNode):
-    """Contexts with the ghost (ideal) token at each. Fields as in `SftBatch`, `[B, T]` each, and
+    """Contexts with the ghost (ideal) token at each. `[B, T]` each, as in `SftBatch`.
 
     Attributes:
-        ghost_tokens: int32 in [0, V), y*: the id a ghost reply puts after each context.
-        drawn_tokens: int32 in [0, V), y: the id the student drew there (`[B, T]`, or `[B, T, G]` for G of them), or None:
-            then the step draws from the student's own distribution when the objective wants drawn tokens.
-        drawn_log_probs: float32, log p(y) when y was drawn, and
-        advantages: float32, how much better than others the reply is that y belongs to: both for `GroupRelative` alone, and None elsewhere.
-        top_ids: int32 `[B, T, K]` in [0, V), the likeliest tokens of the live ghost's distribution, and
-        top_log_probs: float32 `[B, T, K]`, their log-probabilities in it: both for `ForwardKl` alone, and None elsewhere.
+        tokens, positions, segment_ids, loss_mask: as in `SftBatch`.
+        ghost_tokens: int32 in [0, V), y*: the id that a ghost reply puts after each context.
+        drawn_tokens: int32 in [0, V), y: the id that the student drew there, `[B, T]`, or `[B, T, G]` for G of them.
+            None: the step draws from the student's own distribution if the objective wants drawn tokens.
+        extra: further arrays `[B, T]` or `[B, T, K]` by name, which reach the objective by that name. `GroupRelative`
+            reads `drawn_log_probs` and `advantages`; `ForwardKl` reads `top_ids` and `top_log_probs`.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -117,21 +118,50 @@ class GhostBatch(flax.struct.PyTreeNode):
     segment_ids: Int[AnyArray, "B T"]
     loss_mask: Real[AnyArray, "B T"] | Bool[AnyArray, "B T"]
     drawn_tokens: Int[AnyArray, "B T"] | Int[AnyArray, "B T G"] | None = None
-    drawn_log_probs: Float[AnyArray, "B T"] | None = None
-    advantages: Float[AnyArray, "B T"] | None = None
-    top_ids: Int[AnyArray, "B T K"] | None = None
-    top_log_probs: Float[AnyArray, "B T K"] | None = None
+    extra: dict[str, AnyArray] = flax.struct.field(default_factory=dict)
 
     @classmethod
     def teacher_forced(cls, batch: SftBatch) -> GhostBatch:
-        """The batch whose contexts are the prompt and the ghost reply's own prefix, so y* is the next token of the text."""
+        """Return the batch whose contexts are the prompt and the ghost reply's own prefix.
+
+        The ghost token y* is then the next token of the text.
+        """
         return cls(
             tokens=batch.tokens,
             ghost_tokens=batch.targets,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             loss_mask=batch.loss_mask,
+            extra=batch.extra,
         )
+
+
+def check_arrays(batch: SftBatch | GhostBatch) -> None:
+    """Raise ValueError if the shapes or dtypes of a batch do not fit each other.
+
+    Reads shapes and dtypes only, so it costs nothing when a step is traced.
+    """
+    kind, tokens = type(batch).__name__, batch.tokens
+    if len(tokens.shape) != 2:
+        raise ValueError(f"{kind}.tokens must have the shape [B, T], got {tokens.shape}.")
+    named = {name: getattr(batch, name) for name in vars(batch) if name != "extra"}
+    for name, array in named.items():
+        if array is None:
+            continue
+        draws = name == "drawn_tokens"
+        if array.shape[:2] != tokens.shape or array.ndim > 2 + draws:
+            expected = f"[B, T] or [B, T, G] with [B, T] = {tokens.shape}" if draws else f"of tokens, {tokens.shape}"
+            raise ValueError(f"{kind}.{name} must have the shape {expected}, got {array.shape}.")
+        if name != "loss_mask" and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{kind}.{name} must hold integers, got {array.dtype}.")
+    if jnp.issubdtype(batch.loss_mask.dtype, jnp.complexfloating):
+        raise ValueError(f"{kind}.loss_mask must hold floats or bools, got {batch.loss_mask.dtype}.")
+    for name, array in batch.extra.items():
+        if array.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"{kind}.extra[{name!r}] must have the shape [B, T] or [B, T, K] with [B, T] = {tokens.shape}, "
+                f"got {array.shape}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +170,9 @@ class Student:
 
     Attributes:
         hidden: `hidden(params, tokens_BT, positions_BT, segment_ids_BT) -> Float[B T D]`, the rows that the head reads.
-        head: `head(params) -> Float[D V]`, the language-model head; None when `hidden` already returns logits (`V` for `D`).
+        head: `head(params) -> Float[D V]`, the language-model head; None if `hidden` returns logits (`V` for `D`).
         softcap: c > 0 makes every logit `c * tanh(logit / c)` (Gemma 2), or None.
-        vocab_size: the number of real tokens where the head has padded columns, or None. Ids at and above it have
+        vocab_size: the number of real tokens if the head has padded columns, or None. Ids at and above it have
             probability zero in losses and are never drawn.
     """
 
@@ -159,9 +189,10 @@ class Student:
 
     @classmethod
     def from_logits(cls, apply_fn: Callable[..., Any], *, vocab_size: int | None = None) -> Student:
-        """A student from any model that returns logits: `apply_fn(params, tokens, positions, segment_ids) -> [B T V]`.
+        """Return a student from any model that returns logits.
 
-        The engine then has no head to tile, so the `[B, T, V]` logits and their gradient exist in full.
+        `apply_fn(params, tokens, positions, segment_ids) -> [B T V]`. There is no head to tile then, so the
+        `[B, T, V]` logits and their gradient exist in full.
         """
         return cls(hidden=apply_fn, head=None, vocab_size=vocab_size)
 
@@ -172,7 +203,7 @@ class Student:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
-        """The model's logits in float32, padded columns included, for tests and tools; train steps never build them."""
+        """Return the logits in float32, padded columns included, for tests and tools. Train steps never build them."""
         rows_BTD = self.hidden(params, tokens, positions, segment_ids)
         return project(rows_BTD, None if self.head is None else self.head(params), self.softcap)
 
@@ -180,7 +211,10 @@ class Student:
 def project(
     rows_D: Float[Array, "*batch D"], head_DV: Float[Array, "D V"] | None, softcap: float | None = None
 ) -> Float[Array, "*batch V"]:
-    """Hidden rows to float32 logits: `rows @ head` accumulated in float32, then the soft-cap. No head: rows are logits."""
+    """Return float32 logits of hidden rows: `rows @ head` accumulated in float32, then the soft-cap.
+
+    Without a head the rows are the logits.
+    """
     if head_DV is None:
         logits_V = rows_D.astype(jnp.float32)
     else:

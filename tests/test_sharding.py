@@ -78,7 +78,9 @@ def make_batch(seed: int, ghosts: bool, B: int = 16, T: int = 16) -> Any:
     q = rng.dirichlet(np.ones(60), (B, T)).astype(np.float32)
     top = np.argsort(-q, axis=-1)[..., :TOP_K]
     log_q = np.log(np.take_along_axis(q, top, -1))
-    return GhostBatch(tokens, targets, positions, segments, mask, top_ids=top.astype(np.int32), top_log_probs=log_q)
+    return GhostBatch(
+        tokens, targets, positions, segments, mask, extra={"top_ids": top.astype(np.int32), "top_log_probs": log_q}
+    )
 
 
 def run(

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from cotgrpo import objectives
-from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenInputs, ghost_reward
-from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
-from cotgrpo.tiled_loss import HeadSpec, TokenRows, default_tile_size, draw, tiled_loss
+from cotgrpo.objectives import (
+    ForwardKl,
+    Nll,
+    Pair,
+    ReferenceKl,
+    Reinforce,
+    RewardGradient,
+    TokenInputs,
+    draw,
+    ghost_reward,
+)
+from cotgrpo.tiled_loss import HeadSpec, Reference, default_tile_size, tiled_loss
 
 N, D, V, REAL = 50, 16, 300, 290
 
@@ -38,28 +47,26 @@ SPECS = {
 }
 
 
-def problem(objective: Any, seed: int = 0) -> tuple[Any, Any, TokenRows, Any]:
+def problem(objective: Any, seed: int = 0) -> tuple[Any, Any, TokenInputs, Reference | None]:
     keys = jax.random.split(jax.random.key(seed), 7)
     hidden = jax.random.normal(keys[0], (N, D))
     head = 0.5 * jax.random.normal(keys[1], (D, V))
     weight = jnp.where(jax.random.uniform(keys[2], (N,)) < 0.6, jax.random.uniform(keys[3], (N,)), 0.0)
     draws = objectives.num_draws(objective)
-    with_reference = getattr(objective, "needs_reference", False)
     log_q = jax.nn.log_softmax(2.0 * jax.random.normal(keys[4], (N, REAL)))
-    told = objectives.top_k(objective)
-    top_log_probs, top_ids = jax.lax.top_k(log_q, told) if told else (None, None)
-    rows = TokenRows(
+    top_k = objectives.top_k(objective)
+    extra = dict(zip(("top_log_probs", "top_ids"), jax.lax.top_k(log_q, top_k), strict=True)) if top_k else {}
+    inputs = TokenInputs(
         ghost=jax.random.randint(keys[4], (N,), 0, REAL),
         weight=weight,
         drawn=jax.random.randint(keys[5], (N, draws), 0, REAL) if draws else None,
-        reference_hidden=jax.random.normal(keys[6], (N, D // 2)) if with_reference else None,
-        top_ids=top_ids,
-        top_log_probs=top_log_probs,
+        extra=extra,
     )
-    return hidden, head, rows, head[: D // 2] if with_reference else None
+    reference = Reference(jax.random.normal(keys[6], (N, D // 2)), head[: D // 2])
+    return hidden, head, inputs, reference if objectives.needs_reference(objective) else None
 
 
-def naive(objective: Any, spec: HeadSpec, rows: TokenRows, reference_head: Any) -> Callable[..., Any]:
+def naive(objective: Any, spec: HeadSpec, inputs: TokenInputs, reference: Reference | None) -> Callable[..., Any]:
     """All the logits at once, the objective as a plain function, JAX's own gradient."""
 
     def logits_of(hidden: Any, head: Any, cap: HeadSpec) -> Any:
@@ -69,19 +76,11 @@ def naive(objective: Any, spec: HeadSpec, rows: TokenRows, reference_head: Any) 
 
     def total(hidden: Any, head: Any) -> Any:
         logits = logits_of(hidden, head, spec)
-        reference = None if reference_head is None else logits_of(rows.reference_hidden, reference_head, HeadSpec())
-        rest = (rows.ghost, rows.weight, reference, rows.top_ids, rows.top_log_probs)
-
-        def at_each(z: Any, y: Any, ghost: Any, weight: Any, reference: Any, ids: Any, log_probs: Any) -> Any:
-            row = TokenInputs(ghost, y, weight, reference, top_ids=ids, top_log_probs=log_probs)
-            return objective(z, row)[0]
-
-        if rows.drawn is None:
-            losses = jax.vmap(lambda z, *rest: at_each(z, None, *rest))(logits, *rest)
-        else:
-            over_draws = jax.vmap(at_each, in_axes=(None, 0, *(None,) * len(rest)))
-            losses = jnp.mean(jax.vmap(over_draws)(logits, rows.drawn, *rest), axis=1)
-        return jnp.sum(rows.weight * losses)
+        frozen = None if reference is None else logits_of(reference.hidden, reference.head, HeadSpec())
+        loss = lambda z, token: objective(z, token)[0]
+        over_draws = lambda z, token: jnp.mean(jax.vmap(lambda y: loss(z, token.replace(drawn=y)))(token.drawn))
+        each = loss if inputs.drawn is None else over_draws
+        return jnp.sum(inputs.weight * jax.vmap(each)(logits, inputs.replace(reference_logits=frozen)))
 
     return total
 
@@ -90,13 +89,13 @@ def naive(objective: Any, spec: HeadSpec, rows: TokenRows, reference_head: Any) 
 @pytest.mark.parametrize("spec", SPECS)
 def test_engine_is_naive_autodiff(name: str, spec: str) -> None:
     objective = OBJECTIVES[name]
-    hidden, head, rows, reference_head = problem(objective)
+    hidden, head, rows, reference = problem(objective)
     expected, expected_grads = jax.jit(
-        jax.value_and_grad(naive(objective, SPECS[spec], rows, reference_head), argnums=(0, 1))
+        jax.value_and_grad(naive(objective, SPECS[spec], rows, reference), argnums=(0, 1))
     )(hidden, head)
 
     def engine(hidden: Any, head: Any) -> Any:  # two whole tiles and a half, each of two blocks
-        return tiled_loss(objective, hidden, head, rows, spec=SPECS[spec], reference_head=reference_head, tile_size=20)
+        return tiled_loss(objective, hidden, head, rows, spec=SPECS[spec], reference=reference, tile_size=20)
 
     (loss, _), grads = jax.jit(jax.value_and_grad(engine, argnums=(0, 1), has_aux=True))(hidden, head)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -134,7 +133,7 @@ def test_metrics_are_weighted_sums() -> None:
     _, sums = tiled_loss(Pair(), hidden, head, rows, tile_size=16)
     expected: dict[str, float] = {}
     for i in range(N):
-        _, metrics = Pair()((hidden @ head)[i], TokenInputs(rows.ghost[i], None, rows.weight[i]))
+        _, metrics = Pair()((hidden @ head)[i], TokenInputs(rows.ghost[i], rows.weight[i]))
         for name, value in metrics.items():
             expected[name] = expected.get(name, 0.0) + float(rows.weight[i] * value)
     assert sums.keys() == expected.keys()
@@ -205,10 +204,10 @@ def test_memory_at_a_real_vocabulary_is_an_eighth_of_the_naive_step() -> None:
     """V = 49,152 and 8,192 tokens, as compiled; nothing runs."""
     tokens, width, vocab = 8_192, 576, 49_152
     float32, int32 = (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32))
-    rows = TokenRows(ghost=int32(tokens), weight=float32(tokens))
+    rows = TokenInputs(ghost=int32(tokens), weight=float32(tokens))
 
-    def all_at_once(hidden: Any, head: Any, rows: TokenRows) -> Any:
-        each = lambda z, ghost: objective(z, TokenInputs(ghost, None, jnp.float32(1.0)))[0]
+    def all_at_once(hidden: Any, head: Any, rows: TokenInputs) -> Any:
+        each = lambda z, ghost: objective(z, TokenInputs(ghost, jnp.float32(1.0)))[0]
         return jnp.sum(rows.weight * jax.vmap(each)(hidden @ head, rows.ghost))
 
     def temporaries(function: Any) -> int:
@@ -253,8 +252,9 @@ def test_padded_columns_are_never_drawn() -> None:
     hidden, head, rows, _ = problem(RewardGradient())
     head = head.at[:, REAL:].set(10.0 * jnp.sign(hidden[0])[:, None])  # the padded columns would win by far
     drawn_by = lambda logits, row: (jnp.float32(0.0), {"padded": (row.drawn >= REAL) * 1.0})
-    rows = rows.replace(drawn=None, uniform=jax.random.uniform(jax.random.key(1), (N, 1)), weight=jnp.ones(N))
-    count = lambda spec: float(tiled_loss(drawn_by, hidden, head, rows, spec=spec)[1]["padded"])
+    rows = rows.replace(drawn=None, weight=jnp.ones(N))
+    uniform = jax.random.uniform(jax.random.key(1), (N, 1))
+    count = lambda spec: float(tiled_loss(drawn_by, hidden, head, rows, uniform=uniform, spec=spec)[1]["padded"])
     assert count(HeadSpec(vocab_size=REAL)) == 0
     assert count(HeadSpec()) > 0
 

@@ -20,19 +20,19 @@ from cotgrpo.models.decoder import init_params, unstack_layers
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
-from cotgrpo.tiled_loss import TokenRows, default_tile_size, tiled_loss
+from cotgrpo.tiled_loss import default_tile_size, tiled_loss
 
 OBJECTIVES: dict[str, Objective] = {"nll": Nll(), "pair": Pair()}
 
 
-def naive_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenRows) -> Any:
+def naive_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenInputs) -> Any:
     """All logits at once, and JAX's own gradient: what the engine is measured against."""
     logits_NV = jnp.matmul(hidden_ND, head_DV, preferred_element_type=jnp.float32)
-    each = lambda logits_V, ghost, weight: objective(logits_V, TokenInputs(ghost, None, weight))[0]
+    each = lambda logits_V, ghost, weight: objective(logits_V, TokenInputs(ghost, weight))[0]
     return jnp.sum(rows.weight * jax.vmap(each)(logits_NV, rows.ghost, rows.weight))
 
 
-def engine_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenRows) -> Any:
+def engine_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenInputs) -> Any:
     """The same by the engine."""
     return tiled_loss(objective, hidden_ND, head_DV, rows)[0]
 
@@ -49,7 +49,7 @@ def measure_engine(config: DecoderConfig, args: argparse.Namespace) -> dict[str,
         keys = jax.random.split(jax.random.key(0), 3)
         hidden_ND = jax.random.normal(keys[0], (N, D), args.dtype)
         head_DV = 0.05 * jax.random.normal(keys[1], (D, vocab), args.dtype)
-        tokens = TokenRows(ghost=jax.random.randint(keys[2], (N,), 0, vocab), weight=jnp.ones((N,)))
+        tokens = TokenInputs(ghost=jax.random.randint(keys[2], (N,), 0, vocab), weight=jnp.ones((N,)))
         programs, facts = {}, {}
         for name in args.objectives:
             naive = compiled(gradient_of(naive_loss, name), hidden_ND, head_DV, tokens)[1]["temp_bytes"]

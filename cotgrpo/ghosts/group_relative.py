@@ -1,7 +1,8 @@
-"""Batches of Group Relative Policy Optimization: several replies to each question, each as good as it is right more often than its group.
+"""Batches of Group Relative Policy Optimization: several replies to each question, rewarded against their mean.
 
-GRPO in this library is GhostRespond Policy Optimization; this is what the field calls GRPO, for comparison, and is called `group_relative`. It has no ghost: the signal is
-one number a reply, whether its answer is right, and the group's mean is the baseline (Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300).
+GRPO in this library is GhostRespond Policy Optimization. This is what the field calls GRPO, for comparison, and is
+called `group_relative`. It has no ghost. The signal is one number a reply, whether its answer is right, and the group's
+mean is the baseline (Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TINY = 1e-4
 
 
 def group_advantages(rewards: Float[AnyArray, "B"], group: int) -> Float[Array, "B"]:
-    """`(R_i - mean(R)) / (sd(R) + 1e-4)` over the `group` rewards beside each other; 0 in a group of equal ones.
+    """Return `(R_i - mean(R)) / (sd(R) + 1e-4)` over each `group` of adjacent rewards; 0 in a group of equal ones.
 
     Example:
         >>> import numpy as np
@@ -35,18 +36,20 @@ def group_advantages(rewards: Float[AnyArray, "B"], group: int) -> Float[Array, 
 
 
 def group_batch(prompts: Prompts, replies: Replies, rewards: Float[AnyArray, "B"], group: int) -> GhostBatch:
-    """Replies with their advantages, for `cotgrpo.objectives.GroupRelative`.
+    """Return replies with their advantages, for `cotgrpo.objectives.GroupRelative`.
 
-    A reply's tokens have the weight 1 / length each, so a step's loss is the mean over replies of the mean over tokens, as in the paper.
+    A reply's tokens have the weight 1 / length each. So a step's loss is the mean over replies of the mean over tokens,
+    as in the paper.
 
     Args:
-        prompts: `group` rows beside each other have the same one.
+        prompts: `group` adjacent rows have the same one.
         replies: what the student wrote.
         rewards: of each reply.
         group: replies to a question.
 
     Returns:
-        A batch `[B, P + N]` as `with_replies` lays it out. There is no ghost: `ghost_tokens` are the student's own.
+        A batch `[B, P + N]` as `with_replies` lays it out. There is no ghost: `ghost_tokens` are the student's own. Its
+        extra arrays are `drawn_log_probs` and `advantages`.
     """
     own = with_replies(prompts, replies)
     advantages_B1 = group_advantages(rewards, group)[:, None]
@@ -58,6 +61,8 @@ def group_batch(prompts: Prompts, replies: Replies, rewards: Float[AnyArray, "B"
         segment_ids=own.segment_ids,
         loss_mask=own.loss_mask / jnp.maximum(replies.lengths, 1)[:, None],
         drawn_tokens=own.targets,
-        drawn_log_probs=jnp.pad(replies.log_probs, columns),
-        advantages=jnp.broadcast_to(advantages_B1, own.tokens.shape),
+        extra={
+            "drawn_log_probs": jnp.pad(replies.log_probs, columns),
+            "advantages": jnp.broadcast_to(advantages_B1, own.tokens.shape),
+        },
     )

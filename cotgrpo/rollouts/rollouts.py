@@ -1,7 +1,8 @@
-"""What all batches of the student's own replies share: which questions come when, what is kept of the replies, and how they are judged.
+"""What all batches of the student's own replies share: the order of the questions, saved replies, and grading.
 
-A batch depends on the parameters, so the loop tells them (`follow`) before it takes one. `cotgrpo.rollouts.on_policy` learns from a live ghost's word at each prefix of
-the replies, and `cotgrpo.rollouts.group_relative` from which of them are right.
+A batch depends on the parameters, so the loop calls `set_params` before it takes one. `cotgrpo.rollouts.on_policy`
+learns from a live ghost at each prefix of the replies. `cotgrpo.rollouts.group_relative` learns from which of them are
+right.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import base64
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,22 +26,22 @@ from cotgrpo.sampling import Prompts, Replies, pad_prompts
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params
 
 ROLLOUTS = 0x726F6C6C
-"""Folded into the run's key: rollouts draw from a stream of their own, apart from the steps'."""
+"""Folded into the run's key, so that rollouts and steps draw from separate random streams."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutPrompt:
-    """A training row whose reply the student writes itself.
+    """A question that the student replies to.
 
     Attributes:
-        question: the row; its right answer judges the reply.
+        question: the row, whose right answer grades the reply.
         prompt: int32 tokens that the student reads.
-        reads: int32 tokens that the live ghost reads instead, or None for the same.
+        teacher_prompt: int32 tokens that the live ghost reads instead, or None for `prompt`.
     """
 
     question: Question
     prompt: np.ndarray
-    reads: np.ndarray | None = None
+    teacher_prompt: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,12 @@ class RolloutSettings:
     """The sizes of a batch, and how often its replies are used.
 
     Attributes:
-        replies: the student's own, one a row.
-        seq_len: columns of a row, those of the reply included.
+        replies: rows with a reply of the student.
+        seq_len: columns of a row, including those of the reply.
         max_new_tokens: columns of the reply.
-        forced_rows: teacher-forced rows beside them.
+        forced_rows: further rows that are teacher-forced.
         updates_per_rollout: updates on the same replies.
-        ratio_clip: bound of the weights of a later update (`cotgrpo.ghosts.live.reweighted`).
+        ratio_clip: bound of the weights of a later update, as in `cotgrpo.ghosts.live`.
     """
 
     replies: int
@@ -70,58 +71,65 @@ class RolloutSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """A batch as it was drawn, and what is still to be done with it. In a checkpoint's JSON it is `text`, which waits for the arrays.
+    """A batch as it was drawn. A checkpoint's JSON holds its `text`, which waits for the arrays.
 
     Attributes:
         batch: the contexts with their ghosts.
-        log_probs: `[B, T]`, log p of the token behind each context when it was drawn, or None where no later use asks.
-        asked: the questions of replies that are not judged yet, or None.
+        log_probs: `[B, T]`, log p of the token after each context when it was drawn, or None if no later update needs
+            it.
+        prompts: the questions of replies that have not been graded, or None.
         replies: the replies.
         rewards: ghost tokens and rewards of the rows to log, or None.
     """
 
     batch: GhostBatch
-    log_probs: Any = None
-    asked: list[RolloutPrompt] | None = None
+    log_probs: jax.Array | np.ndarray | None = None
+    prompts: list[RolloutPrompt] | None = None
     replies: Replies | None = None
-    rewards: Any = None
+    rewards: tuple[jax.Array, jax.Array] | None = None
 
     @functools.cached_property
     def text(self) -> str:
-        """The arrays that a later update needs."""
-        return arrays_as_text(vars(self.batch) | {"log_probs": self.log_probs})
+        """The arrays that a later update needs, as text."""
+        fields = {name: value for name, value in vars(self.batch).items() if name != "extra"}
+        return arrays_as_text(fields | self.batch.extra | {"log_probs": self.log_probs})
 
     @classmethod
     def from_text(cls, text: str) -> RolloutBatch:
+        """Restore the arrays of `text`."""
         fields = arrays_of_text(text)
         log_probs = fields.pop("log_probs", None)
-        return cls(GhostBatch(**fields), log_probs)
+        own = {field.name for field in dataclasses.fields(GhostBatch)}
+        extra = {name: fields.pop(name) for name in set(fields) - own}
+        return cls(GhostBatch(**fields, extra=extra), log_probs)
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingReplies:
-    """Replies that no batch has been made of yet. In a checkpoint's JSON they are `text`, which waits for them."""
+    """Replies that were drawn before their batch. A checkpoint's JSON holds their `text`, which waits for them."""
 
     replies: Replies
 
     @functools.cached_property
     def text(self) -> str:
+        """The arrays as text."""
         return arrays_as_text(vars(self.replies))
 
     @classmethod
     def from_text(cls, text: str) -> PendingReplies:
+        """Restore the arrays of `text`."""
         return cls(Replies(**arrays_of_text(text)))
 
 
-def arrays_as_text(arrays: dict[str, Any]) -> str:
-    """Named arrays, of which some may be None and are left out."""
+def arrays_as_text(arrays: Mapping[str, jax.Array | np.ndarray | None]) -> str:
+    """Return named arrays as base64 text. Arrays that are None are left out."""
     file = io.BytesIO()
     np.savez_compressed(file, **{name: value for name, value in arrays.items() if value is not None})
     return base64.b64encode(file.getvalue()).decode()
 
 
-def arrays_of_text(text: str) -> dict[str, Any]:
-    """What `arrays_as_text` wrote."""
+def arrays_of_text(text: str) -> dict[str, np.ndarray]:
+    """Return the arrays that `arrays_as_text` wrote."""
     with np.load(io.BytesIO(base64.b64decode(text))) as arrays:
         return dict(arrays)
 
@@ -129,20 +137,22 @@ def arrays_of_text(text: str) -> dict[str, Any]:
 class Rollouts(abc.ABC):
     """An endless iterator of batches of the student's own replies, with the state of a data iterator.
 
-    Batch n is a function of the run's seed, n, and the parameters that `follow` told before it, so a run that is resumed at any step goes on with the same
-    batches. Only while replies are used again, or were drawn before their turn, are they part of the state. On a mesh every device writes the replies to its
-    share of a batch's questions, and the batch is whole on each; of several processes each makes the same batches.
+    Batch n is a function of the run's seed, n, and the newest parameters. A run that is resumed at any step therefore
+    gets the same batches. Replies are part of the state only while later updates need them.
+
+    On a mesh every device writes the replies to its share of a batch's questions, and the batch is whole on each. With
+    several processes each makes the same batches.
 
     Args:
-        template: takes replies apart.
-        questions: training rows.
+        template: splits replies into rationale and answer.
+        questions: what the student replies to.
         settings: sizes, and how often replies are used.
-        seed: of the order of the questions, and of what is drawn.
-        merged: the student's whole parameters from those that are trained (LoRA's adapters).
-        group: replies to each question, beside each other in a batch; divides `settings.replies`.
+        seed: of the order of the questions, and of the draws.
+        merged: returns the student's whole parameters for the trained ones (LoRA's adapters).
+        group: replies to each question, adjacent in a batch; divides `settings.replies`.
 
     Raises:
-        DataError: no question, or a prompt that leaves no room for the reply.
+        DataError: no questions, or a prompt that leaves no room for the reply.
     """
 
     def __init__(
@@ -152,7 +162,7 @@ class Rollouts(abc.ABC):
         settings: RolloutSettings,
         *,
         seed: int,
-        merged: Callable[[Any], Params] = lambda trained: trained,
+        merged: Callable[[Params], Params] = lambda trained: trained,
         group: int = 1,
     ) -> None:
         import grain
@@ -164,95 +174,98 @@ class Rollouts(abc.ABC):
         self.key = jax.random.fold_in(jax.random.key(seed), ROLLOUTS)
         self.taken = 0
         self.params: Params = None
-        self.held: RolloutBatch | None = None  # the newest replies: to be judged, and maybe used again
+        self.newest: RolloutBatch | None = None  # to be graded, and used again by later updates
 
     @abc.abstractmethod
     def roll_out(self, number: int) -> RolloutBatch:
-        """Batch `number`, of new replies."""
+        """Return batch `number`, with new replies."""
 
     @abc.abstractmethod
-    def again(self, held: RolloutBatch) -> GhostBatch:
-        """The batch of replies that were used before."""
+    def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
+        """Return a batch of replies that an earlier update has used."""
 
     @abc.abstractmethod
     def observed(self) -> Metrics:
-        """Means over the replies of the latest batch, as `rollout_metrics` names them, once for each; waits for the replies."""
+        """Return the `rollout_metrics` of the newest batch, once for each batch. Waits for the replies."""
 
-    def follow(self, trained: Any) -> None:
-        """The newest trained parameters, which the next batch is drawn with. Called before they are donated to a step."""
+    def set_params(self, trained: Params) -> None:
+        """Set the trained parameters that draw the next batch. Called before they are donated to a step."""
         self.params = self.merged(trained)
 
     def __next__(self) -> GhostBatch:
         uses = self.taken % self.settings.updates_per_rollout
         self.taken += 1
         if uses:
-            assert self.held is not None
-            return self.again(self.held)
-        self.held = self.roll_out(self.taken - 1)
-        return self.held.batch
+            assert self.newest is not None
+            return self.reuse_batch(self.newest)
+        self.newest = self.roll_out(self.taken - 1)
+        return self.newest.batch
 
-    def asked(self, number: int) -> list[RolloutPrompt]:
-        """The questions of batch `number`, one a reply."""
+    def prompts_for(self, number: int) -> list[RolloutPrompt]:
+        """Return the questions of batch `number`, one for each reply."""
         count = self.settings.replies // self.group
         first = number // self.settings.updates_per_rollout * count
         return [self.questions[int(self.order[i])] for i in range(first, first + count) for _ in range(self.group)]
 
-    def prompts(self, asked: Sequence[RolloutPrompt]) -> Prompts:
-        """What the student reads."""
-        return pad_prompts([q.prompt for q in asked], length=self.settings.prompt_columns, pad_id=self.template.pad_id)
+    def padded(self, prompts: Sequence[RolloutPrompt]) -> Prompts:
+        """Return what the student reads, padded."""
+        tokens = [prompt.prompt for prompt in prompts]
+        return pad_prompts(tokens, length=self.settings.prompt_columns, pad_id=self.template.pad_id)
 
-    def key_of(self, number: int) -> Any:
-        """The random key of batch `number`."""
+    def key_of(self, number: int) -> jax.Array:
+        """Return the random key of batch `number`."""
         return jax.random.fold_in(self.key, number)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able but for arrays, which `Checkpoints.save` turns to text: the loop asks at every step, and the device would wait for that."""
+        """Return the position. Its arrays become text in `Checkpoints.save`, so that no step waits for them."""
         state: dict[str, Any] = {"taken": self.taken}
         if self.taken % self.settings.updates_per_rollout:
-            assert self.held is not None
-            state["held"] = self.held
+            assert self.newest is not None
+            state["held"] = self.newest
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Restore the position."""
         self.taken = state["taken"]
         if "held" in state:
-            self.held = RolloutBatch.from_text(state["held"])
+            self.newest = RolloutBatch.from_text(state["held"])
 
 
-def ids_of(written: Replies) -> list[np.ndarray]:
-    """The tokens of each reply, of arrays on the host."""
-    return [np.asarray(row[:length]) for row, length in zip(written.tokens, written.lengths, strict=True)]
+def token_ids(replies: Replies) -> list[np.ndarray]:
+    """Return the tokens of each reply. The arrays must be on the host."""
+    return [np.asarray(row[:length]) for row, length in zip(replies.tokens, replies.lengths, strict=True)]
 
 
-def judged(template: AnyTemplate, asked: Sequence[RolloutPrompt], written: Replies) -> list[Reply]:
-    """Each reply taken apart, and held against its question's right answer."""
-    ids = ids_of(written)
-    return [judge(template, q.question, i, bool(end)) for q, i, end in zip(asked, ids, written.finished, strict=True)]
+def grade_replies(template: AnyTemplate, prompts: Sequence[RolloutPrompt], replies: Replies) -> list[Reply]:
+    """Split each reply into rationale and answer, and compare the answer with the right one."""
+    ids = token_ids(replies)
+    return [judge(template, p.question, i, bool(end)) for p, i, end in zip(prompts, ids, replies.finished, strict=True)]
 
 
-def rollout_metrics(correct: Any, written: Replies) -> Metrics:
-    """Means over replies: `accuracy`, `reply_length` in tokens, `unfinished`; and `rollout_tokens` a batch."""
-    count, tokens = len(written.lengths), int(written.lengths.sum())
+def rollout_metrics(correct: Iterable[bool | int | np.integer], replies: Replies) -> Metrics:
+    """Return means over replies (`accuracy`, `reply_length`, `unfinished`), and `rollout_tokens` per batch."""
+    count, tokens = len(replies.lengths), int(replies.lengths.sum())
     return {
         "accuracy": metric(int(sum(correct)), count),
         "reply_length": metric(tokens, count),
-        "unfinished": metric(count - int(written.finished.sum()), count),
+        "unfinished": metric(count - int(replies.finished.sum()), count),
         "rollout_tokens": metric(tokens, 1),
     }
 
 
 def metric(total: int, weight: int) -> Metric:
-    """A metric that the host counted."""
+    """Return a metric that the host counted."""
     return Metric(*(np.asarray(value, np.float32) for value in (total, weight)))
 
 
 def check_questions(questions: Sequence[RolloutPrompt], settings: RolloutSettings) -> None:
-    """Raises DataError where there is no question, or no room for a reply behind one."""
+    """Raise DataError if there are no questions, or one leaves no room for a reply."""
     if not questions:
         raise DataError("On-policy training needs training rows, got none.")
     longest = max(questions, key=lambda q: len(q.prompt))
     if len(longest.prompt) > settings.prompt_columns:
         raise DataError(
-            f"{longest.question.source or 'A training row'}: its prompt has {len(longest.prompt)} tokens, but data.seq_len {settings.seq_len} leaves "
-            f"{settings.prompt_columns} beside a reply of {settings.max_new_tokens} (grpo.ghosts.max_new_tokens). Raise the one, or lower the other."
+            f"{longest.question.source or 'A training row'}: its prompt has {len(longest.prompt)} tokens, but data.seq_len "
+            f"{settings.seq_len} leaves {settings.prompt_columns} besides a reply of {settings.max_new_tokens} "
+            "(grpo.ghosts.max_new_tokens). Raise the first, or lower the second."
         )

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student, unstack_layers
-from cotgrpo.objectives import softmax
+from cotgrpo.objectives import draw, likeliest, softmax
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
 from cotgrpo.sharding import batch_shards, open_axes
-from cotgrpo.tiled_loss import HeadSpec, draw, likeliest
+from cotgrpo.tiled_loss import HeadSpec
 from cotgrpo.types import Params
 from cotgrpo.xla_cpu import project_few_tokens
 
@@ -65,7 +65,7 @@ def make_sampler(
     if decode_batch_size is not None and decode_batch_size < 1:
         raise ValueError(f"make_sampler: decode_batch_size must be at least 1 or None, got {decode_batch_size}.")
     student = make_student(config, vocab_size)
-    spec = HeadSpec(student.softcap, student.vocab_size)
+    spec = HeadSpec.of(student)
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
         prompts = jax.tree.map(jnp.asarray, prompts)

@@ -59,7 +59,11 @@ def test_the_surrogate_against_numpy_and_autodiff(advantage: float, shift: float
     ratio, u = np.exp(shift), np.exp(log_ref - log_p)
     want = -min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage) + kl_weight * (u - np.log(u) - 1)
     row = TokenInputs(
-        jnp.int32(3), jnp.int32(7), jnp.float32(1), jnp.float32(ref), jnp.float32(log_p - shift), jnp.float32(advantage)
+        jnp.int32(3),
+        jnp.float32(1),
+        jnp.int32(7),
+        jnp.float32(ref),
+        {"drawn_log_probs": jnp.float32(log_p - shift), "advantages": jnp.float32(advantage)},
     )
     (loss, metrics), grad = value_and_grad(objective)(jnp.float32(z), row)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
@@ -121,9 +125,9 @@ def test_groups_of_equal_rewards_change_nothing(reward: int) -> None:
 
 
 def test_a_batch_without_advantages_is_an_error() -> None:
-    batch = batch_of([1] * 8)[0].replace(advantages=None)
+    batch = batch_of([1] * 8)[0].replace(extra={})
     tx = optax.sgd(1.0)
-    with pytest.raises(ValueError, match="needs a batch with advantages and drawn_log_probs"):
+    with pytest.raises(ValueError, match="needs the extra array 'drawn_log_probs'"):
         make_grpo_step(STUDENT, tx, GroupRelative())(TrainState.create(params=PARAMS, tx=tx, key=0), batch)
 
 
@@ -147,17 +151,17 @@ def test_replies_that_are_drawn_one_update_ahead(reuse: int) -> None:
     template = Template(tokenizer)
     asked = [RolloutPrompt(Question(str(n), "7"), np.array([3 + n, 4], np.int32)) for n in range(8)]
     settings = RolloutSettings(8, 10, 6, updates_per_rollout=reuse)
-    make = lambda: GroupRelativeBatches(SAMPLE, template, asked, settings, seed=0, group=GROUP, ahead=True)
+    make = lambda: GroupRelativeBatches(SAMPLE, template, asked, settings, seed=0, group=GROUP, prefetch=True)
     batches = make()
     students = [jax.tree.map(lambda x, n=n: (1 + 0.5 * n) * x, PARAMS) for n in range(3 * reuse)]
     for number, params in enumerate(students):
-        batches.follow(params)
+        batches.set_params(params)
         batch = next(batches)
         first = number // reuse * reuse
         writer = students[max(first - 1, 0)]
-        want = SAMPLE(writer, batches.prompts(batches.asked(first)), batches.key_of(first))
+        want = SAMPLE(writer, batches.padded(batches.prompts_for(first)), batches.key_of(first))
         np.testing.assert_array_equal(batch.drawn_tokens[:, 3:9], want.tokens)
-        np.testing.assert_array_equal(batch.drawn_log_probs[:, 3:9], want.log_probs)
+        np.testing.assert_array_equal(batch.extra["drawn_log_probs"][:, 3:9], want.log_probs)
         state = json.loads(json.dumps(batches.get_state(), default=lambda arrays: arrays.text))
         assert ("drawn" in state) == ((number + 1) % reuse == 0)
         batches = make()  # as after a resume, from here

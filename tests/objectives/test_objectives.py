@@ -44,14 +44,16 @@ def row(ghost: int, drawn: int | None = None, reference: jax.Array | None = None
     """With a distribution of the ghost too, whose likeliest tokens are `ghost` and the two behind it."""
     drawn_id = None if drawn is None else jnp.int32(drawn)
     top = (jnp.arange(3) + ghost) % V, jnp.log(jnp.array([0.5, 0.3, 0.1]))
-    return TokenInputs(jnp.int32(ghost), drawn_id, jnp.float32(1.0), reference, top_ids=top[0], top_log_probs=top[1])
+    extra = {"top_ids": top[0], "top_log_probs": top[1]}
+    return TokenInputs(jnp.int32(ghost), jnp.float32(1.0), drawn_id, reference, extra)
 
 
 def told(q: np.ndarray, top_k: int) -> TokenInputs:
     """The row of a live ghost with this distribution."""
     ids = np.argsort(-q, kind="stable")[:top_k]
     log_q = jnp.log(jnp.asarray(q[ids], jnp.float32))
-    return TokenInputs(jnp.int32(ids[0]), None, jnp.float32(1.0), top_ids=jnp.asarray(ids), top_log_probs=log_q)
+    extra = {"top_ids": jnp.asarray(ids), "top_log_probs": log_q}
+    return TokenInputs(jnp.int32(ids[0]), jnp.float32(1.0), extra=extra)
 
 
 def gradient(objective: objectives.Objective, logits: jax.Array, token: TokenInputs) -> jax.Array:
@@ -197,9 +199,7 @@ def test_fixed_points(beta: float, negatives: str) -> None:
     expected = q if negatives == "calibrated" else q ** (1 / (1 + beta)) / jnp.sum(q ** (1 / (1 + beta)))
 
     def mean_over_ghosts(logits: jax.Array) -> jax.Array:
-        per_ghost = jax.vmap(lambda g: gradient(objective, logits, TokenInputs(g, None, jnp.float32(1.0))))(
-            jnp.arange(V)
-        )
+        per_ghost = jax.vmap(lambda g: gradient(objective, logits, TokenInputs(g, jnp.float32(1.0))))(jnp.arange(V))
         return jnp.sum(q[:, None] * per_ghost, axis=0)
 
     np.testing.assert_allclose(mean_over_ghosts(jnp.log(expected)), 0.0, atol=1e-6)
@@ -215,7 +215,7 @@ def test_forward_kl_by_enumeration(top_k: int, seed: int) -> None:
     logits, objective = random_logits(seed), ForwardKl(top_k)
     p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (logits, random_logits(seed + 9)))
     token = told(q, top_k)
-    top = np.isin(np.arange(V), np.asarray(token.top_ids))
+    top = np.isin(np.arange(V), np.asarray(token["top_ids"]))
     merged = lambda x: np.append(x[top], x[~top].sum()) if top_k < V else x
     want = np.sum(merged(q) * np.log(merged(q) / merged(p)))
     spread = np.where(top, q, p / max(p[~top].sum(), 1e-300) * q[~top].sum())
@@ -229,8 +229,8 @@ def test_forward_kl_by_enumeration(top_k: int, seed: int) -> None:
 def test_forward_kl_rests_at_the_ghosts_distribution() -> None:
     q = np.asarray(jax.nn.softmax(random_logits(5)), np.float64)
     whole, part = (told(q, top_k) for top_k in (V, 3))
-    for token, near in ((whole, np.ones(V, bool)), (part, np.isin(np.arange(V), np.asarray(part.top_ids)))):
-        step = lambda _, z, token=token: z - gradient(ForwardKl(token.top_ids.size), z, token)
+    for token, near in ((whole, np.ones(V, bool)), (part, np.isin(np.arange(V), np.asarray(part["top_ids"])))):
+        step = lambda _, z, token=token: z - gradient(ForwardKl(token["top_ids"].size), z, token)
         p = jax.nn.softmax(jax.lax.fori_loop(0, 4_000, step, random_logits(6)))
         np.testing.assert_allclose(p[near], q[near], atol=1e-5)
 
@@ -239,7 +239,7 @@ def test_forward_kl_rests_at_the_ghosts_distribution() -> None:
 def test_forward_kl_to_a_certain_ghost_is_nll(top_k: int) -> None:
     """As teacher-forced rows tell it: all of q on one token, which is named for the others as well."""
     logits, log_q = random_logits(1), jnp.where(jnp.arange(top_k) == 0, 0.0, objectives.MASKED_LOGIT)
-    token = row(2).replace(top_ids=jnp.full(top_k, 2), top_log_probs=log_q)
+    token = row(2).replace(extra={"top_ids": jnp.full(top_k, 2), "top_log_probs": log_q})
     (loss, _), grad = objectives.value_and_grad(ForwardKl(top_k))(logits, token)
     (want, _), want_grad = objectives.value_and_grad(Nll())(logits, token)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
@@ -316,7 +316,8 @@ def test_softmax(shift: float) -> None:
 def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float) -> None:
     logits = jnp.array([size, -size, 0.0, size, objectives.MASKED_LOGIT, objectives.MASKED_LOGIT, 1.0])
     for ghost in (0, 1, 2):
-        token = row(ghost, 3).replace(top_ids=jnp.array([0, 1, 2]))
+        token = row(ghost, 3)
+        token = token.replace(extra=token.extra | {"top_ids": jnp.array([0, 1, 2])})
         (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
         assert np.isfinite(loss) and np.all(np.isfinite(grad)) and all(np.isfinite(x) for x in metrics.values())
         assert not np.any(grad[4:6]), "a token that does not exist gets no gradient"

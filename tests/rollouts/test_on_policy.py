@@ -218,8 +218,8 @@ def test_a_student_that_is_told_the_distribution_comes_to_it() -> None:
         state, metrics = step(state, batch)
         losses.append(metrics["loss"].mean())
     assert np.mean(losses[-10:]) < 0.1 * losses[0] and losses[0] > 0.1
-    other = batch.replace(top_ids=batch.top_ids[..., :3])
-    with pytest.raises(ValueError, match=r"ForwardKl\(top_k=4\) needs a batch with 4 top_ids .* got 3 and 4"):
+    other = batch.replace(extra=batch.extra | {"top_ids": batch.extra["top_ids"][..., :3]})
+    with pytest.raises(ValueError, match=r"ForwardKl\(top_k=4\) needs 4 top_ids .* got 3 and 4"):
         step(state, other)
 
 
