@@ -1,23 +1,25 @@
-"""The student: one decoder-only transformer in Flax linen, driven by one frozen `DecoderConfig`.
+"""The student: a decoder-only transformer in Flax linen, driven by one frozen `DecoderConfig`.
 
-RMSNorm before each block, rotary positions, grouped-query attention, a gated MLP, and a head that may be tied to the embedding. The layers
-are one scanned layer with stacked parameters, so compile time does not grow with depth and the state is a few large arrays. Where layers
-differ (sliding windows in some of them), both views of the sequence are made once and each layer picks its own.
+RMSNorm before each block, rotary positions, grouped-query attention, a gated MLP, and a head that may be tied to the
+embedding. The layers are one scanned layer with stacked parameters, so compile time does not grow with depth. If some
+layers have a sliding window, both views of the sequence are made once and each layer picks its own.
 
-The same module serves training (`make_student`) and generation (`init_cache`, `decode`). With a cache the layers are not scanned but written out one after the other, each with arrays of
-its own (`unstack_layers`): compiling takes longer with depth, and a token needs no copy of weights or cache.
+The same module serves training (`make_student`) and generation (`init_cache`, `decode`). With a cache the layers are
+unrolled, each with arrays of its own (`unstack_layers`). Compile time then grows with depth, but no token copies
+weights or cache.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
 from cotgrpo.models.blockwise_attention import block_attention
@@ -25,7 +27,7 @@ from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.config import SAVED_NAMES, DecoderConfig
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, rms_norm
-from cotgrpo.models.rotary import rotate, rotation
+from cotgrpo.models.rotary import RopeScaling, rotate, rotation
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.sharding import all_gather_param, constrain
 from cotgrpo.types import Params, Student
@@ -34,9 +36,10 @@ from cotgrpo.xla_cpu import project_few_tokens
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
 
+    LayerCache = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
 
 RESIDUAL = "residual"
-"""The name of a layer's input, by which a policy of recomputation finds it."""
+"""Name of a layer's input, for remat policies."""
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +49,7 @@ class RMSNorm(nn.Module):
     """
 
     eps: float
-    param_dtype: Any
+    param_dtype: DTypeLike
     plus_one: bool = False
 
     @nn.compact
@@ -59,11 +62,11 @@ class RMSNorm(nn.Module):
 
 
 class TransposedDense(nn.Module):
-    """`x W^T + b`: the projection that `nn.Dense` makes, of a kernel as `unstack_layers` stores it, `[outputs, inputs]`."""
+    """`x W^T + b`: what `nn.Dense` computes, from a kernel `[outputs, inputs]` as `unstack_layers` stores it."""
 
     features: int
     use_bias: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
@@ -74,13 +77,14 @@ class TransposedDense(nn.Module):
 
 
 class KvCache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens read so far, for all layers.
+    """Keys and values of the tokens read so far, of all layers.
 
     Attributes:
         keys: of each layer `[B, K, H, S]` in the compute dtype, already rotated.
         values: of each layer `[B, K, S, H]` in the compute dtype.
-        positions: int32 `[B, S]`, the position of the token in each slot.
-        segment_ids: int32 `[B, S]`, the segment of the token in each slot; -1 marks an empty slot, which no query matches.
+        positions: int32 `[B, S]`, the position of the token in each column.
+        segment_ids: int32 `[B, S]`, the segment of the token in each column. -1 marks an empty column, which no query
+            matches.
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
@@ -90,13 +94,13 @@ class KvCache(flax.struct.PyTreeNode):
 
 
 class View(flax.struct.PyTreeNode):
-    """What a layer knows of the sequence besides the residual stream.
+    """What a layer reads of the sequence besides the residual stream.
 
     Attributes:
         cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key.
-        mask: bool `[B, T, S]`, True where a query may read a key; None where attention makes its own from the rest:
-        positions, segment_ids: int32 `[B, T]`, of the queries, and
-        window: int32 scalar, how far back this layer's queries read; None: all the way.
+        mask: bool `[B, T, S]`, True where a query sees a key. None: attention computes it from the other fields.
+        positions, segment_ids: int32 `[B, T]`, of the queries.
+        window: int32 scalar, as in `causal_segment_mask`. None: no layer has a window.
     """
 
     cos: Float[Array, "B T half"]
@@ -108,21 +112,39 @@ class View(flax.struct.PyTreeNode):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention and a gated MLP, each added to the residual stream. `transposed`: its matrices are as `unstack_layers` stores them."""
+    """One transformer layer: attention and a gated MLP, each added to the residual stream.
+
+    Attributes:
+        transposed: whether the matrices are stored as `unstack_layers` returns them.
+    """
 
     config: DecoderConfig
     transposed: bool = False
 
     @nn.compact
-    def __call__(self, x: Any, is_local: Any, views: tuple[View, ...], cached: Any = None, slot: Any = None) -> Any:
-        """The residual stream after the layer, and None or the keys and values `cached` with the new ones at `slot`.
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        is_local: Bool[Array, ""] | None,
+        views: tuple[View, ...],
+        cached: LayerCache | None = None,
+        column: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Return the residual stream after the layer, and `cached` with the new keys and values from `column` on.
 
-        There is one view, or there are two, the global and the local one, and `is_local` says which is this layer's.
+        With two views, the global and the local one, `is_local` picks this layer's.
         """
         c = self.config
         x = checkpoint_name(constrain(x, "BTD"), RESIDUAL)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
-        mixed, cached = self.attend(x, view, is_local, cached, slot)
+        query, key, value = self.query_key_value(x, view)
+        if cached is None:
+            mixed = self.attend(query, key, value, view, is_local)
+        else:
+            cached = append_to_cache(cached, key, value, column)
+            mixed = attention_by_head(query, *cached, view.mask, c.query_scale, c.attention_softcap)
+        mixed = constrain(mixed, "BTQH")
+        mixed = mixed.reshape(*mixed.shape[:2], c.num_heads * c.head_dim)
         mixed = constrain(self.dense("out", to_residual=True)(mixed), "BTD")
         x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
         h = self.norm("mlp_norm")(x)
@@ -131,7 +153,10 @@ class Layer(nn.Module):
         x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
         return x, cached
 
-    def attend(self, x: Any, view: View, is_local: Any, cached: Any, slot: Any) -> tuple[Any, Any]:
+    def query_key_value(
+        self, x: Float[Array, "B T D"], view: View
+    ) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Return the rotated queries and keys, and the values."""
         c = self.config
         B, T, _ = x.shape
         h = self.norm("attention_norm")(x)
@@ -142,29 +167,35 @@ class Layer(nn.Module):
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
         query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
-        # A shard of the tokens asks all keys: where tokens are spread over devices, keys and values are gathered, which no policy that keeps products repeats.
+        # A shard of the tokens reads all keys. If tokens are sharded, keys and values are gathered here, once: remat
+        # policies that keep products keep them too.
         key, value = (checkpoint_name(constrain(x, "BSKH"), SAVED_NAMES) for x in (key, value))
+        return query, key, value
+
+    def attend(
+        self,
+        query: Float[Array, "B T Q H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        view: View,
+        is_local: Bool[Array, ""] | None,
+    ) -> Float[Array, "B T Q H"]:
+        """Return the attention of whole sequences, by the implementation that the config names."""
+        c = self.config
         softmax = (c.query_scale, c.attention_softcap)
-        if cached is not None and view.mask is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), slot, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), slot, axis=2)
-            cached = (keys, values)
-            mixed = attention_by_head(query, keys, values, view.mask, *softmax)
-        elif view.mask is not None:
-            mixed = attention(query, key, value, view.mask, *softmax)
-        elif c.attention == "blocks":
-            where = (view.positions, view.segment_ids, view.window)
-            mixed = block_attention(query, key, value, *where, *softmax)
-        else:
-            windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
-            mixed = splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax)
-        mixed = constrain(mixed, "BTQH")
-        return mixed.reshape(B, T, c.num_heads * c.head_dim), cached
+        if view.mask is not None:
+            return attention(query, key, value, view.mask, *softmax)
+        if c.attention == "blocks":
+            return block_attention(query, key, value, view.positions, view.segment_ids, view.window, *softmax)
+        windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
+        return splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax)
 
     def norm(self, name: str) -> RMSNorm:
+        """Return the layer's norm of this name."""
         return make_norm(self.config, name)
 
     def dense(self, name: str, to_residual: bool = False) -> nn.Module:
+        """Return the layer's projection of this name."""
         c = self.config
         if self.transposed:
             return TransposedDense(c.projections[name][1], name in c.biases, jnp.dtype(c.dtype), name=name)
@@ -180,20 +211,34 @@ class Layer(nn.Module):
         )
 
 
+def append_to_cache(
+    cached: LayerCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], column: int | Int[Array, ""]
+) -> LayerCache:
+    """Return a layer's cache with T new keys and values from `column` on."""
+    keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), column, axis=3)
+    values = jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), column, axis=2)
+    return keys, values
+
+
 def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
-    """The RMSNorm of the name, as the config wants it."""
+    """Return the RMSNorm of this name with the config's options."""
     return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, name=name)
 
 
 class Decoder(nn.Module):
-    """Token ids to the rows that the head reads (after the last norm)."""
+    """Token ids to the hidden rows that the head reads (after the last norm)."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, tokens: Any, positions: Any, segment_ids: Any, cache: KvCache | None = None, slot: Any = 0
-    ) -> tuple[Any, KvCache | None]:
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KvCache | None = None,
+        column: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KvCache | None]:
         c = self.config
         embedding_VD = self.param(
             "embedding", nn.initializers.normal(c.init_scale), (c.vocab_size, c.width), jnp.dtype(c.param_dtype)
@@ -204,37 +249,66 @@ class Decoder(nn.Module):
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:
-            keys_of = (positions, segment_ids) if c.attention == "xla" else None
-            views = self.views(positions, segment_ids, keys_of)
-            is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
-            layers = nn.scan(
-                self.rematted_layer(),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=c.num_layers,
-            )
-            x_BTD, _ = layers(c, name="layers")(x_BTD, is_local, views)
-            return make_norm(c, "final_norm")(x_BTD), None
-        key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-        key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, slot, axis=1)
+            x_BTD = self.scan_layers(x_BTD, positions, segment_ids)
+        else:
+            x_BTD, cache = self.unrolled_layers(x_BTD, positions, segment_ids, cache, column)
+        return make_norm(c, "final_norm")(x_BTD), cache
+
+    def scan_layers(
+        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Return the residual stream after all layers, for whole sequences."""
+        c = self.config
+        views = self.views(positions, segment_ids, (positions, segment_ids) if c.attention == "xla" else None)
+        is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
+        layers = nn.scan(
+            self.layer_with_remat(),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )
+        return layers(c, name="layers")(x_BTD, is_local, views)[0]
+
+    def unrolled_layers(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KvCache,
+        column: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], KvCache]:
+        """Return the residual stream after all layers, and the cache with the new tokens."""
+        c = self.config
+        key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
+        key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, column, axis=1)
         views = self.views(positions, segment_ids, (key_positions, key_segments))
         cached = []
         for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
-            x_BTD, own = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, slot)
+            x_BTD, own = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, column)
             cached.append(own)
         keys, values = zip(*cached, strict=True)
-        return make_norm(c, "final_norm")(x_BTD), KvCache(keys, values, key_positions, key_segments)
+        return x_BTD, KvCache(keys, values, key_positions, key_segments)
 
-    def views(self, positions: Any, segment_ids: Any, keys: tuple[Any, Any] | None) -> tuple[View, ...]:
-        """The global view, the local one, or both in this order: those that some layer uses. `keys` are their positions and segments, for a mask."""
+    def views(
+        self,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        keys: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None,
+    ) -> tuple[View, ...]:
+        """Return the global view, the local one, or both in this order: those that some layer uses.
+
+        Args:
+            positions, segment_ids: of the queries.
+            keys: positions and segments of the keys, for a mask. None: no mask.
+        """
         c = self.config
 
-        def view(theta: float, scaling: Any, window: int | None) -> View:
+        def view(theta: float, scaling: RopeScaling | None, window: int | None) -> View:
             cos, sin = rotation(positions, theta, c.head_dim, scaling)
             mask = None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
-            # One layer's choice between two windows is made by the compiled program, where "no window" is one that holds all tokens.
+            # If layers differ, the program picks a layer's window: there, "no window" is one that holds all tokens.
             reach = jnp.int32(positions.shape[1] if window is None else window) if c.num_local else None
             return View(cos, sin, mask, positions, segment_ids, reach)
 
@@ -246,7 +320,8 @@ class Decoder(nn.Module):
             views.append(view(own or c.rope_theta, None if own else c.rope_scaling, c.window))
         return tuple(views)
 
-    def rematted_layer(self) -> Any:
+    def layer_with_remat(self) -> type[Layer]:
+        """Return `Layer`, wrapped in the config's remat policy."""
         if self.config.remat == "none":
             return Layer
         policies = jax.checkpoint_policies
@@ -258,28 +333,31 @@ class Decoder(nn.Module):
             offload_dst="pinned_host",
         )
         policy = {"dots": dots, "full": None, "offload": offload}[self.config.remat]
-        # Inside a scan the loop itself keeps the recomputation from being merged away, so CSE need not be prevented.
+        # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
         return nn.remat(Layer, policy=policy, prevent_cse=False)
 
 
 def init_params(config: DecoderConfig, key: PRNGKeyArray) -> Params:
-    """Fresh parameters: a nested dict of arrays, layers stacked on axis 0."""
+    """Return fresh parameters: a nested dict of arrays, layers stacked on axis 0."""
     ids = jnp.zeros((1, 1), jnp.int32)
     return jax.jit(Decoder(config).init)(key, ids, ids, ids)["params"]
 
 
 def head_of(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
-    """The head in the compute dtype: the transposed embedding when tied."""
+    """Return the head in the compute dtype: the transposed embedding if tied."""
     head_DV = params["embedding"].T if config.tied_head else params["head"]
     return head_DV.astype(jnp.dtype(config.dtype))
 
 
 def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Student:
-    """The decoder as the pure functions that train steps take.
+    """Return the decoder as the pure functions that train steps take.
 
     Args:
         config: the decoder's shape.
-        vocab_size: the tokenizer's size when `config.vocab_size` is padded beyond it; padded ids are never drawn.
+        vocab_size: the tokenizer's size if `config.vocab_size` is padded. Padded ids are never drawn.
+
+    Raises:
+        ValueError: `vocab_size` is above `config.vocab_size`.
     """
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise ValueError(
@@ -287,7 +365,9 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
             "use the tokenizer that belongs to the model, or enlarge the embedding."
         )
 
-    def hidden(params: Params, tokens: Any, positions: Any, segment_ids: Any) -> Any:
+    def hidden(
+        params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)[0]
 
     padded = vocab_size is not None and vocab_size < config.vocab_size
@@ -300,34 +380,35 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
 
 
 def unstack_layers(config: DecoderConfig, params: Params) -> Params:
-    """The parameters as `decode` reads them: each layer's apart, its matrices transposed and in the compute dtype; those that are so already, as they are.
+    """Return the parameters as `decode` reads them. Parameters in this form already are returned as they are.
 
-    A loop over stacked layers copies each layer out of the stack, and a loop over tokens would pay for that at every token. Here it is paid once, before it: in time, and in the
-    memory of a second copy of the layers for as long as both are held.
+    Each layer has arrays of its own; its matrices are transposed and in the compute dtype. A loop over stacked layers
+    copies each layer out of the stack, and a decode loop would do so for every token. Unstacking before the loop costs
+    one copy of the layers, in time and memory.
     """
     if "layers" not in params:
         return params
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return rest | layers_apart(config, params["layers"])
+    return rest | slice_layers(config, params["layers"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def layers_apart(config: DecoderConfig, layers: Params) -> Params:
-    """`{"layer_0": ..., ...}` of stacked layers; one program, since each slice outside one would be compiled for itself."""
+def slice_layers(config: DecoderConfig, layers: Params) -> Params:
+    """Return `{"layer_0": ..., ...}` of stacked layers. Outside one program, each slice would compile separately."""
     dtype = jnp.dtype(config.dtype)
 
-    def read(name: str, own: Params) -> Params:
+    def transpose(name: str, own: Params) -> Params:
         if name not in config.projections:
             return own
         own = {key: x.astype(dtype) for key, x in own.items()}
         return {"transposed": jnp.swapaxes(own.pop("kernel"), 1, 2), **own}
 
-    stacked = {name: read(name, own) for name, own in layers.items()}
+    stacked = {name: transpose(name, own) for name, own in layers.items()}
     return {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
-    """An empty cache of `length` slots for `batch` rows."""
+    """Return an empty cache of `length` columns for `batch` rows."""
     K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
     layers = range(config.num_layers)
     return KvCache(
@@ -345,22 +426,21 @@ def decode(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     cache: KvCache,
-    slot: int | Int[Array, ""],
+    column: int | Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], KvCache]:
-    """Reads T more tokens a row, written to cache slots `[slot, slot + T)`, the same for every row.
+    """Run the decoder on T more tokens per row and write them to columns `[column, column + T)` of the cache.
 
-    Each query attends to all filled slots of its own segment whose position is not after its own, so rows of different
-    length are left-padded with segment 0 and agree with the unpadded forward pass.
+    Each query attends to all filled columns of its own segment whose position is not after its own. So rows of
+    different length, left-padded with segment 0, agree with the unpadded forward pass.
 
     Args:
-        params: the student's, or what `unstack_layers` makes of them: whoever calls this in a loop does that before it.
-        tokens, positions, segment_ids: of the tokens that are read; `cache` is of those before them.
-        slot: the first column of the cache to write; `slot + T` must not pass its length.
+        params: the student's, or the result of `unstack_layers`. Pass the latter if you call this in a loop.
+        tokens, positions, segment_ids: of the new tokens; `cache` holds those before them.
+        column: first column to write, the same for every row. `column + T` must not exceed the cache's length.
 
     Returns:
         The rows that the head reads, and the cache with the new tokens.
     """
-    out: Any = Decoder(config).apply(
-        {"params": unstack_layers(config, params)}, tokens, positions, segment_ids, cache, slot
+    return Decoder(config).apply(
+        {"params": unstack_layers(config, params)}, tokens, positions, segment_ids, cache, column
     )
-    return out
