@@ -1,33 +1,31 @@
-"""Accelerators as their makers describe them, and topologies by name: `v5p:4x4x4`, `h100:8`."""
+"""Published figures of accelerators, and topologies by name: `v5p:4x4x4`, `h100:8`."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-
-from cotgrpo.config.files import nearest
-from cotgrpo.config.settings import ConfigError
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, by its public figures.
+    """The published figures of one chip.
 
     Attributes:
-        name: as in a topology's name.
+        name: first part of a topology's name.
         platform: JAX's name, "tpu" or "gpu".
-        hbm_bytes: memory.
-        flops: peak bfloat16 operations a second, without sparsity.
-        hbm_bandwidth: bytes a second.
-        network_bandwidth: bytes a second that it can send to its neighbours over all its links together (ICI, NVLink).
+        hbm_bytes: size of the memory.
+        flops: peak bfloat16 operations per second, without sparsity.
+        hbm_bandwidth: bytes per second.
+        network_bandwidth: bytes per second to its neighbours, over all its links together (ICI, NVLink).
         source: where the figures are published.
         devices: JAX devices of a chip.
-        clock: cycles a second of a TPU's core, from its peak and its matrix units; 0: not published.
-        node: chips of a node, GPUs only; nodes are joined by
-        nic_bandwidth: bytes a second that a GPU can send to other nodes.
+        clock: cycles per second of a TPU's core, from its peak and its matrix units; 0 if not published.
+        node: GPUs of a node; 0 for TPUs.
+        nic_bandwidth: bytes per second that a GPU can send to other nodes.
     """
 
     name: str
@@ -64,9 +62,9 @@ class Topology:
     """Chips joined by their network.
 
     Attributes:
-        name: `v5p:4x4x4`: TPUs by the sides of their torus; `h100:8`: GPUs by their number.
-        chip: what they are.
-        num_chips: how many.
+        name: `v5p:4x4x4` (TPUs by the sides of their torus) or `h100:8` (GPUs by their number).
+        chip: the kind of chip.
+        num_chips: number of chips.
     """
 
     name: str
@@ -75,36 +73,40 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """As JAX counts them."""
+        """Number of JAX devices."""
         return self.num_chips * self.chip.devices
 
     @property
     def hbm_bytes(self) -> float:
-        """Of one device."""
+        """Memory of one device."""
         return self.chip.hbm_bytes / self.chip.devices
 
     @property
     def network_bandwidth(self) -> float:
-        """Bytes a second that one device can send; between nodes of GPUs, those of the slower network."""
+        """Bytes per second that one device can send. With several nodes of GPUs it is the slower network's."""
         beyond_node = bool(self.chip.node) and self.num_chips > self.chip.node
         return (self.chip.nic_bandwidth if beyond_node else self.chip.network_bandwidth) / self.chip.devices
 
 
+class TopologyError(ValueError):
+    """Raised for the name of a topology that cannot be read."""
+
+
 def parse_topology(name: str) -> Topology:
-    """The topology of a name.
+    """Return the topology with this name.
 
     Raises:
-        ConfigError: it is none; says what one looks like.
+        TopologyError: the name is not that of a known topology; the message shows what one looks like.
     """
     kind, _, sides = name.partition(":")
     if kind not in CHIPS:
-        raise ConfigError(
-            f"--topology {name}: unknown chip {kind!r}; there are {', '.join(CHIPS)}.{nearest(kind, list(CHIPS)).removesuffix(' See --help for all settings.')}"
-        )
+        close = difflib.get_close_matches(kind, CHIPS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise TopologyError(f"--topology {name}: unknown chip {kind!r}; there are {', '.join(CHIPS)}.{hint}")
     chip = CHIPS[kind]
-    pattern, example = (r"\d+(x\d+){1,2}", "v5p:4x4x4") if chip.platform == "tpu" else (r"\d+", "h100:8")
+    what, pattern, example = "a number of GPUs", r"\d+", "h100:8"
+    if chip.platform == "tpu":
+        what, pattern, example = "the sides of a slice", r"\d+(x\d+){1,2}", "v5p:4x4x4"
     if not re.fullmatch(pattern, sides) or not all(int(side) for side in sides.split("x")):
-        raise ConfigError(
-            f"--topology {name}: expected {'the sides of a slice' if chip.platform == 'tpu' else 'a number of GPUs'}, as in {example}."
-        )
+        raise TopologyError(f"--topology {name}: expected {what}, as in {example}.")
     return Topology(name, chip, math.prod(int(side) for side in sides.split("x")))

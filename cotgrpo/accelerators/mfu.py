@@ -1,8 +1,8 @@
-"""Model FLOPs utilization: the operations that a model's maths asks for, over those that the device could have done in the same time.
+"""Model FLOPs utilization (MFU): a model's operations over those that the device could do in the same time.
 
-What the device could do is measured here, as the rate of large square matrix products in the compute type, and not read from a data sheet: the number then
-means the same on a laptop, a GPU that throttles and a TPU, and the best that XLA reaches on the device is 1. A data sheet's peak, as papers quote it, gives
-a smaller number, by the share of the peak that a plain matrix product reaches.
+The device's rate is measured: that of large square matrix products in the compute type.
+The best that XLA reaches is then 1 on any device, be it a laptop, a GPU that throttles or a TPU.
+Papers divide by the data sheet's peak instead, which gives a smaller number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from cotgrpo.models.config import DecoderConfig
 
 @functools.cache
 def matrix_rate(dtype: str) -> float:
-    """Operations a second of one device in a chain of large square matrix products: the best of five, after one to warm up. Once a process and type."""
+    """Measure the operations per second of one device in a chain of large square matrix products.
+
+    It is the best of five runs after one to warm up, and is measured once per process and type.
+    """
     size, chain = (1_024, 4) if jax.default_backend() == "cpu" else (8_192, 16)
     square = jnp.full((size, size), 1 / size, dtype)
     run = jax.jit(lambda x: jax.lax.fori_loop(0, chain, lambda _, y: y @ square, x)).lower(square).compile()
@@ -34,12 +37,12 @@ def matrix_rate(dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """What a train step's operations are counted by.
+    """Operations of a train step, per token.
 
     Attributes:
-        token: model FLOPs of one token, the head aside, as if each row were one document; padding is none.
-        supervised: those of the head, for each token that has a loss.
-        rate: operations a second of all devices together.
+        token: model FLOPs of one token without the head, as if each row were one document. Padding does not count.
+        supervised: model FLOPs of the head for one token with a loss.
+        rate: operations per second of all devices together.
     """
 
     token: float
@@ -48,11 +51,17 @@ class StepFlops:
 
     @classmethod
     def of(cls, decoder: DecoderConfig, seq_len: int, *, frozen: bool = False, devices: int = 1) -> StepFlops:
-        """The count of a decoder on so many devices like the one here; `frozen`: adapters are trained beside frozen weights."""
+        """Count the operations of a decoder, on `devices` devices like this one.
+
+        `frozen` means that adapters are trained and the decoder's own weights are not.
+        """
         without = Work(decoder, tokens=1, seq_len=seq_len, supervised=0.0, frozen=frozen)
         head = dataclasses.replace(without, supervised=1.0).model_flops - without.model_flops
         return cls(without.model_flops, head, devices * matrix_rate(decoder.dtype))
 
     def mfu(self, tokens: float, supervised: float, seconds: float) -> float:
-        """The share of `rate` that a step of so many real and supervised tokens reached; what stands around the step (rollouts) counts as time alone."""
+        """Return the share of `rate` that a step with these numbers of real and supervised tokens reached.
+
+        Work around the step, such as rollouts, counts as time but not as operations.
+        """
         return (self.token * tokens + self.supervised * supervised) / (seconds * self.rate)

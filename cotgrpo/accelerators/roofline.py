@@ -1,10 +1,12 @@
-"""What a train step has to compute, read and send, by arithmetic: the floor under its time, on any chip.
+"""The roofline of a train step: what it has to compute, read and send, by arithmetic, and the time that takes at least.
 
-    6 N a token: two operations for each weight of the layers' matrix products, forward, and twice that backward
-    attention    q k^T and weights v see on average min(T / 2, window) keys
-    head         6 D V a supervised token, and nothing for the others
+The model FLOPs of a token, as MFU counts them, are the sum of three terms.
 
-These are the *model's* operations, those of MFU. What is computed again (`remat`) or beside (a frozen reference) is counted as work, not as model.
+- Layers: 6 for each weight of their matrix products, 2 forward and 4 backward.
+- Attention: q k^T and weights v, each over min(T / 2, window) keys on average.
+- Head: 6 D V, for supervised tokens only.
+
+Recomputation (`remat`) and a frozen reference are hardware FLOPs, not model FLOPs.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
 from cotgrpo.models.config import DecoderConfig
 
 WHOLE_LAYERS = ("full", "offload")
-"""Policies of recomputation that compute layers anew."""
+"""Remat policies that recompute whole layers."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One train step, all devices together.
+    """The work of one train step, all devices together.
 
     Attributes:
         decoder: the student.
         tokens: positions of a batch, B * T.
         seq_len: T.
         micro_batches: passes over the parameters.
-        supervised: share of the tokens that the head runs for.
+        supervised: share of tokens with a loss, in [0, 1].
         reference: whether a frozen copy of the student reads the batch too.
-        frozen: whether the student's own weights are frozen, beside adapters that are trained.
+        frozen: whether adapters are trained and the student's own weights are not.
     """
 
     decoder: DecoderConfig
@@ -45,7 +47,7 @@ class Work:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the layers' matrix products."""
+        """Number of weights in the layers' matrix products."""
         c = self.decoder
         return c.num_layers * sum(inputs * outputs for inputs, outputs in c.projections.values())
 
@@ -55,32 +57,33 @@ class Work:
 
     @property
     def seen_keys(self) -> float:
-        """Keys that a query reads, summed over the layers: causal, inside the window, in one document."""
+        """Mean number of keys that a query reads, summed over the layers. A row is one document."""
         c, T = self.decoder, self.seq_len
         local = T / 2 if c.window is None or c.window >= T else c.window - c.window**2 / (2 * T)
         return (c.num_layers - c.num_local) * T / 2 + c.num_local * local
 
     @property
     def score_flops(self) -> float:
-        """One matrix product of attention, a token, all layers: `2 Q H` for each key that is read."""
+        """FLOPs of one matrix product of attention per token, over all layers: `2 Q H` for each key that is read."""
         return 2 * self.decoder.num_heads * self.decoder.head_dim * self.seen_keys
 
     @property
     def model_flops(self) -> float:
-        """Of the method: forward and backward, each once. Frozen weights need no gradient of their own."""
+        """FLOPs of one forward and one backward pass. Frozen weights get no gradient of their own."""
         passes = 4 if self.frozen else 6
         layers = passes * self.layer_weights + 6 * self.score_flops
         return self.tokens * (layers + self.supervised * passes * self.head_weights)
 
     @property
     def hardware_flops(self) -> float:
-        """With what is computed again, and masked scores where attention is not a kernel that skips them."""
+        """FLOPs that run: with recomputation, and with masked scores unless the attention kernel skips them."""
         layers_again = int(self.decoder.remat in WHOLE_LAYERS)
         scores_again = int(self.decoder.remat != "none")
-        # Products of attention in all, and how many times the scores that are read each computes.
+        # Number of attention's matrix products, and computed scores over scores that are read.
         products, masked = {
             "xla": (6 + 2 * scores_again, self.masked),
-            # The backward pass makes the scores again, in the kernel in each of its two parts; a policy that keeps products keeps the result of attention too.
+            # The backward pass recomputes the scores: the kernel does so in each of its two parts.
+            # A policy that keeps matrix products keeps attention's result too.
             "blocks": (7 + 2 * layers_again, self.masked * (KEY_LENGTH_BUCKETS + 1) / (2 * KEY_LENGTH_BUCKETS)),
             "splash": (9 + 2 * layers_again, 1),
         }[self.decoder.attention]
@@ -92,11 +95,13 @@ class Work:
 
     @property
     def masked(self) -> float:
-        """How many times more scores plain attention computes than are read."""
+        """Scores that plain attention computes over scores that are read."""
         return self.decoder.num_layers * self.seq_len / self.seen_keys
 
     def hbm_bytes(self, state_bytes: float, mesh: Mapping[str, int]) -> float:
-        """Bytes that one device reads and writes: weights, activations, the head's logits, gradients and the optimizer's update.
+        """Return the bytes that one device reads and writes.
+
+        They are weights, activations, the head's logits, gradients and the optimizer's update.
 
         Args:
             state_bytes: parameters and optimizer state on the device.
@@ -117,8 +122,11 @@ class Work:
         )
 
     def sent_bytes(self, mesh: Mapping[str, int]) -> float:
-        """Bytes that one device has to send, where no compiled program says: weights gathered in each pass and gradients summed (fsdp, data),
-        activations summed twice a layer and pass (tensor), keys and values gathered (context).
+        """Estimate the bytes that one device has to send.
+
+        fsdp and data: weights are gathered in each pass, and gradients summed.
+        tensor: activations are summed twice per layer and pass.
+        context: keys and values are gathered.
         """
         c = self.decoder
         data, fsdp, tensor, context = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context"))
@@ -133,8 +141,9 @@ class Work:
         return (gathered + summed) * self.micro_batches + stream + keys
 
     def activation_bytes(self, mesh: Mapping[str, int]) -> float:
-        """What one device keeps between the forward and the backward pass of a micro-batch, and the largest that is alive at once beside it:
-        one layer, the head's tile, and gathered weights.
+        """Estimate the peak of one device's activations in a micro-batch.
+
+        It is what the forward pass keeps for the backward pass, plus one layer, the head's tile and gathered weights.
         """
         c = self.decoder
         tensor = mesh.get("tensor", 1)
@@ -154,11 +163,11 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds that one step takes at least, by what limits it.
+    """Least seconds of one step, by what limits it.
 
     Attributes:
-        compute: operations over the peak.
-        memory: bytes over HBM's bandwidth.
+        compute: hardware FLOPs over the peak.
+        memory: bytes read and written over HBM's bandwidth.
         network: bytes sent over the links' bandwidth.
     """
 
@@ -168,19 +177,19 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """Everything at once: the floor."""
+        """Seconds if all three overlap, the lower bound."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def in_turn(self) -> float:
-        """Nothing at once."""
+        """Seconds if nothing overlaps."""
         return self.compute + self.memory + self.network
 
 
 def step_time(
     work: Work, topology: Topology, state_bytes: float, sent_bytes: float, mesh: Mapping[str, int]
 ) -> StepTime:
-    """The roofline of a step; `state_bytes` and `sent_bytes` are those of one device."""
+    """Return the roofline of a step; `state_bytes` and `sent_bytes` are those of one device."""
     chip = topology.chip
     return StepTime(
         compute=work.hardware_flops / (topology.num_chips * chip.flops),

@@ -1,11 +1,12 @@
-"""The collectives of a compiled program, read from its text: what they move, among how many devices, and how often.
+"""Read collectives from a compiled program's text: what they move, among how many devices, and how often.
 
     compiled = step.lower(state, batch).compile()
     for collective in collectives(compiled.as_text()):
         print(collective)
 
-A scanned layer's or a loop's body is written once in the text and runs many times, so each collective knows the loops around it. The text of CPU,
-GPU and TPU programs is understood, the TPU's asynchronous fusions (one operation, written down three times) and its fused reduce-scatter included.
+The text has the body of a loop once, and the loop runs it many times. So each collective knows the loops around it.
+The text of CPU, GPU and TPU programs is understood. On TPUs that includes asynchronous fusions, which are one operation
+written three times, and fused reduce-scatters.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BITS = {"pred": 8, "c64": 64, "c128": 128}
-"""Of the element types whose name does not end in its number of bits."""
+"""Bits of the element types whose name does not end in them."""
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 END = re.compile(r"^\}(?:$|, execution_thread)")
-"""Of a computation. A kernel's settings may run over several lines, of which one begins with a brace too."""
+"""The end of a computation. A kernel's settings may run over several lines, and one of them begins with a brace."""
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -38,13 +38,13 @@ OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation of the text.
+    """One collective operation.
 
     Attributes:
         kind: one of `KINDS`.
-        arrays: (element type, shape) of each result, on one device. Several where the compiler combined operations.
-        group: the devices that take part together; of a permute, the pairs of sender and receiver.
-        loops: trip counts of the loops around it, outermost first; None where the text does not know one (a loop that ends by its data).
+        arrays: (element type, shape) of each result, on one device. The compiler may combine several operations.
+        group: number of devices that take part together; for a permute, of pairs of sender and receiver.
+        loops: trip counts of the loops around it, outermost first; None for a loop whose end depends on the data.
         name: where it comes from in the source, as JAX names operations.
     """
 
@@ -56,25 +56,28 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """The whole payload: what every device holds after a gather or reduction, or before a reduce-scatter."""
+        """Payload: what every device holds after a gather or reduction, or before a reduce-scatter."""
         return sum(self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The payload of each array."""
+        """Payload of each array."""
         parts = self.group if self.kind == "reduce-scatter" else 1
         return tuple(parts * math.prod(shape) * bits_of(dtype) // 8 for dtype, shape in self.arrays)
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends, in the algorithms that send least: `(g - 1) / g` of the payload, twice that for an all-reduce."""
+        """Bytes that each device sends, in the algorithms that send least.
+
+        In a group of `g` that is `(g - 1) / g` of the payload, and twice that for an all-reduce.
+        """
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
         share = (self.group - 1) / self.group
         return (2 if self.kind == "all-reduce" else 1) * share * self.bytes
 
     def times(self, unknown: int = 1) -> int:
-        """How often it runs in one call of the program, where each loop of unknown length runs `unknown` times."""
+        """Return how often it runs in one call of the program; loops of unknown length run `unknown` times each."""
         return math.prod(unknown if trips is None else trips for trips in self.loops)
 
     def __str__(self) -> str:
@@ -85,7 +88,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One computation named by another: `loop` says whether as the body of a loop, and `trips` how often that runs, if known."""
+    """A call of one computation by another; `loop` if it is a loop's body, and `trips` of that loop, if known."""
 
     callee: str
     loop: bool
@@ -93,24 +96,24 @@ class Call:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that the program runs, from `compiled.as_text()`; operations among single devices are left out.
+    """Return every collective of a program from `compiled.as_text()`, except operations among single devices.
 
     Raises:
-        ValueError: text without an entry computation.
+        ValueError: the text lacks an entry computation.
     """
     bodies, entry = computations(text)
     found: list[Collective] = []
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[str, Collective, tuple[int, ...]]] = set()
 
     def visit(name: str, loops: tuple[int | None, ...], path: tuple[int, ...], fused: bool) -> None:
         for number, line in enumerate(bodies.get(name, {}).values()):
-            collective = read(line, name, loops)
-            channel = re.search(r"channel_id=(\d+)", line)
-            # The fusions that are the start, the middle and the end of one operation name the same channel; so do, elsewhere, all of a `shard_map`.
-            key = (channel[1], collective, path) if channel and fused else None
-            if collective is not None and key not in seen:
-                if key is not None:
-                    seen.add(key)
+            collective = parse_collective(line, name, loops)
+            # The fusions that start, continue and end one operation share a channel. Outside of fusions, all operations
+            # of a `shard_map` share one.
+            channel = re.search(r"channel_id=(\d+)", line) if fused else None
+            if collective is not None and (channel is None or (channel[1], collective, path) not in seen):
+                if channel is not None:
+                    seen.add((channel[1], collective, path))
                 if collective.group > 1 or collective.kind == "collective-permute":
                     found.append(collective)
             for call in calls(line, bodies):
@@ -122,7 +125,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def bytes_sent(found: list[Collective], unknown: int = 1) -> dict[str, float]:
-    """Bytes that each device sends in one call of the program, by kind of collective; `unknown` as in `Collective.times`."""
+    """Sum the bytes that each device sends in one call, by kind of collective; `unknown` as in `Collective.times`."""
     sums: dict[str, float] = {}
     for collective in found:
         sums[collective.kind] = sums.get(collective.kind, 0.0) + collective.sent * collective.times(unknown)
@@ -130,7 +133,7 @@ def bytes_sent(found: list[Collective], unknown: int = 1) -> dict[str, float]:
 
 
 def computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
-    """({computation: {instruction: what it is}}, in the text's order; the name of the entry)."""
+    """Split the text into `({computation: {instruction: definition}}, name of the entry)`."""
     bodies: dict[str, dict[str, str]] = {}
     entry, current = None, None
     for line in text.splitlines():
@@ -147,7 +150,7 @@ def computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
 
 
 def calls(line: str, bodies: dict[str, dict[str, str]]) -> Iterator[Call]:
-    """The computations that an instruction runs."""
+    """Yield the computations that an instruction runs."""
     loop = " while(" in line
     for callee in CALLED.findall(line):
         yield Call(callee, loop, trip_count(line, bodies) if loop else None)
@@ -157,8 +160,10 @@ def calls(line: str, bodies: dict[str, dict[str, str]]) -> Iterator[Call]:
 
 
 def trip_count(line: str, bodies: dict[str, dict[str, str]]) -> int | None:
-    """How often a loop runs: what XLA has noted, or else N / step where its condition is `i < N`, since the scans of JAX and the loops that XLA makes
-    around products count from 0.
+    """Return how often a loop runs, None if unknown.
+
+    XLA may have noted the trip count. Otherwise it is N / step if the condition is `i < N`.
+    JAX's scans and the loops that XLA makes around matrix products count from 0.
     """
     if known := TRIPS.search(line):
         return int(known[1])
@@ -172,15 +177,15 @@ def trip_count(line: str, bodies: dict[str, dict[str, str]]) -> int | None:
 
 
 def step_of(element: int, body: dict[str, str]) -> int:
-    """By how much a loop's body raises this element of its tuple, where it says so in an addition of its own; else 1."""
+    """Return by how much a loop's body raises this element of its tuple; 1 unless it has an addition of its own."""
     results = re.findall(r"%([\w.\-]+)", list(body.values())[-1].partition(" tuple(")[2].partition(")")[0])
     raised = ADDED.match(body.get(results[element], "")) if element < len(results) else None
     steps = [CONSTANT.match(body.get(name, "")) for name in raised.groups()] if raised else []
     return next((int(step[1]) for step in steps if step), 1)
 
 
-def read(line: str, computation: str, loops: tuple[int | None, ...]) -> Collective | None:
-    """The collective of an instruction, if it is one."""
+def parse_collective(line: str, computation: str, loops: tuple[int | None, ...]) -> Collective | None:
+    """Return the collective of an instruction, None if it is another operation."""
     operation = OPERATION.search(line)
     if operation is None:
         return None
@@ -199,7 +204,7 @@ def read(line: str, computation: str, loops: tuple[int | None, ...]) -> Collecti
 
 
 def group_size(line: str) -> int:
-    """How many devices work together, from any of the ways in which XLA writes groups."""
+    """Return how many devices work together, from any of the forms in which XLA writes groups."""
     if pairs := re.search(r"source_target_pairs=\{([{}\d,]*)\}", line):
         return pairs[1].count("{")
     if named := re.search(r"replica_groups=\w*mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
@@ -215,19 +220,19 @@ def group_size(line: str) -> int:
 
 
 def bits_of(dtype: str) -> int:
-    """Bits of an element: 32 of `f32`, 16 of `bf16`, 8 of `f8e4m3fn` and `pred`."""
+    """Return the bits of an element: 32 for `f32`, 16 for `bf16`, 8 for `f8e4m3fn` and `pred`."""
     return BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
 
 
 ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 NO_ESTIMATE = 2**63 - 1
-"""What the compiler writes where it has none, as for kernels of others."""
+"""The compiler's mark for an operation that it cannot estimate, such as a custom kernel."""
 
 
 def estimated_cycles(text: str, unknown: int = 1) -> int:
-    """The TPU compiler's own estimate of one call of the program, in cycles of a core: that of each operation, as often as its loops run.
+    """Sum the TPU compiler's own estimates over one call of the program, in cycles of a core.
 
-    Communication and kernels written in Pallas are not in it.
+    Each operation counts as often as its loops run. Communication and Pallas kernels are not included.
     """
     bodies, entry = computations(text)
 

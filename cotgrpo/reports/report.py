@@ -108,7 +108,7 @@ def check(value: object, shape: Shape, place: str) -> None:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             raise ReportError(f"{place or 'the file'} must be an object, got {type(value).__name__} {value!r:.40}")
-        shapes = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
+        shapes: dict[str, Any] = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
         missing = [name for name in shapes if name not in value]
         if missing:
             raise ReportError(

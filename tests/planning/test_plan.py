@@ -14,27 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cotgrpo.accelerators.chips import CHIPS, parse_topology
+from cotgrpo.accelerators.chips import CHIPS, TopologyError, parse_topology
 from cotgrpo.accelerators.roofline import Work, step_time
 from cotgrpo.cli import main
-from cotgrpo.config.settings import (
+from cotgrpo.config import (
     Config,
     ConfigError,
     DataConfig,
-    GhostsConfig,
     GrpoConfig,
-    LoraSettings,
-    ObjectiveConfig,
+    LoraConfig,
     OptimizerConfig,
+    PrivilegedSelf,
     StudentConfig,
     TokenizerConfig,
 )
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.models.lora import init_lora
+from cotgrpo.objectives import ForwardKl
 from cotgrpo.planning.hlo import estimated_cycles
-from cotgrpo.planning.page import ways
-from cotgrpo.planning.plan import Planned, compile_step, needed_bytes, tpu_devices
+from cotgrpo.planning.search import candidates
+from cotgrpo.planning.stage_plan import StagePlan
+from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, tpu_devices
 from cotgrpo.sharding import batch_sharding, make_mesh, mesh_shape, state_sharding
 from cotgrpo.types import TrainState
 from cotgrpo.xla_cpu import vocab_sum
@@ -47,14 +48,14 @@ TINY = Config(
     grpo=GrpoConfig(batch_size=8, optimizer=OptimizerConfig(weight_decay=0.1)),
 )
 GPUS = parse_topology("h100:8")
-TOLD = {"objective": ObjectiveConfig("forward_kl", top_k=5), "ghosts": GhostsConfig("privileged_self")}
+DISTRIBUTION = {"objective": ForwardKl(top_k=5), "ghosts": PrivilegedSelf()}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-def llama(topology: str, **student: Any) -> Planned:
+def llama(topology: str, **student: Any) -> StagePlan:
     settings = StudentConfig(path=str(ROOT / "configs" / "models" / "llama-3-8b"), dtype="bfloat16", **student)
     config = Config(student=settings, data=DataConfig(seq_len=2048), grpo=GrpoConfig(batch_size=64))
-    return Planned(config, "grpo", parse_topology(topology), {"fsdp": -1})
+    return StagePlan(config, "grpo", parse_topology(topology), {"fsdp": -1})
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_topologies_by_name(topology: str, chips: int, devices: int) -> None:
     ],
 )
 def test_an_unknown_topology_is_an_error(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(TopologyError, match=message):
         parse_topology(name)
 
 
@@ -100,8 +101,8 @@ def test_bytes_of_llama_3_8b_are_the_arithmetic(topology: str, devices: int, par
     [
         ({"fsdp": 4, "tensor": 2}, {}),
         ({"data": 2, "fsdp": 4}, {"grpo": {"optimizer": OptimizerConfig("adafactor")}}),
-        ({"fsdp": 8}, {"grpo": {"objective": ObjectiveConfig(reference_kl=0.1)}, "lora": LoraSettings(rank=4)}),
-        ({"fsdp": 4, "context": 2}, {"grpo": TOLD}),
+        ({"fsdp": 8}, {"grpo": {"reference_kl": 0.1}, "lora": LoraConfig(rank=4)}),
+        ({"fsdp": 4, "context": 2}, {"grpo": DISTRIBUTION}),
     ],
     ids=["fsdp x tensor", "adafactor", "LoRA and a reference", "the ghost's distribution"],
 )
@@ -109,19 +110,19 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
     """On eight devices: what the plan says, what the compiled program takes, and what the arrays of a real start take."""
     grpo = dataclasses.replace(TINY.grpo, **changes.get("grpo", {}))
     config = dataclasses.replace(TINY, grpo=grpo, lora=changes.get("lora", TINY.lora))
-    planned = Planned(config, "grpo", GPUS, mesh)
+    planned = StagePlan(config, "grpo", GPUS, mesh)
     step, arguments = planned.step()
     real_mesh = make_mesh(**mesh)
     said = planned.argument_bytes(arguments)
     assert said == arguments.bytes_on(real_mesh)
     program = compile_step(step, real_mesh, arguments)
 
-    tx, lora, key = grpo.optimizer.build(grpo.steps), config.lora.build(), jax.random.key(0)
+    tx, lora, key = grpo.optimizer.build(grpo.steps), config.lora, jax.random.key(0)
     params = init_params(planned.decoder, key)
     trained = params if lora is None else init_lora(params, lora, key)
     state = TrainState.create(params=trained, tx=tx, key=key)
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments.batch)
-    trees = (state.params, state.opt_state, (params,) * len(arguments.rest), batch, (state.step, state.key))
+    trees = (state.params, state.opt_state, (params,) * len(arguments.frozen), batch, (state.step, state.key))
     places = (*(state_sharding(tree, real_mesh) for tree in trees[:3]), batch_sharding(real_mesh))
     placed = (*map(jax.device_put, trees[:4], places), jax.tree.map(lambda x: x, trees[4]))
     on_first = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) for tree in placed[:4]]
@@ -172,16 +173,16 @@ def test_the_roofline_is_the_slowest_of_three() -> None:
 
 def test_meshes_and_batches_that_do_not_fit_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"mesh on h100:8: The mesh .* asks for 3 devices, but there are 8"):
-        Planned(TINY, "grpo", GPUS, {"fsdp": 3})
+        StagePlan(TINY, "grpo", GPUS, {"fsdp": 3})
     with pytest.raises(ConfigError, match=r"tensor=4 does not divide the model's num_kv_heads, 2"):
-        Planned(TINY, "grpo", GPUS, {"data": 2, "tensor": 4})
+        StagePlan(TINY, "grpo", GPUS, {"data": 2, "tensor": 4})
     odd = dataclasses.replace(TINY, grpo=GrpoConfig(batch_size=12))
     with pytest.raises(ConfigError, match=r"batch of 12 cannot fill evenly: expected a multiple of 8"):
-        Planned(odd, "grpo", GPUS)
+        StagePlan(odd, "grpo", GPUS)
 
 
 def test_a_search_yields_what_divides() -> None:
-    found = list(ways(Planned(TINY, "grpo", GPUS)))
+    found = list(candidates(StagePlan(TINY, "grpo", GPUS)))
     seen = {(tuple(way.mesh_sizes.items()), way.decoder.remat, way.settings.micro_batches) for way in found}
     assert len(seen) == len(found) > 20
     for way in found:
@@ -291,7 +292,7 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
     student = dataclasses.replace(TINY.student, head_dim=16, dtype="bfloat16", remat="full")
     grpo = dataclasses.replace(TINY.grpo, micro_batches=2)
     config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=256))
-    planned = Planned(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2})
+    planned = StagePlan(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2})
     assert planned.decoder.attention == "splash"
     figures = planned.figures()
     assert figures["fits"] and not figures["estimate"]
@@ -327,7 +328,7 @@ def test_layers_inputs_in_the_hosts_memory_are_not_on_the_chip() -> None:
         student = dataclasses.replace(TINY.student, width=512, num_layers=12, dtype="bfloat16", remat=remat)
         grpo = dataclasses.replace(TINY.grpo, batch_size=64)
         config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=2048))
-        figures = Planned(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2}).figures()
+        figures = StagePlan(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2}).figures()
         temporaries[remat] = figures["bytes_per_device"]["temporaries"]
     stream = 12 * (64 * 2048 // 2) * 512 * 2
     assert temporaries["full"] - temporaries["offload"] > 0.7 * stream
@@ -336,6 +337,6 @@ def test_layers_inputs_in_the_hosts_memory_are_not_on_the_chip() -> None:
 @needs_libtpu
 def test_what_does_not_fit_a_tpu_is_said() -> None:
     config = dataclasses.replace(TINY, student=StudentConfig(width=16_384, num_layers=2, mlp_width=65_536))
-    figures = Planned(config, "grpo", parse_topology("v5e:2x2"), {"data": 4}).figures()
+    figures = StagePlan(config, "grpo", parse_topology("v5e:2x2"), {"data": 4}).figures()
     assert not figures["fits"]
     assert figures["bytes_per_device"]["total"] > figures["bytes_per_device"]["hbm"]

@@ -1,0 +1,262 @@
+"""The plan of one training stage on absent accelerators: memory, collectives, operations and time.
+
+For TPUs, `libtpu` compiles the very train step of the config for the slice. Memory, collectives and the compiler's
+estimate are read from the compiled program. Compiling for GPUs needs the device, so their plan is arithmetic.
+Both use the roofline of `cotgrpo.accelerators.roofline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from cotgrpo.accelerators.chips import Topology
+from cotgrpo.accelerators.roofline import Work, step_time
+from cotgrpo.config import Config, ConfigError, StageConfig
+from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.decoder import init_params, make_student
+from cotgrpo.models.huggingface.folder import open_folder
+from cotgrpo.models.lora import init_lora
+from cotgrpo.objectives import Nll
+from cotgrpo.planning.hlo import Collective, collectives, estimated_cycles
+from cotgrpo.planning.step_arguments import StepArguments, abstract_batch
+from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, tpu_devices
+from cotgrpo.sharding import (
+    AXES,
+    check_batch,
+    check_mesh,
+    make_mesh,
+    mesh_shape,
+)
+from cotgrpo.tiled_loss import default_tile_size
+from cotgrpo.train_steps import Step
+from cotgrpo.training.steps import StageName, needs_reference, stage_step
+from cotgrpo.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """A stage of a config on a topology.
+
+    Attributes:
+        config: the settings. Neither data nor weights are read.
+        stage: "sft" or "grpo".
+        topology: the chips.
+        mesh: sizes of the axes, one may be -1; None for those of the config.
+    """
+
+    config: Config
+    stage: StageName
+    topology: Topology
+    mesh: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a mesh that does not match the topology's devices, the model or the batch."""
+        _ = self.mesh_sizes
+
+    @property
+    def settings(self) -> StageConfig:
+        return self.config.sft if self.stage == "sft" else self.config.grpo
+
+    @functools.cached_property
+    def decoder(self) -> DecoderConfig:
+        """The student's shape.
+
+        It is that of its config.json, or from scratch with the most tokens that its tokenizer may have.
+        """
+        student = self.config.student
+        from_scratch = lambda: student.decoder(self.config.tokenizer.vocab_size)
+        shape = from_scratch() if student.path is None else open_folder(student.path).config
+        return student.computed(shape, self.topology.chip.platform)
+
+    @functools.cached_property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The size of every axis."""
+        sizes = dict(self.mesh or dataclasses.asdict(self.config.mesh))
+        try:
+            whole = mesh_shape(sizes, self.topology.num_devices)
+            check_mesh(whole, dataclasses.asdict(self.decoder))
+            check_batch(whole, self.settings.batch_size, self.config.data.seq_len, self.settings.micro_batches)
+        except ValueError as error:
+            raise ConfigError(f"mesh on {self.topology.name}: {error}") from error
+        return whole
+
+    @functools.cached_property
+    def work(self) -> Work:
+        data, settings = self.config.data, self.settings
+        return Work(
+            decoder=self.decoder,
+            tokens=settings.batch_size * data.seq_len,
+            seq_len=data.seq_len,
+            micro_batches=settings.micro_batches,
+            reference=needs_reference(self.config, self.stage),
+            frozen=self.config.lora is not None,
+        )
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the loss on one device if every token is supervised."""
+        return -(-self.shard_tokens // self.tile_size)
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of a micro-batch on one device."""
+        shards = math.prod(self.mesh_sizes[axis] for axis in AXES if axis != "tensor")
+        return max(self.work.tokens // self.settings.micro_batches // shards, 1)
+
+    @property
+    def tile_size(self) -> int:
+        return default_tile_size(self.shard_tokens, self.decoder.vocab_size, self.topology.chip.platform)
+
+    def step(self) -> tuple[Step, StepArguments]:
+        """Return the stage's step, not jitted, and its arguments."""
+        tx = self.settings.optimizer.build(self.settings.steps)
+        step = stage_step(self.config, self.stage, make_student(self.decoder), tx, tile_size=self.tile_size)
+
+        key = jax.eval_shape(jax.random.key, 0)
+        params = jax.eval_shape(functools.partial(init_params, self.decoder), key)
+        frozen = (params,) * (self.work.frozen + self.work.reference)
+        lora = self.config.lora
+        trained = params if lora is None else jax.eval_shape(functools.partial(init_lora, params, lora), key)
+        state = jax.eval_shape(lambda params, key: TrainState.create(params=params, tx=tx, key=key), trained, key)
+        objective = self.config.grpo.full_objective if self.stage == "grpo" else Nll()
+        batch = abstract_batch(objective, self.settings.batch_size, self.config.data.seq_len)
+        return step, StepArguments(state, batch, frozen)
+
+    def figures(self, by_arithmetic: bool = False) -> dict[str, Any]:
+        """Return the whole plan as JSON holds it; `by_arithmetic` compiles nothing, as for GPUs."""
+        estimate = by_arithmetic or self.topology.chip.platform != "tpu"
+        step, arguments = self.step()
+        memory = self.argument_bytes(arguments)
+        found = self.estimated(memory) if estimate else self.compiled(step, arguments)
+        memory |= found.pop("memory")
+        memory["total"] = memory.get("total", sum(memory.values()))
+        memory["hbm"] = round(self.topology.hbm_bytes)
+        state_bytes = memory["parameters"] + memory["optimizer"]
+        return {
+            "topology": self.topology.name,
+            "chips": self.topology.num_chips,
+            "devices": self.topology.num_devices,
+            "mesh": self.mesh_sizes,
+            "stage": self.stage,
+            "student": {"path": self.config.student.path, "parameters": self.decoder.num_params()}
+            | {name: getattr(self.decoder, name) for name in ("dtype", "param_dtype", "remat", "attention")},
+            "batch": {"sequences": self.settings.batch_size, "seq_len": self.config.data.seq_len}
+            | {"micro_batches": self.settings.micro_batches},
+            "optimizer": self.settings.optimizer.name,
+            "lora_rank": self.config.lora.rank if self.config.lora else 0,
+            "estimate": estimate,
+            "fits": found.pop("fits", memory["total"] <= memory["hbm"]),
+            "bytes_per_device": memory,
+            **found,
+            **self.speed(state_bytes, found.get("sent_bytes"), found.get("compiler_seconds")),
+        }
+
+    def argument_bytes(self, arguments: StepArguments) -> dict[str, int]:
+        """Return the bytes of each kind of argument on one device."""
+        sizes = self.mesh_sizes
+        return arguments.bytes_on(
+            AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        )
+
+    def estimated(self, memory: Mapping[str, int]) -> dict[str, Any]:
+        """Estimate temporaries and communication by arithmetic; `memory` holds what the arguments take."""
+        temporaries = self.work.activation_bytes(self.mesh_sizes) + self.gradient_bytes(memory["parameters"])
+        return {"memory": {"temporaries": round(temporaries)}, "sent_bytes": self.work.sent_bytes(self.mesh_sizes)}
+
+    def gradient_bytes(self, params_bytes: int) -> int:
+        """Return the bytes of gradients on one device: float32 if summed over micro-batches, else as the parameters."""
+        wide = self.settings.micro_batches > 1 and self.config.student.param_dtype == "bfloat16"
+        return params_bytes * (2 if wide else 1)
+
+    def speed(self, state_bytes: int, sent_bytes: float | None, compiler_seconds: float | None) -> dict[str, Any]:
+        """Return operations, the roofline's times, and the MFU and tokens per second that they allow."""
+        work, topology = self.work, self.topology
+        sent_bytes = work.sent_bytes(self.mesh_sizes) if sent_bytes is None else sent_bytes
+        times = step_time(work, topology, float(state_bytes), float(sent_bytes), self.mesh_sizes)
+        range_of = lambda per_second: [per_second(times.in_turn), per_second(times.overlapped)]
+        peak = topology.num_chips * topology.chip.flops
+        return {
+            "flops": {"model": work.model_flops, "hardware": work.hardware_flops},
+            "seconds": dataclasses.asdict(times)
+            | {"step": [times.overlapped, times.in_turn], "compiler": compiler_seconds},
+            "mfu": range_of(lambda seconds: work.model_flops / (seconds * peak)),
+            "tokens_per_second": range_of(lambda seconds: work.tokens / seconds),
+        }
+
+    def compiled(self, step: Step, arguments: StepArguments) -> dict[str, Any]:
+        """Compile the step for the slice; return memory, collectives and the compiler's estimate."""
+        started = time.perf_counter()
+        mesh = make_mesh(devices=tpu_devices(self.topology), **self.mesh_sizes)
+        try:
+            program = compile_step(step, mesh, arguments)
+        except jax.errors.JaxRuntimeError as error:
+            return {"fits": False, "memory": {"total": needed_bytes(error)}} | seconds_since(started)
+        memory: Any = program.memory_analysis()
+        text = program.as_text() or ""
+        found = collectives(text)
+        clock = self.topology.chip.clock
+        return {
+            "memory": {
+                "temporaries": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                "program": memory.generated_code_size_in_bytes,
+                "total": memory.argument_size_in_bytes
+                + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+                + memory.generated_code_size_in_bytes,
+            },
+            "fits": True,  # or it would not have compiled
+            "argument_bytes": memory.argument_size_in_bytes,
+            "sent_bytes": sum(c.sent * self.times(c) for c in found),
+            "collectives": self.by_kind(found),
+            "tile_loop": self.tile_loop(found),
+            "compiler_seconds": estimated_cycles(text, self.num_tiles) / clock if clock else None,
+        } | seconds_since(started)
+
+    def times(self, collective: Collective) -> int:
+        """Return how often a collective runs in a step.
+
+        The compiler may loop over a matrix product's parts, to send while it multiplies.
+        Such a loop has one turn per device.
+        """
+        return collective.times(self.num_tiles if in_tile_loop(collective) else collective.group)
+
+    def by_kind(self, found: list[Collective]) -> dict[str, dict[str, float]]:
+        """Return how often each kind of collective runs in a step, and the bytes that a device sends in it."""
+        sums: dict[str, dict[str, float]] = {}
+        for collective in found:
+            own = sums.setdefault(collective.kind, {"times": 0.0, "sent_bytes": 0.0})
+            own["times"] += self.times(collective)
+            own["sent_bytes"] += collective.sent * self.times(collective)
+        return sums
+
+    def tile_loop(self, found: list[Collective]) -> dict[str, Any]:
+        """Return the largest array that a collective moves in the loss's loop over tiles, and a tile's size.
+
+        The length of that loop depends on the data.
+        """
+        inside = [size for c in found if in_tile_loop(c) for size in c.sizes]
+        tile = self.tile_size * self.decoder.width * jnp.dtype(self.decoder.dtype).itemsize
+        return {"tiles": self.num_tiles, "largest_collective_bytes": max(inside, default=0), "tile_bytes": tile}
+
+
+def in_tile_loop(collective: Collective) -> bool:
+    """Return whether a collective is in the loss's loop over tiles.
+
+    That loop's length depends on the data, unlike that of a loop that the compiler made around a matrix product.
+    """
+    return None in collective.loops and "shard_map/while" in collective.name
+
+
+def seconds_since(started: float) -> dict[str, float]:
+    """Return what compiling took."""
+    return {"compile_seconds": round(time.perf_counter() - started, 1)}
