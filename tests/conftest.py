@@ -77,12 +77,18 @@ class CheckedFinder:
         return spec
 
 
+# Python has no such module: type checkers bring it.
+sys.modules["_typeshed"] = ModuleType("_typeshed")
+sys.modules["_typeshed"].DataclassInstance = object  # type: ignore[attr-defined]
+
 assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before tests/conftest.py: its signatures would go unchecked"
 sys.meta_path.insert(0, CheckedFinder)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the environment is set
 import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("helpers")
 
 # For meshes; what names no mesh runs on the first device, commands too. Subprocesses of a test have one, as a user's process has.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -7,41 +7,19 @@ import gc
 import logging
 import os
 import shutil
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
+from helpers.checkpoint_states import ORBAX_LEAVES_ERRORS, assert_same, latest, make_state, small_file_system
 
-from cotgrpo import TrainState
+from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import CheckpointError, Checkpoints, restore_params
-from cotgrpo.training.weights import has_checkpoint
-
-
-def make_state(step: int, width: int = 8, tx: Any = None, dtype: Any = jnp.float32) -> TrainState:
-    """A state whose numbers tell its step; random ones, that compress badly, so that most of a file is data."""
-    rng = np.random.default_rng(step)
-    params = {
-        "embedding": jnp.asarray(rng.normal(size=(61, width)), dtype),
-        "layers": {"kernel": jnp.asarray(rng.normal(size=(2, width, 5)), jnp.bfloat16), "none": {}},
-    }
-    state = TrainState.create(params=params, tx=tx or optax.adamw(1e-3), key=step)
-    return state.replace(step=jnp.int32(step))
-
-
-def assert_same(got: Any, want: Any) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def save_all(directory: Path, *steps: int, keep: int = 3) -> None:
@@ -49,14 +27,6 @@ def save_all(directory: Path, *steps: int, keep: int = 3) -> None:
     for step in steps:
         checkpoints.save(step, make_state(step), {"place": step})
     checkpoints.close()
-
-
-def latest(directory: Path, like: TrainState | None = None) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-    checkpoints = Checkpoints(directory)
-    try:
-        return checkpoints.restore_latest(like or make_state(0))
-    finally:
-        checkpoints.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +69,9 @@ def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
     [
         (
             "s3://bucket/run",
-            r"s3://bucket/run: Orbax reads and writes checkpoints on disks and in gs:// buckets, and not in s3://",
+            r"s3://bucket/run: Orbax writes checkpoints to disks and gs:// buckets, and not to s3://",
         ),
-        ("ftp://host/run", "and not in ftp://"),
+        ("ftp://host/run", "and not to ftp://"),
         (
             "gs://a-bucket-that-is-not-there/run",
             "gs://a-bucket-that-is-not-there/run: .*(pip install |cannot be kept there)",
@@ -279,29 +249,9 @@ def test_parameters_that_are_not_there(directory: Path, tmp_path: Path) -> None:
         restore_params(tmp_path / "bare", make_state(0).params)
 
 
-def small_file_system(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Yields `mount(size) -> folder`, which mounts a file system of that size there, or gives the mounted one that size."""
-    folder.mkdir()
-
-    def mount(size: str) -> Path:
-        options = f"remount,size={size}" if os.path.ismount(folder) else f"size={size}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
     yield from small_file_system(tmp_path / "disk")
-
-
-# Orbax gives up at the first error, and leaves the coroutines of other files to the garbage collector, with errors that nobody reads.
-ORBAX_LEAVES_ERRORS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @ORBAX_LEAVES_ERRORS
@@ -341,12 +291,11 @@ def test_a_full_disk_is_explained_by_whoever_meets_it_first(small_disk: Callable
         assert_same(found[0], make_state(1))
 
 
-def test_a_place_that_cannot_be_reached_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_reached_is_not_an_empty_one(tmp_path: Path) -> None:
     class Unreachable(type(tmp_path)):  # type: ignore[misc]
         def iterdir(self) -> Any:
             raise ConnectionError("no route to the bucket")
 
-    assert not has_checkpoint(tmp_path / "sft")
-    monkeypatch.setattr("cotgrpo.training.weights.checkpoints_of", lambda folder, config: Unreachable(folder))
+    assert not CheckpointLocation.resolve(tmp_path / "sft").exists()
     with pytest.raises(CheckpointError, match=r"sft cannot be read \(ConnectionError: no route to the bucket\)"):
-        has_checkpoint(tmp_path / "sft")
+        CheckpointLocation(Unreachable(tmp_path / "sft")).exists()

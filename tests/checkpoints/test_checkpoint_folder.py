@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import pytest
-from test_cli import SETTINGS, options, read
+from helpers.commands import SETTINGS, options, read
 
 from cotgrpo.cli import main
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples

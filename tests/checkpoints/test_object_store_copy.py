@@ -16,13 +16,14 @@ from typing import Any
 
 import fsspec
 import pytest
-from test_checkpoint import assert_same, latest, make_state
-from test_cli import SETTINGS, options, read
+from helpers.checkpoint_states import assert_same, latest, make_state
+from helpers.commands import SETTINGS, options, read
 
+from cotgrpo.checkpoints.integrity import COMMITTED, files_below
 from cotgrpo.checkpoints.manager import Checkpoints
 from cotgrpo.checkpoints.object_store_copy import ObjectStoreCopy
 from cotgrpo.cli import main
-from cotgrpo.storage import COMMITTED, CheckpointError, files_below
+from cotgrpo.disk_errors import CheckpointError
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 
 
@@ -34,7 +35,7 @@ def url() -> Iterator[str]:
 
 
 def save(folder: Path, url: str, *steps: int, **options: Any) -> None:
-    checkpoints = Checkpoints(folder, **options, mirror=ObjectStoreCopy(folder, url))
+    checkpoints = Checkpoints(folder, **options, copy=ObjectStoreCopy(folder, url))
     for step in steps:
         checkpoints.save(step, make_state(step), {"batches": step}, loss=float(abs(step - 3)))
     checkpoints.close()

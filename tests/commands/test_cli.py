@@ -10,24 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.commands import SETTINGS, options, read
 
 from cotgrpo.cli import USAGE, main
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.training.loop import TIME_KEYS
-
-SETTINGS = """
-student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}
-tokenizer: {vocab_size: 300}
-data: {seq_len: 256, test_rows: 20}
-sft: {steps: 6, batch_size: 2, log_every: 2, eval_every: 3, optimizer: {learning_rate: 1.0e-3}}
-grpo: {steps: 4, batch_size: 2, log_every: 2, optimizer: {learning_rate: 1.0e-3}}
-eval: {rows: 20, batch_size: 8, max_new_tokens: 12}
-checkpoint: {every: 2}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +29,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in ("sft", "grpo"):
         assert main([command, *options(folder)]) == 0
     return folder
-
-
-def options(folder: Path, *more: str) -> list[str]:
-    return ["--config", str(folder / "c.yaml"), "--data.train", str(folder / "rows.jsonl"), *more]
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_a_run_leaves_what_it_promises(trained: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli_pretrained
+from helpers.commands import error_of, logits_of, options, read, write_rows_and_model
 from safetensors.numpy import load_file
-from test_cli_pretrained import error_of, logits_of, options, read
 
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
@@ -27,7 +26,7 @@ LORA = ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "[query, valu
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, a model and a config; `run` is a run of both stages with LoRA."""
     folder = tmp_path_factory.mktemp("lora")
-    test_cli_pretrained.write_rows_and_model(folder)
+    write_rows_and_model(folder)
     for command in ("sft", "grpo"):
         assert main([command, *options(folder, *LORA, "--run_dir", str(folder / "run"))]) == 0
     return folder
@@ -106,7 +105,7 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.
                 def stop(*args: object, **kwargs: object) -> None:
                     raise CheckpointError("stopped on the way")
 
-                patch.setattr(stages.StageRunner, "report", stop)
+                patch.setattr(stages, "write_stage_report", stop)
                 assert main(arguments) == 2
             (tmp_path / name / "grpo" / "after.json").unlink()
             for step in ("2", "3"):

@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from helpers.commands import PRETRAINED_SETTINGS, error_of, logits_of, options, read, write_rows_and_model
 from safetensors.numpy import load_file
 
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import EXPORT_HELP, main
 from cotgrpo.config.files import load_config
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
-from cotgrpo.models import Pretrained, load_pretrained, save_pretrained
-from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.decoder import init_params
-from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+from cotgrpo.models import load_pretrained
 from cotgrpo.training import stages
 from cotgrpo.training.inputs import load_eval_inputs
-
-CONTROLS = ("<pad>", "<eos>", "<sep>", "<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SETTINGS = """
-data: {seq_len: 320, test_rows: 12}
-sft: {steps: 4, batch_size: 2, log_every: 2, optimizer: {learning_rate: 1.0e-3}}
-grpo: {steps: 2, batch_size: 2, log_every: 1, optimizer: {learning_rate: 1.0e-3}}
-eval: {rows: 12, batch_size: 12, max_new_tokens: 8}
-checkpoint: {every: 2}
-"""
-
-
-def write_model(folder: Path, texts: list[str]) -> Path:
-    """A random model with a padded embedding, whose turns end with another token than its texts, and a second stop token."""
-    tokenizer = train_tokenizer(texts, vocab_size=320, special_tokens=CONTROLS)
-    tokenizer.chat_template = CHATML
-    config = DecoderConfig(
-        vocab_size=len(tokenizer) + 5, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-    )
-    params = init_params(dataclasses.replace(config, init_scale=0.2), jax.random.key(7))
-    stops = {"eos_token_id": [CONTROLS.index("<eos>"), CONTROLS.index("<|im_end|>")]}
-    return save_pretrained(folder, config, params, tokenizer=tokenizer, generation_config=stops)
-
-
-def write_rows_and_model(folder: Path) -> None:
-    """`rows.jsonl`, `model` and `c.yaml`, which names the model and has small settings."""
-    rows = ProceduralTeacher(seed=1).draw(60)
-    write_triples(folder / "rows.jsonl", rows)
-    write_model(folder / "model", [f"{t.question}\n{t.rationale}" for t in rows])
-    (folder / "c.yaml").write_text(f"student: {{path: {folder / 'model'}}}\n{SETTINGS}", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -69,28 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in ("sft", "grpo"):
             assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
     return folder
-
-
-def options(folder: Path, *more: str) -> list[str]:
-    return ["--config", str(folder / "c.yaml"), "--data.train", str(folder / "rows.jsonl"), *more]
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command said on stderr, which is one line."""
-    error = capsys.readouterr().err
-    assert error.startswith("cotgrpo: ") and error.count("\n") == 1, error
-    return error
-
-
-def logits_of(model: Pretrained, tokens: np.ndarray) -> np.ndarray:
-    """Logits of one sequence, `[T, V]`; what is padded behind it to one length for all does not reach back."""
-    tokens_BT = jnp.asarray(np.pad(tokens, (0, 320 - len(tokens)))[None], jnp.int32)
-    logits_BTV = model.student.logits(model.params, tokens_BT, jnp.arange(320)[None], jnp.ones_like(tokens_BT))
-    return np.asarray(logits_BTV[0, : len(tokens)], np.float64)
 
 
 @pytest.mark.parametrize("form", ["chat", "plain"])
@@ -162,7 +102,7 @@ def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest
         def stop(*args: Any, **kwargs: Any) -> None:
             raise CheckpointError("stopped on the way")
 
-        patch.setattr(stages.StageRunner, "report", stop)
+        patch.setattr(stages, "write_stage_report", stop)
         assert main(["sft", *arguments]) == 2
     (model / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "run" / "sft" / "checkpoints" / "4")
@@ -185,7 +125,9 @@ def test_grpo_straight_from_the_model_and_near_it(folder: Path, tmp_path: Path) 
 
 def test_a_student_from_scratch_is_exported(folder: Path, tmp_path: Path) -> None:
     shape = "{width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}"
-    (tmp_path / "c.yaml").write_text(f"student: {shape}\ntokenizer: {{vocab_size: 300}}\n{SETTINGS}", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        f"student: {shape}\ntokenizer: {{vocab_size: 300}}\n{PRETRAINED_SETTINGS}", encoding="utf-8"
+    )
     arguments = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(folder / "rows.jsonl")]
     assert main(["sft", *arguments, "--run_dir", str(tmp_path / "run")]) == 0
     moved = (tmp_path / "run").rename(tmp_path / "moved")

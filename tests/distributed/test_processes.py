@@ -1,11 +1,10 @@
 """Several processes as one run: the same rows, losses and checkpoints as one, and an end for all where one ends.
 
-Run as a program, `python test_hosts.py FOLDER SECONDS_A_STEP` and with the options of `cotgrpo.cli`, this file is the training run of the tests, one process of it.
+`helpers/training_run.py` is the training run of the tests, one process of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import re
@@ -19,43 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-STEPS = 24
-
-
-def main(folder: Path, pause: float) -> None:
-    from cotgrpo.cli import run
-
-    sys.exit(run(lambda rest, console: training(folder, pause), sys.argv[3:]))
-
-
-def training(folder: Path, pause: float) -> None:
-    """The run of test_train_loop.py, with its batch spread over all devices."""
-    import jax
-    from test_train_loop import SETTINGS, STUDENT, Batches, new_state, optimizer
-
-    import cotgrpo
-    from cotgrpo.training.loop import train
-
-    def report(number: int, batch: Any) -> Any:
-        print(number, flush=True)
-        time.sleep(pause)
-        return batch
-
-    def evaluate(params: Any) -> dict[str, float]:
-        return {"loss": float(jax.jit(lambda p: (p["embedding"] ** 2).mean())(params))}
-
-    step = cotgrpo.make_grpo_step(STUDENT, optimizer(), cotgrpo.Pair(estimator="drawn"))
-    settings = dataclasses.replace(SETTINGS, total_steps=STEPS)
-    state = train(
-        cotgrpo.jit_step(step, mesh=cotgrpo.make_mesh(data=-1)),
-        new_state(),
-        Batches(report),
-        folder,
-        settings,
-        evaluate=evaluate,
-    )
-    print("done", int(state.step), jax.process_index(), jax.process_count(), jax.device_count())
+from helpers import training_run
+from helpers.commands import options, read, write_rows_and_model
+from helpers.training_run import SEVERAL_STEPS as STEPS
+from helpers.training_run import as_arrays, half_written, new_state
 
 
 def free_port() -> int:
@@ -77,7 +43,7 @@ class Run:
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={4 // count}",
             "JAX_COMPILATION_CACHE_DIR": "",  # none: what a killed process left half written would be a warning, and so an error
         }
-        command = command or [sys.executable, "-W", "error", __file__, str(folder), str(pause)]
+        command = command or [sys.executable, "-W", "error", training_run.__file__, str(folder), str(pause)]
         self.processes = []
         for i, output in enumerate(self.outputs):
             where = ["--distributed.coordinator", coordinator, "--distributed.num_processes", str(count)]
@@ -186,8 +152,6 @@ def whole_steps(folder: Path) -> list[int]:
 
 
 def final_state(folder: Path) -> list[np.ndarray]:
-    from test_train_loop import as_arrays, new_state
-
     from cotgrpo.checkpoints.manager import Checkpoints
 
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -263,8 +227,6 @@ def test_whichever_process_is_killed_and_however_many_go_on(whole: Path, tmp_pat
 @pytest.mark.slow
 def test_two_killed_in_the_middle_of_a_save_go_on_to_the_bit(tmp_path: Path) -> None:
     """Both at once, twice by chance and twice with a checkpoint half written: then the rows and the last checkpoint of two that nothing disturbed."""
-    from test_train_loop import half_written
-
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     assert Run(undisturbed, 2).wait() == [0, 0]
     rng = random.Random(time.time_ns())
@@ -290,8 +252,6 @@ def test_two_killed_in_the_middle_of_a_save_go_on_to_the_bit(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_lora_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
-    from test_cli_pretrained import options, read, write_rows_and_model
-
     write_rows_and_model(tmp_path)
     more = ["--lora.rank", "4", "--data.format", "chat", "--mesh.data", "1", "--mesh.fsdp", "4"]
     more += ["--sft.batch_size", "4", "--grpo.batch_size", "4", "--grpo.objective.reference_kl", "0.1"]
@@ -413,7 +373,3 @@ sys.exit(run(work, sys.argv[1:]))
     assert "cotgrpo: rows.jsonl: no such file." in run.output(1)
     assert f"process 1 of 2 ({socket.gethostname()}" in run.output(0)
     assert "has ended: DataError: rows.jsonl: no such file." in run.output(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))

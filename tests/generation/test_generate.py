@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_server import FAULTS, FaultyServer
-from test_cli_pretrained import write_model
+from helpers.commands import write_model
+from helpers.faulty_server import FAULTS, FaultyServer
 
 from cotgrpo.cli import main
 from cotgrpo.config.files import parse_settings, save_config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_checkpoint import small_file_system
+from helpers.checkpoint_states import small_file_system
 
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.logs.metrics_log import MetricsLog, read_metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import results, wilson, write_run
+from helpers.report_files import results, wilson, write_run
 
 from cotgrpo.reports.report import ReportError, write_report
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_families import CASES, SMALL, make_torch
+from helpers.families import CASES, SMALL, make_torch
 
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.tokenizer import load_tokenizer

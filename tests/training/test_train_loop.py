@@ -1,6 +1,6 @@
 """The host loop: killed, interrupted or short of disk at any moment, a run goes on as if nothing had happened.
 
-Run as a program, `python test_train_loop.py FOLDER`, this file is the training run that the tests kill.
+`helpers/training_run.py` is the training run that the tests kill.
 """
 
 from __future__ import annotations
@@ -19,106 +19,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import training_run
+from helpers.checkpoint_states import ORBAX_LEAVES_ERRORS, small_file_system
+from helpers.training_run import (
+    STUDENT,
+    Batches,
+    as_arrays,
+    half_written,
+    new_params,
+    new_state,
+    optimizer,
+    run,
+)
 from rich.console import Console
-from test_checkpoint import ORBAX_LEAVES_ERRORS, small_file_system
 
 import cotgrpo
-from cotgrpo import Pair, ReferenceKl, Student, TrainState
+from cotgrpo import Pair, ReferenceKl, TrainState
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import run as command
-from cotgrpo.data.batches import make_batches
-from cotgrpo.data.template import Example
+from cotgrpo.config.settings import CheckpointConfig
 from cotgrpo.logs.metrics_log import read_metrics
-from cotgrpo.training.loop import TIME_KEYS, Interrupted, LoopSettings, TrainingStopped, train
-
-VOCAB, WIDTH, STEPS = 48, 16, 60
-# 7 and 9 do not divide 4: a window of the log, and an evaluation, always has a checkpoint inside it.
-SETTINGS = LoopSettings("grpo", total_steps=STEPS, log_every=7, eval_every=9, checkpoint_every=4, keep=2)
-
-
-# The loop does not care what the model is: one that predicts each token from the one before it compiles fastest.
-STUDENT = Student(
-    hidden=lambda params, tokens, positions, segment_ids: params["embedding"][tokens],
-    head=lambda params: params["head"],
-)
-
-
-class Batches:
-    """Packed batches of made-up documents, and something that happens as batch n is taken: `hook(n, batch) -> batch`."""
-
-    def __init__(self, hook: Callable[[int, Any], Any] = lambda number, batch: batch) -> None:
-        rng = np.random.default_rng(0)
-        documents = [rng.integers(0, VOCAB, rng.integers(5, 17)).astype(np.int32) for _ in range(50)]
-        examples = [Example(tokens, np.arange(len(tokens)) > 1) for tokens in documents]
-        self.inner = make_batches(examples, batch_size=8, seq_len=24, seed=1)
-        self.hook, self.taken = hook, 0
-
-    def __next__(self) -> Any:
-        self.taken += 1
-        return self.hook(self.taken, next(self.inner))
-
-    def get_state(self) -> dict[str, Any]:
-        return {"inner": self.inner.get_state(), "taken": self.taken}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.inner.set_state(state["inner"])
-        self.taken = state["taken"]
-
-
-def new_params(seed: int = 0) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    shapes = {"embedding": (VOCAB, WIDTH), "head": (WIDTH, VOCAB)}
-    return {name: jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32) for name, shape in shapes.items()}
-
-
-def new_state() -> TrainState:
-    return TrainState.create(params=new_params(), tx=optimizer(), key=3)
-
-
-def optimizer() -> Any:
-    return cotgrpo.make_optimizer("adamw", learning_rate=1e-2, total_steps=STEPS)
-
-
-def spread(params: Any) -> dict[str, float]:
-    return {"loss": float(np.std(np.asarray(params["embedding"])))}
-
-
-class SharedStep:
-    """The step of most tests, compiled by the first of them. Drawn tokens, so that the run's random numbers are tested too."""
-
-    compiled: Any = None
-
-    def lower(self, *arguments: Any) -> SharedStep:
-        if self.compiled is None:
-            step = cotgrpo.make_grpo_step(STUDENT, optimizer(), Pair(estimator="drawn"))
-            self.compiled = cotgrpo.jit_step(step).lower(*arguments).compile()
-        return self
-
-    def compile(self) -> Any:
-        return self.compiled
-
-
-SHARED_STEP = SharedStep()
-
-
-def run(folder: Path, batches: Any = None, settings: LoopSettings = SETTINGS, **options: Any) -> TrainState:
-    options = {
-        "step": SHARED_STEP,
-        "state": new_state(),
-        "evaluate": spread,
-        "console": Console(file=io.StringIO()),
-    } | options
-    step, state = options.pop("step"), options.pop("state")
-    return train(step, state, batches or Batches(), folder, settings, **options)
-
-
-def as_arrays(state: Any) -> list[np.ndarray]:
-    state = state.replace(key=jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+from cotgrpo.training.loop import TIME_KEYS, Interrupted, LoopSettings, TrainingStopped
 
 
 def lasting(folder: Path) -> list[str]:
@@ -139,18 +63,9 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.nd
     return folder, as_arrays(run(folder))
 
 
-def main(folder: Path) -> None:
-    def report(number: int, batch: Any) -> Any:
-        print(number, flush=True)
-        time.sleep(0.005)
-        return batch
-
-    np.savez(folder / "final.npz", *as_arrays(run(folder, Batches(report), console=Console(stderr=True))))
-
-
 def start(folder: Path) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    command = [sys.executable, "-W", "error", training_run.__file__, str(folder)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -175,10 +90,6 @@ def kill_after(folder: Path, batches: int, seconds: float, *, saving: bool = Fal
     process.kill()
     process.communicate()
     return process.returncode == -signal.SIGKILL
-
-
-def half_written(folder: Path) -> list[str]:
-    return [path.name for path in (folder / "checkpoints").glob("*tmp*")]
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path: Path) -> None:
@@ -282,7 +193,7 @@ def poisoned(bad: Any, mask_value: float = float("nan")) -> Batches:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_updates_without_a_finite_loss_are_skipped_and_counted(tmp_path: Path, value: float) -> None:
     """Five bad steps, a good one, five bad ones: never six in a row."""
-    settings = LoopSettings("grpo", total_steps=14, log_every=1, checkpoint_every=4, max_skipped=6)
+    settings = LoopSettings("grpo", total_steps=14, log_every=1, checkpoint=CheckpointConfig(every=4), max_skipped=6)
     state = run(tmp_path, poisoned(lambda n: 3 <= n <= 13 and n != 8, value), settings)
     rows = [row for row in read_metrics(tmp_path) if "train/loss" in row]
     assert [row["train/skipped"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]
@@ -291,7 +202,7 @@ def test_updates_without_a_finite_loss_are_skipped_and_counted(tmp_path: Path, v
 
 
 def test_too_many_skipped_updates_stop_the_run_and_a_resume_counts_on(tmp_path: Path) -> None:
-    settings = LoopSettings("grpo", total_steps=30, log_every=5, checkpoint_every=4, max_skipped=6)
+    settings = LoopSettings("grpo", total_steps=30, log_every=5, checkpoint=CheckpointConfig(every=4), max_skipped=6)
     for _ in range(2):  # the second call starts at step 4, when two were skipped
         batches = poisoned(lambda n: n >= 3)
         with pytest.raises(TrainingStopped, match="6 updates in a row were skipped"):
@@ -312,7 +223,7 @@ def test_the_step_is_compiled_once_and_the_state_donated(tmp_path: Path) -> None
 
         jitted = cotgrpo.jit_step(step)
         state = new_state()
-        run(tmp_path, settings=LoopSettings("grpo", total, log_every=5, checkpoint_every=4), step=jitted, state=state)
+        run(tmp_path, settings=LoopSettings("grpo", total, log_every=5, checkpoint=CheckpointConfig(every=4)), step=jitted, state=state)
         assert len(traced) == 1 and jitted._cache_size() == 0
         if total == 6:
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -320,7 +231,7 @@ def test_the_step_is_compiled_once_and_the_state_donated(tmp_path: Path) -> None
 
 def test_a_run_goes_on_upon_another_mesh(tmp_path: Path) -> None:
     """Saved from 8 devices, restored to 4 x 2 (the same numbers, spread as that mesh wants them), and to one device."""
-    first = LoopSettings("grpo", total_steps=4, checkpoint_every=4)
+    first = LoopSettings("grpo", total_steps=4, checkpoint=CheckpointConfig(every=4))
     reference = (new_params(9),)
 
     def call(settings: LoopSettings, **mesh: int) -> TrainState:
@@ -373,7 +284,7 @@ def test_step_time_counts_every_step_and_no_pause(tmp_path: Path) -> None:
         time.sleep(0.3)
         return {"loss": 0.0}
 
-    settings = LoopSettings("grpo", total_steps=24, log_every=8, eval_every=5, checkpoint_every=7)
+    settings = LoopSettings("grpo", total_steps=24, log_every=8, eval_every=5, checkpoint=CheckpointConfig(every=7))
     run(tmp_path, Batches(slowly), settings, evaluate=evaluate)
     times = [row["train/step_time"] for row in read_metrics(tmp_path) if "train/step_time" in row]
     # The second batch is made while the first step runs, and the last evaluation follows the last step.
@@ -434,7 +345,3 @@ def test_progress_in_a_log_and_in_a_terminal(tmp_path: Path) -> None:
             assert [line.split("  ")[:2] for line in lines] == [["a [bold] run", f"{step}/12"] for step in (4, 8, 12)]
             assert all("loss" in line and "reward" in line and "tok/s" in line for line in lines)
         assert all(len(line) <= 80 for line in lines if "\r" not in line and "\x1b" not in line)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
