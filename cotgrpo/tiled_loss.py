@@ -170,7 +170,7 @@ class LiveTiles(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def num_tiles(self) -> int:
         """The number of tiles that all tokens fill."""
         return -(-len(self.order_N) // self.size)
 
@@ -185,7 +185,7 @@ class LiveTiles(NamedTuple):
             The sums over tiles, and the rows `[N, ...]` in the tokens' own order. Rows of tiles without a live token
             are zero.
         """
-        padded = jnp.pad(self.order_N, (0, self.count * self.size - len(self.order_N)))
+        padded = jnp.pad(self.order_N, (0, self.num_tiles * self.size - len(self.order_N)))
 
         def one_tile(index: Int[Array, ""], carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             sums, rows = carry
@@ -198,7 +198,7 @@ class LiveTiles(NamedTuple):
 
         sums, rows = jax.eval_shape(tile, padded[: self.size], jnp.ones(self.size, bool))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-        empty = jax.tree.map(lambda x: jnp.zeros((self.count * self.size, *x.shape[1:]), x.dtype), rows)
+        empty = jax.tree.map(lambda x: jnp.zeros((self.num_tiles * self.size, *x.shape[1:]), x.dtype), rows)
         live_tiles = (self.num_live + self.size - 1) // self.size
         if shards:
             # The collectives of the tensor axis are in this loop, so it must be equally long on every device.
@@ -297,6 +297,7 @@ class TiledLoss:
             # What a skipped row holds, even NaN, must not reach `d head` as NaN * 0.
             hidden_TD = jnp.where(is_live_T[:, None], rows[0], 0)
             sums, dlogits_TV = self.tile_sums(evaluate, hidden_TD, rows[1:], heads, is_live_T)
+            assert dlogits_TV is not None
             head_DV, _ = heads
             if head_DV is None:
                 return (sums, None), dlogits_TV.astype(hidden_TD.dtype)

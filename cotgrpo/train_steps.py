@@ -87,7 +87,7 @@ def make_grpo_step(
     def step(
         state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        ghosts = GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
+        ghosts = as_ghosts(batch)
         uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
         (loss, (sums, weight)), grads = accumulate(
             lambda part: gradient(state.params, *part, reference_params), (ghosts, uniform), micro_batches
@@ -136,7 +136,7 @@ def make_eval_step(
     batch_loss = make_batch_loss(student, objective, None, tile_size)
 
     def eval_step(params: Params, batch: SftBatch | GhostBatch) -> Metrics:
-        ghosts = GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
+        ghosts = as_ghosts(batch)
         loss, (sums, weight) = batch_loss(params, ghosts, None, None)
         return {name: Metric(total, weight) for name, total in {"loss": loss, **sums}.items()} | token_counts(ghosts)
 
@@ -184,14 +184,18 @@ def make_batch_loss(
     return batch_loss
 
 
+def as_ghosts(batch: SftBatch | GhostBatch) -> GhostBatch:
+    """Return the batch as contexts and ghosts. Raise ValueError if its arrays do not fit each other."""
+    check_arrays(batch)
+    return GhostBatch.teacher_forced(batch) if isinstance(batch, SftBatch) else batch
+
+
 def token_inputs(objective: Objective, ghosts: GhostBatch) -> TokenInputs:
     """Return what the objective reads of a batch, besides logits.
 
     Raises:
-        ValueError: arrays whose shapes or dtypes do not fit each other, or an extra array that the objective needs and
-            the batch does not carry.
+        ValueError: an extra array that the objective needs and the batch does not carry.
     """
-    check_arrays(ghosts)
     names = objectives.batch_fields(objective)
     names = tuple(ghosts.extra) if names is None else names
     missing = [name for name in names if name not in ghosts.extra]

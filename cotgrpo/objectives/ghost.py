@@ -165,7 +165,7 @@ class Pair:
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         student = softmax(logits_V)
         if self.estimator == "drawn":
-            n_V = (jnp.arange(logits_V.shape[0]) == inputs.drawn).astype(jnp.float32)
+            n_V = jnp.float32(jnp.arange(logits_V.shape[0]) == inputs.drawn)
         else:
             n_V = self.negatives_V(student)
         lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[inputs.ghost]))

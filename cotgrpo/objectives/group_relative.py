@@ -58,7 +58,7 @@ class GroupRelative:
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         student = softmax(logits_V)
         loss, metrics, slope = self.loss_and_slope(student, inputs)
-        is_drawn_V = (jnp.arange(logits_V.shape[0]) == inputs.drawn).astype(jnp.float32)
+        is_drawn_V = jnp.float32(jnp.arange(logits_V.shape[0]) == inputs.drawn)
         return (loss, metrics), slope * (is_drawn_V - student.p_V)
 
     def loss_and_slope(

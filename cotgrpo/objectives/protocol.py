@@ -9,7 +9,7 @@ import flax.struct
 import jax
 
 if TYPE_CHECKING:
-    from cotgrpo.types import AnyArray, Array, Float, Int
+    from cotgrpo.types import Array, Float, Int
 
     LossAndMetrics = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
     """The loss of one token, and the metrics to be averaged over tokens."""
@@ -28,13 +28,13 @@ class TokenInputs(flax.struct.PyTreeNode):
         extra: further arrays of this token by name, from the `extra` of the batch. `inputs["name"]` reads one.
     """
 
-    ghost: Int[AnyArray, "*batch"]
-    weight: Float[AnyArray, "*batch"]
-    drawn: Int[AnyArray, "*draws"] | None = None
-    reference_logits: Float[AnyArray, "V"] | None = None
-    extra: dict[str, AnyArray] = flax.struct.field(default_factory=dict)
+    ghost: Int[Array, "*batch"]
+    weight: Float[Array, "*batch"]
+    drawn: Any = None  # Int[Array, "*draws"]: an objective knows whether it asked for draws
+    reference_logits: Any = None  # Float[Array, "V"]: likewise
+    extra: dict[str, Array] = flax.struct.field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> AnyArray:
+    def __getitem__(self, name: str) -> Array:
         """Return the array `extra[name]` of this token."""
         if name not in self.extra:
             raise KeyError(
