@@ -1,0 +1,59 @@
+"""Every setting that a user can write, declared once, and its way from files and options and back."""
+
+from cotgrpo.config.files import flat, load_config, parse_config, parse_settings, save_config
+from cotgrpo.config.generate import GenerateConfig, PromptConfig, TeacherConfig, VerifyConfig
+from cotgrpo.config.ghosts import (
+    Ghosts,
+    LiveGhosts,
+    PrivilegedSelf,
+    SelfReply,
+    TeacherForced,
+    TeacherModel,
+    VerifiedReward,
+)
+from cotgrpo.config.sections import ConfigError, tree_of
+from cotgrpo.config.settings import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StageConfig,
+    StudentConfig,
+    TokenizerConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "Ghosts",
+    "GrpoConfig",
+    "LiveGhosts",
+    "LoraConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PrivilegedSelf",
+    "PromptConfig",
+    "SelfReply",
+    "StageConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TeacherForced",
+    "TeacherModel",
+    "TokenizerConfig",
+    "VerifiedReward",
+    "VerifyConfig",
+    "flat",
+    "load_config",
+    "parse_config",
+    "parse_settings",
+    "save_config",
+    "tree_of",
+]

@@ -1,8 +1,8 @@
-"""Settings read from a YAML file and from dotted options, and written back beside the run.
+"""Settings read from YAML files and from dotted options, and saved next to the run.
 
     cotgrpo sft --config run.yaml --sft.optimizer.learning_rate 1e-3
 
-An unknown key is an error that suggests the nearest valid one; a value of the wrong type names the key.
+An unknown key is an error that suggests the nearest valid one. A value of the wrong type names the key.
 """
 
 from __future__ import annotations
@@ -10,79 +10,250 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import functools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cotgrpo.atomic_files import write_text
-from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.config.old_names import translate
+from cotgrpo.config.sections import (
+    ConfigError,
+    DataclassInstance,
+    Given,
+    Setting,
+    attribute_docs,
+    build,
+    settings_in,
+    tree_of,
+)
+from cotgrpo.config.settings import Config
 
-DEFAULTS = Config()
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 """A frozen dataclass of settings, each with a default: `Config`, or that of a command with settings of its own."""
+DEFAULTS = Config()
+METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", type(None): "null"}
 
 
-def make_parser(prog: str, defaults: Any = DEFAULTS, description: str | None = None) -> Any:
-    """The `jsonargparse` parser of one command: `--config FILE.yaml` and an option for every setting of `defaults`."""
-    import jsonargparse
+class ConfigFile(argparse.Action):
+    """Add the settings of a YAML file to those given so far."""
 
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file of settings; options after it override it")
-    parser.add_class_arguments(type(defaults))
-    parser.set_defaults(dict(flat(dataclasses.asdict(defaults))))
+    def __init__(self, known: Sequence[str], **options: Any) -> None:
+        super().__init__(**options)
+        self.known = known
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the file `values`. Its settings override those of earlier options and files."""
+        settings, unset = read_settings(Path(values), self.known, parser)
+        for key, value in settings.items():
+            namespace[key] = value
+        namespace[self.dest] = [*namespace.get(self.dest, []), (settings, unset)]
+
+
+def add_settings(
+    parser: ArgumentParser,
+    defaults: DataclassInstance,
+    *,
+    hidden: tuple[str, ...] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Add `--config FILE` and an option for each setting, grouped by section.
+
+    Args:
+        parser: the parser of a command.
+        defaults: the settings, with the defaults to show in the help.
+        hidden: keys of settings and sections that are accepted and not shown.
+        aliases: a second option of some settings, by key.
+    """
+    settings = list(settings_in(defaults))
+    parser.add_argument(
+        "--config",
+        action=ConfigFile,
+        known=[setting.key for setting in settings],
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of settings. Options after it override it.",
+    )
+    titles = section_titles(defaults)
+    groups: dict[str, Any] = {}
+    for setting in settings:
+        key, section = setting.key, setting.section
+        shown = not any(f"{key}.".startswith(f"{name}.") for name in hidden)
+        if shown and section not in groups:
+            groups[section] = parser.add_argument_group(section or "settings", titles.get(section))
+        options = [f"--{key}"] + [alias for name, alias in (aliases or {}).items() if name == key]
+        (groups[section] if shown else parser).add_argument(
+            *options,
+            type=setting.type,
+            default=argparse.SUPPRESS,
+            metavar=metavar(setting.type),
+            help=help_of(setting) if shown else argparse.SUPPRESS,
+        )
+
+
+def section_titles(section: DataclassInstance, prefix: str = "") -> dict[str, str]:
+    """Return a sentence on each section inside a section, by its key."""
+    titles, docs = {}, attribute_docs(type(section))
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        titles[key] = docs.get(field.name, "")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            titles |= section_titles(value, f"{key}.")
+    return titles
+
+
+def help_of(setting: Setting) -> str:
+    """Return the line of help of a setting, with its default as YAML writes it."""
+    default = setting.default
+    if isinstance(default, list | tuple):
+        shown = f"[{', '.join(map(str, default))}]"
+    elif default is None or isinstance(default, bool):
+        shown = "null" if default is None else str(default).lower()
+    else:
+        shown = repr(default) if default == "" or "\n" in str(default) else str(default)
+    return f"{setting.help} (default: {shown})".replace("%", "%%")
+
+
+def metavar(kind: Any) -> str:
+    """Return how the help writes a value of a type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    if kind in METAVARS:
+        return METAVARS[kind]
+    if typing.get_origin(kind) in (list, tuple):
+        return f"[{metavar(typing.get_args(kind)[0])},...]"
+    return "|".join(metavar(part) for part in typing.get_args(kind))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the arguments of a command give.
+
+    Attributes:
+        values: value of each option, as parsed. Of the settings, it holds those that were given.
+        arguments: what it was parsed from.
+    """
+
+    values: Namespace
+    arguments: Sequence[str]
+
+    def settings(self, defaults: Settings) -> Settings:
+        """Return the settings. Raises ConfigError for one outside its range, or that does not apply."""
+        return build(defaults, self.given(defaults))
+
+    def given(self, defaults: DataclassInstance) -> Given:
+        """Return which settings were given, and where; `defaults` are all settings of the command."""
+        known, files = {setting.key for setting in settings_in(defaults)}, self.values.get("config", [])
+        values = {key: value for key, value in self.values.items() if key in known}
+        typed = {option[2:].partition("=")[0].rstrip("+") for option in self.arguments if option.startswith("--")}
+        sources = dict.fromkeys(values, len(files))
+        for number, (settings, unset) in enumerate(files):
+            sources |= {key: -1 if key in unset else number for key in settings if key not in typed}
+        return Given(values, sources)
+
+
+def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> Options:
+    """Return what the arguments give, as the parser reads them.
+
+    Raises:
+        ConfigError: an unknown option, with the nearest that is known; a value of the wrong type; a file with either.
+    """
+    try:
+        return Options(parser.parse_args(list(arguments)), arguments)
+    except argparse.ArgumentError as error:
+        text = " ".join(str(error).split())
+        unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
+        if unknown is None:
+            raise ConfigError(text) from error
+        key = unknown[1]
+        raise ConfigError(f"Unknown option --{key}.{nearest(key, option_names(parser), '--')}") from error
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Return the options that a parser and its subcommands know, without their dashes."""
+    names: list[str] = []
+    for action in parser._actions:
+        names += [name[2:] for name in action.option_strings if name.startswith("--")]
+        if isinstance(action.choices, dict):
+            names += [name for command in action.choices.values() for name in option_names(command)]
+    return names
+
+
+@functools.cache
+def settings_parser(kind: type[DataclassInstance]) -> ArgumentParser:
+    """Return a parser of settings alone."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_settings(parser, kind())
     return parser
 
 
-def parse_config(
-    arguments: Sequence[str], *, prog: str = "cotgrpo", defaults: Config = DEFAULTS, description: str | None = None
-) -> Config:
-    """The config that `--config FILE` and dotted options describe, as `parse_settings` reads them."""
-    return parse_settings(arguments, defaults, prog=prog, description=description)
+def parse_settings(arguments: Sequence[str], defaults: Settings) -> Settings:
+    """Return the settings that `--config FILE` and dotted options describe. Later ones override earlier ones.
 
-
-def parse_settings(
-    arguments: Sequence[str], defaults: Settings, *, prog: str = "cotgrpo", description: str | None = None
-) -> Settings:
-    """The settings that `--config FILE` and dotted options describe, later ones overriding earlier ones; `description` is for --help.
-
-    They are of the type of `defaults`, which count where nothing is given.
+    Args:
+        arguments: options and their values.
+        defaults: the settings that count if nothing is given; the result is of their type.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or outside its range.
     """
-    known = [key for key, _ in flat(dataclasses.asdict(defaults))]  # type: ignore[call-overload]
-    expecting_file = False
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if expecting_file or (option == "--config" and value):
-            check_file(Path(argument if expecting_file else value), known)
-        elif option.startswith("--") and option.rstrip("+")[2:] not in (*known, "config", "help", "print_config"):
-            raise ConfigError(f"Unknown option {option}.{nearest(option[2:], known, '--')}")
-        expecting_file = option == "--config" and not value
-    parser = make_parser(prog, defaults, description)
-    try:
-        parsed = parser.parse_args(list(arguments))
-        parsed.pop("config", None)
-        return type(defaults)(**vars(parser.instantiate(parsed)))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    return parse_options(settings_parser(type(defaults)), arguments).settings(defaults)
 
 
-def save_config(config: Any, path: Path) -> None:
-    """Writes all settings as YAML, whole or not at all."""
-    import yaml
-
-    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+def parse_config(arguments: Sequence[str], *, defaults: Config = DEFAULTS) -> Config:
+    """Return the config of a run that the arguments describe, as `parse_settings` reads them."""
+    return parse_settings(arguments, defaults)
 
 
 def load_config(path: Path) -> Config:
-    """The config in a YAML file. Raises ConfigError as `parse_config` does."""
+    """Return the config in a YAML file. Raises ConfigError as `parse_settings` does."""
     return parse_config(["--config", str(path)])
 
 
-def check_file(path: Path, known: Sequence[str]) -> None:
-    """Raises ConfigError where the file is no YAML mapping or holds a key that does not exist."""
+def given_in(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the settings of a run in a YAML file, by dotted key, and those to ignore if they do not apply."""
+    return read_settings(path, [setting.key for setting in settings_in(DEFAULTS)], settings_parser(Config))
+
+
+def save_config(config: DataclassInstance, path: Path) -> None:
+    """Write all settings that apply as YAML, by an atomic write."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(tree_of(config), sort_keys=False))
+
+
+def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the settings in a YAML file by dotted key, and those to ignore if they do not apply.
+
+    Raises:
+        ConfigError: a file that cannot be read or is not a mapping, an unknown key, a value of the wrong type.
+    """
+    settings, unset = translate(dict(flat(read_mapping(path))))
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    sections |= {section.partition(".")[0] for section in sections}
+    for key in [key for key, value in settings.items() if value == {} and key in sections]:
+        del settings[key]
+    for key, value in settings.items():
+        if key in sections:
+            raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+    try:
+        parsed = parser.parse_object(settings)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    return {key: parsed[key] for key in settings}, unset
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises ConfigError if there is none."""
     import yaml
 
     try:
@@ -93,27 +264,21 @@ def check_file(path: Path, known: Sequence[str]) -> None:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
-    sections = {key.rpartition(".")[0] for key in known} - {""}
-    sections |= {section.partition(".")[0] for section in sections}
-    for key, value in flat(tree):
-        if key in sections and value != {}:
-            raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")
-        if key not in known and key not in sections:
-            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+    return tree
 
 
-def nearest(key: str, known: Sequence[str], mark: str = "") -> str:
-    """The nearest valid key as a question: by the whole dotted key, or else by its last part."""
-    last_parts = [name.rpartition(".")[2] for name in known]
-    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
-    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
-    return f" Did you mean {mark}{found[0]}?" if found else " See --help for all settings."
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a.b", 1) for every leaf of {"a": {"b": 1}}."""
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("a.b", 1) for every leaf of {"a": {"b": 1}}."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def nearest(key: str, known: Sequence[str], mark: str = "") -> str:
+    """Return the nearest known key as a question: by the whole dotted key, or else by its last part."""
+    last_parts = [name.rpartition(".")[2] for name in known]
+    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
+    return f" Did you mean {mark}{found[0]}?" if found else " See --help for all settings."

@@ -7,7 +7,7 @@ import os
 import string
 from typing import Literal
 
-from cotgrpo.config.settings import ConfigError, at_least
+from cotgrpo.config.sections import ConfigError, at_least
 from cotgrpo.teachers.endpoint import EndpointSettings
 
 QUESTION_PROMPT = """Solve the problem. Think step by step, and write down every step.

@@ -1,0 +1,19 @@
+"""Measure how fast steps, generation, the input pipeline and checkpoints are on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cotgrpo.bench.command import run_bench
+from cotgrpo.data.triples import DataError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return the exit code. There is no compilation cache, since compiling is measured."""
+    try:
+        run_bench(arguments)
+    except DataError as error:
+        print(f"cotgrpo: {error}", file=sys.stderr)
+        return 2
+    return 0

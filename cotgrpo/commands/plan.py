@@ -1,0 +1,46 @@
+"""Plan a run on TPUs or GPUs that are not here: whether it fits, its collectives, and the time to expect.
+
+The train step is compiled for the TPU slice on this machine. GPUs are planned by arithmetic. No data and no weights are
+read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cotgrpo.config import Config, ConfigError
+from cotgrpo.config.files import Options, add_settings
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the chips, the stage, whether to search, and the settings of a run."""
+    add = parser.add_argument
+    add(
+        "--topology",
+        type=str,
+        metavar="CHIPS",
+        help="v5p:4x4x4, v5e:4x4, v4:..., v6e:..., tpu7x:..., h100:8, a100:8 or h200:8",
+    )
+    add("--stage", type=Literal["sft", "grpo"], default="grpo", metavar="{sft,grpo}", help="the stage (default: grpo)")
+    add("--search", action="store_true", help="rank meshes, remat policies and micro-batches")
+    add("--out", type=str, metavar="FILE.json", help="the plan; its table goes next to it (default: in run_dir/plans)")
+    add_settings(parser, Config(), hidden=("eval", "checkpoint", "max_skipped"))
+
+
+def run(options: Options, console: Console) -> None:
+    """Plan the stage."""
+    import jax
+
+    from cotgrpo.planning.plan import run_plan
+
+    given, config = options.values, options.settings(Config())
+    if given.topology is None:
+        raise ConfigError("plan needs --topology, such as v5p:4x4x4 (a TPU slice) or h100:8 (GPUs).")
+    jax.config.update("jax_platforms", "cpu")  # the machine's own accelerator is not needed
+    out = None if given.out is None else Path(given.out)
+    run_plan(config, given.stage, given.topology, out, console, search=given.search)
