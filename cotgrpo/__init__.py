@@ -1,11 +1,21 @@
-"""cotgrpo: teach small language models to reason, by chain-of-thought distillation and GhostRespond Policy Optimization.
+"""Teach small language models to reason: chain-of-thought distillation and GhostRespond Policy Optimization.
 
-GRPO in this package is GhostRespond Policy Optimization (a ghost reply supplies the ideal token at each context), not Group Relative
-Policy Optimization. The names below need jax, flax, optax and numpy alone; data, sampling and runs live in the subpackages.
+GRPO in this package is GhostRespond Policy Optimization, not Group Relative Policy Optimization: a ghost reply supplies
+the ideal token at each context. The names below need only jax, flax, optax and numpy. Data, sampling and runs are in
+the subpackages.
 """
 
-from cotgrpo.objectives import Nll, Pair, Reinforce, RewardGradient, TokenInputs, ghost_reward
-from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives import (
+    ForwardKl,
+    Nll,
+    Objective,
+    Pair,
+    ReferenceKl,
+    Reinforce,
+    RewardGradient,
+    TokenInputs,
+    ghost_reward,
+)
 from cotgrpo.optimizers import make_optimizer
 from cotgrpo.sharding import jit_step, make_mesh
 from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
@@ -16,6 +26,7 @@ __all__ = [
     "GhostBatch",
     "Metric",
     "Nll",
+    "Objective",
     "Pair",
     "ReferenceKl",
     "Reinforce",
@@ -35,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, looked up when asked for: the code also runs from a checkout that is not installed."""
+    """Look up `__version__` on first use, since the code also runs from a checkout that is not installed."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -123,7 +123,7 @@ BAD_BATCHES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("tokens", {"tokens": np.zeros((B, T, 1), np.int32)}, ["GhostBatch.tokens", "[B, T]", "(8, 16, 1)"]),
     ("ghosts", {"ghost_tokens": np.zeros((B, T - 1), np.int32)}, ["ghost_tokens", "(8, 16)", "(8, 15)"]),
     ("positions", {"positions": np.zeros((B - 1, T), np.int32)}, ["positions", "(8, 16)", "(7, 16)"]),
-    ("segments", {"segment_ids": np.zeros((B, T))}, ["segment_ids", "integers", "float64"]),
+    ("segments", {"segment_ids": np.zeros((B, T))}, ["segment_ids", "integers", "float"]),
     ("float ids", {"tokens": np.zeros((B, T), np.float32)}, ["GhostBatch.tokens", "integers", "float32"]),
     ("mask", {"loss_mask": np.ones((B, 1))}, ["loss_mask", "(8, 16)", "(8, 1)"]),
     ("complex mask", {"loss_mask": np.ones((B, T), np.complex64)}, ["loss_mask", "complex64"]),
