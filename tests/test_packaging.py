@@ -11,8 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.package_sources import CORE_PACKAGES, IMPORTS, TRAIN_STEP
 from packaging.requirements import Requirement
-from test_imports import CORE_PACKAGES, IMPORTS, TRAIN_STEP
 
 import cotgrpo
 

@@ -33,7 +33,9 @@ SEVERAL_STEPS = 24
 
 
 # 7 and 9 do not divide 4: a window of the log, and an evaluation, always has a checkpoint inside it.
-SETTINGS = LoopSettings("grpo", total_steps=STEPS, log_every=7, eval_every=9, checkpoint=CheckpointConfig(every=4, keep=2))
+SETTINGS = LoopSettings(
+    "grpo", total_steps=STEPS, log_every=7, eval_every=9, checkpoint=CheckpointConfig(every=4, keep=2)
+)
 
 
 # The loop does not care what the model is: one that predicts each token from the one before it compiles fastest.
