@@ -326,7 +326,7 @@ class Ablation:
     def self_replies(self, rows: Sequence[Triple], seed: int) -> SelfReplyBatches:
         """Batches of the best right reply of the student to each of the questions."""
         settings = SelfReplySettings(
-            candidates=GROUP,
+            num_generations=GROUP,
             questions=128,
             refresh_every=50,
             batch_size=self.sizes.packed_rows,
@@ -343,7 +343,7 @@ class Ablation:
         `a+b=` in what follows the first of those in a reply, `sums`, how many the ghost gets right, `sums_right`.
         """
         batches, found = self.on_policy(7, rows, 256), dict.fromkeys(("per_reply", "sums", "sums_right"), 0.0)
-        batches.follow(params)
+        batches.set_params(params)
         batch = jax.device_get(next(batches))
         decode = self.template.tokenizer.decode
         for tokens, ghosts, mask in zip(batch.tokens, batch.ghost_tokens, batch.loss_mask, strict=True):

@@ -29,7 +29,7 @@ from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.objectives import GroupRelative
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
-from cotgrpo.rollouts.rollouts import RolloutPrompt, Rollouts, RolloutSettings, judged
+from cotgrpo.rollouts.rollouts import RolloutPrompt, Rollouts, RolloutSettings, grade_replies
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.procedural import ProceduralTeacher
 
@@ -102,13 +102,13 @@ def loop_row(
     tx = make_optimizer(learning_rate=1e-4, total_steps=1_000)
     step = jit_step(make_grpo_step(make_student(config), tx, objective))
     state = TrainState.create(params=jax.tree.map(np.array, params), tx=tx, key=0)
-    batches.follow(params)
+    batches.set_params(params)
     drawing = fastest(args.repeats, lambda: next(batches))[0]
     judging = 0.0
     if isinstance(batches, GroupRelativeBatches):
-        asked = batches.asked(0)
+        asked = batches.prompts_for(0)
         written = jax.device_get(batches.sample(params, batches.prompts(asked), batches.key_of(0)))
-        judging = fastest(args.repeats, lambda: judged(batches.template, asked, written))[0]
+        judging = fastest(args.repeats, lambda: grade_replies(batches.template, asked, written))[0]
         drawing -= judging
     batch, alone = jax.block_until_ready(next(batches)), []
     for number in range(args.repeats + 1):
@@ -117,14 +117,14 @@ def loop_row(
         alone += [time.perf_counter() - start] * (number > 0)
     if ahead:
         assert isinstance(batches, GroupRelativeBatches)
-        batches.ahead = True
-    batches.follow(state.params)
+        batches.prefetch = True
+    batches.set_params(state.params)
     batch = jax.block_until_ready(next(batches))
     start = time.perf_counter()
     for _ in range(args.updates):
         state, _ = step(state, batch)
         batches.observed()
-        batches.follow(state.params)
+        batches.set_params(state.params)
         batch = next(batches)
     jax.block_until_ready(batch)
     update = (time.perf_counter() - start) / args.updates
@@ -157,7 +157,7 @@ def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         loop_row("live ghost", live, Pair(), config, params, args),
         loop_row("group_relative", group, GroupRelative(), config, params, args),
-        loop_row("group_relative, ahead", group, GroupRelative(), config, params, args, ahead=True),
+        loop_row("group_relative, ahead", group, GroupRelative(), config, params, args, prefetch=True),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Files that no reader, and no crash, meets half of."""
+"""Atomic file writes: write a temporary file, then rename it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block ends; an error in it leaves `path` as it was."""
+    """Yield a temporary path that replaces `path` when the block ends. After an error `path` is unchanged."""
     temporary = path.with_name(f"{path.name}.tmp")
     yield temporary
     os.replace(temporary, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text, whole or not at all."""
+    """Write a text file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""Checkpoints in object stores that Orbax does not write to, S3 and its likes: each is written to a disk first, and from there copied by fsspec.
+"""Copy checkpoints to and from object stores that Orbax cannot write to, such as S3.
 
-Orbax writes the arrays to disks and to gs:// alone. Of every other store that fsspec has a client for, the run's own folder of checkpoints is copied there
-and back, file by file, whole or not at all: a copy counts when it holds the mark of success, which is written last.
+Orbax writes to disks and to gs:// buckets only. For every other store that fsspec has a client for, checkpoints are
+written to the run's disk first. Then they are copied file by file. A copy counts when it holds the success marker,
+which is written last.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.storage import COMMITTED, CheckpointError, find_damage, first_line
+from cotgrpo.checkpoints.integrity import COMMITTED, find_damage
+from cotgrpo.disk_errors import CheckpointError, first_line
 
 
 class ObjectStoreCopy:
-    """The copy of a folder of checkpoints in an object store. Of several processes the first alone calls its methods.
+    """The copy of a folder of checkpoints in an object store. Only process 0 calls its methods.
 
     Args:
         folder: the checkpoints on a disk, `folder/<step>/`.
-        url: where their copies go, `url/<step>/`: `s3://bucket/path`, or of another store that fsspec knows. Credentials, and the endpoint of a store that is
-            not AWS (`AWS_ENDPOINT_URL`), are found as its client finds them.
+        url: where the copies go, `url/<step>/`: `s3://bucket/path`, or another store that fsspec knows. The store's
+            client finds the credentials, and the endpoint of a store that is not AWS (`AWS_ENDPOINT_URL`).
     """
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url.rstrip("/")
 
     @functools.cached_property
-    def place(self) -> tuple[Any, str]:
-        """The client that fsspec has for it, and the path of the copies there. Raises CheckpointError where it has none."""
+    def client_and_root(self) -> tuple[Any, str]:
+        """The fsspec client, and the path of the copies in its store. Raises CheckpointError without a client."""
         import fsspec
 
         try:
@@ -39,47 +41,47 @@ class ObjectStoreCopy:
         except (ImportError, ValueError) as error:
             library = "pip install 'cotgrpo[s3]'" if self.url.startswith("s3://") else "install fsspec's client for it"
             raise CheckpointError(
-                f"{self.url}: no library here reads and writes such a store ({first_line(error)}): {library}, or mount it as a folder "
-                "of this machine and name that folder."
+                f"{self.url}: no library here reads and writes such a store ({first_line(error)}): {library}, or mount "
+                "it as a folder of this machine and name that folder."
             ) from error
 
     @property
     def store(self) -> Any:
-        return self.place[0]
+        return self.client_and_root[0]
 
-    def copy_of(self, step: int) -> str:
-        """The path of a step's copy."""
-        return f"{self.place[1]}/{step}"
+    def path_of(self, step: int) -> str:
+        """Return the path of a step's copy."""
+        return f"{self.client_and_root[1]}/{step}"
 
     def steps(self) -> list[int]:
-        """The steps of the whole copies, newest first."""
-        with self.explained("read"):
+        """Return the steps of the complete copies, newest first."""
+        with self.explain("read"):
             try:
-                paths = self.store.ls(self.place[1], detail=False)
+                paths = self.store.ls(self.client_and_root[1], detail=False)
             except FileNotFoundError:  # a store has no empty folders
                 return []
             names = [path.rstrip("/").rpartition("/")[2] for path in paths]
             return sorted((int(name) for name in names if name.isdigit() and self.is_whole(int(name))), reverse=True)
 
     def is_whole(self, step: int) -> bool:
-        return bool(self.store.exists(f"{self.copy_of(step)}/{COMMITTED}"))
+        return bool(self.store.exists(f"{self.path_of(step)}/{COMMITTED}"))
 
     def check_works(self) -> None:
-        """Writes and deletes a file there, so that a run does not learn at its first checkpoint that it cannot. Raises CheckpointError."""
-        with self.explained("written"):
-            probe = f"{self.place[1]}/.cotgrpo_probe"
-            self.store.pipe_file(probe, b"a run looks whether it can write here")
+        """Write and delete a file in the store, so that a run fails before it trains. Raises CheckpointError."""
+        with self.explain("written"):
+            probe = f"{self.client_and_root[1]}/.cotgrpo_probe"
+            self.store.pipe_file(probe, b"a run checks that it can write here")
             self.store.rm_file(probe)
 
     def push(self, source: Path, step: int, kept: set[int]) -> None:
-        """Copies the checkpoint in the folder `source`, and then deletes the copies of all steps but those `kept` and this one.
+        """Copy the checkpoint in the folder `source`. Then delete the copies of all steps except `kept` and this one.
 
         Raises:
             CheckpointError: the store cannot be reached, read or written.
         """
-        with self.explained(f"written: checkpoint {step} is not there"):
-            target = self.copy_of(step)
-            self.delete(step)  # half of one, of a process that died
+        with self.explain(f"written: checkpoint {step} is not there"):
+            target = self.path_of(step)
+            self.delete(step)  # a process that died may have left half of one
             files = [path for path in sorted(source.rglob("*")) if path.is_file() and path != source / COMMITTED]
             self.store.put([str(path) for path in files], [f"{target}/{path.relative_to(source)}" for path in files])
             self.store.pipe_file(f"{target}/{COMMITTED}", b"whole")
@@ -87,7 +89,12 @@ class ObjectStoreCopy:
                 self.delete(old)
 
     def pull(self, *, newest_only: bool) -> None:
-        """Copies to the disk what it lacks: all whole copies, or the newest unless the disk has it, or a newer one. What arrives damaged is left out, and no longer counts.
+        """Copy to the disk what it lacks.
+
+        A copy that arrives damaged is left out, and no longer counts.
+
+        Args:
+            newest_only: copy the newest undamaged checkpoint only, and nothing if the disk has it or a newer one.
 
         Raises:
             CheckpointError: the store cannot be reached or read.
@@ -100,11 +107,11 @@ class ObjectStoreCopy:
                 return
 
     def fetch(self, step: int) -> bool:
-        """Copies one checkpoint to the disk, beside its place and then into it; whether it arrived undamaged."""
+        """Copy one checkpoint to a temporary folder, then rename it. Return whether it arrived undamaged."""
         arriving = self.folder.parent / "fetching"
         shutil.rmtree(arriving, ignore_errors=True)
-        with self.explained(f"read: checkpoint {step} did not arrive"):
-            source = self.copy_of(step)
+        with self.explain(f"read: checkpoint {step} did not arrive"):
+            source = self.path_of(step)
             files = [path for path in self.store.find(source) if path != f"{source}/{COMMITTED}"]
             targets = [arriving / Path(path).relative_to(source) for path in files]
             for target in targets:
@@ -119,20 +126,21 @@ class ObjectStoreCopy:
         return True
 
     def delete(self, step: int) -> None:
-        """Deletes the copy of a step, its mark of success first; nothing where there is none."""
+        """Delete the copy of a step, its success marker first. A missing copy is not an error."""
         with contextlib.suppress(FileNotFoundError):
-            self.store.rm_file(f"{self.copy_of(step)}/{COMMITTED}")
+            self.store.rm_file(f"{self.path_of(step)}/{COMMITTED}")
         with contextlib.suppress(FileNotFoundError):
-            self.store.rm(self.copy_of(step), recursive=True)
+            self.store.rm(self.path_of(step), recursive=True)
 
     @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turns what the store's client raises, which has its own kinds, into a line."""
+    def explain(self, what: str) -> Iterator[None]:
+        """Turn the exceptions of the store's client into a CheckpointError of one line."""
         try:
             yield
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self.url} cannot be {what} ({first_line(error)}). Check the name, and that this machine may read and write it."
+                f"{self.url} cannot be {what} ({first_line(error)}). "
+                "Check the name, and that this machine may read and write it."
             ) from error

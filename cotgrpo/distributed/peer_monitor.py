@@ -1,8 +1,11 @@
-"""A line from every process to process 0, so that none of them waits for one that has ended.
+"""A connection from every process to process 0, so that none of them waits for one that has ended.
 
-A collective over several machines never returns when one of them is missing. The operating system closes the connections of a process however it ends,
-kill -9 included, and notices a machine that is gone by the keep-alives that it does not answer. Then every other process says who ended, and ends too.
-JAX's own heartbeats take longer and name no host; they stay as the second line, for a process that hangs, and where a firewall is between the machines.
+A collective over several machines never returns when one of them is missing. The operating system closes the
+connections of a process however it ends, kill -9 included. It notices a lost machine by keep-alives without an answer.
+Then every other process prints which one ended, and ends too.
+
+JAX's own heartbeats take longer and do not name the host. They remain for a process that hangs, and for machines with a
+firewall between them.
 """
 
 from __future__ import annotations
@@ -21,23 +24,29 @@ from typing import Any
 
 import jax
 
+from cotgrpo.disk_errors import first_line
 from cotgrpo.distributed.processes import is_process_0, on_process_0
-from cotgrpo.storage import first_line
 
 OTHER_ENDED = 4
 """The exit code of a process that ended because another one did."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""Seconds of silence before the first question, seconds between questions, and questions without an answer: a lost machine is noticed after 30 s."""
+"""Seconds of silence before the first probe, seconds between probes, and probes without an answer.
+
+Together a lost machine is noticed after 30 s.
+"""
 
 
 class PeerMonitor:
-    """Watches over the processes of this run from its making to `leave`, in a thread of its own. Every process makes one, at the same point."""
+    """Watches the processes of this run in a thread of its own, until `leave`.
+
+    Every process makes one at the same point.
+    """
 
     def __init__(self) -> None:
         self.id, self.count = jax.process_index(), jax.process_count()
         self.names = {self.id: f"{socket.gethostname()}, pid {os.getpid()}"}
-        self.lines: dict[int, socket.socket] = {}  # of process 0: to every other; of the others: to process 0
+        self.peers: dict[int, socket.socket] = {}  # process 0: to every other one; the others: to process 0
         self.gone: set[int] = set()
         self.leaving = False
         listener = socket.create_server(("", 0), backlog=self.count) if is_process_0() else None
@@ -48,122 +57,126 @@ class PeerMonitor:
             self.start(self.watch_others, listener, meeting["token"])
             return
         self.names[0] = meeting["name"]
-        line = connect(meeting["at"], meeting["port"])
-        if line is None:
+        connection = connect(meeting["at"], meeting["port"])
+        if connection is None:
             print(
-                f"cotgrpo: process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. The run goes on, but "
-                "where a process ends the others end later, and without its name: open the ports between the machines.",
+                f"cotgrpo: process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. "
+                "The run continues, but if a process ends, the others end later and without its name: open the ports "
+                "between the machines.",
                 file=sys.stderr,
             )
             return
-        self.lines[0] = line
-        send(line, {"token": meeting["token"], "id": self.id} | self.about())
-        self.start(self.watch_first, line)
+        self.peers[0] = connection
+        send(connection, {"token": meeting["token"], "id": self.id} | self.about())
+        self.start(self.watch_process_0, connection)
 
-    def start(self, work: Callable[..., None], *arguments: Any) -> None:
+    def start(self, work: Callable[..., None], *arguments: object) -> None:
+        """Run `work` in a thread."""
         threading.Thread(target=work, args=arguments, name="watch", daemon=True).start()
 
     def about(self) -> dict[str, Any]:
+        """Return what a process sends about itself."""
         return {"name": self.names[self.id]}
 
     def watch_others(self, listener: socket.socket, token: str) -> None:
-        """Process 0: accepts the others' lines and reads them until one ends without a farewell."""
+        """Accept the others' connections on process 0, and read them until one closes without a goodbye."""
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is listener:
-                        line, _ = listener.accept()
-                        line.settimeout(10)
-                        hello = receive(line)
+                        connection, _ = listener.accept()
+                        connection.settimeout(10)
+                        hello = receive(connection)
                         if hello.get("token") != token:
-                            line.close()
+                            connection.close()
                             continue
-                        keep_alive(line)
-                        self.lines[hello["id"]], self.names[hello["id"]] = line, hello["name"]
-                        selector.register(line, selectors.EVENT_READ, hello["id"])
+                        keep_alive(connection)
+                        self.peers[hello["id"]], self.names[hello["id"]] = connection, hello["name"]
+                        selector.register(connection, selectors.EVENT_READ, hello["id"])
                         continue
                     selector.unregister(key.fileobj)
                     assert isinstance(key.fileobj, socket.socket)
                     self.gone.add(key.data)
-                    with key.fileobj as line:
-                        farewell = receive(line)
-                    if not farewell.get("done"):
-                        self.end(key.data, farewell.get("because"))
+                    with key.fileobj as connection:
+                        goodbye = receive(connection)
+                    if not goodbye.get("done"):
+                        self.end(key.data, goodbye.get("because"))
 
-    def watch_first(self, line: socket.socket) -> None:
-        """The others: wait for what process 0 says, or for its end."""
-        with line:
-            keep_alive(line)
-            news = receive(line)
-        if not news.get("done"):
-            self.names[news.get("id", 0)] = news.get("name", self.names[0])
-            self.end(news.get("id", 0), news.get("because"))
+    def watch_process_0(self, connection: socket.socket) -> None:
+        """Wait for a message from process 0, or for its end."""
+        with connection:
+            keep_alive(connection)
+            message = receive(connection)
+        if not message.get("done"):
+            self.names[message.get("id", 0)] = message.get("name", self.names[0])
+            self.end(message.get("id", 0), message.get("because"))
 
     def end(self, who: int, because: str | None) -> None:
-        """Ends this process because process `who` has ended."""
-        if self.leaving:  # with a reason of its own
+        """End this process because process `who` has ended."""
+        if self.leaving:  # for a reason of its own
             return
         if self.id == 0:
             self.tell({"id": who, "name": self.names[who], "because": because})
         reason = because or "it was killed, or its machine is gone"
         print(
-            f"cotgrpo: process {who} of {self.count} ({self.names[who]}) has ended: {reason}. The others end with it; "
-            "start all of them again to go on from the last checkpoint.",
+            f"cotgrpo: process {who} of {self.count} ({self.names[who]}) has ended: {reason}. "
+            "The others end with it. Start all of them again to resume from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
         os._exit(OTHER_ENDED)
 
     def leave(self, because: str | None = None) -> None:
-        """Says farewell; with a reason, the other processes end too."""
+        """Say goodbye. With a reason, the other processes end too."""
         self.leaving = True
         if because is not None:
-            time.sleep(1)  # those that fail alike find it out themselves
+            time.sleep(1)  # processes with the same error report it themselves
         self.tell({"done": because is None, "id": self.id, "because": because} | self.about())
 
-    def tell(self, news: dict[str, Any]) -> None:
-        """Sends it to all; process 0, whose end JAX makes everybody's, gives the others time to read it."""
-        for line in self.lines.values():
-            send(line, news)
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to all. Process 0 gives the others time to read it, since JAX ends them with it."""
+        for connection in self.peers.values():
+            send(connection, message)
         until = time.monotonic() + 5
-        while self.id == 0 and not news.get("done") and self.lines.keys() - self.gone and time.monotonic() < until:
+        while self.id == 0 and not message.get("done") and self.peers.keys() - self.gone and time.monotonic() < until:
             time.sleep(0.05)
-            self.gone |= {who for who in self.lines.keys() - self.gone if closed(self.lines[who])}
+            self.gone |= {who for who in self.peers.keys() - self.gone if closed(self.peers[who])}
 
 
 @contextlib.contextmanager
-def watching(together: tuple[type[Exception], ...], alone: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Watches over what the processes do inside. With one process it does nothing.
+def watch_peers(together: tuple[type[Exception], ...], alone: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Watch the processes while the block runs. With one process it does nothing.
 
     Args:
-        together: what all processes raise at the same point; they end as if nothing had been raised.
-        alone: what one process raises for a reason of its own; the others end because of it. So they do for everything else, but that may be
-            a collective that failed because another process has ended: the watch, which knows which, is given time to say so first.
+        together: exceptions that all processes raise at the same point. They end as if nothing had been raised.
+        alone: exceptions that one process raises for a reason of its own. The others end because of it. Any other
+            exception ends them too. But it may come from a collective that failed because another process has ended, so
+            the monitor is given time to name that process first.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    watch = PeerMonitor()
+    monitor = PeerMonitor()
     try:
         yield
     except together:
-        watch.leave()
+        monitor.leave()
         raise
     except Exception as error:
         if not isinstance(error, alone):
             time.sleep(3)
-        watch.leave(first_line(error))
+        monitor.leave(first_line(error))
         raise
-    watch.leave()
+    monitor.leave()
 
 
 def own_addresses() -> list[str]:
-    """Where the other machines may find this one, the likeliest first."""
+    """Return addresses where other machines may find this one, the likeliest first."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses the way out
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: this only chooses the interface
             found.append(probe.getsockname()[0])
         except OSError:
             pass
@@ -171,38 +184,38 @@ def own_addresses() -> list[str]:
 
 
 def connect(addresses: list[str], port: int) -> socket.socket | None:
-    """A connection to the first address that answers, or None."""
+    """Return a connection to the first address that answers, or None."""
     for address in addresses:
         try:
-            line = socket.create_connection((address, port), timeout=5)
+            connection = socket.create_connection((address, port), timeout=5)
         except OSError:
             continue
-        line.settimeout(None)
-        return line
+        connection.settimeout(None)
+        return connection
     return None
 
 
-def keep_alive(line: socket.socket) -> None:
-    """Waits without end on this line, while the system asks from time to time whether the other side is still there."""
-    line.settimeout(None)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def keep_alive(connection: socket.socket) -> None:
+    """Let reads wait without a limit, while the system probes whether the other side is still there."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
         if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def send(line: socket.socket, message: dict[str, Any]) -> None:
-    """Sends a message. That the other side has ended is for whoever reads from it to notice."""
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send a message. A closed connection is ignored here: its reader notices it."""
     with contextlib.suppress(OSError):
-        line.sendall(json.dumps(message).encode() + b"\n")
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def receive(line: socket.socket) -> dict[str, Any]:
-    """The next message; empty when the other side has ended."""
+def receive(connection: socket.socket) -> dict[str, Any]:
+    """Return the next message; empty if the other side has ended."""
     data = b""
     try:
         while not data.endswith(b"\n"):
-            if not (byte := line.recv(1)):
+            if not (byte := connection.recv(1)):
                 return {}
             data += byte
         return dict(json.loads(data))
@@ -210,10 +223,10 @@ def receive(line: socket.socket) -> dict[str, Any]:
         return {}
 
 
-def closed(line: socket.socket) -> bool:
-    """Whether the other side has closed its end."""
+def closed(connection: socket.socket) -> bool:
+    """Return whether the other side has closed its end."""
     try:
-        return line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
         return False
     except OSError:

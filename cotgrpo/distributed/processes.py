@@ -1,7 +1,8 @@
-"""Several processes as one run: how they find each other, which of them writes, and what they agree on.
+"""Several processes as one run: how they find each other, which of them writes, and what they share.
 
-Every process runs the same program with the same settings. Process 0 alone reads and writes the run folder and prints; what it finds there the others are told.
-Checkpoints are written and read by all. `cotgrpo.distributed.peer_monitor` ends the others when one of them ends.
+Every process runs the same program with the same settings. Only process 0 reads and writes the run folder and prints.
+It broadcasts what it finds there. All write and read checkpoints. `cotgrpo.distributed.peer_monitor` ends the others
+when one of them ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,21 +22,26 @@ from rich.console import Console
 
 from cotgrpo.config.settings import ConfigError
 
+if TYPE_CHECKING:
+    from cotgrpo.types import AnyArray, PyTree
+
 HEARTBEAT_SECONDS = 30
-"""A process that the watch does not miss (it hangs, or its network does) is missed by JAX after this time."""
+"""JAX ends the run after this time without a sign of a process, for one that hangs, or whose network does."""
 
 T = TypeVar("T")
+Tree = TypeVar("Tree")
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the processes of a run through `jax.distributed`. To be called before any device is touched.
+    """Join the processes of a run through `jax.distributed`. Call this before any use of a device.
 
-    Without arguments they are found as JAX finds them: on Cloud TPU (one process a host), under SLURM and Open MPI (one process a GPU), on
-    Kubernetes, or at `JAX_COORDINATOR_ADDRESS`. Where there is one process only, nothing is started.
+    Without arguments JAX finds them: on Cloud TPU (one process per host), under SLURM and Open MPI (one process per
+        GPU), on
+    Kubernetes, or at `JAX_COORDINATOR_ADDRESS`. A single process starts nothing.
 
     Args:
         coordinator: HOST:PORT, a free port of process 0's host.
-        num_processes: of the run; 1: this is the only one, whatever the environment says.
+        num_processes: of the run; 1 ignores the environment.
         process_id: of this one, in [0, num_processes).
 
     Raises:
@@ -52,14 +59,14 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"The processes of this run did not find each other ({' '.join(str(error).split())}). Give every one of them "
-            "--distributed.coordinator HOST:PORT, --distributed.num_processes N and its own --distributed.process_id, or "
-            "--distributed.num_processes 1 where it is the only one."
+            f"The processes of this run did not find each other ({' '.join(str(error).split())}). Give every one of "
+            "them --distributed.coordinator HOST:PORT, --distributed.num_processes N and its own --distributed.process_id, "
+            "or --distributed.num_processes 1 if it is the only one."
         ) from error
 
 
 def on_a_cluster() -> bool:
-    """Whether the environment tells of several processes, or is a Cloud TPU machine, whose metadata JAX asks."""
+    """Return whether the environment names several processes, or this is a Cloud TPU, whose metadata JAX reads."""
     several = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     workers = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
@@ -68,24 +75,25 @@ def on_a_cluster() -> bool:
         return any(int(os.environ.get(name, 1)) > 1 for name in several)
     if workers is not None:
         return "," in workers
-    # JAX sets TPU_SKIP_MDS_QUERY itself where there is no TPU.
+    # JAX sets TPU_SKIP_MDS_QUERY itself on machines without a TPU.
     return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
 def is_process_0() -> bool:
-    """Whether this is process 0, which writes and prints."""
+    """Return whether this is process 0, which writes and prints."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def process_console() -> Console:
-    """Where this process prints: process 0 to the terminal, the others nowhere."""
+    """Return the console of this process. Process 0 prints to the terminal, the others print nothing."""
     return Console(quiet=not is_process_0())
 
 
 def on_process_0(make: Callable[[], T]) -> T:
-    """What `make()` returns on process 0, on every process. It is called there only, and must return what JSON can hold.
+    """Call `make()` on process 0 only, and return its result on every process.
 
-    What it raises it raises on process 0; the others then end with it (see `cotgrpo.distributed.peer_monitor`).
+    The result must be JSON-able. An exception is raised on process 0, and the others then end with it (see
+    `cotgrpo.distributed.peer_monitor`).
     """
     if jax.process_count() == 1:
         return make()
@@ -95,8 +103,8 @@ def on_process_0(make: Callable[[], T]) -> T:
     return json.loads(np.asarray(whole, np.uint8).tobytes())
 
 
-def fetch(tree: Any) -> Any:
-    """The arrays of a tree as NumPy arrays on every process, however they are spread over devices."""
+def fetch(tree: PyTree) -> PyTree:
+    """Return a tree with NumPy arrays on every process, however its arrays are sharded."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     whole = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
@@ -106,21 +114,24 @@ def fetch(tree: Any) -> Any:
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> np.ndarray:
-    """The rows of a global array that this process's devices need, ascending: those it has to read.
+    """Return the rows of a global array that this process's devices need, in ascending order.
 
     Args:
         sharding: of the array.
-        shape: global; the first dimension is that of the rows.
+        shape: global; the first dimension is the rows.
     """
     indices = sharding.addressable_devices_indices_map(tuple(shape)).values()
     rows = [np.arange(shape[0])[index[0]] for index in indices if index is not None]
     return np.unique(np.concatenate(rows))
 
 
-def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
-    """NumPy arrays of their global shape, of which this process has filled its `process_rows`, as global arrays; arrays that are global already are moved."""
+def global_arrays(sharding: jax.sharding.NamedSharding, tree: Tree) -> Tree:
+    """Return a tree of NumPy arrays as global arrays. Arrays that are global already are moved.
 
-    def put(x: Any) -> Any:
+    The NumPy arrays have their global shape, and this process has filled its `process_rows`.
+    """
+
+    def put(x: AnyArray) -> jax.Array:
         if isinstance(x, jax.Array):
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -128,12 +139,15 @@ def global_arrays(sharding: jax.sharding.NamedSharding, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def put_on_mesh(tree: Any, shardings: Any) -> Any:
-    """`jax.device_put`, also onto devices of other processes, for arrays that are the same on every process, or global already."""
+def put_on_mesh(tree: Tree, shardings: PyTree) -> Tree:
+    """Do as `jax.device_put`, also onto devices of other processes.
+
+    The arrays must be the same on every process, or global already.
+    """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
-    def put(array: Any, sharding: jax.sharding.Sharding) -> Any:
+    def put(array: AnyArray, sharding: jax.sharding.Sharding) -> jax.Array:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             return jax.device_put(array, sharding)
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -145,20 +159,21 @@ def put_on_mesh(tree: Any, shardings: Any) -> Any:
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, batch_size: int) -> np.ndarray:
-    """Values of this process's rows, and of all the others': `[n, len(rows)]` of every process -> `[n, batch_size]`."""
+    """Gather the values of all rows from all processes: `[n, len(rows)]` on each -> `[n, batch_size]`."""
     if jax.process_count() == 1:
         return values
     mine = np.zeros((2, len(values), batch_size), np.uint32)
     mine[0][:, rows], mine[1][:, rows] = values, 1
     found, there = np.moveaxis(multihost_utils.process_allgather(mine), 1, 0)
-    first = there.argmax(axis=0)  # a row may be on several processes, and is the same on all
+    first = there.argmax(axis=0)  # a row may be on several processes, with the same value
     return np.take_along_axis(found, first[None], axis=0)[0]
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM instead of dying from them, so that the loop can save first; every process stops after the same step.
+    """Records SIGINT and SIGTERM instead of dying from them, so that the loop can save first.
 
-    With one process a second signal acts at once. With several, JAX takes SIGTERM, whichever process it came to, and tells all of them the step to stop after.
+    Every process stops after the same step. With one process a second signal acts at once. With several, JAX handles
+    SIGTERM, and tells all of them the step to stop after, whichever process received it.
     """
 
     def __init__(self) -> None:
@@ -170,29 +185,31 @@ class Signals:
         try:
             for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
                 self.previous[number] = signal.signal(number, self.note if alone else self.pass_on) or signal.SIG_DFL
-        except ValueError:  # not in the main thread: signals stay with whoever has it
+        except ValueError:  # not in the main thread, which keeps its signals
             self.previous = {}
         return self
 
-    def note(self, number: int, frame: Any) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal. A second one then acts at once."""
         self.received = number
         self.restore()
 
-    def pass_on(self, number: int, frame: Any) -> None:
-        """Makes Ctrl-C what JAX listens to. The handler of SIGTERM is not Python's, and stays."""
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Turn Ctrl-C into SIGTERM, which JAX listens to. Its handler is not Python's, and stays."""
         self.received = number
         signal.raise_signal(signal.SIGTERM)
 
     def stop_after(self, step: int) -> int | None:
-        """The signal to stop for after this step, or None. To be asked once a step, by every process."""
+        """Return the signal to stop for after this step, or None. Every process must ask once per step."""
         if jax.process_count() == 1:
             return self.received
         return (self.received or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
 
     def restore(self) -> None:
+        """Restore the handlers from before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.restore()

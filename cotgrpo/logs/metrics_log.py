@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and TensorBoard events of a run, which go on after a crash as if there had been none."""
+"""`metrics.jsonl` and TensorBoard events of a run. After a crash both continue without a gap or a repetition."""
 
 from __future__ import annotations
 
@@ -9,54 +9,58 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.storage import explaining_disk_errors
+from cotgrpo.disk_errors import explain_disk_errors
 
 
 class MetricsLog:
     """Appends rows of numbers, `{"step": 10, "train/loss": ...}`, each on disk before the call returns.
 
-    Opening it at step k removes rows of later steps, and a last line that a crash cut off: the run will write them again.
+    Opening it at step k removes the rows of later steps, which the run will write again. It also removes a last line
+    that a crash cut off.
 
     Args:
         folder: the run folder.
         step: the step that the run resumes after; 0 for a new run.
 
     Raises:
-        CheckpointError: from here and from `write`, when the disk is full.
+        CheckpointError: the disk is full, here or in `write`.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
-        with explaining_disk_errors(self.path):
+        with explain_disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open_to_append(self.path)
             self.file.truncate(length_up_to(self.path, step))
             self.events = EventFile(folder / "tensorboard", step + 1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """One row. Numbers that are not finite are written as null, which JSON has."""
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Write one row. Numbers that are not finite become null, since JSON has no NaN."""
         row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        with explaining_disk_errors(self.path):
+        with explain_disk_errors(self.path):
             append(self.file, (json.dumps({"step": step} | row) + "\n").encode())
-        with explaining_disk_errors(self.events.folder):
+        with explain_disk_errors(self.events.folder):
             self.events.write(step, {k: v for k, v in row.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
+        """Close both files."""
         self.file.close()
         self.events.file.close()
 
 
 class EventFile:
-    """A TensorBoard event file, written at once and in this thread.
+    """A TensorBoard event file, written immediately and in this thread.
 
-    tensorboardX's `SummaryWriter` writes in a thread of its own: when that one dies (the disk is full), it says nothing, and `add_scalar` blocks for ever.
+    tensorboardX's `SummaryWriter` writes in a thread of its own. If that thread dies because the disk is full, no error
+    is raised, and `add_scalar` blocks forever.
 
     Args:
-        folder: of this and earlier processes' files; made if need be.
-        first_step: TensorBoard drops what earlier files hold for this step and later ones.
+        folder: of the event files of this and earlier processes. It is created if needed.
+        first_step: TensorBoard drops the values of this and later steps in earlier files.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -65,19 +69,20 @@ class EventFile:
 
         self.folder, self.events, self.summaries, self.checksum = folder, event_pb2, summary_pb2, masked_crc32c
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names: first the second, of ten digits; then what keeps two in one second apart.
+        # TensorBoard reads the files in the order of their names. The time in seconds comes first. The nanoseconds at
+        # the end tell two files of one second apart.
         now = time.time_ns()
         self.file = open_to_append(folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}")
         self.append(file_version="brain.Event:2")
         self.append(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One value for each tag."""
+        """Write one value for each tag."""
         scalars = [self.summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.append(step=step, summary=self.summaries.Summary(value=scalars))
 
     def append(self, **fields: Any) -> None:
-        """A record: length, its checksum, the event, its checksum."""
+        """Write a record: length, its checksum, the event, its checksum."""
         event = self.events.Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(event))
         checksums = [struct.pack("<I", self.checksum(part)) for part in (length, event)]
@@ -85,19 +90,19 @@ class EventFile:
 
 
 def open_to_append(path: Path) -> io.FileIO:
-    """Without a buffer: after a failed write nothing is left for a later close to write."""
+    """Open a file without a buffer, so that nothing is left for `close` to write after a failed write."""
     return open(path, "ab", buffering=0)
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Writes all of `data`; it is on disk when this returns."""
+    """Write all of `data`. It is on disk when this returns."""
     while data:
         data = data[file.write(data) :]
     os.fsync(file.fileno())
 
 
 def length_up_to(path: Path, step: int) -> int:
-    """The bytes of the whole rows at the start of `path` that are not later than `step`."""
+    """Return the number of bytes of the whole rows at the start of `path` that are not later than `step`."""
     length = 0
     with open(path, "rb") as file:
         for line in file:
@@ -108,7 +113,7 @@ def length_up_to(path: Path, step: int) -> int:
 
 
 def step_of(line: str | bytes) -> int | float:
-    """The step of a row; infinite for a line that is no whole row."""
+    """Return the step of a row; infinity for a line that is not a whole row."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -116,7 +121,7 @@ def step_of(line: str | bytes) -> int | float:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole rows of a run folder's `metrics.jsonl`, in order; empty if there is none."""
+    """Return all whole rows of a run folder's `metrics.jsonl`, in order; empty without a file."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if step_of(line) < math.inf]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one moving line in a terminal, plain lines in a log."""
+"""Show the progress of a run: one moving line in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.text import Text
 
 
 class ProgressLine:
-    """A `rich` progress bar (step, loss, reward, tokens/s, time left), or a line at each update where the output is no terminal.
+    """A `rich` progress bar: step, loss, reward, tokens/s, time left.
 
-    Use as a context manager.
+    If the output is not a terminal, it prints a line at each update. Use as a context manager.
 
     Args:
-        title: what is running.
-        total: steps in all.
-        done: steps done before.
+        title: name of what is running.
+        total: number of steps.
+        done: steps that are done already.
         console: where to write.
     """
 
@@ -38,26 +38,29 @@ class ProgressLine:
         self.progress.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Show that `step` steps are done."""
         self.progress.update(self.task, completed=step)
 
     def show(self, step: int, row: dict[str, Any]) -> None:
-        """The newest numbers, those of `step`."""
+        """Show the newest row, that of `step`."""
         self.progress.update(self.task, completed=step, row=row)
         if not self.console.is_terminal:
             self.say("  ".join(pieces(self.progress.tasks[0]).values()))
 
     def say(self, message: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print one line, above the bar if there is one."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 class StatusColumn(ProgressColumn):
-    """All but the bar, which gets the width that is left. Where there is too little, the least needed parts are left out; nothing is cut or wrapped."""
+    """The text next to the bar. The bar gets the width that is left.
+
+    If the console is too narrow, the least needed parts are left out. Nothing is cut or wrapped.
+    """
 
     LEAST_NEEDED_FIRST = ("title", "reward", "speed", "left", "loss")
 
@@ -66,6 +69,7 @@ class StatusColumn(ProgressColumn):
         self.console = console
 
     def render(self, task: Task) -> Text:
+        """Return the parts that fit."""
         shown = pieces(task)
         for name in self.LEAST_NEEDED_FIRST:
             if len("  ".join(shown.values())) < self.console.width:
@@ -75,7 +79,7 @@ class StatusColumn(ProgressColumn):
 
 
 def pieces(task: Task) -> dict[str, str]:
-    """The parts of the line, in order: those that are known yet."""
+    """Return the parts of the line that are known, in order."""
     row = task.fields["row"]
     shown = {"title": task.description, "step": f"{task.completed:.0f}/{task.total:.0f}"}
     if row is None:
@@ -85,8 +89,8 @@ def pieces(task: Task) -> dict[str, str]:
             shown[name] = form.format(row[f"train/{name}"])
     shown["speed"] = f"{compact(row['train/tokens_per_sec'])} tok/s"
     if not task.finished:
-        # By the step time of the newest row, and not by `rich`'s count of updates: steps are counted when they are handed to the device,
-        # many at once. Pauses for evaluation and checkpoints come on top.
+        # `rich` counts updates, and many come at once, when steps are handed to the device. So this uses the step
+        # time of the newest row. Pauses for evaluation and checkpoints are not included.
         minutes, seconds = divmod(int((task.remaining or 0) * row["train/step_time"]), 60)
         hours, minutes = divmod(minutes, 60)
         shown["left"] = f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
@@ -94,7 +98,7 @@ def pieces(task: Task) -> dict[str, str]:
 
 
 def compact(number: float) -> str:
-    """Three or so digits: 812, 43.9k, 1.2M."""
+    """Return about three digits: 812, 43.9k, 1.2M."""
     if number >= 1e6:
         return f"{number / 1e6:.1f}M"
     return f"{number / 1e3:.1f}k" if number >= 1e4 else f"{number:.0f}"

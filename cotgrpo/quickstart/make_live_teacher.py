@@ -1,10 +1,10 @@
-"""The quick start's live teacher: a small model that has learned the whole task, and can be asked at any prefix. GRPO is not Group Relative here.
+"""Make the quick start's live teacher: a small model that has learned the whole task.
 
-The model in the package (`TEACHER`) was made by
+GRPO is not Group Relative here. The model in the package (`TEACHER`) was made in some minutes on a CPU by
 
     python -m cotgrpo.quickstart.make_live_teacher --work runs/live_teacher --out FOLDER
 
-in some minutes on a CPU. It has seen no sum of the quick start's test: the procedural teacher keeps those apart, whatever its seed.
+It has never seen a sum of the quick start's test. The procedural teacher keeps those apart for every seed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from cotgrpo.config.settings import Config, OptimizerConfig, StageConfig, TokenizerConfig
 from cotgrpo.quickstart.quickstart import KINDS, QUICKSTART, write_rows
 from cotgrpo.teachers.procedural import ProceduralTeacher
-from cotgrpo.training.export import run_export
-from cotgrpo.training.stages import run_sft
+from cotgrpo.training import run_export, run_sft
 
 TRAIN_ROWS, TEST_ROWS, SEED = 20_000, 500, 1_000
 
 
 def settings(work: Path) -> Config:
-    """How it is trained: the quick start's student, on eighty times the rows."""
+    """Return the settings of its training: the quick start's student, on eighty times the rows."""
     data = dataclasses.replace(QUICKSTART.data, train=[str(work / "train.jsonl")], test=[str(work / "test.jsonl")])
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
     return dataclasses.replace(
@@ -37,7 +36,7 @@ def settings(work: Path) -> Config:
 
 
 def make_teacher(work: Path, out: Path) -> None:
-    """Trains it in `work`, where it resumes, and writes it to `out`, new or empty, in bfloat16."""
+    """Train it in `work`, or resume there, and write it to `out`, new or empty, in bfloat16."""
     write_rows(work / "train.jsonl", ProceduralTeacher(SEED, KINDS).draw(TRAIN_ROWS))
     write_rows(work / "test.jsonl", ProceduralTeacher(SEED, KINDS, held_out=True).draw(TEST_ROWS))
     run_sft(settings(work))

@@ -1,8 +1,12 @@
-"""The whole method on a made-up task, on a CPU in minutes: a procedural teacher, SFT, GRPO (GhostRespond, not Group Relative), a report.
+"""Run the whole method on a synthetic task, on a CPU in minutes: a procedural teacher, SFT, GRPO, a report.
 
-The task is real: sums whose rationale, digit by digit with its carries, the student has to write out; no sum of the test occurs in training.
-The teacher's text is scarce, and SFT gets out of it what there is. GRPO goes on from there twice, with as many updates: on the same text (teacher-forced), and
-on the student's own replies to further questions, where a live teacher says the ghost token at each prefix (on-policy). No text exists for those.
+GRPO is GhostRespond Policy Optimization, not Group Relative. The student has to write out sums digit by digit, with
+their carries. No sum of the test occurs in training.
+
+The teacher's text is scarce, and SFT learns from it what it can. GRPO continues from there twice, with the same number
+of updates. The first run uses the same text (teacher-forced). The second uses the student's own replies to further
+questions, with a live teacher that supplies the ghost token at each prefix (on-policy). No text exists for these
+questions.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.atomic_files import read_json, whole_file, write_json
-from cotgrpo.config.ghosts import GhostsConfig
+from cotgrpo.config.ghosts import TeacherModel
 from cotgrpo.config.settings import (
     CheckpointConfig,
     Config,
@@ -34,14 +38,15 @@ from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.reports.charts import interval_chart, standalone
 from cotgrpo.reports.report import write_report
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
-from cotgrpo.training.stages import merge_samples, run_grpo, run_sft
+from cotgrpo.training import run_grpo, run_sft
+from cotgrpo.training.reporting import merge_samples
 
 KINDS = ("column_addition",)
 TRAIN_ROWS, QUESTIONS, TEST_ROWS = 250, 4_000, 500
 TEACHER = Path(__file__).with_name("live_teacher")
-"""The live teacher's folder; `cotgrpo.quickstart.make_live_teacher` says how it was made."""
+"""The live teacher's folder, made by `cotgrpo.quickstart.make_live_teacher`."""
 REPLIES_OF_A_ROW = 2
-"""About as many replies are in a packed row: an on-policy update supervises as many tokens as a teacher-forced one."""
+"""Average number of replies in a packed row. With it, on-policy and teacher-forced updates supervise as many tokens."""
 
 QUICKSTART = Config(
     run_dir="quickstart_run",
@@ -66,7 +71,7 @@ QUICKSTART = Config(
     eval=EvalConfig(rows=TEST_ROWS, batch_size=250, max_new_tokens=72),
     checkpoint=CheckpointConfig(every=150, keep=2),
 )
-"""The quick start's settings; every one of them is also an option of the command."""
+"""The quick start's settings. Each of them is also an option of the command."""
 
 STAGES = {
     "base": "untrained",
@@ -77,10 +82,10 @@ STAGES = {
 
 
 def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) -> dict[str, Any]:
-    """Teacher, SFT, GRPO and a report of all in `config.run_dir`; run again, it goes on where it was. Returns `report.json`.
+    """Run teacher, SFT, GRPO and a report of all in `config.run_dir`. Resume if run again. Return `report.json`.
 
-    The teacher writes `train.jsonl`, `questions.jsonl` and `test.jsonl` there, from `config.seed`, unless `config.data.train` names other rows. Of those the
-    live teacher knows nothing, so there is no on-policy stage then.
+    The teacher writes `train.jsonl`, `questions.jsonl` and `test.jsonl` there, from `config.seed`. If
+    `config.data.train` names other rows, there is no on-policy stage, since the live teacher knows only its own task.
     """
     console = console or Console()
     folder = Path(config.run_dir)
@@ -95,7 +100,7 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
         )
         data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
         config = dataclasses.replace(config, data=data)
-    elif config.tokenizer == QUICKSTART.tokenizer:  # which knows sums alone
+    elif config.tokenizer == QUICKSTART.tokenizer:  # it knows sums only
         config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=400))
     stages = {"teacher": time.perf_counter() - started}
     reports = {"sft": run_sft(config, console), "grpo": run_grpo(config, console)}
@@ -105,7 +110,8 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     page = on_process_0(lambda: str(write_combined(folder, report)))
     for name, row in report["accuracy"].items():
         console.print(
-            f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} held-out questions (95 % interval {row['low']:.1%} to {row['high']:.1%})",
+            f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} held-out questions "
+            f"(95 % interval {row['low']:.1%} to {row['high']:.1%})",
             highlight=False,
             soft_wrap=True,
         )
@@ -114,10 +120,12 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
 
 
 def on_policy(config: Config) -> Config:
-    """The settings of the on-policy stage: as the teacher-forced one, from the same student, but on the student's own replies to other questions."""
+    """Return the settings of the on-policy stage.
+
+    It starts from the same student as the teacher-forced one, and learns from its own replies to other questions.
+    """
     folder, grpo = Path(config.run_dir), config.grpo
-    ghosts = GhostsConfig(
-        source="teacher_model",
+    ghosts = TeacherModel(
         teacher=str(TEACHER),
         prompts=(str(folder / "questions.jsonl"),),
         max_new_tokens=config.eval.max_new_tokens,
@@ -129,7 +137,7 @@ def on_policy(config: Config) -> Config:
 
 
 def write_combined(folder: Path, report: dict[str, Any]) -> Path:
-    """Writes `report.json`, its page and the chart of the accuracies; returns the page."""
+    """Write `report.json`, its page and the chart of the accuracies. Return the path of the page."""
     write_json(folder / "report.json", report)
     rows = [(name, STAGES[name], row) for name, row in report["accuracy"].items()]
     (folder / "accuracy.svg").write_text(standalone(interval_chart("Held-out accuracy", rows)), encoding="utf-8")
@@ -137,9 +145,9 @@ def write_combined(folder: Path, report: dict[str, Any]) -> Path:
 
 
 def teach(folder: Path, seed: int) -> None:
-    """Writes the teacher's triples and further questions, where they are not there yet; the sums of the test are in neither."""
+    """Write the teacher's triples and further questions, unless they exist. Neither has sums of the test."""
     rows = ProceduralTeacher(seed, KINDS).draw(TRAIN_ROWS + QUESTIONS)
-    # Nothing is written for the questions; their answers only judge the student's replies, for the log.
+    # The questions have no rationale. Their answers only grade the student's replies, for the log.
     asked = [dataclasses.replace(row, rationale="") for row in rows[TRAIN_ROWS:]]
     write_rows(folder / "test.jsonl", ProceduralTeacher(seed, KINDS, held_out=True).draw(TEST_ROWS))
     write_rows(folder / "questions.jsonl", asked)
@@ -147,7 +155,7 @@ def teach(folder: Path, seed: int) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Triple]) -> None:
-    """Writes the rows, unless the file is there; a crash leaves no half of one."""
+    """Write the rows atomically, unless the file exists."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -155,14 +163,15 @@ def write_rows(path: Path, rows: Sequence[Triple]) -> None:
 
 
 def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str, float]) -> dict[str, Any]:
-    """The reports of all stages as one; `wall` holds the seconds before them."""
+    """Merge the reports of all stages. `wall` holds the seconds before them."""
     for name, label in (("sft", "SFT"), ("grpo", "GRPO"), ("on_policy", "on-policy GRPO")):
         if name in reports:
             wall[f"{label} training"] = reports[name]["wall_seconds"]["training"]
             wall[f"{label} evaluation"] = reports[name]["wall_seconds"]["evaluation"]
     wall["total"] = sum(wall.values())
     notes = [
-        "Teacher-forced GRPO goes on from the SFT student with the same text, so part of its gain is that of more training steps."
+        "Teacher-forced GRPO continues from the SFT student with the same text, so part of its gain comes from more "
+        "training steps."
     ]
     found = reports["grpo"]
     accuracy, losses, data = dict(found["accuracy"]), dict(found["held_out_loss"]), dict(found["data"])
@@ -172,8 +181,10 @@ def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str,
         data |= own["data"]
         gain = 100 * (accuracy["on_policy"]["value"] - accuracy["grpo"]["value"])
         notes.append(
-            f"On-policy GRPO starts from the SFT student too, and makes as many updates: its held-out accuracy is {gain:+.1f} points from that of teacher-forced. "
-            f"The student replies to {data['prompts']['kept']:,} questions that it has no text for, and a live teacher says the ghost token at each prefix of its replies."
+            "On-policy GRPO starts from the SFT student too, and makes as many updates: its held-out accuracy differs "
+            f"by {gain:+.1f} points from that of teacher-forced. The student replies to "
+            f"{data['prompts']['kept']:,} questions that it has no text for, and a live teacher supplies the ghost token at "
+            "each prefix of its replies."
         )
     return found | {
         "title": "cotgrpo quickstart",
@@ -188,7 +199,7 @@ def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str,
 
 
 def samples(folder: Path, measured: Iterable[str]) -> list[dict[str, Any]]:
-    """Replies of the student at each point, to the same questions."""
+    """Return replies of the student at each point, to the same questions."""
     files = {
         "base": "sft/before.json",
         "sft": "sft/after.json",

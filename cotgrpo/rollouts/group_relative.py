@@ -1,8 +1,10 @@
-"""Batches for the comparison with Group Relative Policy Optimization, on the loop and the sampler of the method itself.
+"""Batches for the comparison with Group Relative Policy Optimization, with the same loop and sampler.
 
-GRPO in this library is GhostRespond Policy Optimization; the group-relative method is called `group_relative` everywhere. What it learns from, which replies are right, only the
-host can say: the device waits for it before each new batch, where a live ghost's batch is queued behind the running step. Replies that were drawn one update ahead are judged
-while the step before theirs runs, at the price of parameters that are one update older.
+GRPO in this library is GhostRespond Policy Optimization. The group-relative method is called `group_relative`
+everywhere. Its signal is
+which replies are right, and only the host can compute it: the device waits before each new batch. With `prefetch`,
+    replies are drawn one
+update ahead and graded while the previous step runs. Their parameters are then one update older.
 """
 
 from __future__ import annotations
@@ -23,25 +25,27 @@ from cotgrpo.rollouts.rollouts import (
     RolloutPrompt,
     Rollouts,
     RolloutSettings,
-    ids_of,
-    judged,
+    grade_replies,
     metric,
     rollout_metrics,
+    token_ids,
 )
-from cotgrpo.sampling import Sampler
+from cotgrpo.sampling import Replies, Sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
 from cotgrpo.types import GhostBatch, Metrics, Params
 
 
 class GroupRelativeBatches(Rollouts):
-    """Batches of `group` replies to each question with their advantages; see `Rollouts`. Of several processes each judges its share of the replies.
+    """Batches of `group` replies to each question with their advantages. See `Rollouts`.
+
+    With several processes each grades its share of the replies.
 
     Args:
         sample: the student's sampler at temperature 1, compiled by `jit_eval` for the mesh.
         template, questions, settings, seed, group, merged: as in `Rollouts`; `group` is at least 2.
-        ahead: draw the replies one update ahead.
-        completions: a log of some replies with their advantages, which the first process writes, or None.
-        mesh: where the parameters lie and the batches are made; None: JAX's default device.
+        prefetch: draw the replies one update ahead.
+        completions: a log of some replies with their advantages, written by process 0, or None.
+        mesh: of the parameters and the batches; None: JAX's default device.
     """
 
     def __init__(
@@ -53,8 +57,8 @@ class GroupRelativeBatches(Rollouts):
         *,
         seed: int,
         group: int,
-        ahead: bool = False,
-        merged: Callable[[Any], Params] = lambda trained: trained,
+        prefetch: bool = False,
+        merged: Callable[[Params], Params] = lambda trained: trained,
         completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
@@ -62,63 +66,67 @@ class GroupRelativeBatches(Rollouts):
         self.sample, self.mesh, self.completions = sample, mesh, completions
         self.batch = jit_eval(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
         self.metrics: Metrics = {}
-        self.ahead = ahead
-        self.drawn: PendingReplies | None = None  # the replies of the next batch
+        self.prefetch = prefetch
+        self.pending: PendingReplies | None = None  # the replies of the next batch
 
     def roll_out(self, number: int) -> RolloutBatch:
-        """New replies, judged: waits for them."""
-        drawn, asked = self.drawn or self.draw(number), self.asked(number)
-        self.draw_ahead()
-        prompts, replies = self.prompts(asked), drawn.replies
-        written = jax.device_get(replies)
-        correct = self.correct(asked, written)
-        self.metrics = rollout_metrics(correct, written)
+        """Draw replies and grade them. Waits for the replies."""
+        pending, prompts = self.pending or self.draw(number), self.prompts_for(number)
+        self.prefetch_next()
+        on_host = jax.device_get(pending.replies)
+        correct = self.correct(prompts, on_host)
+        self.metrics = rollout_metrics(correct, on_host)
         if self.completions is not None and self.completions.due(number + 1) and is_process_0():
-            self.log(self.completions, number + 1, asked, written, correct)
-        return RolloutBatch(self.batch((), (prompts, replies, correct.astype(np.float32))))
+            self.log(self.completions, number + 1, prompts, on_host, correct)
+        return RolloutBatch(self.batch((), (self.padded(prompts), pending.replies, correct.astype(np.float32))))
 
     def draw(self, number: int) -> PendingReplies:
-        """The replies of batch `number`, queued on the device."""
-        return PendingReplies(self.sample(self.params, self.prompts(self.asked(number)), self.key_of(number)))
+        """Queue the replies of batch `number` on the device."""
+        return PendingReplies(self.sample(self.params, self.padded(self.prompts_for(number)), self.key_of(number)))
 
-    def draw_ahead(self) -> None:
-        """Queues the next batch's replies where the batch just taken is the last of its own."""
-        self.drawn = (
-            self.draw(self.taken) if self.ahead and self.taken % self.settings.updates_per_rollout == 0 else None
-        )
+    def prefetch_next(self) -> None:
+        """Queue the next batch's replies if the batch just taken is the last one of its rollout."""
+        is_last = self.taken % self.settings.updates_per_rollout == 0
+        self.pending = self.draw(self.taken) if self.prefetch and is_last else None
 
-    def correct(self, asked: Sequence[RolloutPrompt], written: Any) -> np.ndarray:
-        """1 for each reply that is right, and 0."""
-        count, rows = len(asked), np.arange(len(asked))
+    def correct(self, prompts: Sequence[RolloutPrompt], replies: Replies) -> np.ndarray:
+        """Return 1 for each reply that is right, and 0 for the others."""
+        count, rows = len(prompts), np.arange(len(prompts))
         if self.mesh is not None and jax.process_count() > 1:
-            rows = process_rows(batch_sharding(self.mesh), written.tokens.shape)
-        own = jax.tree.map(lambda x: x[rows], written)
-        replies = judged(self.template, [asked[int(row)] for row in rows], own)
-        return gather_rows(rows, np.array([[reply.correct for reply in replies]], np.uint32), count)[0]
+            rows = process_rows(batch_sharding(self.mesh), replies.tokens.shape)
+        own = jax.tree.map(lambda x: x[rows], replies)
+        graded = grade_replies(self.template, [prompts[int(row)] for row in rows], own)
+        return gather_rows(rows, np.array([[reply.correct for reply in graded]], np.uint32), count)[0]
 
     def log(
-        self, log: CompletionsLog, step: int, asked: Sequence[RolloutPrompt], written: Any, correct: np.ndarray
+        self,
+        log: CompletionsLog,
+        step: int,
+        prompts: Sequence[RolloutPrompt],
+        replies: Replies,
+        correct: np.ndarray,
     ) -> None:
-        """Some of the replies, with the advantage of each as the reward of its tokens."""
+        """Log some of the replies. Each token's reward is the advantage of its reply."""
         advantages = np.asarray(group_advantages(correct.astype(np.float32), self.group))
-        first = jax.tree.map(lambda x: x[: log.rows], written)
-        replies = judged(self.template, asked[: log.rows], first)
-        rewards = np.broadcast_to(advantages[:, None], written.tokens.shape)
-        log.write(step, self.template.tokenizer, replies, ids_of(first), None, rewards)
+        first = jax.tree.map(lambda x: x[: log.rows], replies)
+        graded = grade_replies(self.template, prompts[: log.rows], first)
+        rewards = np.broadcast_to(advantages[:, None], replies.tokens.shape)
+        log.write(step, self.template.tokenizer, graded, token_ids(first), None, rewards)
 
-    def again(self, held: RolloutBatch) -> GhostBatch:
-        """The same replies: how likely they were is part of the batch."""
-        self.draw_ahead()
-        return held.batch
+    def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
+        """Return the same batch, which holds the log-probabilities of its replies already."""
+        self.prefetch_next()
+        return batch.batch
 
     def observed(self) -> Metrics:
+        """Return the metrics of the newest replies, once."""
         found, self.metrics = self.metrics or {"rollout_tokens": metric(0, 1)}, {}
         return found
 
     def get_state(self) -> dict[str, Any]:
-        return super().get_state() | ({} if self.drawn is None else {"drawn": self.drawn})
+        return super().get_state() | ({} if self.pending is None else {"drawn": self.pending})
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
         if "drawn" in state:
-            self.drawn = PendingReplies.from_text(state["drawn"])
+            self.pending = PendingReplies.from_text(state["drawn"])

@@ -1,8 +1,8 @@
-"""On-policy batches: the student writes its own replies, and a live ghost says the ideal token at each of their prefixes.
+"""On-policy batches: the student writes its own replies, and a live ghost supplies the ideal token at each prefix.
 
-GRPO here is GhostRespond Policy Optimization, not Group Relative. Sampling and the ghost's forward pass are one compiled program that is queued behind the running
-step: the device never waits for the host, and the replies are those of the newest parameters all the same. The host judges the replies of a batch while the
-step works on it.
+GRPO here is GhostRespond Policy Optimization, not Group Relative. Sampling and the ghost's forward pass are one
+compiled program, which is queued after the running step. The device never waits for the host, and the replies still
+come from the newest parameters. The host grades the replies of a batch while the step works on it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from cotgrpo.rollouts.rollouts import (
     RolloutPrompt,
     Rollouts,
     RolloutSettings,
-    ids_of,
-    judged,
+    grade_replies,
     metric,
     rollout_metrics,
+    token_ids,
 )
 from cotgrpo.sampling import Prompts, Replies, Sampler, pad_prompts
 from cotgrpo.sharding import jit_eval
@@ -36,26 +36,29 @@ from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
 
 def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0) -> Callable[..., Any]:
-    """`draw((params, teacher_params), (prompts, reads, forced), key) -> (batch, replies, log_probs)`: replies with their ghosts, as one pure function.
+    """Return a pure function that draws replies with their ghosts.
 
-    Parameters come first and rows second, as `cotgrpo.sharding.jit_reader` spreads them over a mesh.
+    Its form is `draw((params, teacher_params), (prompts, teacher_prompts, forced), key) -> (batch, replies,
+    log_probs)`. Parameters come first and rows second, as `cotgrpo.sharding.jit_eval` expects them.
 
     Args:
         sample: the student's sampler.
-        teacher: the frozen model that is asked at every prefix.
-        drawn_ghosts: ghost tokens are drawn from the teacher's distribution, and not its likeliest.
-        top_k: tokens of that distribution in the batch, for `ForwardKl`; teacher-forced rows are then the word of a teacher that is certain.
+        teacher: the frozen model that supplies the ghost at every prefix.
+        drawn_ghosts: draw ghost tokens from the teacher's distribution, instead of taking its likeliest.
+        top_k: tokens of that distribution in the batch, for `ForwardKl`. Teacher-forced rows then get a one-hot
+            distribution.
 
     Returns:
-        The function. `reads` is what the teacher reads instead of the prompts, or None; `forced` teacher-forced rows of the same width that join the
-        batch, or None. The batch holds no drawn tokens then, since those rows have none: an objective that wants some lets the step draw them.
-        `log_probs` are the student's own of the token behind each context of a reply, `[B, T]`, and 0 elsewhere.
+        The function. `teacher_prompts` replace the prompts for the teacher, unless they are None. `forced` are
+        teacher-forced rows of the same width that join the batch, or None. With them the batch holds no drawn tokens,
+        since those rows have none. If the objective needs some, the step draws them. `log_probs` `[B, T]` are the
+        student's, of the token after each context of a reply, and 0 elsewhere.
     """
 
     def draw(
-        models: tuple[Params, Params], rows: tuple[Prompts, Prompts | None, SftBatch | None], key: Any
-    ) -> tuple[GhostBatch, Replies, Any]:
-        (params, teacher_params), (prompts, reads, forced) = models, rows
+        models: tuple[Params, Params], rows: tuple[Prompts, Prompts | None, SftBatch | None], key: jax.Array
+    ) -> tuple[GhostBatch, Replies, jax.Array]:
+        (params, teacher_params), (prompts, teacher_prompts, forced) = models, rows
         for_sampling, for_ghosts = jax.random.split(key)
         replies = sample(params, prompts, for_sampling)
         ghosts = live_ghosts(
@@ -63,7 +66,7 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, 
             teacher_params,
             prompts,
             replies,
-            reads=reads,
+            reads=teacher_prompts,
             key=for_ghosts if drawn_ghosts else None,
             top_k=top_k,
         )
@@ -81,16 +84,16 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, 
 
 
 class OnPolicyBatches(Rollouts):
-    """Batches of replies with a live ghost's token at each prefix; see `Rollouts`, and of several processes the first writes the log.
+    """Batches of replies with a live ghost's token at each prefix. See `Rollouts`. Process 0 writes the log.
 
     Args:
         draw: from `make_draw`, compiled by `jit_eval` for the mesh.
         teacher_params: the live ghost's parameters.
-        student: the student, for the weights of replies that are used again, and for the rewards that are logged.
+        student: computes the weights of replies that are used again, and the rewards in the log.
         template, questions, settings, seed, merged: as in `Rollouts`.
-        forced: an iterator of teacher-forced batches of the same width, whose rows join each batch, or None.
+        forced: an iterator of teacher-forced batches of the same width. Their rows join each batch. Or None.
         completions: a log of some replies with their rewards, or None.
-        mesh: where the parameters lie and the batches are made; None: JAX's default device.
+        mesh: of the parameters and the batches; None: JAX's default device.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class OnPolicyBatches(Rollouts):
         settings: RolloutSettings,
         *,
         seed: int,
-        merged: Callable[[Any], Params] = lambda trained: trained,
+        merged: Callable[[Params], Params] = lambda trained: trained,
         forced: Any = None,
         completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -111,46 +114,46 @@ class OnPolicyBatches(Rollouts):
         super().__init__(template, questions, settings, seed=seed, merged=merged)
         self.draw, self.teacher_params = draw, teacher_params
         self.forced, self.completions = forced, completions
-        self.read_columns = max(len(q.reads) if q.reads is not None else 0 for q in questions)
+        self.teacher_columns = max(len(q.teacher_prompt) if q.teacher_prompt is not None else 0 for q in questions)
         self.rewards = jit_eval(functools.partial(reply_rewards, student), mesh)
         own_B1 = np.arange(settings.replies + settings.forced_rows)[:, None] < settings.replies
 
-        def again(params: Params, held: tuple[GhostBatch, Any]) -> GhostBatch:
-            batch, log_probs = held
+        def reweight(params: Params, reused: tuple[GhostBatch, jax.Array]) -> GhostBatch:
+            batch, log_probs = reused
             return reweighted(student, params, batch, log_probs, jnp.asarray(own_B1), settings.ratio_clip)
 
-        self.reweighted = jit_eval(again, mesh)
+        self.reweighted = jit_eval(reweight, mesh)
 
     def roll_out(self, number: int) -> RolloutBatch:
-        """New replies, queued on the device; nothing waits for them here."""
-        asked = self.asked(number)
-        reads = [q.reads for q in asked if q.reads is not None]
-        read = pad_prompts(reads, length=self.read_columns, pad_id=self.template.pad_id) if reads else None
+        """Queue new replies on the device, without waiting for them."""
+        prompts, pad_id = self.prompts_for(number), self.template.pad_id
+        tokens = [p.teacher_prompt for p in prompts if p.teacher_prompt is not None]
+        teacher_prompts = pad_prompts(tokens, length=self.teacher_columns, pad_id=pad_id) if tokens else None
         forced = None if self.forced is None else next(self.forced)
         batch, replies, log_probs = self.draw(
-            (self.params, self.teacher_params), (self.prompts(asked), read, forced), self.key_of(number)
+            (self.params, self.teacher_params), (self.padded(prompts), teacher_prompts, forced), self.key_of(number)
         )
         log, rewards = self.completions, None
         if log is not None and log.due(number + 1):
             shown = jax.tree.map(lambda x: x[: log.rows], batch.replace(drawn_tokens=None))
             rewards = shown.ghost_tokens, self.rewards(self.params, shown)
-        return RolloutBatch(batch, log_probs, asked, replies, rewards)
+        return RolloutBatch(batch, log_probs, prompts, replies, rewards)
 
-    def again(self, held: RolloutBatch) -> GhostBatch:
-        """The replies of an earlier student, weighted for the present one."""
-        return self.reweighted(self.params, (held.batch, held.log_probs))
+    def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
+        """Return the replies of an earlier student, with importance weights for the present one."""
+        return self.reweighted(self.params, (batch.batch, batch.log_probs))
 
     def observed(self) -> Metrics:
-        """See `Rollouts`; logs some replies too, where they are due."""
-        if self.held is None or self.held.asked is None:
+        """Grade the newest replies and log some of them, if they are due. Return their metrics."""
+        if self.newest is None or self.newest.prompts is None:
             return {"rollout_tokens": metric(0, 1)}
-        held, asked, self.held = self.held, self.held.asked, dataclasses.replace(self.held, asked=None)
-        written, rewards = jax.device_get((held.replies, held.rewards))
-        replies = judged(self.template, asked, written)
+        newest, prompts, self.newest = self.newest, self.newest.prompts, dataclasses.replace(self.newest, prompts=None)
+        written, rewards = jax.device_get((newest.replies, newest.rewards))
+        replies = grade_replies(self.template, prompts, written)
         if self.completions is not None and rewards is not None and is_process_0():
             ghosts, values = (part[:, self.settings.prompt_columns - 1 : -1] for part in rewards)
             tokenizer = self.template.tokenizer
-            self.completions.write(self.taken, tokenizer, replies, ids_of(written), ghosts, values)
+            self.completions.write(self.taken, tokenizer, replies, token_ids(written), ghosts, values)
         return rollout_metrics([reply.correct for reply in replies], written)
 
     def get_state(self) -> dict[str, Any]:

@@ -264,8 +264,9 @@ def check_questions(questions: Sequence[RolloutPrompt], settings: RolloutSetting
         raise DataError("On-policy training needs training rows, got none.")
     longest = max(questions, key=lambda q: len(q.prompt))
     if len(longest.prompt) > settings.prompt_columns:
+        place = longest.question.source or "A training row"
         raise DataError(
-            f"{longest.question.source or 'A training row'}: its prompt has {len(longest.prompt)} tokens, but data.seq_len "
+            f"{place}: its prompt has {len(longest.prompt)} tokens, but data.seq_len "
             f"{settings.seq_len} leaves {settings.prompt_columns} besides a reply of {settings.max_new_tokens} "
             "(grpo.ghosts.max_new_tokens). Raise the first, or lower the second."
         )

@@ -1,4 +1,7 @@
-"""Batches of the student's own right replies, which it writes anew as it learns. GRPO here is GhostRespond Policy Optimization, not Group Relative."""
+"""Batches of the student's own right replies, which it rewrites from time to time as it learns.
+
+GRPO here is GhostRespond Policy Optimization, not Group Relative.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple, read_triples, write_triples
+from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.distributed.processes import fetch, on_process_0
-from cotgrpo.ghosts.self_reply import Candidate, best_replies
-from cotgrpo.sampling.decode_loop import Sampler, pad_prompts
-from cotgrpo.storage import explaining_disk_errors
+from cotgrpo.ghosts.self_reply import SampledReply, best_replies
+from cotgrpo.sampling import Sampler, pad_prompts
 from cotgrpo.types import Params, SftBatch
 
 SELF_REPLIES = 0x73656C66
-"""Folded into the run's key: these replies draw from a stream of their own."""
+"""Folded into the run's key, so that these replies draw from a random stream of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +33,14 @@ class SelfReplySettings:
     """How replies are gathered, and batched.
 
     Attributes:
-        candidates: replies to a question, of which the best right one is kept.
-        questions: asked at a time.
-        refresh_every: updates between two times.
+        num_generations: replies to each question. The best right one is kept.
+        questions: how many are asked in one round.
+        refresh_every: updates between two rounds.
         batch_size, seq_len, packing: of the batches, as in `make_batches`.
         prompt_columns: of the samplers.
     """
 
-    candidates: int
+    num_generations: int
     questions: int
     refresh_every: int
     batch_size: int
@@ -47,22 +50,23 @@ class SelfReplySettings:
 
 
 class SelfReplyBatches:
-    """An endless iterator of packed batches of the student's own replies; every so many batches they are written anew with the parameters that `follow` told.
+    """An endless iterator of packed batches of the student's own replies.
 
-    The replies of a time are kept in `folder/<updates before it>.jsonl`, so a resumed run reads those it had. Of several processes the first judges and
-    writes them, and all read the file.
+    Every `refresh_every` batches a new round of replies is drawn with the newest parameters. A round is kept in
+    `folder/<updates before it>.jsonl`, so a resumed run reads the same replies. With several processes, process 0
+    grades and writes them, and all read the file.
 
     Args:
-        samplers: the candidates' samplers, used in turn, compiled by `jit_reader` for the mesh.
-        template: renders questions, takes replies apart, and renders those that are kept.
-        triples: the training rows; a question counts once.
+        samplers: draw the replies to a question in turn; compiled by `jit_eval` for the mesh.
+        template: renders questions and replies, and splits replies into rationale and answer.
+        triples: the training rows. Repeated questions count once.
         settings: sizes.
         folder: of the replies.
-        seed: of the order of questions, of what is drawn, and of the batches.
-        merged: the student's whole parameters from those that are trained.
+        seed: of the order of the questions, of the draws, and of the batches.
+        merged: returns the student's whole parameters for the trained ones.
 
     Raises:
-        DataError: no question has a prompt that leaves room for a reply; from `next`: no reply was right.
+        DataError: no prompt leaves room for a reply; from `next`: no reply was right.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class SelfReplyBatches:
         settings: SelfReplySettings,
         folder: Path,
         seed: int,
-        merged: Callable[[Any], Params] = lambda trained: trained,
+        merged: Callable[[Params], Params] = lambda trained: trained,
     ) -> None:
         import grain
 
@@ -82,8 +86,8 @@ class SelfReplyBatches:
         self.questions = [t for t in unique if len(self.prompt(t)) <= settings.prompt_columns][::-1]
         if not self.questions:
             raise DataError(
-                f"No question leaves room for a reply: data.seq_len {settings.seq_len} leaves {settings.prompt_columns} positions for the prompt. "
-                "Raise it, or lower grpo.ghosts.max_new_tokens."
+                f"No question leaves room for a reply: data.seq_len {settings.seq_len} leaves "
+                f"{settings.prompt_columns} positions for the prompt. Raise it, or lower grpo.ghosts.max_new_tokens."
             )
         self.order = grain.MapDataset.range(len(self.questions)).seed(seed).shuffle().repeat(None)
         self.seed, self.merged = seed, merged
@@ -95,8 +99,8 @@ class SelfReplyBatches:
     def prompt(self, triple: Triple) -> np.ndarray:
         return self.template.prompt(triple.question, triple.system)
 
-    def follow(self, trained: Any) -> None:
-        """The newest trained parameters. Whole ones are made only where replies are about to be written."""
+    def set_params(self, trained: Params) -> None:
+        """Set the newest trained parameters. They are merged only if a round of replies is due."""
         if self.taken % self.settings.refresh_every == 0:
             self.params = self.merged(trained)
 
@@ -110,57 +114,58 @@ class SelfReplyBatches:
 
     @property
     def path(self) -> Path:
-        """The file of the replies that the batches come from."""
+        """The file of the replies in the current batches."""
         return self.folder / f"{self.taken // self.settings.refresh_every * self.settings.refresh_every}.jsonl"
 
     def write_replies(self) -> None:
-        """Asks the next questions and keeps the best right reply to each. Waits for the device."""
+        """Ask the next questions and keep the best right reply to each. Waits for the device."""
         settings = self.settings
         count = min(settings.questions, len(self.questions))
         first = self.taken // settings.refresh_every * count
-        # Where one round through all questions ends and the next begins, a question could come twice.
+        # A question could come twice where one pass over all questions ends and the next begins.
         numbers = dict.fromkeys(int(self.order[i]) for i in range(first, first + count))
         asked = [self.questions[number] for number in numbers]
-        replies = self.candidates(asked)
+        replies = self.draw_candidates(asked)
         on_process_0(lambda: self.keep_best(asked, replies))
 
-    def keep_best(self, asked: Sequence[Triple], replies: list[list[Candidate]]) -> None:
-        """Writes the file."""
+    def keep_best(self, asked: Sequence[Triple], replies: list[list[SampledReply]]) -> None:
+        """Write the best right reply to each question."""
         settings, found = self.settings, best_replies(self.template, asked, replies)
         if not found:
             raise DataError(
-                f"None of {settings.candidates} replies to each of {len(asked)} questions was right after {self.taken} updates: the student cannot be its own "
-                "ghost yet. Train it longer by SFT, or raise grpo.ghosts.num_generations or grpo.ghosts.max_new_tokens."
+                f"None of {settings.num_generations} replies to each of {len(asked)} questions was right after "
+                f"{self.taken} updates: the student cannot be its own ghost yet. Train it longer by SFT, or raise "
+                "grpo.ghosts.num_generations or grpo.ghosts.max_new_tokens."
             )
-        with explaining_disk_errors(self.path):
+        with explain_disk_errors(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as temporary:
                 write_triples(temporary, found)
 
-    def candidates(self, asked: Sequence[Triple]) -> list[list[Candidate]]:
-        """`settings.candidates` replies to each question."""
+    def draw_candidates(self, asked: Sequence[Triple]) -> list[list[SampledReply]]:
+        """Draw `settings.num_generations` replies to each question."""
         prompts = [self.prompt(triple) for triple in asked]
-        found: list[list[Candidate]] = [[] for _ in asked]
+        found: list[list[SampledReply]] = [[] for _ in asked]
         key = jax.random.fold_in(self.key, self.taken)
-        for number in range(self.settings.candidates):
+        for number in range(self.settings.num_generations):
             sample = self.samplers[number % len(self.samplers)]
             replies = self.replies(sample, prompts, jax.random.fold_in(key, number))
             for own, reply in zip(found, replies, strict=True):
                 own.append(reply)
         return found
 
-    def replies(self, sample: Sampler, prompts: Sequence[np.ndarray], key: Any) -> Iterator[Candidate]:
-        """A reply to each prompt, in order."""
+    def replies(self, sample: Sampler, prompts: Sequence[np.ndarray], key: jax.Array) -> Iterator[SampledReply]:
+        """Draw a reply to each prompt, in order."""
         rows = min(self.settings.questions, len(self.questions))
         padded = pad_prompts(prompts, length=self.settings.prompt_columns, rows=rows, pad_id=self.template.pad_id)
         written = fetch(sample(self.params, padded, key))
         for row in range(len(prompts)):
             length = int(written.lengths[row])
             mean = float(written.log_probs[row, :length].mean())
-            yield Candidate(written.tokens[row, :length], mean, bool(written.finished[row]))
+            yield SampledReply(written.tokens[row, :length], mean, bool(written.finished[row]))
 
     def read_replies(self) -> Any:
-        """Batches of the newest replies; those that do not fit a row are left out."""
+        """Return batches of the newest replies. Replies that do not fit a row are left out."""
         settings = self.settings
         triples, _ = read_triples(self.path)
         examples, _ = make_examples(triples, self.template, settings.seq_len, too_long="drop")
@@ -173,10 +178,12 @@ class SelfReplyBatches:
         )
 
     def get_state(self) -> dict[str, Any]:
+        """Return the position, as JSON-able values."""
         whole = self.taken % self.settings.refresh_every == 0
         return {"taken": self.taken, "batches": None if whole else self.batches.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Restore the position."""
         self.taken = state["taken"]
         if state["batches"] is not None:
             self.batches = self.read_replies()

@@ -1,18 +1,24 @@
-"""From a config to the batches of a GhostRespond stage: text, or the student's own replies with a live ghost. GRPO is not Group Relative here."""
+"""Make the batches of a stage: packed text, or the student's own replies with a live ghost.
+
+GRPO is GhostRespond Policy Optimization, not Group Relative.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cotgrpo import objectives
+from cotgrpo.config.ghosts import LiveGhosts, PrivilegedSelf, SelfReply, TeacherForced, TeacherModel, VerifiedReward
 from cotgrpo.config.settings import Config
 from cotgrpo.data.batches import fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.distributed.processes import process_rows
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.huggingface.families import ModelError
@@ -22,10 +28,12 @@ from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.sampling import SamplingSettings, make_sampler
-from cotgrpo.sharding import jit_eval
+from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
+from cotgrpo.sharding import batch_sharding, jit_eval
 from cotgrpo.training.inputs import Model, StageInputs
+from cotgrpo.training.loop import BatchSource
 from cotgrpo.training.mesh import check_model
+from cotgrpo.training.steps import StageName
 from cotgrpo.training.weights import StageWeights
 from cotgrpo.types import Params, Student
 
@@ -33,11 +41,44 @@ COMPLETIONS_SHOWN = 4
 """Replies that are logged at a time."""
 
 
-def text_batches(config: Config, setup: StageInputs, batch_size: int, only_rows: Any = None) -> Any:
-    """Packed batches of the training rows; of several processes each makes only its rows."""
+def make_stage_batches(
+    stage: StageName, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+) -> BatchSource:
+    """Return what a stage learns from.
+
+    Args:
+        stage: "sft" or "grpo".
+        config: the settings.
+        inputs: rows and student.
+        weights: the student's before the first step.
+        folder: of the stage, for completions and replies.
+    """
+    ghosts = TeacherForced() if stage == "sft" else config.grpo.ghosts
+    if isinstance(ghosts, LiveGhosts):
+        return live_batches(ghosts, config, inputs, weights, folder)
+    if isinstance(ghosts, SelfReply):
+        return self_reply_batches(ghosts, config, inputs, weights, folder)
+    if isinstance(ghosts, VerifiedReward):
+        return group_relative_batches(ghosts, config, inputs, weights, folder)
+    batch_size = getattr(config, stage).batch_size
+    return text_batches(config, inputs, batch_size, own_rows(inputs.model, batch_size))
+
+
+def own_rows(model: Model, batch_size: int) -> Sequence[int] | None:
+    """Return the rows of every batch that this process reads; None: all."""
+    if model.mesh is None or jax.process_count() == 1:
+        return None
+    rows = process_rows(batch_sharding(model.mesh), (batch_size, model.config.data.seq_len))
+    return [int(row) for row in rows]
+
+
+def text_batches(
+    config: Config, inputs: StageInputs, batch_size: int, only_rows: Sequence[int] | None = None
+) -> BatchSource:
+    """Return packed batches of the training rows. Each process fills only `only_rows`."""
     data = config.data
     return make_batches(
-        setup.train,
+        inputs.train,
         batch_size=batch_size,
         seq_len=data.seq_len,
         seed=config.seed,
@@ -46,24 +87,21 @@ def text_batches(config: Config, setup: StageInputs, batch_size: int, only_rows:
     )
 
 
-def live_batches(config: Config, setup: StageInputs, weights: StageWeights, folder: Path) -> OnPolicyBatches:
-    """The batches of a stage whose `grpo.ghosts.source` is live.
-
-    Args:
-        config: the settings.
-        setup: rows and student.
-        weights: the student's before the stage, which `privileged_self` keeps.
-        folder: of the stage, for the completions.
+def live_batches(
+    ghosts: LiveGhosts, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+) -> OnPolicyBatches:
+    """Return the batches of a stage with live ghosts. `privileged_self` keeps a copy of `weights`.
 
     Raises:
-        ModelError, DataError, ConfigError: a teacher with another tokenizer, or that cannot be read; rows that leave no room for a reply.
+        ModelError: a teacher that cannot be read, or has another tokenizer.
+        DataError, ConfigError: rows that leave no room for a reply, or a mesh that does not fit the teacher.
     """
-    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    if ghosts.source == "teacher_model":
+    model = inputs.model
+    if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
         teacher, teacher_params = model.student, jax.tree.map(jnp.copy, weights.merged())
-    top_k = objectives.top_k(config.grpo.objective.build())
+    top_k = objectives.top_k(config.grpo.full_objective)
     if top_k > model.vocab_size:
         raise ModelError(
             f"grpo.objective.top_k is {top_k}, but the student's tokenizer has {model.vocab_size} tokens: lower it."
@@ -77,11 +115,8 @@ def live_batches(config: Config, setup: StageInputs, weights: StageWeights, fold
         updates_per_rollout=ghosts.updates_per_rollout,
         ratio_clip=ghosts.ratio_clip,
     )
-    sampling = SamplingSettings(
-        ghosts.max_new_tokens, template.stop_ids, temperature=ghosts.temperature, pad_id=template.pad_id
-    )
     draw = make_draw(
-        make_sampler(model.decoder, sampling, model.vocab_size, ghosts.decode_batch_size),
+        student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size),
         teacher,
         drawn_ghosts=ghosts.choice == "drawn",
         top_k=top_k,
@@ -90,27 +125,27 @@ def live_batches(config: Config, setup: StageInputs, weights: StageWeights, fold
         jit_eval(draw, model.mesh),
         teacher_params,
         model.student,
-        template,
-        asked_in(config, setup),
+        inputs.template,
+        rollout_prompts(ghosts, config, inputs),
         settings,
         seed=config.seed,
         merged=weights.merged,
-        forced=text_batches(config, setup, forced_rows) if forced_rows else None,
-        completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
+        forced=text_batches(config, inputs, forced_rows) if forced_rows else None,
+        completions=completions_log(config, folder),
         mesh=model.mesh,
     )
 
 
 def group_relative_batches(
-    config: Config, setup: StageInputs, weights: StageWeights, folder: Path
+    ghosts: VerifiedReward, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
 ) -> GroupRelativeBatches:
-    """The batches of a stage whose objective is group_relative. Raises DataError as `live_batches` does."""
-    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    sampling = SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
+    """Return the batches for the objective group_relative. Raises DataError as `live_batches` does."""
+    model = inputs.model
+    sampler = student_sampler(inputs, ghosts.max_new_tokens, 1.0, ghosts.decode_batch_size)
     return GroupRelativeBatches(
-        jit_eval(make_sampler(model.decoder, sampling, model.vocab_size, ghosts.decode_batch_size), model.mesh),
-        template,
-        asked_in(config, setup),
+        jit_eval(sampler, model.mesh),
+        inputs.template,
+        rollout_prompts(ghosts, config, inputs),
         RolloutSettings(
             config.grpo.batch_size,
             config.data.seq_len,
@@ -119,78 +154,104 @@ def group_relative_batches(
         ),
         seed=config.seed,
         group=ghosts.num_generations,
-        ahead=ghosts.prefetch_rollouts,
+        prefetch=ghosts.prefetch_rollouts,
         merged=weights.merged,
-        completions=CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN),
+        completions=completions_log(config, folder),
         mesh=model.mesh,
     )
 
 
-def asked_in(config: Config, setup: StageInputs) -> list[RolloutPrompt]:
-    """What the student replies to: `grpo.ghosts.prompts`, or the training rows; for `privileged_self` with the prompt that holds the solution."""
-    ghosts, template = config.grpo.ghosts, setup.template
-    if ghosts.prompts:
-        return [RolloutPrompt(q, template.prompt(q.question, q.system)) for q in prompts_in(config, setup)]
+def self_reply_batches(
+    ghosts: SelfReply, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+) -> SelfReplyBatches:
+    """Return the batches of a stage that learns from the student's own best replies."""
+    data = config.data
+    settings = SelfReplySettings(
+        num_generations=ghosts.num_generations,
+        questions=ghosts.questions,
+        refresh_every=ghosts.refresh_every,
+        batch_size=config.grpo.batch_size,
+        seq_len=data.seq_len,
+        prompt_columns=data.seq_len - ghosts.max_new_tokens,
+        packing=data.packing,
+    )
+    decode_batch_size = ghosts.decode_batch_size or config.eval.batch_size
+    samplers = [
+        jit_eval(student_sampler(inputs, ghosts.max_new_tokens, t, decode_batch_size), inputs.model.mesh)
+        for t in ghosts.temperatures
+    ]
+    return SelfReplyBatches(
+        samplers,
+        inputs.template,
+        inputs.train_triples,
+        settings,
+        folder / "self_replies",
+        config.seed,
+        weights.merged,
+    )
+
+
+def student_sampler(
+    inputs: StageInputs, max_new_tokens: int, temperature: float, decode_batch_size: int | None
+) -> Sampler:
+    """Return the sampler of the student's replies, without jit."""
+    model, template = inputs.model, inputs.template
+    settings = SamplingSettings(max_new_tokens, template.stop_ids, temperature=temperature, pad_id=template.pad_id)
+    return make_sampler(model.decoder, settings, model.vocab_size, decode_batch_size)
+
+
+def completions_log(config: Config, folder: Path) -> CompletionsLog:
+    """Return the log of the student's replies."""
+    return CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN)
+
+
+def rollout_prompts(ghosts: LiveGhosts | VerifiedReward, config: Config, inputs: StageInputs) -> list[RolloutPrompt]:
+    """Return what the student replies to: the rows of `grpo.ghosts.prompts`, or the training rows.
+
+    For `privileged_self` each also has the prompt that holds the solution.
+    """
+    template = inputs.template
+    if isinstance(ghosts, TeacherModel | VerifiedReward) and ghosts.prompts:
+        questions = read_prompts(ghosts, config, inputs)
+        return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
     found: dict[str, RolloutPrompt] = {}
-    for triple in setup.train_triples:
-        reads = None
-        if ghosts.source == "privileged_self":
-            told = ghosts.privileged(triple.question, triple.rationale, triple.answer)
-            reads = template.prompt(told, triple.system)
+    for triple in inputs.train_triples:
+        teacher_prompt = None
+        if isinstance(ghosts, PrivilegedSelf):
+            text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
+            teacher_prompt = template.prompt(text, triple.system)
         question = Question(triple.question, triple.answer, triple, triple.source, triple.system)
         prompt = template.prompt(triple.question, triple.system)
-        found.setdefault(f"{triple.system}\n{triple.question}", RolloutPrompt(question, prompt, reads))
+        found.setdefault(f"{triple.system}\n{triple.question}", RolloutPrompt(question, prompt, teacher_prompt))
     return list(found.values())
 
 
-def prompts_in(config: Config, setup: StageInputs) -> list[Question]:
-    """The questions of `grpo.ghosts.prompts` that are not asked in the test; what was left out is among the setup's reports."""
-    data, ghosts, template = config.data, config.grpo.ghosts, setup.template
+def read_prompts(ghosts: TeacherModel | VerifiedReward, config: Config, inputs: StageInputs) -> list[Question]:
+    """Read and tokenize the questions of `grpo.ghosts.prompts`, without those of the test.
+
+    What was left out is added to the reports of `inputs`.
+    """
+    data = config.data
     questions, report = read_questions(ghosts.prompts, split=data.train_split, bad_rows=data.bad_rows)
-    setup.reports["prompts"] = report
-    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in setup.test_questions}
+    inputs.reports["prompts"] = report
+    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in inputs.test_questions}
     kept = []
     for question in questions:
         if question.question in held_out:
             report.drop("question is in the test set", question.source)
             continue
-        positions = len(template.prompt(question.question, question.system))
-        if fits(question.source, positions, columns, data.too_long, report, "prompt"):
-            kept.append(question)
+        prompt = question.prompt_tokens(inputs.template)
+        if fits(question.source, len(prompt), columns, data.too_long, report, "prompt"):
+            kept.append(dataclasses.replace(question, prompt=prompt))
     return kept
 
 
-def self_reply_batches(config: Config, setup: StageInputs, weights: StageWeights, folder: Path) -> SelfReplyBatches:
-    """The batches of a stage that learns from the student's own best replies."""
-    ghosts, model, template = config.grpo.ghosts, setup.model, setup.template
-    settings = SelfReplySettings(
-        candidates=ghosts.num_generations,
-        questions=ghosts.questions,
-        refresh_every=ghosts.refresh_every,
-        batch_size=config.grpo.batch_size,
-        seq_len=config.data.seq_len,
-        prompt_columns=config.data.seq_len - ghosts.max_new_tokens,
-        packing=config.data.packing,
-    )
-    samplers = [
-        jit_eval(
-            make_sampler(
-                model.decoder,
-                SamplingSettings(ghosts.max_new_tokens, template.stop_ids, temperature=t, pad_id=template.pad_id),
-                model.vocab_size,
-                ghosts.decode_batch_size or config.eval.batch_size,
-            ),
-            model.mesh,
-        )
-        for t in ghosts.temperatures
-    ]
-    return SelfReplyBatches(
-        samplers, template, setup.train_triples, settings, folder / "self_replies", config.seed, weights.merged
-    )
-
-
 def live_teacher(model: Model, path: str) -> tuple[Student, Params]:
-    """The frozen teacher, in the student's compute type and on its mesh. Raises ModelError where its tokens are not the student's."""
+    """Load the frozen teacher, in the student's compute type and on its mesh.
+
+    Raises:
+        ModelError: its tokens are not the student's.
+    """
     check_same_vocabulary(model, path)
     check_model(model.config, open_folder(path).config, "the live teacher")
     teacher = load_pretrained(path, model.decoder.dtype, mesh=model.mesh)
@@ -198,9 +259,9 @@ def live_teacher(model: Model, path: str) -> tuple[Student, Params]:
 
 
 def check_same_vocabulary(model: Model, path: str) -> None:
-    """Raises ModelError unless every id of the student's tokenizer is the same token in the teacher's, and has a row in its embedding.
+    """Raise ModelError unless every id of the student is the same token in the teacher, with a row in its embedding.
 
-    The teacher may know tokens beyond: they are never said.
+    The teacher may have more tokens. They are never drawn.
     """
     source = open_folder(path)
     theirs = {i: token for token, i in load_tokenizer(source.folder).get_vocab().items()}
@@ -208,12 +269,12 @@ def check_same_vocabulary(model: Model, path: str) -> None:
         if i < model.vocab_size and theirs.get(i) != token:
             there = f"is {theirs[i]!r}" if i in theirs else "does not exist"
             raise ModelError(
-                f"The live teacher {path} has another tokenizer than the student: token {i} is {token!r} in the student's, and {there} in the teacher's. "
-                "Ghost tokens are ids, so both need the same tokens: choose a teacher of the same family, or grpo.ghosts.source privileged_self "
-                "with the text of this one."
+                f"The live teacher {path} has another tokenizer than the student: token {i} is {token!r} in the "
+                f"student's, and {there} in the teacher's. Ghost tokens are ids, so both need the same tokens: choose "
+                "a teacher of the same family, or grpo.ghosts.source privileged_self with the text of this one."
             )
     if source.config.vocab_size < model.vocab_size:
         raise ModelError(
-            f"The live teacher {path} has {source.config.vocab_size} rows in its embedding, but the student's tokenizer has {model.vocab_size} tokens: "
-            "choose the model that belongs to the tokenizer."
+            f"The live teacher {path} has {source.config.vocab_size} rows in its embedding, but the student's "
+            f"tokenizer has {model.vocab_size} tokens: choose the model that belongs to the tokenizer."
         )

@@ -1,29 +1,31 @@
-"""Stops on-policy training that has begun to destroy the student, with a message that says what was seen and what to try."""
+"""Stop on-policy training that starts to destroy the student, and name the signs and the remedies."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cotgrpo.logs.metrics_log import read_metrics
-from cotgrpo.training.loop import TrainingStopped
+from cotgrpo.training.hooks import Hook, Row, TrainingStopped
 
 ENTROPY_FLOOR = 0.1
-"""Nats. A student that is surer than this is not flattened by becoming half as sure: a new learning rate alone does that."""
+"""Nats. Below this a doubled entropy does not count: a new learning rate alone can cause it."""
 SAMPLED_FALL, GREEDY_SLACK = 0.1, 0.02
-"""Accuracy that sampled replies may lose while greedy ones lose less than the slack."""
+"""Accuracy that sampled replies may lose while greedy replies lose less than the slack."""
 
 
-class CollapseDetector:
-    """Reads each row of the log. A resumed run is judged by all its rows, those before it too.
+class CollapseDetector(Hook):
+    """Reads each row of the log. After a resume it reads the earlier rows first.
 
-    Two things stop a run. The entropy of the student's next token is, in two rows one after the other, more than `entropy_growth` times that of the first row:
-    the distribution is being flattened, as an objective without a proper fixed point does. Or the sampled replies answer worse than they did, while
-    the greedy ones do as well as ever: the likeliest token is still right, and all the others grow.
+    Two signs stop a run:
+
+    - The entropy of the student's next token exceeds `entropy_growth` times that of the first row, in two consecutive
+      rows. The distribution is being flattened, as by an objective without a proper fixed point.
+    - Sampled replies become less accurate while greedy replies stay as accurate as before. The likeliest token is still
+      right, and the probability of all others grows.
 
     Args:
         folder: of the stage, with its `metrics.jsonl`.
-        entropy_growth: above 1, or None: entropy stops nothing.
+        entropy_growth: above 1, or None to ignore the entropy.
     """
 
     def __init__(self, folder: Path, entropy_growth: float | None) -> None:
@@ -34,42 +36,47 @@ class CollapseDetector:
         self.best_sampled = self.best_greedy = 0.0
         self.started = False
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        """Takes the next row of the log. Raises TrainingStopped."""
+    def on_row(self, step: int, row: Row) -> None:
+        """Check the next row. Raises TrainingStopped."""
         if not self.started:
             self.started = True
             for earlier in read_metrics(self.folder):
-                if earlier["step"] < row["step"]:
-                    self.see(earlier)
-        self.see(row)
+                if earlier["step"] < step:
+                    self.check(earlier["step"], earlier)
+        self.check(step, row)
 
-    def see(self, row: dict[str, Any]) -> None:
+    def check(self, step: int, row: Row) -> None:
+        """Check one row for both signs."""
         entropy, sampled = row.get("train/entropy"), row.get("train/accuracy")
         if entropy is not None and self.entropy_growth is not None:
-            self.see_entropy(row["step"], entropy, self.entropy_growth)
+            self.check_entropy(step, entropy, self.entropy_growth)
         if sampled is not None:
             self.sampled.append(sampled)
         if row.get("eval/accuracy") is not None and self.sampled:
-            self.see_accuracy(row["step"], sum(self.sampled) / len(self.sampled), row["eval/accuracy"])
+            self.check_accuracy(step, sum(self.sampled) / len(self.sampled), row["eval/accuracy"])
             self.sampled = []
 
-    def see_entropy(self, step: int, entropy: float, growth: float) -> None:
+    def check_entropy(self, step: int, entropy: float, growth: float) -> None:
+        """Raise TrainingStopped if the entropy is too high for the second time in a row."""
         if self.first_entropy is None:
             self.first_entropy = entropy
         high = entropy > growth * max(self.first_entropy, ENTROPY_FLOOR)
         self.high_rows = self.high_rows + 1 if high else 0
         if self.high_rows >= 2:
             raise TrainingStopped(
-                f"The student's entropy is {entropy:.3f} nats at step {step}, more than {growth:g} times the {self.first_entropy:.3f} it began with: its "
-                "distribution is being flattened. Lower the learning rate, give objective.nll_weight more and objective.pair_weight less, or set "
-                "grpo.max_entropy_growth to null to go on all the same. Earlier checkpoints are intact."
+                f"The student's entropy is {entropy:.3f} nats at step {step}, more than {growth:g} times the initial "
+                f"{self.first_entropy:.3f}: its distribution is being flattened. Lower the learning rate, raise "
+                "objective.nll_weight and lower objective.pair_weight, or set grpo.max_entropy_growth to null to "
+                "continue. Earlier checkpoints are intact."
             )
 
-    def see_accuracy(self, step: int, sampled: float, greedy: float) -> None:
+    def check_accuracy(self, step: int, sampled: float, greedy: float) -> None:
+        """Raise TrainingStopped if sampled replies are worse than before, and greedy ones are not."""
         if sampled < self.best_sampled - SAMPLED_FALL and greedy >= self.best_greedy - GREEDY_SLACK:
             raise TrainingStopped(
-                f"Sampled replies answer {sampled:.1%} right up to step {step}, and {self.best_sampled:.1%} at best before, while greedy ones hold at "
-                f"{greedy:.1%}: probability leaks from the right tokens to all others. Lower the learning rate, give objective.nll_weight more and "
-                "objective.pair_weight less, or keep near the start with objective.reference_kl. Earlier checkpoints are intact."
+                f"Sampled replies are {sampled:.1%} right up to step {step}, and were {self.best_sampled:.1%} right "
+                f"before. Greedy replies stay at {greedy:.1%}: probability leaks from the right tokens to all others. "
+                "Lower the learning rate, raise objective.nll_weight and lower objective.pair_weight, or stay near "
+                "the start with grpo.reference_kl. Earlier checkpoints are intact."
             )
         self.best_sampled, self.best_greedy = max(self.best_sampled, sampled), max(self.best_greedy, greedy)

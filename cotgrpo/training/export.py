@@ -1,8 +1,7 @@
-"""The command `export`: the newest student of a run as a folder that `transformers` loads, with a model card."""
+"""The command `export`: write the newest student of a run as a folder that `transformers` loads."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from rich.console import Console
 
 from cotgrpo.atomic_files import read_json
 from cotgrpo.config.files import load_config
-from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.config.sections import ConfigError, tree_of
+from cotgrpo.config.settings import Config
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.weights import refuse_used, save_pretrained
@@ -22,20 +22,22 @@ from cotgrpo.training.weights import StageWeights, restore_weights
 def run_export(
     run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None, *, adapter: bool = False
 ) -> Path:
-    """Writes the newest student of `run_dir` to `out`: weights, config.json, tokenizer, chat template, generation config, model card.
+    """Write the newest student of `run_dir` to `out`.
 
-    LoRA's adapters are merged into the weights, unless `adapter` asks for them alone.
+    The folder holds weights, config.json, tokenizer, chat template, generation config and model card. LoRA's adapters
+    are merged into the weights, unless `adapter` asks for them alone.
 
     Args:
-        run_dir: a folder that `sft` or `grpo` has filled. Of a pretrained student, the JSON files at its `student.path` are read again.
+        run_dir: a folder that `sft` or `grpo` has filled. The JSON files at `student.path` of a pretrained student are
+            read again.
         out: new or empty.
         dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
-        console: where it is said what was written.
-        adapter: write the adapters alone, as a folder that `peft` loads beside the pretrained student.
+        console: where the path is printed.
+        adapter: write the adapters alone, as a folder that `peft` loads on top of the pretrained student.
 
     Raises:
-        ConfigError, CheckpointError, ModelError, DataError: no trained student, none that can be read, or `out` is in use; with `adapter`,
-            a run without LoRA, a base that is no pretrained model, or a `dtype`.
+        ConfigError, CheckpointError, ModelError, DataError: no trained student that can be read, or `out` is in use.
+            With `adapter`: a run without LoRA, a base that is not a pretrained model, or a `dtype`.
     """
     refuse_used(out)
     stage = newest_stage(run_dir)
@@ -44,7 +46,7 @@ def run_export(
     model = model_of(config, folder, folder, [])
     weights, step = restore_weights(folder, model)
     template = model.template(config.data.loss_on)
-    card = facts(config, stage, step, template, folder)
+    card = model_card_facts(config, stage, step, template, folder)
     written = f"{folder} at step {step} written to {out}"
     if adapter:
         check_adapter(weights, folder, dtype)
@@ -60,7 +62,7 @@ def run_export(
         weights.merged(),
         source=model.source,
         tokenizer=None if of_source else model.tokenizer,
-        # Generation stops where it did when accuracy was measured.
+        # Generation stops at the same tokens as in the measurement of accuracy.
         generation_config={"eos_token_id": stops if len(stops) > 1 else stops[0]},
         card=card,
         dtype=dtype,
@@ -70,68 +72,68 @@ def run_export(
 
 
 def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:
-    """Raises ConfigError where a stage has no adapter that can be exported alone."""
+    """Raise ConfigError unless a stage has an adapter that can be exported alone."""
     if weights.lora is None:
         raise ConfigError(f"{folder} was trained without LoRA and has no adapter. Leave --adapter out.")
     if weights.base_name is None:
         raise ConfigError(
-            f"The base of the adapters in {folder} is a trained stage and no pretrained model, so nobody could load them alone. "
-            "Leave --adapter out: they are merged into the weights then."
+            f"The base of the adapters in {folder} is a trained stage, and not a pretrained model, so nobody could "
+            "load them alone. Leave --adapter out: they are merged into the weights then."
         )
     if dtype is not None:
         raise ConfigError("Adapters are stored in float32, as they were trained. Leave --dtype out, or --adapter.")
 
 
-def facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
-    """What the model card says of a run; the accuracy only where the report is that of this step."""
+def model_card_facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
+    """Return what the model card needs. It has the accuracy only if the report is that of this step."""
     done = folder / "report.json"
     report = read_json(done) if done.is_file() and step == getattr(config, stage).steps else None
     sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
-    settings = dataclasses.asdict(config)
-    for name in config.student.shape() if config.student.path is not None else ():
-        del settings["student"][name]  # that of config.json counts
-    if not config.lora.rank:
+    settings = tree_of(config)
+    if config.lora is None:
         del settings["lora"]
     known: dict[str, Any] = {
         "datasets": [name.partition(":")[0] for name in sources[0] if not is_file(name)],
-        "objective": objective(config, stage, step),
+        "objective": objective_text(config, stage, step),
         "data": data_text(config, template, *sources),
         "config": settings,
     }
     if report is not None:
         known["versions"] = report["versions"]
         known["accuracy"] = {
-            f"held-out rows, {name}": f"{row['value']:.1%} of {row['n']} (95 % interval {row['low']:.1%} to {row['high']:.1%})"
+            f"held-out rows, {name}": f"{row['value']:.1%} of {row['n']} "
+            f"(95 % interval {row['low']:.1%} to {row['high']:.1%})"
             for name, row in report["accuracy"].items()
         }
     return known
 
 
 def is_file(source: str) -> bool:
-    """A file of rows, and no hub id."""
+    """Return whether a source of rows is a file, and not a hub id."""
     return source.endswith((".jsonl", ".json", ".parquet"))
 
 
-def objective(config: Config, stage: str, step: int) -> str:
-    """What was optimised, in words."""
+def objective_text(config: Config, stage: str, step: int) -> str:
+    """Describe what was optimised."""
     what = f"Stage {stage}, step {step} of {getattr(config, stage).steps}. "
     if stage == "sft":
         start = config.sft.init_from or config.student.path or "scratch"
         return f"{what}Next-token loss on the {config.data.loss_on}, from {start}."
     start = config.grpo.init_from or "the SFT student of the same run"
-    return (
-        f"{what}GhostRespond Policy Optimization (not Group Relative) from {start}: `{config.grpo.objective.build()}`."
-    )
+    return f"{what}GhostRespond Policy Optimization (not Group Relative) from {start}: `{config.grpo.full_objective}`."
 
 
 def data_text(config: Config, template: AnyTemplate, train: list[str], test: list[str]) -> str:
-    """The rows, and how a prompt is written."""
+    """Describe the rows and the form of a prompt."""
     data = config.data
     held_out = named(test, data.test_split) if test else f"{data.test_rows} of these rows, left out of training"
     prompt = template.tokenizer.decode(template.prompt("QUESTION"))
-    return f"Trained on {named(train, data.train_split)}; held out: {held_out}.\n\nA prompt, as the student read it:\n\n```text\n{prompt}\n```"
+    return (
+        f"Trained on {named(train, data.train_split)}; held out: {held_out}.\n\n"
+        f"A prompt, as the student read it:\n\n```text\n{prompt}\n```"
+    )
 
 
 def named(sources: list[str], split: str | None) -> str:
-    """Files and hub ids, and which of their rows."""
+    """Name files and hub ids, and the split."""
     return f"`{', '.join(sources)}`" + (f" (split {split})" if split else "")

@@ -1,35 +1,41 @@
-"""The mesh of a run: made from its config, held against its model and batches before anything is read or compiled, and what lies on it."""
+"""The mesh of a run: made from its config, checked against model and batches, and filled with parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from cotgrpo.config.settings import Config, ConfigError
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.sharding import check_batch, check_mesh, make_mesh, mesh_shape, state_sharding
+from cotgrpo.types import Params
+
+if TYPE_CHECKING:
+    from cotgrpo.types import PRNGKeyArray, PyTree
 
 
 def run_mesh(config: Config) -> jax.sharding.Mesh | None:
-    """The mesh of `config.mesh` over all devices; None where there is one device, or JAX was told to use one (`jax_default_device`).
+    """Return the mesh of `config.mesh` over all devices.
+
+    Returns None if there is one device, or if `jax_default_device` restricts JAX to one.
 
     Raises:
-        ConfigError: sizes that do not make the number of devices.
+        ConfigError: sizes whose product is not the number of devices.
     """
     devices = 1 if jax.config.values["jax_default_device"] is not None else jax.device_count()
     sizes = dataclasses.asdict(config.mesh)
     try:
         mesh_shape(sizes, devices)
     except ValueError as error:
-        raise ConfigError(f"mesh: {error} (mesh.data is -1 where it is not given.)") from error
+        raise ConfigError(f"mesh: {error} (mesh.data is -1 by default.)") from error
     return None if devices == 1 else make_mesh(**sizes)
 
 
 def check_stage_batch(config: Config, stage: str) -> None:
-    """Raises ConfigError where the stage's batch, or a micro-batch of it, cannot be spread evenly over the mesh."""
+    """Raise ConfigError unless the stage's batch, and each micro-batch, can be spread evenly over the mesh."""
     mesh, settings = run_mesh(config), getattr(config, stage)
     if mesh is not None:
         try:
@@ -39,7 +45,10 @@ def check_stage_batch(config: Config, stage: str) -> None:
 
 
 def check_model(config: Config, decoder: DecoderConfig, name: str = "student") -> None:
-    """Raises ConfigError where the mesh splits a dimension of the model that it does not divide; `name` is what the model is called."""
+    """Raise ConfigError unless the mesh divides each dimension of the model that it splits.
+
+    `name` is what the error calls the model.
+    """
     mesh = run_mesh(config)
     if mesh is not None:
         try:
@@ -48,16 +57,16 @@ def check_model(config: Config, decoder: DecoderConfig, name: str = "student") -
             raise ConfigError(f"mesh and {name} do not go together. {error}") from error
 
 
-def laid_out(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Shapes and types with the shardings of the mesh, for what restores arrays; without a mesh, as they are."""
+def abstract_on_mesh(tree: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
+    """Return the tree's shapes and types with the shardings of the mesh. Without a mesh, return it unchanged."""
     if mesh is None:
         return tree
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(place, tree, state_sharding(tree, mesh))
 
 
-def made_on(mesh: jax.sharding.Mesh | None, make: Callable[..., Any], *arguments: Any) -> Any:
-    """`make(*arguments)`, a tree of parameters, each shard made on its own device."""
+def init_on_mesh(mesh: jax.sharding.Mesh | None, init: Callable[[PRNGKeyArray], Params], key: PRNGKeyArray) -> Params:
+    """Return `init(key)`, a tree of parameters. Each device makes its own shard."""
     if mesh is None:
-        return make(*arguments)
-    return jax.jit(make, out_shardings=state_sharding(jax.eval_shape(make, *arguments), mesh))(*arguments)
+        return init(key)
+    return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init, key), mesh))(key)

@@ -179,7 +179,7 @@ grpo:
   batch_size: 8
   log_every: 3
   eval_every: 3
-  objective: {name: group_relative, reference_kl: 0.04}
+  objective: {name: group_relative, kl_weight: 0.04}
   ghosts: {source: verified_reward, num_generations: 4, max_new_tokens: 12}
 eval: {rows: 4, batch_size: 4, max_new_tokens: 12}
 checkpoint: {every: 3}

@@ -13,7 +13,7 @@ from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.data.triples import read_triples
-from cotgrpo.ghosts.self_reply import Candidate, best_reply
+from cotgrpo.ghosts.self_reply import SampledReply, best_reply
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.teachers.procedural import ProceduralTeacher
@@ -24,20 +24,20 @@ TEMPLATE = Template(TOKENIZER, loss_on="completion")
 NEW, COLUMNS = 120, 80
 
 
-def candidate(text: str, log_prob: float = -1.0, finished: bool = True) -> Candidate:
-    return Candidate(np.array([*TEMPLATE.ids(text), TEMPLATE.eos_id], np.int32), log_prob, finished)
+def sampled(text: str, log_prob: float = -1.0, finished: bool = True) -> SampledReply:
+    return SampledReply(np.array([*TEMPLATE.ids(text), TEMPLATE.eos_id], np.int32), log_prob, finished)
 
 
 def test_the_likeliest_right_reply_is_kept() -> None:
     row = TRIPLES[0]
     right, other = f"so it is<sep>{row.answer}", f"I think<sep>{row.answer}.0"
     replies = [
-        candidate(f"wrong<sep>{row.answer}1", -0.1),
-        candidate(f"no answer {row.answer}", -0.1),
-        candidate(f"cut off<sep>{row.answer}", -0.1, finished=False),
-        candidate(f"twice<sep>{row.answer}<sep>{row.answer}", -0.1),
-        candidate(right, -0.9),
-        candidate(other, -0.5),
+        sampled(f"wrong<sep>{row.answer}1", -0.1),
+        sampled(f"no answer {row.answer}", -0.1),
+        sampled(f"cut off<sep>{row.answer}", -0.1, finished=False),
+        sampled(f"twice<sep>{row.answer}<sep>{row.answer}", -0.1),
+        sampled(right, -0.9),
+        sampled(other, -0.5),
     ]
     kept = best_reply(TEMPLATE, row, replies)
     assert kept is not None and (kept.question, kept.rationale) == (row.question, "I think")
@@ -56,7 +56,7 @@ def sampler(only: int | None = None) -> Any:
                 continue
             number = by_prompt[tuple(prompt[-length:].tolist())]
             answer = TRIPLES[number].answer if only is None or number < only else "none"
-            ids = candidate(f"{params} {TRIPLES[number].rationale}<sep>{answer}").ids
+            ids = sampled(f"{params} {TRIPLES[number].rationale}<sep>{answer}").ids
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return jax.tree.map(
             jax.numpy.asarray, Replies(tokens, np.zeros(tokens.shape, np.float32), lengths, lengths < NEW)
@@ -67,7 +67,7 @@ def sampler(only: int | None = None) -> Any:
 
 def batches(folder: Path, only: int | None = None) -> SelfReplyBatches:
     settings = SelfReplySettings(
-        candidates=2,
+        num_generations=2,
         questions=5,
         refresh_every=3,
         batch_size=2,
@@ -81,7 +81,7 @@ def batches(folder: Path, only: int | None = None) -> SelfReplyBatches:
 def taken(source: SelfReplyBatches, first: int, last: int) -> list[np.ndarray]:
     found = []
     for number in range(first, last):
-        source.follow(f"word{number}")
+        source.set_params(f"word{number}")
         found.append(next(source).tokens)
     return found
 

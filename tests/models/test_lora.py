@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import cotgrpo
 from cotgrpo import Nll, Pair, ReferenceKl, SftBatch, Student, TrainState
 from cotgrpo.checkpoints.manager import Checkpoints
+from cotgrpo.config.settings import CheckpointConfig
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, lora_student, make_lora_step, merge
@@ -234,7 +235,7 @@ def test_the_host_loop_trains_adapters_and_resumes_on_another_mesh(params: Any, 
     def call(folder: str, steps: int, **mesh: int) -> Any:
         step = cotgrpo.jit_step(pure, mesh=cotgrpo.make_mesh(**mesh) if mesh else None)
         state = TrainState.create(params=init_lora(params, lora, jax.random.key(1)), tx=tx, key=0)
-        settings = LoopSettings("lora", steps, log_every=3, checkpoint_every=3)
+        settings = LoopSettings("lora", steps, log_every=3, checkpoint=CheckpointConfig(every=3))
         evaluate = lambda adapters: {"loss": EVAL(merge(params, adapters, lora), make_batch())["loss"].mean()}
         return train(step, state, Batches(), tmp_path / folder, settings, extra=(params,), evaluate=evaluate).params
 

@@ -1,0 +1,87 @@
+"""Folders on disks and in buckets: open one, check that it works, keep library tracebacks out of the log."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+from cotgrpo.disk_errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    Folder = Path | epath.Path
+
+LOGGERS = ("absl", "gcsfs", "s3fs")
+"""Loggers of the storage libraries. Orbax logs through absl's."""
+
+
+def open_folder(name: str | PurePath) -> Folder:
+    """Return the folder of that name: a `pathlib.Path`, or an `epath.Path` for gs://. Nothing is read or created.
+
+    Raises:
+        CheckpointError: Orbax cannot write to this kind of storage, or the library for it is not installed.
+    """
+    scheme, found, _ = str(name).partition("://")
+    if not found:
+        return Path(name).absolute()
+    if scheme != "gs":
+        raise CheckpointError(
+            f"{name}: Orbax writes checkpoints to disks and gs:// buckets, and not to {scheme}://. "
+            "Name it as checkpoint.folder of a run, which keeps a copy on its disk, and name that folder here."
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise CheckpointError(f"{name}: gs:// needs a library: pip install 'cotgrpo[gcs]'.")
+    from etils import epath
+
+    return epath.Path(name)
+
+
+def is_remote(path: str | PurePath) -> bool:
+    """Return whether a path is in a bucket."""
+    return "://" in str(path)
+
+
+def needs_copy(name: str | PurePath) -> bool:
+    """Return whether Orbax cannot write to this storage, so that `ObjectStoreCopy` has to."""
+    return is_remote(name) and not str(name).startswith("gs://")
+
+
+def check_folder_works(folder: Folder) -> None:
+    """Create the folder if needed, then write and delete a file in it, so that a run fails before it trains.
+
+    Raises:
+        CheckpointError: the folder cannot be reached, read or written.
+    """
+    probe = folder / ".cotgrpo_probe"
+    try:
+        if not is_remote(folder):  # a bucket has no folders, and a client might create a missing bucket
+            folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("a run checks that it can write here")
+        probe.unlink()
+    except Exception as error:  # cloud clients raise exceptions of their own
+        raise CheckpointError(
+            f"{folder}: checkpoints cannot be kept there ({first_line(error)}). "
+            "Check the name, and that this machine may read and write it."
+        ) from error
+
+
+@contextlib.contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """Log the errors of storage libraries as one line each. The error itself is raised and reported once."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
+
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(shorten)
+    try:
+        yield
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeFilter(shorten)

@@ -1,0 +1,168 @@
+"""What a stage measures and reports: the cache of measurements, the clock, and `report.json` with its page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from cotgrpo.atomic_files import read_json, write_json
+from cotgrpo.config.ghosts import VerifiedReward
+from cotgrpo.config.settings import Config
+from cotgrpo.distributed.processes import is_process_0, on_process_0
+from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.reports.report import write_report
+from cotgrpo.training.inputs import StageInputs
+from cotgrpo.training.steps import StageName
+from cotgrpo.types import Params
+
+PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+SAMPLES_SHOWN = 12
+GROUP_RELATIVE = (
+    "The objective of this run was group_relative: Group Relative Policy Optimization, which the field calls GRPO. "
+    "It has no ghost, and learns from whether whole replies are right."
+)
+
+
+class Timer:
+    """Wall-clock seconds of a stage, those of training apart."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.training_seconds = 0.0
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Count the time in this block as training."""
+        started = time.perf_counter()
+        yield
+        self.training_seconds += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds so far. Everything but training counts as evaluation."""
+        total = time.perf_counter() - self.started
+        return {"training": self.training_seconds, "evaluation": total - self.training_seconds, "total": total}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasurementCache:
+    """Held-out measurements, kept in the stage's folder as `before.json` and `after.json`.
+
+    A resumed run does not measure again. GRPO does not repeat what the SFT stage that it starts from has measured on
+    the same rows.
+
+    Attributes:
+        folder: of the stage.
+        held_out: measures a student.
+        sft_folder: the folder of the SFT stage that the student comes from, or None.
+    """
+
+    folder: Path
+    held_out: HeldOut
+    sft_folder: Path | None
+
+    def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any]:
+        """Return the measurement in the file `name`. If there is none, measure `params()` and write it."""
+        path = self.folder / name
+        known = on_process_0(lambda: self.find(path))
+        if known is None:
+            known = self.held_out.measure(params(), when)
+        if is_process_0() and not path.is_file():
+            write_json(path, known)
+        return dict(known)
+
+    def find(self, path: Path) -> dict[str, Any] | None:
+        """Return what an earlier call, or the SFT stage, has measured."""
+        if path.is_file():
+            return dict(read_json(path))
+        return self.of_sft("after.json") if path.name == "before.json" else None
+
+    def of_sft(self, name: str) -> dict[str, Any] | None:
+        """Return a measurement of the SFT stage, if it was made on the same rows."""
+        if self.sft_folder is None or not (self.sft_folder / name).is_file():
+            return None
+        found = dict(read_json(self.sft_folder / name))
+        rows = [question.question for question in self.held_out.exact_match.questions], self.held_out.num_references
+        measured = [reply["question"] for reply in found["replies"]], found.get("loss_rows")
+        return found if measured == rows else None
+
+
+def print_reports(inputs: StageInputs, console: Console) -> None:
+    """Print what was read, and what was left out."""
+    for title, report in inputs.reports.items():
+        console.print(f"{title}: {report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_stage_report(
+    stage: StageName,
+    config: Config,
+    inputs: StageInputs,
+    measured: dict[str, dict[str, Any]],
+    wall: dict[str, float],
+    console: Console,
+) -> dict[str, Any]:
+    """Write `report.json` and `report.html` of a stage. Return what the first holds.
+
+    Args:
+        stage: "sft" or "grpo".
+        config: of the run.
+        inputs: its rows.
+        measured: held-out measurements of the student at each point, in order: "base", "sft", "grpo".
+        wall: seconds, from `Timer.seconds`.
+        console: where the page's path is printed.
+    """
+    folder = Path(config.run_dir) / stage
+    saved = folder / "config.yaml"
+    report = {
+        "title": f"cotgrpo {stage}",
+        "command": f"cotgrpo {stage} --config {shlex.quote(str(saved))}",
+        "accuracy": {name: m["accuracy"] for name, m in measured.items()},
+        "held_out_loss": {name: m["loss"] for name, m in measured.items() if m["loss"] is not None},
+        "held_out_rows": {"accuracy": len(inputs.test_questions), "loss": len(inputs.test)},
+        "wall_seconds": wall,
+        "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
+        "data": {title: r.to_dict() for title, r in inputs.reports.items()},
+        "config": saved.read_text(encoding="utf-8"),
+        "versions": versions(),
+    }
+    if stage == "grpo" and isinstance(config.grpo.ghosts, VerifiedReward):
+        report["notes"] = [GROUP_RELATIVE]
+    write_json(folder / "report.json", report)
+    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    return report
+
+
+def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the same questions with the student's reply at each point.
+
+    Up to two thirds are questions whose replies changed. Changes between stages of training come first, then the other
+    rows.
+    """
+    rows = []
+    for answers in zip(*replies.values(), strict=True):
+        by_name = {n: {"text": a["text"], "correct": a["correct"]} for n, a in zip(replies, answers, strict=True)}
+        rows.append({"question": answers[0]["question"], "gold": answers[0]["gold"], "replies": by_name})
+    trained = [name for name in replies if name != "base"]  # an untrained student is rarely right
+    differ = lambda row, names: len({row["replies"][name]["correct"] for name in names}) > 1
+    changed = sorted((r for r in rows if differ(r, replies)), key=lambda r: not differ(r, trained))
+    same = [r for r in rows if r not in changed]
+    first = changed[: SAMPLES_SHOWN * 2 // 3]
+    return first + same[: SAMPLES_SHOWN - len(first)]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on, and the device."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
