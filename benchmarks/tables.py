@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.bench.command import FORMATS, PARTS
+from cotgrpo.bench.command import FORMATS
+from cotgrpo.bench.parts import PARTS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

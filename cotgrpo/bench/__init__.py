@@ -1,1 +1,1 @@
-"""`cotgrpo bench`: how fast this library is on this machine, part by part."""
+"""What `cotgrpo bench` measures: how fast this library is on this machine."""

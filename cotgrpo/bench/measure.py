@@ -1,4 +1,4 @@
-"""The clock of `cotgrpo bench`: programs that take turns, what their memory is, and what they ran on."""
+"""Time programs in turn, and read their memory and the machine that they ran on."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+
+if TYPE_CHECKING:
+    from cotgrpo.types import PyTree
 
 PACKAGES = ("cotgrpo", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 @dataclasses.dataclass
 class Times:
-    """Repetitions of one program.
+    """Times of one program's repetitions.
 
     Attributes:
-        seconds: on the clock.
-        cpu_seconds: of the processor, all threads of this process; other programs on the machine disturb them least.
+        seconds: wall time of each.
+        cpu_seconds: processor time of each, all threads of this process; other programs disturb it least.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -43,12 +46,12 @@ class Times:
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Times]:
-    """The times of each program, run in turn (A B A B ...), so that ratios hold when the machine's speed drifts.
+    """Time each program in turn (A B A B ...), so that ratios hold when the machine's speed drifts.
 
     Args:
-        runs: each returns the arrays to wait for.
-        repeats: times that count.
-        warmup: times before them that do not.
+        runs: programs by name; each returns the arrays to wait for.
+        repeats: repetitions that count.
+        warmup: repetitions before them that do not count.
     """
     times = {name: Times() for name in runs}
     for repeat in range(warmup + repeats):
@@ -62,7 +65,12 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
 
 
 def ratio(times: Times, base: Times) -> dict[str, Any]:
-    """How many times as long as `base`, which ran in turn with it: the median over neighbours, and more."""
+    """Return how many times as long as `base` a program took, which ran in turn with it.
+
+    Returns:
+        `median_of_pairs` and `range` over neighbouring repetitions, and the ratios of the `fastest` and of
+        `cpu_seconds`. The last is None on an accelerator.
+    """
     pairs = [mine / its for mine, its in zip(times.seconds, base.seconds, strict=True)]
     on_cpu = jax.default_backend() == "cpu"
     return {
@@ -73,12 +81,15 @@ def ratio(times: Times, base: Times) -> dict[str, Any]:
     }
 
 
-def compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """A jitted function compiled for the arguments, with seconds and memory. `program_bytes` is all that must be in memory at once to run it."""
+def compile_timed(function: jax.stages.Wrapped, *arguments: PyTree) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """Compile a jitted function for the arguments; return it with its seconds and memory.
+
+    `program_bytes` must fit in memory at once to run it: arguments, results and `temp_bytes`.
+    """
     start = time.perf_counter()
     program = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return program, {
         "compile_s": seconds,
@@ -88,7 +99,7 @@ def compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: of the device where it says so, else of this process."""
+    """Return the peak memory so far: of the device if it reports one, else of this process."""
     device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if device is not None:
         return int(device)
@@ -97,7 +108,7 @@ def peak_bytes() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Device and versions."""
+    """Return the device and the versions of the packages."""
     versions = {}
     for name in PACKAGES:
         try:

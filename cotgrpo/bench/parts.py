@@ -1,135 +1,187 @@
-"""Parts of a step on their own: the head engine, attention, and generation."""
+"""The parts that `cotgrpo bench` measures: their functions, options and columns."""
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from cotgrpo.bench import checkpointing, compilation, generation, input_pipeline, kernels, steps
+from cotgrpo.models.config import REMAT_POLICIES, DecoderConfig
 
-from cotgrpo.accelerators.mfu import matrix_rate
-from cotgrpo.bench.measure import compiled, in_turn, peak_bytes
-from cotgrpo.bench.workload import random_batch
-from cotgrpo.models.attention import attention, causal_segment_mask
-from cotgrpo.models.blockwise_attention import block_attention
-from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.decoder import init_params, unstack_layers
-from cotgrpo.models.splash_attention import splash_attention
-from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
-from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
-from cotgrpo.tiled_loss import default_tile_size, tiled_loss
-
-OBJECTIVES: dict[str, Objective] = {"nll": Nll(), "pair": Pair()}
+Option = tuple[str, dict[str, Any]]
+TIMES = (("median s", "median_s", "seconds"), ("min", "min_s", "seconds"), ("max", "max_s", "seconds"))
+SPEED = (("tokens/s", "tokens_per_sec", "count"), ("MFU", "mfu", "percent"))
 
 
-def naive_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenInputs) -> Any:
-    """All logits at once, and JAX's own gradient: what the engine is measured against."""
-    logits_NV = jnp.matmul(hidden_ND, head_DV, preferred_element_type=jnp.float32)
-    each = lambda logits_V, ghost, weight: objective(logits_V, TokenInputs(ghost, weight))[0]
-    return jnp.sum(rows.weight * jax.vmap(each)(logits_NV, rows.ghost, rows.weight))
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part to measure.
+
+    Attributes:
+        about: one line of help.
+        measure: function of the decoder and the options; returns a dict with `rows`.
+        columns: (title, key of a row, format) of the table.
+        options: its own options, besides those of all parts.
+        defaults: its defaults of the options of all parts.
+        lines: function of the result; returns lines to print below the table.
+    """
+
+    about: str
+    measure: Callable[[DecoderConfig, argparse.Namespace], dict[str, Any]]
+    columns: tuple[tuple[str, str, str], ...]
+    options: tuple[Option, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lines: Callable[[dict[str, Any]], list[str]] = lambda _: []
 
 
-def engine_loss(objective: Objective, hidden_ND: Any, head_DV: Any, rows: TokenInputs) -> Any:
-    """The same by the engine."""
-    return tiled_loss(objective, hidden_ND, head_DV, rows)[0]
+def numbers(*default: int | float, kind: type = int) -> dict[str, Any]:
+    """Return the settings of an option that takes several numbers."""
+    return {"type": kind, "nargs": "+", "default": list(default)}
 
 
-def gradient_of(loss: Callable[..., Any], name: str) -> Any:
-    """The gradients of hidden rows and head, jitted."""
-    return jax.jit(jax.grad(functools.partial(loss, OBJECTIVES[name]), argnums=(0, 1)))
-
-
-def measure_engine(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Loss and gradients of hidden rows and head. The naive one, all logits at once, is compiled for its memory and does not run."""
-    N, D, rows = args.batch * args.seq, config.width, []
-    for vocab in args.vocab:
-        keys = jax.random.split(jax.random.key(0), 3)
-        hidden_ND = jax.random.normal(keys[0], (N, D), args.dtype)
-        head_DV = 0.05 * jax.random.normal(keys[1], (D, vocab), args.dtype)
-        tokens = TokenInputs(ghost=jax.random.randint(keys[2], (N,), 0, vocab), weight=jnp.ones((N,)))
-        programs, facts = {}, {}
-        for name in args.objectives:
-            naive = compiled(gradient_of(naive_loss, name), hidden_ND, head_DV, tokens)[1]["temp_bytes"]
-            program, own = compiled(gradient_of(engine_loss, name), hidden_ND, head_DV, tokens)
-            programs[name] = functools.partial(program, hidden_ND, head_DV, tokens)
-            facts[name] = own | {"naive_bytes": naive, "naive_over_engine": naive / own["temp_bytes"]}
-        times = in_turn(programs, args.repeats, args.warmup)
-        floor = 3 * 2 * N * D * vocab / matrix_rate(args.dtype)
-        for name, found in times.items():
-            which = {"vocab": vocab, "objective": name, "tile_size": default_tile_size(N, vocab)}
-            beside = {"logits_bytes": 4 * N * vocab, "tokens_per_sec": N / found.median, "mfu": floor / found.median}
-            rows.append(which | found.row() | beside | facts[name])
-    return {"rows": rows}
-
-
-def kernels(batch: Any) -> dict[str, Callable[..., Any]]:
-    """The ways to attend over whole sequences on this platform, as functions of query, key and value."""
-    positions, segments = jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
-    mask = causal_segment_mask(positions, segments, positions, segments)
-    own: dict[str, Callable[..., Any]] = {
-        "xla": lambda q, k, v: attention(q, k, v, mask),
-        "blocks": lambda q, k, v: block_attention(q, k, v, positions, segments),
-    }
-    if jax.default_backend() == "tpu":
-        own["splash"] = lambda q, k, v: splash_attention(q, k, v, segments, (None,), None)
-    return own
-
-
-def measure_attention(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of one layer's causal attention by length, the tokens of a batch kept; `mfu` counts the pairs that are read, half of the square."""
-    c, rows = config, []
-    for seq in args.lengths:
-        batch = max(args.batch * args.seq // seq, 1)
-        keys = jax.random.split(jax.random.key(0), 3)
-        heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
-        qkv = [jax.random.normal(k, (batch, seq, n, c.head_dim), args.dtype) for k, n in zip(keys, heads, strict=True)]
-        flops = 3 * 2 * 2 * c.num_heads * c.head_dim * batch * seq * seq / 2
-        programs, facts = {}, {}
-        for name, kernel in kernels(random_batch(c, batch, seq)).items():
-            loss = lambda q, k, v, kernel=kernel: jnp.sum(jnp.square(kernel(q, k, v).astype(jnp.float32)))
-            program, facts[name] = compiled(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), *qkv)
-            programs[name] = functools.partial(program, *qkv)
-        for name, found in in_turn(programs, args.repeats, args.warmup).items():
-            which = {"seq": seq, "batch": batch, "attention": name}
-            speed = {
-                "tokens_per_sec": batch * seq / found.median,
-                "mfu": flops / found.median / matrix_rate(args.dtype),
-            }
-            rows.append(which | found.row() | speed | facts[name])
-    return {"rows": rows}
-
-
-def copy_rate() -> float:
-    """Bytes a second that the device reads and writes in adding a constant to a large array: the best of five."""
-    array = jnp.zeros(2**25 if jax.default_backend() == "cpu" else 2**29, jnp.float32)
-    run = jax.jit(lambda x: x + 1.0).lower(array).compile()
-    return 2 * array.nbytes / min(in_turn({"copy": lambda: run(array)}, 5)["copy"].seconds)
-
-
-def measure_generate(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Greedy replies that run to their end. A further token reads all weights and the cache once: `bandwidth` is the share of the measured rate of memory."""
-    params, rows = unstack_layers(config, init_params(config, jax.random.key(0))), []
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    rate = copy_rate()
-    for batch in args.batches:
-        ids = random_batch(config, batch, args.seq).tokens
-        prompts = Prompts(tokens=ids, lengths=jnp.full((batch,), args.seq, jnp.int32))
-        programs, facts = {}, {}
-        for new in (1, args.new_tokens):
-            sample = jax.jit(make_sampler(config, SamplingSettings(max_new_tokens=new)))
-            program, facts[new] = compiled(sample, params, prompts, jax.random.key(0))
-            programs[str(new)] = functools.partial(program, params, prompts, jax.random.key(0))
-        times = in_turn(programs, args.repeats, args.warmup)
-        first, whole = times["1"].median, times[str(args.new_tokens)]
-        a_token = (whole.median - first) / (args.new_tokens - 1)
-        slots = batch * (args.seq + args.new_tokens)
-        cache = 2 * slots * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-        speed = {"first_token_s": first, "tokens_per_sec": batch * args.new_tokens / whole.median}
-        bound = {"further_token_s": a_token, "bandwidth": (weights + cache) / a_token / rate}
-        rows.append(
-            {"batch": batch} | whole.row() | speed | bound | facts[args.new_tokens] | {"peak_bytes": peak_bytes()}
-        )
-    return {"rows": rows, "copy_bytes_per_sec": rate, "weight_bytes": weights}
+NEW_TOKENS: Option = ("--new-tokens", {"type": int, "default": 64, "help": "tokens of a reply"})
+PARTS: dict[str, Part] = {
+    "step": Part(
+        "one SFT step and one GRPO (GhostRespond) step, teacher-forced, on the same batch in turn",
+        steps.measure_step,
+        (
+            ("step", "step", "text"),
+            *TIMES,
+            *SPEED,
+            ("compile s", "compile_s", "seconds"),
+            ("temp MB", "temp_bytes", "MB"),
+            ("peak MB", "peak_bytes_so_far", "MB"),
+        ),
+        (
+            ("--supervised", {"type": float, "default": 1.0, "help": "share of tokens with a loss"}),
+            ("--micro-batches", {"type": int, "default": 1}),
+        ),
+        lines=steps.step_lines,
+    ),
+    "supervised": Part(
+        "the time of a GRPO step against the share of supervised tokens",
+        steps.measure_supervised,
+        (
+            ("supervised", "supervised", "percent"),
+            *TIMES,
+            *SPEED,
+            ("time", "time_share", "ratio"),
+            ("FLOPs", "flops_share", "ratio"),
+        ),
+        (("--shares", numbers(1.0, 0.5, 0.25, 0.1, kind=float)),),
+    ),
+    "remat": Part(
+        "the GRPO step with each remat policy, in turn on the same batch",
+        steps.measure_remat,
+        (
+            ("remat", "policy", "text"),
+            *TIMES,
+            *SPEED,
+            ("time", "time_share", "ratio"),
+            ("compile s", "compile_s", "seconds"),
+            ("temp MB", "temp_bytes", "MB"),
+        ),
+        (("--policies", {"nargs": "+", "choices": REMAT_POLICIES, "default": ["dots", "none", "full"]}),),
+    ),
+    "on_policy": Part(
+        "a GRPO update on the student's own replies: rollout, live ghost, step",
+        generation.measure_on_policy,
+        (("part", "part", "text"), *TIMES, ("share", "share", "percent"), SPEED[0]),
+        (NEW_TOKENS,),
+    ),
+    "memory": Part(
+        "memory of the compiled GRPO step by vocabulary and batch; nothing runs",
+        compilation.measure_memory,
+        (
+            ("V", "vocab", "count"),
+            ("tokens", "tokens", "count"),
+            ("state MB", "state_bytes", "MB"),
+            ("gradient MB", "gradient_bytes", "MB"),
+            ("temp MB", "temp_bytes", "MB"),
+            ("logits alone MB", "logits_bytes", "MB"),
+        ),
+        (("--vocab", numbers(32_768, 131_072, 262_144)),),
+        lines=compilation.memory_lines,
+    ),
+    "compile": Part(
+        "compile time of a GRPO step by depth, in fresh processes",
+        compilation.measure_compile,
+        (
+            ("layers", "layers", "count"),
+            ("lower s", "lower_s", "seconds"),
+            ("compile s", "compile_s", "seconds"),
+            ("total s", "total_s", "seconds"),
+            ("text", "text_chars", "count"),
+        ),
+        (("--layers", numbers(4, 32)), ("--here", {"action": "store_true", "help": argparse.SUPPRESS})),
+        {"shape": "tiny", "batch": 2, "seq": 128, "repeats": 3},
+        lines=compilation.compile_lines,
+    ),
+    "engine": Part(
+        "the head with loss and gradients: time against three matrix products, memory against all logits at once",
+        kernels.measure_engine,
+        (
+            ("V", "vocab", "count"),
+            ("objective", "objective", "text"),
+            ("tile", "tile_size", "count"),
+            *TIMES,
+            *SPEED,
+            ("temp MB", "temp_bytes", "MB"),
+            ("naive MB", "naive_bytes", "MB"),
+            ("naive / engine", "naive_over_engine", "ratio"),
+        ),
+        (
+            ("--vocab", numbers(32_768, 131_072)),
+            ("--objectives", {"nargs": "+", "choices": list(kernels.OBJECTIVES), "default": list(kernels.OBJECTIVES)}),
+        ),
+        {"repeats": 3},
+    ),
+    "attention": Part(
+        "one layer's causal attention, forward and backward, by length",
+        kernels.measure_attention,
+        (
+            ("T", "seq", "count"),
+            ("B", "batch", "count"),
+            ("attention", "attention", "text"),
+            *TIMES,
+            *SPEED,
+            ("temp MB", "temp_bytes", "MB"),
+        ),
+        (("--lengths", numbers(256, 512, 1_024, 2_048)),),
+        {"repeats": 5},
+    ),
+    "generate": Part(
+        "greedy replies with a key/value cache",
+        generation.measure_generate,
+        (
+            ("B", "batch", "count"),
+            *TIMES,
+            SPEED[0],
+            ("first token s", "first_token_s", "seconds"),
+            ("further token s", "further_token_s", "seconds"),
+            ("bandwidth", "bandwidth", "percent"),
+            ("compile s", "compile_s", "seconds"),
+        ),
+        (NEW_TOKENS, ("--batches", numbers(1, 8))),
+        {"seq": 64, "repeats": 5},
+    ),
+    "data": Part(
+        "steps on packed text in turn with the same step on a constant batch, and packing efficiency",
+        input_pipeline.measure_data,
+        (("batches", "batches", "text"), *TIMES, SPEED[0], ("padded tokens/s", "padded_tokens_per_sec", "count")),
+        (
+            ("--rows", {"help": "triples, .jsonl or .parquet (default: made-up sums)"}),
+            ("--steps", {"type": int, "default": 5, "help": "steps of a block"}),
+        ),
+        lines=input_pipeline.data_lines,
+    ),
+    "checkpoint": Part(
+        "saving and restoring the train state",
+        checkpointing.measure_checkpoint,
+        (("part", "part", "text"), *TIMES, ("GB/s", "bytes_per_sec", "GB/s")),
+        (("--folder", {"help": "where to write (default: the system's temporary folder)"}),),
+        {"repeats": 3},
+    ),
+}

@@ -1,50 +1,49 @@
-"""Whole train steps: SFT beside GRPO (GhostRespond), the share of supervised tokens, what is recomputed, memory by vocabulary, compile time by depth."""
+"""Measure whole train steps: SFT and GRPO (GhostRespond), the share of supervised tokens, and remat policies."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cotgrpo.accelerators.mfu import matrix_rate
 from cotgrpo.accelerators.roofline import Work
-from cotgrpo.bench.measure import compiled, in_turn, peak_bytes, ratio
+from cotgrpo.bench.measure import compile_timed, in_turn, peak_bytes, ratio
 from cotgrpo.bench.workload import random_batch
-from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.config import DecoderConfig, RematPolicy
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.optimizers import make_optimizer
 from cotgrpo.sharding import jit_step
 from cotgrpo.train_steps import make_grpo_step, make_sft_step
-from cotgrpo.types import SftBatch, TrainState
+from cotgrpo.types import GhostBatch, Metrics, SftBatch, TrainState
 
+Batch = SftBatch | GhostBatch
 MAKERS: dict[str, Any] = {"sft": make_sft_step, "grpo": make_grpo_step}
 
 
 class Running:
-    """A train state that several compiled steps share: each takes it from the one before, since a step donates it."""
+    """A train state that several compiled steps share. A step donates it, so each takes it from the one before."""
 
     def __init__(self, config: DecoderConfig) -> None:
         self.config, self.tx = config, make_optimizer(learning_rate=1e-4, total_steps=1_000_000)
         self.state = TrainState.create(params=init_params(config, jax.random.key(0)), tx=self.tx, key=0)
 
     def step(
-        self, maker: str, batch: Any, micro_batches: int = 1, remat: str | None = None
-    ) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-        """The compiled step `maker`, as a function of a batch, and what its compilation says; `remat`: other than the config's."""
+        self, maker: str, batch: Batch, micro_batches: int = 1, remat: RematPolicy | None = None
+    ) -> tuple[Callable[[Batch], tuple[TrainState, Metrics]], dict[str, Any]]:
+        """Compile the step `maker`; return it as a function of a batch, with its compile time and memory.
+
+        `remat` replaces the policy of the config.
+        """
         config = dataclasses.replace(self.config, remat=remat or self.config.remat)
         step = MAKERS[maker](make_student(config), self.tx, micro_batches=micro_batches)
-        program, facts = compiled(jit_step(step), self.state, batch)
+        program, facts = compile_timed(jit_step(step), self.state, batch)
 
-        def run(batch: Any) -> Any:
+        def run(batch: Batch) -> tuple[TrainState, Metrics]:
             self.state, metrics = program(self.state, batch)
             return self.state, metrics
 
@@ -52,7 +51,7 @@ class Running:
 
 
 def speed(config: DecoderConfig, args: argparse.Namespace, seconds: float, supervised: float) -> dict[str, float]:
-    """Tokens a second and the model's operations, for a step that takes so long."""
+    """Return tokens per second and the model's operations for a step of this length."""
     tokens = args.batch * args.seq
     flops = Work(config, tokens, args.seq, supervised=supervised).model_flops
     return {
@@ -65,7 +64,7 @@ def speed(config: DecoderConfig, args: argparse.Namespace, seconds: float, super
 
 
 def measure_step(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """One SFT step and one GRPO step, teacher-forced, on the same batch in turn."""
+    """Time one SFT step and one GRPO step, teacher-forced, on the same batch in turn."""
     running, batch = Running(config), random_batch(config, args.batch, args.seq, args.supervised)
     runs, facts = {}, {}
     for name in MAKERS:
@@ -82,17 +81,18 @@ def measure_step(config: DecoderConfig, args: argparse.Namespace) -> dict[str, A
 
 
 def step_lines(result: dict[str, Any]) -> list[str]:
-    """What `measure_step` found, in words."""
+    """Return the ratio of the two steps as a line."""
     found = result["grpo_over_sft"]
     low, high = found["range"]
     cpu = f", processor seconds {found['cpu_seconds']:.3f}" if found["cpu_seconds"] else ""
     return [
-        f"GRPO / SFT step time: {found['median_of_pairs']:.3f} (median of pairs; {low:.3f} to {high:.3f}), fastest {found['fastest']:.3f}{cpu}"
+        f"GRPO / SFT step time: {found['median_of_pairs']:.3f} (median of pairs; {low:.3f} to {high:.3f}), "
+        f"fastest {found['fastest']:.3f}{cpu}"
     ]
 
 
 def measure_supervised(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """One compiled GRPO step on batches of which ever fewer tokens are supervised."""
+    """Time one compiled GRPO step on batches with ever fewer supervised tokens."""
     running = Running(config)
     batches = {str(share): random_batch(config, args.batch, args.seq, share) for share in args.shares}
     run, facts = running.step("grpo", batches[str(args.shares[0])])
@@ -114,7 +114,7 @@ def measure_supervised(config: DecoderConfig, args: argparse.Namespace) -> dict[
 
 
 def measure_remat(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """The GRPO step with each policy of recomputation, in turn on the same batch."""
+    """Time the GRPO step with each remat policy, in turn on the same batch."""
     running, batch = Running(config), random_batch(config, args.batch, args.seq)
     runs, facts = {}, {}
     for policy in args.policies:
@@ -130,88 +130,3 @@ def measure_remat(config: DecoderConfig, args: argparse.Namespace) -> dict[str, 
         for policy, found in times.items()
     ]
     return {"rows": rows}
-
-
-def abstract_step(config: DecoderConfig, batch: int, seq: int) -> Any:
-    """A GRPO step with AdamW, lowered for abstract arguments: no weight exists."""
-    tx = make_optimizer(learning_rate=1e-4, total_steps=1_000_000)
-    state = jax.eval_shape(lambda: TrainState.create(params=init_params(config, jax.random.key(0)), tx=tx, key=0))
-    ids: Any = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-    weights: Any = jax.ShapeDtypeStruct((batch, seq), jnp.float32)
-    return jit_step(make_grpo_step(make_student(config), tx)).lower(state, SftBatch(ids, ids, ids, ids, weights))
-
-
-def measure_memory(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Memory of the compiled GRPO step by vocabulary and batch; nothing runs. A token must cost what its hidden states cost, whatever V is."""
-    rows, token_bytes = [], {}
-    for vocab in args.vocab:
-        temps = {}
-        for batch in (args.batch, 2 * args.batch):
-            shape = dataclasses.replace(config, vocab_size=vocab)
-            memory = abstract_step(shape, batch, args.seq).compile().memory_analysis()
-            temps[batch] = memory.temp_size_in_bytes
-            rows.append(
-                {
-                    "vocab": vocab,
-                    "tokens": batch * args.seq,
-                    "state_bytes": memory.argument_size_in_bytes,
-                    "gradient_bytes": 4 * shape.num_params(),
-                    "temp_bytes": memory.temp_size_in_bytes,
-                    "logits_bytes": 4 * batch * args.seq * vocab,
-                }
-            )
-        token_bytes[vocab] = (temps[2 * args.batch] - temps[args.batch]) / (args.batch * args.seq)
-    return {"rows": rows, "bytes_of_a_further_token": token_bytes}
-
-
-def memory_lines(result: dict[str, Any]) -> list[str]:
-    """What `measure_memory` found, in words."""
-    found = result["bytes_of_a_further_token"].items()
-    return [
-        "a further token costs "
-        + ", ".join(f"{b / 1e3:.1f} kB at V = {v:,} (its logits {4 * v / 1e3:.0f} kB)" for v, b in found)
-    ]
-
-
-def compile_here(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Lowers and compiles in this process, without JAX's compilation cache: seconds of each, and the length of the lowered text."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.devices()  # the backend's own start is no part of a compilation
-    start = time.perf_counter()
-    lowered = abstract_step(config, args.batch, args.seq)
-    middle = time.perf_counter()
-    lowered.compile()
-    end = time.perf_counter()
-    return {"lower_s": middle - start, "compile_s": end - middle, "text_chars": len(lowered.as_text())}
-
-
-def measure_compile(config: DecoderConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Compile time by depth, each in a process of its own and in turn; the least counts, which other work on the machine disturbed least."""
-    if args.here:
-        return {"rows": [compile_here(dataclasses.replace(config, num_layers=args.layers[0]), args)]}
-    seen: dict[int, list[dict[str, Any]]] = {layers: [] for layers in args.layers}
-    options = ["--shape", args.shape, "--dtype", args.dtype, "--remat", args.remat]
-    options += ["--batch", str(args.batch), "--seq", str(args.seq), "--here"]
-    for _ in range(args.repeats):
-        for layers, found in seen.items():
-            command = [sys.executable, "-m", "cotgrpo.bench.command", "compile", *options, "--layers", str(layers)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{layers} layers did not compile:\n{done.stderr}")
-            found.append(json.loads(done.stdout.splitlines()[-1])["rows"][0])
-    rows = [
-        {
-            "layers": layers,
-            "total_s": min(run["lower_s"] + run["compile_s"] for run in found),
-            "lower_s": min(run["lower_s"] for run in found),
-            "compile_s": min(run["compile_s"] for run in found),
-            "text_chars": found[0]["text_chars"],
-        }
-        for layers, found in seen.items()
-    ]
-    return {"rows": rows, "last_over_first": rows[-1]["total_s"] / rows[0]["total_s"]}
-
-
-def compile_lines(result: dict[str, Any]) -> list[str]:
-    """What `measure_compile` found, in words."""
-    return [f"total, last over first: {result['last_over_first']:.3f}"]

@@ -1,4 +1,4 @@
-"""What benchmarks run on: decoders by the name of a known model's shape, and batches of random tokens."""
+"""Decoders with the shapes of known models, and batches of random tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ SHAPES = {
     "qwen3-1.7b": DecoderConfig(151_936, 2_048, 28, 16, 8, 128, 6_144, qk_norm=True),
     "llama-3-8b": DecoderConfig(128_256, 4_096, 32, 32, 8, 128, 14_336, tied_head=False),
 }
-"""Sizes alone: rotary base, norm epsilon and context length are the defaults, which cost the same."""
+"""Sizes only. Rotary base, norm epsilon and context length are the defaults, which cost the same."""
 
 
 def random_batch(config: DecoderConfig, batch: int, seq: int, supervised: float = 1.0, seed: int = 0) -> SftBatch:
-    """Full rows of random tokens, one document each, of which the last `supervised` share carries a loss; NumPy arrays."""
+    """Return full rows of random tokens, one document each, as NumPy arrays.
+
+    The last `supervised` share of each row carries a loss.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, (batch, seq + 1), dtype=np.int32)
     positions = np.broadcast_to(np.arange(seq, dtype=np.int32), (batch, seq))

@@ -13,8 +13,9 @@ import pytest
 
 from cotgrpo.accelerators.mfu import StepFlops, matrix_rate
 from cotgrpo.accelerators.roofline import Work
-from cotgrpo.bench.command import PARTS, run_bench
+from cotgrpo.bench.command import run_bench
 from cotgrpo.bench.measure import Times, in_turn, ratio
+from cotgrpo.bench.parts import PARTS
 from cotgrpo.bench.workload import SHAPES, random_batch
 from cotgrpo.cli import main
 from cotgrpo.models.config import DecoderConfig
