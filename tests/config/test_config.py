@@ -1,18 +1,38 @@
-"""Settings from YAML and options: types, ranges, unknown keys with the nearest valid name, and the way back to a file."""
+"""Settings from YAML and options: types, ranges, what was given, keys with the nearest valid name, and back to a file."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from cotgrpo.config.files import flat, load_config, parse_config, save_config
-from cotgrpo.config.settings import Config, ConfigError, ObjectiveConfig
-from cotgrpo.objectives import GroupRelative, Nll, Pair, Reinforce, RewardGradient
-from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
+from cotgrpo.config import (
+    Config,
+    ConfigError,
+    GenerateConfig,
+    GrpoConfig,
+    LoraConfig,
+    PrivilegedSelf,
+    TeacherForced,
+    TeacherModel,
+    VerifiedReward,
+    flat,
+    load_config,
+    parse_config,
+    parse_settings,
+    save_config,
+    tree_of,
+)
+from cotgrpo.config.old_names import FLAT_DEFAULTS, RENAMED_KEYS, RENAMED_VALUES
+from cotgrpo.config.sections import settings_in
+from cotgrpo.config.settings import OBJECTIVES
+from cotgrpo.objectives import ForwardKl, GroupRelative, Nll, Pair, ReferenceKl, RewardGradient
 
 ROOT = Path(__file__).parents[2]
+OLD = Path(__file__).parent / "old"
 
 
 def write(path: Path, text: str) -> str:
@@ -32,10 +52,12 @@ def test_a_file_then_options_in_order(tmp_path: Path) -> None:
 
 
 def test_defaults_of_a_command() -> None:
-    defaults = Config(run_dir="there", sft=dataclasses.replace(Config().sft, steps=5))
+    defaults = Config(run_dir="there", sft=dataclasses.replace(Config().sft, steps=5), lora=LoraConfig(rank=3))
     config = parse_config(["--sft.batch_size", "2"], defaults=defaults)
     assert (config.run_dir, config.sft.steps, config.sft.batch_size) == ("there", 5, 2)
     assert parse_config([], defaults=defaults) == defaults
+    assert parse_config(["--lora.alpha", "8"], defaults=defaults).lora == LoraConfig(rank=3, alpha=8.0)
+    assert parse_config(["--lora.rank", "0"], defaults=defaults).lora is None
 
 
 def test_one_file_or_several() -> None:
@@ -43,13 +65,34 @@ def test_one_file_or_several() -> None:
     assert parse_config(["--data.train", "[a.jsonl, org/name]"]).data.train == ["a.jsonl", "org/name"]
 
 
-def test_saved_settings_come_back(tmp_path: Path) -> None:
-    config = parse_config(
-        ["--data.train", "[ä b.jsonl]", "--sft.optimizer.clip_norm", "null", "--sft.optimizer.eps", "1e-10"]
-    )
-    assert config.sft.optimizer.clip_norm is None
+LIVE = ["--grpo.ghosts.source", "teacher_model", "--grpo.ghosts.teacher", "t"]
+FORWARD_KL = ["--grpo.objective.name", "forward_kl", "--grpo.ghosts.source", "privileged_self"]
+GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", "verified_reward"]
+NLL = ["--grpo.objective.name", "nll"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.train", "[ä b.jsonl]", "--sft.optimizer.clip_norm", "null", "--sft.optimizer.eps", "1e-10"],
+        ["--student.path", "org/model", "--lora.rank", "8", "--lora.targets", "[query]", "--data.format", "chat"],
+        [*LIVE, "--grpo.ghosts.prompts", "[a, b]", "--grpo.reference_kl", "0.1", "--grpo.objective.beta", "0.5"],
+        GROUP_RELATIVE,
+        NLL,
+    ],
+)
+def test_saved_settings_come_back(tmp_path: Path, arguments: list[str]) -> None:
+    config = parse_config(arguments)
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config != Config()
+
+
+def test_a_saved_config_holds_what_applies() -> None:
+    tree = tree_of(parse_config(["--student.path", "org/model", "--data.format", "chat", *GROUP_RELATIVE]))
+    assert tree["grpo"]["objective"] == {"name": "group_relative", "clip": 0.2, "kl_weight": 0.0}
+    assert "temperature" not in tree["grpo"]["ghosts"] and tree["grpo"]["ghosts"]["source"] == "verified_reward"
+    assert tree["lora"] == {"rank": 0} and "width" not in tree["student"]
+    assert "reference_kl" not in tree["grpo"] and "separator" not in tree["data"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -58,8 +101,24 @@ def test_the_configs_that_ship_are_valid(path: Path) -> None:
     assert config.data.train and config != Config()
 
 
-FORWARD_KL = ["--grpo.objective.name", "forward_kl", "--grpo.ghosts.source", "privileged_self"]
-GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", "verified_reward"]
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ([], Pair()),
+        (NLL, Nll()),
+        (
+            ["--grpo.objective.beta", "0.5", "--grpo.objective.negatives", "calibrated"],
+            Pair(0.5, negatives="calibrated"),
+        ),
+        (["--grpo.reference_kl", "0.1"], ReferenceKl(Pair(), 0.1)),
+        (["--grpo.objective.name", "reward_gradient", "--grpo.objective.samples", "3"], RewardGradient(3)),
+        ([*FORWARD_KL, "--grpo.objective.top_k", "8", "--grpo.reference_kl", "0.1"], ReferenceKl(ForwardKl(8), 0.1)),
+        ([*GROUP_RELATIVE, "--grpo.objective.kl_weight", "0.04"], GroupRelative(kl_weight=0.04)),
+    ],
+)
+def test_objectives(arguments: list[str], want: Any) -> None:
+    grpo = parse_config(arguments).grpo
+    assert grpo.full_objective == want and grpo.full_objective is grpo.full_objective
 
 
 @pytest.mark.parametrize(
@@ -68,34 +127,41 @@ GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.sour
         (["--sft.stepz", "1"], r"Unknown option --sft.stepz. Did you mean --sft.steps\?"),
         (["--learning_rate", "1"], r"Unknown option --learning_rate. Did you mean --sft.optimizer.learning_rate\?"),
         (["--zzzzz=1"], "Unknown option --zzzzz. See --help"),
+        (["--sft.step", "1"], "Unknown option --sft.step. Did you mean --sft.steps"),
         (["--sft.steps", "many"], 'key "sft.steps": Expected a .*int.* Got value: many'),
         (["--sft.steps", "1.5"], 'key "sft.steps"'),
         (["--student.dtype", "float16"], "float16"),
-        (["--sft.steps", "0"], "steps must be at least 1, got 0"),
-        (["--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--sft.batch_size", "6", "--sft.micro_batches", "4"], r"micro_batches \(4\) must divide batch_size \(6\)"),
-        (["--sft.optimizer.warmup_steps", "1000"], "warmup_steps must lie in"),
-        (["--student.num_kv_heads", "3"], "must be a multiple of num_kv_heads"),
-        (["--grpo.objective.beta", "-1"], "Pair.beta must be a positive number"),
-        (["--grpo.objective.name", "nll", "--grpo.objective.beta", "2"], "objective.beta is no setting of 'nll'"),
+        (["--student.remat", "block"], "none.*full.*block"),
+        (["--sft.steps", "0"], "^sft.steps must be at least 1, got 0"),
+        (["--seed", "-1"], "^seed must be at least 0, got -1"),
+        (
+            ["--sft.batch_size", "6", "--sft.micro_batches", "4"],
+            r"^sft.micro_batches \(4\) must divide batch_size \(6\)",
+        ),
+        (["--sft.optimizer.warmup_steps", "1000"], "^sft.optimizer.warmup_steps must lie in"),
+        (["--grpo.optimizer.weight_decay", "-1"], "^grpo.optimizer.weight_decay must be at least 0"),
+        (["--student.num_kv_heads", "3"], r"^student.num_heads \(4\) must be a multiple of num_kv_heads"),
+        (["--run_dir", "gs://bucket/run"], "^run_dir must be a folder of this machine"),
+        (["--grpo.objective.beta", "-1"], "^grpo.objective.beta must be a positive number"),
+        (["--grpo.reference_kl", "-1"], "^grpo.reference_kl must be at least 0"),
+        (["--grpo.max_entropy_growth", "1"], "^grpo.max_entropy_growth must be above 1 or null, got 1"),
+        ([*FORWARD_KL, "--grpo.objective.top_k", "0"], "^grpo.objective.top_k must be an integer of at least 1, got 0"),
+        ([*LIVE, "--grpo.ghosts.temperature", "0"], "^grpo.ghosts.temperature must be above 0"),
+        ([*LIVE[:2]], "^grpo.ghosts.teacher must be the folder or hub id"),
+        ([*GROUP_RELATIVE, "--grpo.ghosts.num_generations", "1"], "^grpo.ghosts.num_generations must be at least 2"),
         (
             ["--grpo.objective.name", "group_relative"],
-            "group_relative and ghosts.source verified_reward belong together",
+            "group_relative and ghosts.source verified_reward .* GroupRelative",
         ),
-        (["--grpo.objective.name", "forward_kl"], "forward_kl needs a live ghost.* got teacher_forced"),
-        ([*FORWARD_KL, "--grpo.objective.top_k", "0"], "ForwardKl.top_k must be an integer of at least 1, got 0"),
-        (["--grpo.objective.top_k", "4"], "top_k is no setting of 'pair'"),
-        (["--grpo.ghosts.source", "verified_reward"], "belong together: .* got pair with verified_reward"),
+        (["--grpo.ghosts.source", "verified_reward"], "belong together.* got Pair with verified_reward"),
+        (
+            ["--grpo.objective.name", "forward_kl"],
+            "forward_kl needs the distribution of a live ghost.* got teacher_forced",
+        ),
         (
             [*GROUP_RELATIVE, "--grpo.batch_size", "6"],
             "a multiple of ghosts.num_generations, 4 to each question, got 6",
         ),
-        ([*GROUP_RELATIVE, "--grpo.ghosts.num_generations", "1"], "ghosts.num_generations must be at least 2"),
-        (
-            [*GROUP_RELATIVE, "--grpo.ghosts.temperature", "0.5"],
-            "temperature is no setting of the source 'verified_reward'",
-        ),
-        ([*GROUP_RELATIVE, "--grpo.objective.beta", "2"], "beta is no setting of 'group_relative', which has clip"),
         (["stray"], "stray"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--config"], "config"),
@@ -107,6 +173,62 @@ def test_wrong_options(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # Given at its default or not: what counts is that it was given.
+        ([*NLL, "--grpo.objective.beta", "1.0"], "grpo.objective.beta .* 'nll', which takes no options"),
+        (["--grpo.objective.top_k", "4"], "grpo.objective.top_k .* 'pair', which takes beta, .*samples"),
+        (
+            [*GROUP_RELATIVE, "--grpo.objective.beta", "2"],
+            "grpo.objective.beta .* 'group_relative', which takes clip, kl",
+        ),
+        ([*GROUP_RELATIVE, "--grpo.reference_kl", "0.1"], "grpo.reference_kl .* grpo.objective.kl_weight"),
+        (
+            [*GROUP_RELATIVE, "--grpo.ghosts.temperature", "0.5"],
+            "grpo.ghosts.temperature .* 'verified_reward', which takes",
+        ),
+        (["--grpo.ghosts.teacher", "t"], "grpo.ghosts.teacher .* 'teacher_forced', which takes no options"),
+        (["--student.path", "org/model", "--student.width", "256"], "student.width .* a pretrained student"),
+        (["--lora.dropout", "0.0"], "lora.dropout .* set lora.rank"),
+        (["--lora.rank", "0", "--lora.dropout", "0.1"], "lora.dropout .* set lora.rank"),
+        (["--data.reasoning", "plain"], "data.reasoning .* data.format plain"),
+        (["--data.format", "chat", "--data.separator", "|"], "data.separator .* data.format chat"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True], ids=["options", "file"])
+def test_what_is_given_must_apply(tmp_path: Path, arguments: list[str], message: str, in_file: bool) -> None:
+    if in_file:
+        lines = [f"{key[2:]}: {value}" for key, value in zip(arguments[::2], arguments[1::2], strict=True)]
+        tree: dict[str, Any] = {}
+        for key, value in (yaml.safe_load(line).popitem() for line in lines):
+            *sections, last = key.split(".")
+            inner = tree
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = value
+        arguments = ["--config", write(tmp_path / "c.yaml", yaml.safe_dump(tree))]
+    with pytest.raises(ConfigError, match=message.replace(" .* ", " does not apply to .*", 1)):
+        parse_config(arguments)
+
+
+def test_another_choice_leaves_out_what_an_earlier_file_gave_for_its_own(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "c.yaml",
+        "student: {width: 64}\ndata: {format: chat, system: be brief}\ngrpo: {objective: {name: pair, beta: 0.5}, "
+        "ghosts: {source: teacher_model, teacher: t, temperature: 0.5, max_new_tokens: 9}}\n",
+    )
+    more = ["--student.path", "org/model", "--data.format", "plain", "--grpo.ghosts.source", "privileged_self"]
+    config = parse_config([*more, "--config", path, *more, *NLL])
+    assert config.grpo.objective == Nll() and config.student == parse_config(more).student
+    assert config.grpo.ghosts == PrivilegedSelf(temperature=0.5, max_new_tokens=9) and config.data.system == ""
+    other = write(tmp_path / "d.yaml", "grpo: {ghosts: {source: teacher_forced}}\nlora: {rank: 4, alpha: 8.0}\n")
+    assert parse_config(["--config", path, "--config", other]).grpo.ghosts == TeacherForced()
+    assert parse_config(["--config", other, "--lora.rank", "0"]).lora is None
+    with pytest.raises(ConfigError, match=r"grpo.ghosts.teacher does not apply to the ghosts 'teacher_forced'"):
+        parse_config(["--config", path, "--grpo.ghosts.source", "teacher_forced", "--grpo.ghosts.teacher", "t"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (
@@ -114,12 +236,14 @@ def test_wrong_options(arguments: list[str], message: str) -> None:
             r"unknown key 'sft.optimiser.learning_rate'. Did you mean sft.optimizer.learning_rate\?",
         ),
         ("stepss: 1", "unknown key 'stepss'"),
+        ("config: other.yaml", "unknown key 'config'"),
         ("sft: {steps: [1]}", "sft.steps"),
         ("- 1", "expected a mapping of settings, got list"),
         ("", "expected a mapping of settings, got NoneType"),
         ("a: [", "not valid YAML"),
         ("sft: 3", "sft is a section: expected a mapping of its settings, got 3"),
         ("sft:", "sft is a section"),
+        ("grpo: {objective: nll}", "grpo.objective is a section"),
     ],
 )
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
@@ -127,21 +251,126 @@ def test_wrong_files(tmp_path: Path, text: str, message: str, form: str) -> None
     path = write(tmp_path / "c.yaml", text)
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(form.format(path).split())
-    if "unknown" in message:
-        assert path in str(caught.value)
+    assert path in str(caught.value)
 
 
-def test_objectives() -> None:
-    assert ObjectiveConfig().build() == Pair()
-    assert ObjectiveConfig(name="nll").build() == Nll()
-    assert ObjectiveConfig(name="reinforce").build() == Reinforce()
-    assert ObjectiveConfig(name="group_relative", clip=0.1, reference_kl=0.04).build() == GroupRelative(0.1, 0.04)
-    assert ObjectiveConfig(name="reward_gradient", samples=3).build() == RewardGradient(3)
-    assert ObjectiveConfig(name="forward_kl", top_k=8).build() == ForwardKl(8)
-    assert ObjectiveConfig(name="forward_kl", reference_kl=0.1).build() == ReferenceKl(ForwardKl(), 0.1)
-    assert ObjectiveConfig(beta=0.5, negatives="calibrated", reference_kl=0.1).build() == ReferenceKl(
-        Pair(beta=0.5, negatives="calibrated"), 0.1
-    )
+def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
+    assert load_config(Path(write(tmp_path / "c.yaml", "sft: {}\ngrpo: {objective: {}}\n"))) == Config()
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+SAMPLES: dict[str, Any] = {
+    "grpo.ghosts.slots": 3,
+    "grpo.ghosts.candidates": 8,
+    "grpo.ghosts.reuse": 2,
+    "grpo.ghosts.ahead": True,
+    "grpo.objective.reference_kl": 0.1,
+}
+NEEDS = {"grpo.ghosts": {"source": "verified_reward"}, "grpo.objective": {"name": "pair"}}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_old_keys_in_a_file_are_translated(tmp_path: Path, old: str, new: str) -> None:
+    section, _, name = old.rpartition(".")
+    objective = {"objective": {"name": "group_relative"}} if section == "grpo.ghosts" else {}
+    last = section.rpartition(".")[2]
+    tree = {"grpo": objective | {last: NEEDS[section] | {name: SAMPLES[old]}}}
+    config = load_config(Path(write(tmp_path / "c.yaml", yaml.safe_dump(tree))))
+    assert dict(flat(tree_of(config)))[new] == SAMPLES[old]
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [(key, *pair) for key, values in RENAMED_VALUES.items() for pair in values.items()]
+)
+def test_old_values_in_a_file_are_translated(tmp_path: Path, key: str, old: str, new: str) -> None:
+    config = load_config(Path(write(tmp_path / "c.yaml", yaml.safe_dump(nested(key, old)))))
+    assert dict(flat(tree_of(config)))[key] == new
+
+
+def test_the_kl_of_group_relative_has_its_own_name(tmp_path: Path) -> None:
+    text = "grpo: {objective: {name: group_relative, reference_kl: 0.04}, ghosts: {source: verified_reward}}"
+    grpo = load_config(Path(write(tmp_path / "c.yaml", text))).grpo
+    assert grpo.objective == GroupRelative(kl_weight=0.04) and grpo.reference_kl == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (
+            "live",
+            [
+                *("--student.width", "64", "--student.remat", "full", "--data.train", "[a.jsonl, b.jsonl]"),
+                *("--sft.steps", "7", "--grpo.objective.beta", "0.5", "--grpo.reference_kl", "0.1"),
+                *(*LIVE, "--grpo.ghosts.decode_batch_size", "3", "--grpo.ghosts.updates_per_rollout", "2"),
+                *("--grpo.ghosts.prompts", "[q.jsonl]"),
+            ],
+        ),
+        (
+            "group_relative",
+            [
+                *("--student.path", "org/model", "--student.remat", "none", "--lora.rank", "8"),
+                *("--lora.targets", "[query, value]", "--data.train", "a.jsonl", "--data.format", "chat"),
+                *("--data.reasoning", "think", *GROUP_RELATIVE, "--grpo.objective.kl_weight", "0.04"),
+                *("--grpo.ghosts.num_generations", "8", "--grpo.ghosts.prefetch_rollouts", "true"),
+            ],
+        ),
+        ("nll", NLL),
+    ],
+)
+def test_a_config_that_an_earlier_version_saved(tmp_path: Path, name: str, arguments: list[str]) -> None:
+    """Each file holds every setting of its time, whether it applies or not, under the names of its time."""
+    path = OLD / f"{name}.yaml"
+    config = load_config(path)
+    assert config == parse_config(arguments)
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree["grpo"]["objective"]["samples"] = 5  # which neither takes, and is not the default
+    changed = Path(write(tmp_path / "c.yaml", yaml.safe_dump(tree)))
+    if name == "live":
+        assert load_config(changed).grpo.objective == Pair(beta=0.5, samples=5)
+    else:
+        with pytest.raises(ConfigError, match=r"grpo.objective.samples does not apply"):
+            load_config(changed)
+
+
+def test_settings_are_declared_once() -> None:
+    """Alternatives that share a key share its type; each setting has a line of help, and old defaults are settings."""
+    for defaults in (Config(), GenerateConfig()):
+        settings = list(settings_in(defaults))
+        assert len({setting.key for setting in settings}) == len(settings)
+        assert [setting.key for setting in settings if not setting.help] == []
+    known = {setting.key for setting in settings_in(Config())}
+    assert known >= FLAT_DEFAULTS.keys() and known >= set(RENAMED_KEYS.values())
+    for name, kind in OBJECTIVES.items():
+        for field in dataclasses.fields(kind):
+            assert f"grpo.objective.{field.name}" in known, name
+
+
+def test_a_custom_objective_cannot_be_saved() -> None:
+    class Mine(Nll):
+        pass
+
+    config = dataclasses.replace(Config(), grpo=GrpoConfig(objective=Mine()))
+    with pytest.raises(ConfigError, match="cannot name a Mine: expected one of Pair, "):
+        tree_of(config)
+
+
+def test_sources_in_python() -> None:
+    with pytest.raises(ConfigError, match=r"TeacherModel.temperature must be above 0, .* got 0"):
+        TeacherModel(teacher="t", temperature=0)
+    assert TeacherModel(teacher="t").on_policy and VerifiedReward().on_policy and not TeacherForced().on_policy
+
+
+def test_settings_of_generate(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "questions: a.jsonl\nteacher: {model: m, temperature: null}\n")
+    config = parse_settings(["--config", path, "--candidates", "3"], GenerateConfig())
+    assert config.questions == "a.jsonl" and config.teacher.temperature is None and config.candidates == 3
+    with pytest.raises(ConfigError, match="candidates must be at least 1"):
+        parse_settings(["--candidates", "0"], GenerateConfig())
 
 
 def test_flat() -> None:

@@ -254,7 +254,7 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
     write_rows_and_model(tmp_path)
     more = ["--lora.rank", "4", "--data.format", "chat", "--mesh.data", "1", "--mesh.fsdp", "4"]
-    more += ["--sft.batch_size", "4", "--grpo.batch_size", "4", "--grpo.objective.reference_kl", "0.1"]
+    more += ["--sft.batch_size", "4", "--grpo.batch_size", "4", "--grpo.reference_kl", "0.1"]
     for count in (1, 2):
         folder = tmp_path / str(count)
         for stage in ("sft", "grpo"):

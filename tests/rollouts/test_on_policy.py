@@ -167,7 +167,7 @@ def test_other_questions_than_those_of_the_training_rows(folder: Path, tmp_path:
 
 @pytest.mark.slow
 def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) -> None:
-    more = ["--grpo.ghosts.source", "privileged_self", "--grpo.ghosts.teacher", "null", "--grpo.steps", "2"]
+    more = ["--grpo.ghosts.source", "privileged_self", "--grpo.steps", "2"]
     assert main(["grpo", *from_sft(folder, tmp_path, *more)]) == 0
     assert read_completions(tmp_path / "grpo", 1)[0]["rewards"]
 
@@ -181,8 +181,11 @@ def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) ->
         ),
         (["--grpo.ghosts.teacher", "nowhere"], "No folder nowhere"),
         (["--grpo.ghosts.max_new_tokens", "120"], "leaves 8 beside a reply of 120 (grpo.ghosts.max_new_tokens)"),
-        (["--grpo.ghosts.teacher", "null"], "ghosts.teacher must name the folder or hub id"),
-        (["--grpo.ghosts.source", "teacher_forced"], "ghosts.teacher is no setting of the source 'teacher_forced'"),
+        (["--grpo.ghosts.teacher", "null"], "grpo.ghosts.teacher must be the folder or hub id"),
+        (
+            ["--grpo.ghosts.source", "teacher_forced", "--grpo.ghosts.teacher", "nowhere"],
+            "grpo.ghosts.teacher does not apply to the ghosts 'teacher_forced', which takes no options.",
+        ),
         (["--grpo.ghosts.temperature", "0"], "ghosts.temperature must be above 0"),
         (["--grpo.objective.name", "forward_kl", "--grpo.objective.top_k", "281"], "top_k is 281, but the student's"),
     ],
