@@ -109,7 +109,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         window: a query of a local layer sees keys at most `window - 1` positions before it (`sliding_window`).
             None: no local layers.
         local_layers: indices of the local layers. None: all layers, if there is a window.
-        local_rope_theta: base of the rotary frequencies in local layers, which then have no scaling. None: `rope_theta`.
+        local_rope_theta: base of the rotary frequencies in local layers, without scaling. None: as in the other layers.
         rope_scaling: how the rotary frequencies are scaled, or None.
         max_positions: context length (`max_position_embeddings`). It is not enforced.
 

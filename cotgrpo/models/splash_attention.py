@@ -1,11 +1,13 @@
-"""Attention by the TPU kernel "splash" (block-sparse flash attention, `jax.experimental.pallas.ops.tpu.splash_attention`).
+"""Attention by the TPU kernel "splash": block-sparse flash attention.
 
-It computes what `cotgrpo.models.attention` computes, for whole sequences: no `[B, T, S]` scores or mask exist, and blocks that a causal mask or
-a sliding window hides are skipped. Where the rule there compares positions, this one compares places in the row. That is the same for
-documents that lie in one piece with positions that count up, as packing writes them; what padding reads differs, and no one reads padding.
+The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`. It computes what `cotgrpo.models.attention` computes
+for whole sequences. No `[B, T, S]` scores or mask exist, and blocks that a causal mask or a sliding window hides are
+skipped. The rule there compares positions; this one compares places in the row. Both agree if every document is
+contiguous and its positions count up, as in packed rows. Rows of padding differ, and nothing reads them.
 
-A kernel cannot be partitioned by the compiler, so on the ambient mesh (`jax.set_mesh`) it runs inside `shard_map`: sequences over `data` and
-`fsdp`, heads over `tensor`, queries over `context` with keys and values gathered. An axis that does not divide its dimension does not split it.
+XLA cannot partition a kernel, so on the ambient mesh (`jax.set_mesh`) it runs inside `shard_map`. Sequences are split
+over `data` and `fsdp`, heads over `tensor`, and queries over `context`, with keys and values gathered. An axis that
+does not divide its dimension does not split it.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cotgrpo.models.config import SAVED_NAMES
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Float, Int
+    from cotgrpo.types import Array, Bool, Float, Int
 
 LANES = 128
-"""Rows of a block are a multiple of this; shorter sequences are padded."""
+"""The length of a sequence is padded to a multiple of this."""
 BLOCKS = (512, 384, 256, 128)
-"""Rows of a block, the first that divides the sequence. 512 x 512 float32 scores are 1 MiB of the 16 or more that a core has of fast memory."""
+"""Rows of a block: the first of these that divides the sequence.
+
+512 x 512 float32 scores take 1 MiB. A core has at least 16 MiB of fast memory.
+"""
 
 
 def splash_attention(
@@ -38,21 +43,23 @@ def splash_attention(
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
     windows: tuple[int | None, ...] = (None,),
-    is_local: Any = None,
+    is_local: Bool[Array, ""] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T Q H"]:
-    """Causal grouped-query attention inside segments, `softmax(cap(q k^T * scale) + mask) v`; scores and softmax in float32.
+    """Return `softmax(cap(q k^T * scale) + mask) v`: causal grouped-query attention inside segments.
+
+    Scores and softmax are float32.
 
     Args:
-        query, key, value: any float type, heads and groups as in `attention`.
-        segment_ids: a query reads keys of its own segment alone.
-        windows: the window of every layer, or (that of global layers, that of local ones); None: all keys before the query.
-        is_local: bool scalar, which of two windows is this layer's.
+        query, key, value: any float type. Heads and groups are those of `attention`.
+        segment_ids: a query sees keys of its own segment only.
+        windows: the window of every layer, or (that of global layers, that of local ones). None: all keys before.
+        is_local: bool scalar, whether this layer's window is the second one.
         scale: None: `1 / sqrt(H)`.
         softcap: as in `attention`.
-        interpret: run the kernel's program step by step, on any platform, for tests.
+        interpret: interpret the kernel's program, on any platform, for tests.
     """
     T, H = query.shape[1], query.shape[3]
     layout = Layout.of_ambient_mesh(query.shape[0], key.shape[2])
@@ -61,7 +68,7 @@ def splash_attention(
     padded = lambda x: jnp.pad(x, ((0, 0), (0, -T % rows)) + ((0, 0),) * (x.ndim - 2))
     inputs = (*(jnp.swapaxes(padded(x), 1, 2) for x in (query, key, value)), padded(segment_ids))
     run = functools.partial(run_kernel, layout=layout, softcap=softcap, interpret=interpret)
-    # A window that holds the whole sequence hides nothing.
+    # A window as long as the sequence hides nothing.
     windows = tuple(dict.fromkeys(None if window is None or window >= T else window for window in windows))
     if len(windows) == 1:
         mixed = run(*inputs, window=windows[0])
@@ -74,21 +81,24 @@ def splash_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the dimensions lie on a mesh.
+    """How the dimensions are sharded.
 
     Attributes:
-        mesh: the mesh in use, with axes that no `shard_map` around has taken; None: there is none.
-        batch, heads, queries: the axes that split each, as in a `PartitionSpec`.
+        mesh: the ambient mesh, or None.
+        batch, heads, queries: mesh axes that split each dimension, as in a `PartitionSpec`.
     """
 
-    mesh: Any = None
+    mesh: AbstractMesh | None = None
     batch: tuple[str, ...] = ()
     heads: str | None = None
     queries: str | None = None
 
     @classmethod
     def of_ambient_mesh(cls, batch: int, num_kv_heads: int) -> Layout:
-        """An axis that does not divide the sequences or the key/value heads does not split them."""
+        """Return the layout on the ambient mesh, with axes that no enclosing `shard_map` uses.
+
+        An axis that does not divide the sequences or the key/value heads does not split them.
+        """
         mesh = jax.sharding.get_abstract_mesh()
         free = {} if mesh.empty else {axis: mesh.shape[axis] for axis in mesh.auto_axes}
         if not free:
@@ -103,27 +113,35 @@ class Layout:
         )
 
     def parts(self, axis: str | None) -> int:
-        return 1 if axis is None else self.mesh.shape[axis]
+        """Return the number of shards over a mesh axis."""
+        return 1 if axis is None or self.mesh is None else self.mesh.shape[axis]
 
 
 def run_kernel(
-    query: Any,
-    key: Any,
-    value: Any,
-    segment_ids: Any,
+    query: Float[Array, "B Q T H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    segment_ids: Int[Array, "B T"],
     *,
     layout: Layout,
     window: int | None,
     softcap: float | None,
     interpret: bool,
-) -> Any:
-    """The kernel on `[B, heads, T, H]`, split over the mesh."""
+) -> Float[Array, "B Q T H"]:
+    """Run the kernel on the mesh."""
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     heads, length = query.shape[1] // layout.parts(layout.heads), query.shape[2]
     kernel = make_kernel(heads, length, layout.parts(layout.queries), window, softcap, interpret)
 
-    def shard(kernel: Any, query: Any, key: Any, value: Any, query_segments: Any, key_segments: Any) -> Any:
+    def shard(
+        kernel: Callable[..., Array],
+        query: Float[Array, "B Q T H"],
+        key: Float[Array, "B K S H"],
+        value: Float[Array, "B K S H"],
+        query_segments: Int[Array, "B T"],
+        key_segments: Int[Array, "B S"],
+    ) -> Float[Array, "B Q T H"]:
         one = lambda q, k, v, qs, ks: kernel(q, k, v, segment_ids=SegmentIds(qs, ks))
         return jax.vmap(one)(query, key, value, query_segments, key_segments)
 
@@ -139,7 +157,7 @@ def run_kernel(
         ),
         out_specs=of_queries,
         axis_names=set(layout.mesh.auto_axes),
-        check_vma=False,  # a kernel's outputs do not say over which axes they vary
+        check_vma=False,  # a kernel's outputs have no type that names the axes they vary over
     )
     return mapped(kernel, query, key, value, segment_ids, segment_ids)
 
@@ -147,7 +165,10 @@ def run_kernel(
 def make_kernel(
     num_heads: int, length: int, query_shards: int, window: int | None, softcap: float | None, interpret: bool
 ) -> Any:
-    """The kernel for the query heads of one device; its tables of blocks are those of all `query_shards`."""
+    """Build the kernel for the query heads of one device: a pytree of block tables that can be called.
+
+    The tables cover all `query_shards`.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (length, length)

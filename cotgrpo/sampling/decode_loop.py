@@ -208,9 +208,9 @@ class DecodeLoop:
         """Harvest finished replies, admit the next prompts, and decode until the next prompts can be admitted."""
         replies = harvest(carry.state, carry.replies, self.settings.pad_id)
         next_prompt, state = self.admit_prompts(carry.state, carry.next_prompt)
-        waiting = self.num_waiting(next_prompt)
 
         def keep_decoding(state: DecodeState) -> Bool[Array, ""]:
+            waiting = self.num_waiting(next_prompt)
             admit = (waiting > 0) & (jnp.sum(state.ended) >= jnp.minimum(self.admit_size, waiting))
             return ~jnp.all(state.ended) & ~admit
 

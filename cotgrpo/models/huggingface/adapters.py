@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from cotgrpo.models.huggingface.families import PROJECTIONS, ModelError
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.safetensors_files import NewTensor, StoredTensor, read_header, read_json, write_file
 from cotgrpo.models.huggingface.weights import on_host
-from cotgrpo.models.lora import Adapters, LoraConfig, flat, kernels, nested
+from cotgrpo.models.lora import Adapters, LoraConfig, flatten_adapters, kernels
 from cotgrpo.types import Params
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,7 +68,7 @@ def save_adapter(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} is not empty: give the adapter a folder of its own.")
-    pairs = dict(flat(adapters))
+    pairs = flatten_adapters(adapters)
     unknown = ["/".join(path) for path in pairs if path[:-1] != ("layers",) or path[-1] not in PROJECTIONS]
     if unknown:
         raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {set(PROJECTIONS)}.")
@@ -148,7 +149,7 @@ def load_adapter(folder: str | Path, params: Params) -> tuple[Adapters, LoraConf
     adapted = [path for path in found if path in tensors]
     lora = lora_config(settings, tuple(path[-1] for path in adapted), folder)
     pairs = {path: read_pair(path, tensors[path], found[path].shape, lora.rank, folder) for path in adapted}
-    return nested(pairs), lora
+    return unflatten_dict(pairs), lora
 
 
 def weights_path(folder: Path) -> Path:
