@@ -1,1 +1,1 @@
-"""From reasoning data to batches: triples (rows), template and chat (tokens and masks), tokenizer, batches (shuffle, pack)."""
+"""From reasoning data to batches: rows, triples and questions, templates, tokenizer, packed batches, graded answers."""

@@ -1,46 +1,54 @@
-"""What a reply answers, and whether two answers are the same: numbers as numbers, formulas as formulas, else text.
+"""Grade replies: find the answer in a reply and compare it with the right one, as number, formula or text.
 
-Everything here takes whatever a model writes, however long or broken: a bad reply raises nothing, it just does not match.
+Every function takes any text that a model may write, however long or broken. A bad reply does not match; it raises no
+error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 import os
 import re
 import threading
-from collections.abc import Callable
 from fractions import Fraction
 
 LONGEST_NUMBER = 1000
-"""Characters. A student that loops writes numbers without end, and Python reads them in quadratic time."""
+"""Characters. A student in a loop writes endless numbers, and Python parses them in quadratic time."""
 LONGEST_FORMULA = 200
 """Characters given to Math-Verify."""
 FORMULA_SECONDS = 5
 LARGEST_POWER = 100_000
 """Bound of the product of all exponents in a formula."""
 MOST_TERMS = 2000
-"""Bound of the terms that a sum of a formula's letters can have, raised to that product and written out."""
+"""Bound of the terms in the expansion of (sum of a formula's letters) ^ (that product)."""
 MOST_DIVISIONS = 6
-"""Nested, the work doubles with each."""
+"""Each level of nesting doubles the work."""
 
 MINUS = "\N{MINUS SIGN}"
-UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
-"""`1,000.5`, `42`, `.5`, `1e-3`; commas only where they group thousands (99 groups at most: a bound keeps the search linear)."""
+UNSIGNED = (
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?"
+)
+"""`1,000.5`, `42`, `.5`, `1e-3`. Commas must group thousands; the bound of 99 groups keeps the search linear."""
 MIXED = r"[0-9]++ [0-9]++/[0-9]++(?![0-9/])"
-SIGNED = rf"(?:(?<![\w.)\]}}%$])[-+{MINUS}]\$?|\$[-{MINUS}])?(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
-"""Also `3/4` and `1 3/4`. A sign counts where it cannot be a minus between two terms: `5-3` ends in 3, `= -3` and `-$3` in -3."""
+SIGNED = (
+    rf"(?:(?<![\w.)\]}}%$])[-+{MINUS}]\$?|\$[-{MINUS}])?"
+    rf"(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
+)
+"""Also `3/4` and `1 3/4`. A minus between two terms is not a sign: `5-3` ends in 3, `= -3` and `-$3` in -3."""
 NUMBER_IN_TEXT = re.compile(SIGNED)
 WHOLE_NUMBER = re.compile(
-    rf"(?P<sign>[-+] ?)?(?P<whole>[0-9]++ (?=[0-9]++/))?(?P<top>{UNSIGNED})(?:/(?P<bottom>{UNSIGNED}))?(?P<percent> ?%)?"
+    rf"(?P<sign>[-+] ?)?(?P<whole>[0-9]++ (?=[0-9]++/))?"
+    rf"(?P<top>{UNSIGNED})(?:/(?P<bottom>{UNSIGNED}))?(?P<percent> ?%)?"
 )
 LATEX_FRACTION = re.compile(r"\\[dtc]?frac *\{([0-9]+)\} *\{([0-9]+)\}")
 CURRENCY = re.compile(r"^([-+]?)\s*\\?[$€£]\s*|\s*\\?[$€£]$")
 BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 LEADING_NUMBER = re.compile(rf"[$€£]?{SIGNED}(?![.)][ \t]+\S)")
-"""What begins an answer; `1. Add them` and `2) So` are headings."""
+"""The start of an answer; `1. Add them` and `2) So` are headings."""
 HASHES = re.compile(r"####[ \t]*+([^\n#]*[^\s#])")
 
 WORD = re.compile(r"[^\W\d_]{3,}")
@@ -54,22 +62,65 @@ UNBOUNDED = re.compile(
     r"|[0-9]{3}\s*!|[)}!]\s*!"  # large factorials
     r"|binom.*[0-9]{4}|\\(?:int|iint|oint|sum|prod|lim)(?![a-z])"
 )
-"""What can take hours or all memory in one call, which no timeout stops."""
+"""Formulas that can take hours or all memory in one call, which no timeout stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """The result of comparing a reply with the right answer.
+
+    Attributes:
+        correct: whether the reply's answer is the right one.
+        answer: the answer that was compared last, or None if the reply has none.
+        why: the reason in a few words, for reports.
+    """
+
+    correct: bool
+    answer: str | None
+    why: str
+
+
+def grade(reply: str | None, gold: str) -> Grade:
+    """Compare a reply with the right answer. Everything in the package that asks whether a reply is right asks here.
+
+    A reply is right if it matches `gold` as it is, or if the answer extracted from it does.
+
+    Args:
+        reply: a whole reply, or the part that a template takes for the answer; None: the reply has no answer.
+        gold: the right answer.
+
+    Example:
+        >>> grade("The answer is 42.", "42")
+        Grade(correct=True, answer='42', why='the extracted answer matches')
+        >>> grade("41", "42").why, grade(None, "42").why
+        ("'41', expected '42'", 'no answer')
+    """
+    if reply is None:
+        return Grade(False, None, "no answer")
+    if answers_match(reply, gold):
+        return Grade(True, reply, "the answer matches")
+    extracted = extract_answer(reply)
+    if answers_match(extracted, gold):
+        return Grade(True, extracted, "the extracted answer matches")
+    return Grade(False, extracted, f"{extracted or reply!r:.80}, expected {gold!r:.80}")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer in a reply, as it is written there: the last `\boxed{...}`, else what follows `####` in its line, else the last number.
+    r"""Return the final answer in a reply, as written there.
 
-    Of several `####` the first that a number follows counts, as in GSM8K's own evaluation: what a student writes after its answer, such as
-    a next question with an answer of its own, does not change it. Where a number follows none, the last counts, since others may be headings.
+    That is the last `\boxed{...}`; without a box, the text after `####` on its line; else the last number.
+
+    Of several `####`, the first one followed by a number counts, as in GSM8K's own evaluation: text after the answer,
+    such as a next question, does not change it. If no `####` has a number, the last one counts, since earlier ones may
+    be headings.
 
     Args:
-        text: a reply, or any text. Boxes may hold braces (`\boxed{\frac{1}{2}}`); a box that is empty or never closed does not count.
-            Numbers may have a sign, thousands in commas, decimals, `$`, `%`, or be fractions (`3/4`, `1 3/4`); a period that ends the
-            sentence is left out.
+        text: a reply, or any text. A box may contain braces (`\boxed{\frac{1}{2}}`). Empty and unclosed boxes do not
+            count. A number may have a sign, thousands separated by commas, decimals, `$` or `%`, or be a fraction
+            (`3/4`, `1 3/4`). A period that ends the sentence is left out.
 
     Returns:
-        The answer without surrounding space, or None where there is no box, no `####` and no number.
+        The answer without surrounding space, or None without any box, `####` or number.
 
     Example:
         >>> extract_answer("48/2 = 24 clips in May, so 48 + 24 = 72 clips in all.")
@@ -90,12 +141,12 @@ def extract_answer(text: str) -> str | None:
 
 
 def begins_with_number(text: str) -> bool:
-    """Whether a text begins with a number that can be an answer, and not with that of a heading (`1. Add them`)."""
+    """Return whether a text begins with a number that can be an answer, unlike the heading `1. Add them`."""
     return LEADING_NUMBER.match(text) is not None
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last `\boxed{...}` that is closed and not empty holds. One pass, whatever the text; `\{` is no brace."""
+    r"""Return the content of the last `\boxed{...}` that is closed and not empty, in one pass; `\{` does not count."""
     opened: list[tuple[int, bool]] = []
     best: tuple[int, int] | None = None
     for token in BRACES.finditer(text):
@@ -109,15 +160,15 @@ def last_box(text: str) -> str | None:
 
 
 def answers_match(predicted: str | None, gold: str) -> bool:
-    r"""Whether two answers say the same.
+    r"""Return whether two answers are the same.
 
-    The same text matches, case, spaces, surrounding `$` and a last period aside. Two numbers match when they are equal, exactly:
-    `1,000` and `1000.0`, `0.5` and `1/2`; 0.33 is not 1/3. A currency sign is no part of a number. A percent sign on one side alone is
-    read both ways, so `25%` matches 25 and 0.25. Other formulas are left to Math-Verify, which finds `(x+1)^2` and `x^2+2x+1` equal;
-    where it is not installed (`pip install "cotgrpo[math]"`), or they are too large to be worked out, they match as text or not at all.
+    Equal texts match; case, spaces, surrounding `$` and a final period are ignored. Equal numbers match exactly:
+    `1,000` and `1000.0`, `0.5` and `1/2`, but not 0.33 and 1/3. A currency sign is ignored. A percent sign on one side
+    alone is read both ways, so `25%` matches 25 and 0.25. Math-Verify compares other formulas, such as `(x+1)^2` and
+    `x^2+2x+1`. Formulas too large to evaluate match as text only.
 
     Args:
-        predicted: a reply's answer, as `extract_answer` gives it; None (no answer) matches nothing.
+        predicted: a reply's answer, as `extract_answer` returns it; None (no answer) matches nothing.
         gold: the right answer.
 
     Example:
@@ -132,20 +183,17 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     if left == right:
         return left != ""
     if left.casefold() == right.casefold():
-        return "\\" not in left + right  # there, case tells things apart, which Math-Verify forgets: \Delta, \delta
+        return "\\" not in left + right  # case matters in LaTeX, and Math-Verify ignores it: \Delta, \delta
     left_values, right_values = numbers(left), numbers(right)
     if left_values and right_values:
         if len(left_values) == len(right_values):
             return left_values[0] == right_values[0]
         return not set(left_values).isdisjoint(right_values)
-    if may_be_formula(left) and may_be_formula(right) and has_symbols(left + right):
-        check = math_verify()
-        return check is not None and check(left, right)
-    return False
+    return may_be_formula(left) and may_be_formula(right) and has_symbols(left + right) and formulas_match(left, right)
 
 
 def numbers(text: str) -> tuple[Fraction, ...]:
-    """The number that the whole text is, exactly: `(x,)`, or for a percentage `(x, x / 100)`; `()` where it is none."""
+    """Return the exact value of a text that is a number: `(x,)`, for a percentage `(x, x / 100)`; else `()`."""
     if len(text) > LONGEST_NUMBER:
         return ()
     plain = LATEX_FRACTION.sub(r" \1/\2", text.replace("{,}", ",").replace("\\!", "").replace("\\,", ""))
@@ -162,14 +210,14 @@ def numbers(text: str) -> tuple[Fraction, ...]:
 
 
 def bare_text(text: str) -> str:
-    r"""Single spaces, and nothing around the answer: no `$...$`, `\(...\)`, `\text{}`, quotes or last period; a choice `(A)` is `A`."""
+    r"""Strip `$...$`, `\(...\)`, `\text{}`, quotes, the final period and extra spaces; a choice `(A)` becomes `A`."""
     text = re.sub(r"^\\[(\[]|\\[)\]]$", "", " ".join(text.replace(MINUS, "-").split()))
     text = re.sub(r"^\$(.*)\$$", r"\1", text.strip()).strip().removesuffix(".").strip("\"'`* ")
     return re.sub(r"^\\(?:text|textbf|mathrm|mathbf)\{([^{}\\]*)\}$|^\(([A-Za-z])\)$", r"\1\2", text).strip()
 
 
 def may_be_formula(text: str) -> bool:
-    """Whether the text can be mathematics and no prose, and is small enough to be worked out."""
+    """Return whether the text can be mathematics instead of prose, and is small enough to evaluate."""
     if not text or len(text) > LONGEST_FORMULA or UNBOUNDED.search(text):
         return False
     symbols = re.sub(r"\\(?:text|mathrm)\{[^{}]*\}|\\[A-Za-z]+", "", text)
@@ -182,29 +230,28 @@ def may_be_formula(text: str) -> bool:
 
 
 def has_symbols(text: str) -> bool:
-    """Whether there is anything that words lack. Without this, `on` and `no` are two equal products of letters."""
+    """Return whether the text holds a symbol that words lack: as formulas, `on` and `no` are equal products."""
     return re.search(r"[0-9\\^_+*/=<>()\[\]{}|-]", text) is not None
 
 
+def formulas_match(predicted: str, gold: str) -> bool:
+    """Return whether Math-Verify finds two formulas equal."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    quiet_math_verify()
+    # Its timeouts are signals, and only the main thread of a POSIX process can set those. Elsewhere `may_be_formula`
+    # bounds the work.
+    can_signal = os.name == "posix" and threading.current_thread() is threading.main_thread()
+    seconds = FORMULA_SECONDS if can_signal else None
+    gold_parsed, predicted_parsed = (
+        parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=seconds)
+        for text in (gold, predicted)
+    )
+    return bool(verify(gold_parsed, predicted_parsed, timeout_seconds=seconds))
+
+
 @functools.cache
-def math_verify() -> Callable[[str, str], bool] | None:
-    """`check(predicted, gold)` by Math-Verify, or None where it, or the parser that its `antlr4` extras bring, is not installed."""
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError:
-        return None
-
-    def check(predicted: str, gold: str) -> bool:
-        # Its timeouts are signals, which only the main thread of a POSIX process can set; elsewhere `may_be_formula` is the bound.
-        can_signal = os.name == "posix" and threading.current_thread() is threading.main_thread()
-        seconds = FORMULA_SECONDS if can_signal else None
-        gold_parsed, predicted_parsed = (
-            parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=seconds)
-            for text in (gold, predicted)
-        )
-        return bool(verify(gold_parsed, predicted_parsed, timeout_seconds=seconds))
-
-    # It warns, once, where timeouts are off: here that is on purpose.
+def quiet_math_verify() -> None:
+    """Drop Math-Verify's warning that timeouts are off, which is on purpose here."""
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())
-    return check

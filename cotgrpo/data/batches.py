@@ -1,26 +1,31 @@
-"""From triples to batches: the shift by one, packing, and shuffled batches, on Grain, with a state that can be saved."""
+"""Batches from triples: tokens, the shift by one, packing and shuffling, on Grain, with a state that can be saved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from cotgrpo.data.rows import DropReport
+from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate, Example
-from cotgrpo.data.triples import DataError, DropReport, Triple
+from cotgrpo.data.triples import Triple
 from cotgrpo.types import SftBatch
+
+if TYPE_CHECKING:
+    import grain
 
 
 def make_examples(
     triples: Sequence[Triple], template: AnyTemplate, seq_len: int, *, too_long: Literal["error", "drop"] = "error"
 ) -> tuple[list[Example], DropReport]:
-    """Tokenizes triples; a document of n tokens takes n - 1 of the `seq_len` positions, since the last token is only a target.
+    """Tokenize triples. A document of n tokens takes n - 1 of the `seq_len` positions: its last token is only a target.
 
     Args:
         triples: rows.
         template: renders and masks them.
-        seq_len: the window.
+        seq_len: the window, in positions.
         too_long: "error" stops at the first document that does not fit; "drop" counts it in the report.
 
     Raises:
@@ -33,27 +38,33 @@ def make_examples(
 
 
 def encode_fitting(
-    triples: Sequence[Triple], template: AnyTemplate, seq_len: int, *, too_long: Literal["error", "drop"]
+    triples: Sequence[Triple],
+    template: AnyTemplate,
+    seq_len: int,
+    *,
+    too_long: Literal["error", "drop"],
+    prompts: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[list[Example], DropReport]:
-    """`make_examples`, of which there may be none."""
+    """Tokenize triples as `make_examples` does; there may be no example. `prompts` are the triples' prompt tokens."""
     if too_long not in ("error", "drop"):
         raise ValueError(f'too_long must be "error" or "drop", got {too_long!r}.')
     report = DropReport(read=len(triples))
-    examples = (template.encode(triple) for triple in triples)
+    prompts = [None] * len(triples) if prompts is None else prompts
+    examples = (template.encode(triple, prompt) for triple, prompt in zip(triples, prompts, strict=True))
     return [e for e in examples if fits(e.source, len(e.tokens) - 1, seq_len, too_long, report)], report
 
 
 def fits(
     source: str, needed: int, seq_len: int, too_long: Literal["error", "drop"], report: DropReport, part: str = ""
 ) -> bool:
-    """Whether what needs so many positions fits into the window; where not, it is counted in the report, or an error.
+    """Return whether a document fits into the window.
 
     Args:
-        source: of the row, as "file:line".
-        needed, seq_len: positions needed, and there.
-        too_long: "error" or "drop".
-        report: counts what is left out.
-        part: of the row, where it is not the whole document: "prompt".
+        source: the row's place, as "file:line".
+        needed, seq_len: positions needed and available.
+        too_long: "error" raises if it does not fit; "drop" counts it in the report.
+        report: counts the rows left out.
+        part: "prompt" if only that part of the row is meant.
 
     Raises:
         DataError: it does not fit, and `too_long` is "error".
@@ -62,8 +73,8 @@ def fits(
         return True
     if too_long == "error":
         raise DataError(
-            f"{source}: {f'the {part} ' if part else ''}needs {needed} positions, but the window (seq_len) has {seq_len}. "
-            'Raise seq_len, or set too_long to "drop".'
+            f"{source}: {f'the {part} ' if part else ''}needs {needed} positions, but the window (seq_len) has "
+            f'{seq_len}. Raise seq_len, or set too_long to "drop".'
         )
     report.drop("too long", f"{source}: {f'a {part} of ' if part else ''}{needed} positions")
     return False
@@ -79,30 +90,30 @@ def make_batches(
     shuffle: bool = True,
     num_epochs: int | None = None,
     only_rows: Sequence[int] | None = None,
-) -> Any:
-    """An iterator of `SftBatch`es of NumPy arrays, `[batch_size, seq_len]`.
+) -> grain.DatasetIterator[SftBatch]:
+    """Return an iterator of `SftBatch`es of NumPy arrays, `[batch_size, seq_len]`.
 
-    Documents are never cut and never cross rows; each is a segment of its own with positions from 0. Rows are packed once; every epoch has
-    an order of its own. With `num_epochs` the last batch is filled up with empty rows (segment 0, mask 0), so every document comes exactly
-    as often as asked.
+    A document is never cut and never crosses rows. Each is a segment of its own with positions from 0. Rows are packed
+    once; every epoch has its own order. With `num_epochs` the last batch is filled up with empty rows (segment 0, mask
+    0), so every document comes exactly `num_epochs` times.
 
     Args:
         examples: tokenized documents, each of at most `seq_len + 1` tokens.
         batch_size: rows of a batch.
         seq_len: positions of a row.
-        seed: of the order, in [0, 2^32).
+        seed: seed of the order, in [0, 2^32).
         packing: several documents a row, best fit; False: one a row.
-        shuffle: False keeps the order of `examples` (of the first document of each row, where they are packed).
-        num_epochs: at least 1, or None: without end.
-        only_rows: of several processes with parts of one batch, the rows that this one needs; it leaves the others empty. None: all. What a row holds,
-            and where the iterator stands, does not depend on it.
+        shuffle: False keeps the order of `examples`, or of the first document of each packed row.
+        num_epochs: at least 1, or None: endless.
+        only_rows: the rows that this process needs of a batch shared by several processes; it leaves the others empty.
+            None: all. The content of a row and the iterator's position do not depend on it.
 
     Returns:
-        A `grain.DatasetIterator`. `get_state()` is a JSON-able dict of the position after the last batch that was taken;
-        `set_state(d)` on a fresh iterator goes on from there with exactly the same batches.
+        A `grain.DatasetIterator`. `get_state()` is a JSON-able dict of the position after the last batch taken.
+        `set_state(d)` on a fresh iterator continues from there with exactly the same batches.
 
     Raises:
-        DataError: no example, or one that is too long, too short or nowhere supervised.
+        DataError: no example, or one that is too long, too short or without a supervised token.
         ValueError: sizes that do not fit together.
     """
     import grain
@@ -130,7 +141,7 @@ def make_batches(
 
 
 def check_examples(examples: Sequence[Example], seq_len: int) -> None:
-    """Raises DataError where there is nothing to train on, or what fits into no row."""
+    """Raise DataError without any example, or for one that does not fit or has no supervised token."""
     if not examples:
         raise DataError("No example to batch: the data set is empty.")
     for number, example in enumerate(examples):
@@ -145,18 +156,18 @@ def check_examples(examples: Sequence[Example], seq_len: int) -> None:
 
 
 def packed_rows(lengths: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
-    """Which documents share a row: longest first, each into the fullest row that still has room (best fit decreasing).
+    """Choose the documents that share a row, by best fit decreasing: longest first, into the fullest row with room.
 
     Args:
         lengths: positions of each document, in [1, seq_len].
         seq_len: positions of a row.
 
     Returns:
-        Indices of documents, ascending in a row, rows by their first. All are there, each once.
+        Indices of documents, ascending in a row, rows by their first. Every document is in one row.
     """
     rows: list[list[int]] = []
-    with_room: list[list[list[int]]] = [[] for _ in range(seq_len + 1)]  # [n]: the rows with n positions left
-    rooms = 0  # bit n is set where with_room[n] has a row
+    with_room: list[list[list[int]]] = [[] for _ in range(seq_len + 1)]  # index n: the rows with n positions left
+    rooms = 0  # bit n is set if with_room[n] has a row
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[document]
         enough = rooms >> length
@@ -174,7 +185,7 @@ def packed_rows(lengths: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
 
 
 def shifted(example: Example) -> dict[str, np.ndarray]:
-    """Inputs, targets and weights of one document: position t predicts token t + 1. The one place where the shift is done."""
+    """Return the inputs, targets and weights of a document: position t predicts token t + 1."""
     return {
         "tokens": example.tokens[:-1],
         "targets": example.tokens[1:],
@@ -183,7 +194,7 @@ def shifted(example: Example) -> dict[str, np.ndarray]:
 
 
 def filled(rows: Sequence[Sequence[dict[str, np.ndarray]]], batch_size: int, seq_len: int) -> SftBatch:
-    """Documents side by side in their rows, as a batch: segments from 1, positions from 0, zeros where nothing is."""
+    """Lay documents out in their rows as a batch: segments from 1, positions from 0, zeros in the padding."""
     batch = SftBatch(
         tokens=np.zeros((batch_size, seq_len), np.int32),
         targets=np.zeros((batch_size, seq_len), np.int32),
@@ -204,7 +215,7 @@ def filled(rows: Sequence[Sequence[dict[str, np.ndarray]]], batch_size: int, seq
 
 
 def packing_efficiency(batches: Iterable[SftBatch]) -> float:
-    """The share of positions that hold a document's token, over the given (finite) batches."""
+    """Return the share of positions that hold a document's token, over the given (finite) batches."""
     real = total = 0
     for batch in batches:
         real += int(np.count_nonzero(batch.segment_ids))

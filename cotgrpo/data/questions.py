@@ -1,44 +1,37 @@
-"""Held-out questions: each has the right answer, for exact match, and a reference reply, for the loss, only where there is a correct one.
+"""Questions: with the right answer for exact match, and a reference reply for the loss if there is a correct one.
 
-A teacher's mistake is no reason to ask fewer questions: without its hard ones, a test set shows a student as better than it is.
+A row with a wrong reply still gives a question: a test set without its hard questions overstates the student.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from cotgrpo.data.batches import encode_fitting, fits
-from cotgrpo.data.sources import DataError, as_list, rows_of
+from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, final_part, read_rows
+from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.template import AnyTemplate, Example
-from cotgrpo.data.triples import (
-    BadRows,
-    DropReport,
-    Triple,
-    check_usable,
-    collect,
-    correct_flag,
-    is_blank,
-    is_incorrect,
-    parse_fields,
-    require_text,
-    system_of,
-    triple_of,
-)
+from cotgrpo.data.triples import Triple, triple_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One held-out row.
+    """One question.
 
     Attributes:
-        question: what is asked.
-        gold: the right answer, as text.
-        reference: the row's reply, which answers `gold`; None where it has none, or a wrong one.
-        source: where it came from, as "file:line".
+        question: the question's text.
+        gold: the right answer, as text; empty: not known.
+        reference: the row's reply if it is correct, else None.
+        source: its place, as "file:line".
         system: the row's own system message; empty: none.
+        id: the row's own id, if it has one.
+        row: the row as it was read.
+        prompt: int32 tokens that the student reads, once a template has made them.
     """
 
     question: str
@@ -46,55 +39,66 @@ class Question:
     reference: Triple | None = None
     source: str = ""
     system: str = ""
+    id: str | None = None
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    prompt: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
+        """Return `prompt`, or make it."""
+        return template.prompt(self.question, self.system) if self.prompt is None else self.prompt
 
 
 def read_questions(
-    sources: str | Path | Sequence[str | Path], *, split: str | None = None, bad_rows: BadRows = "error"
+    sources: str | Path | Sequence[str | Path],
+    *,
+    split: str | None = None,
+    bad_rows: BadRows = "error",
+    need_gold: bool = True,
 ) -> tuple[list[Question], DropReport]:
-    """Reads held-out questions from the files and data sets that `read_triples` reads, and from rows of a question and an answer alone.
+    """Read questions from the sources of `read_triples`, and from rows without a reply.
 
-    The right answer is the row's `gold`; without one its `answer`, if `correct` is not false. A row with the text of an earlier one is left out.
+    The right answer is the row's `gold`, else its `answer` unless `correct` is false. If that is a whole solution, the
+    part after `####` counts. A row with the text of an earlier one is left out.
 
     Args:
         sources, split: as in `read_triples`.
-        bad_rows: what to do with a row that has no question, no right answer, or fields that cannot be read: as in `read_triples`.
+        bad_rows: what happens to a row without a question or right answer, or with an unreadable field, as in
+            `read_triples`.
+        need_gold: False also accepts rows without a right answer.
 
     Returns:
-        The questions in order, and the report of what was left out.
+        The questions in order, and the report of the rows left out.
 
     Raises:
-        DataError: a file that is not there or not readable, a bad row, or nothing left.
+        DataError: a file that is missing or cannot be read, a bad row, or no question.
     """
     names = as_list(sources)
-    questions, report = questions_in(rows_of(names, split), split=split, bad_rows=bad_rows)
+    questions, report = questions_in(read_rows(names, split), bad_rows=bad_rows, need_gold=need_gold)
     check_usable(questions, names, report)
     return questions, report
 
 
 def questions_in(
-    rows: Iterable[tuple[str, Any]], *, split: str | None = None, bad_rows: BadRows = "error"
+    rows: Iterable[RowResult], *, bad_rows: BadRows = "error", need_gold: bool = True
 ) -> tuple[list[Question], DropReport]:
-    """`read_questions` for rows that are read already, as `rows_of` gives them. There may be no question in them."""
-    return collect(rows, question_of, split=split, bad_rows=bad_rows, deduplicate=True)
+    """Return the questions of rows that `read_rows` has read, maybe none, and the report."""
+
+    def make(row: Row) -> tuple[Question, Sequence[str]]:
+        question = question_of(row)
+        if need_gold and not question.gold:
+            raise DataError(
+                f"{row.source}: no right answer: expected a field gold, or an answer that is correct. Add it."
+            )
+        return question, (question.system, question.question, question.gold, row.rationale, row.answer)
+
+    return collect(rows, make, bad_rows=bad_rows)
 
 
-def question_of(row: Any, place: str) -> tuple[Question, Sequence[str]]:
-    """The question in one row, and the texts that tell it from another. Raises DataError naming the place, the field and the fix."""
-    fields, _ = parse_fields(row, place)
-    question = require_text(fields["question"], "question", row, place)
-    known_wrong = correct_flag(row, place) is False
-    gold = row.get("gold")
-    gold = fields["answer"] if gold is None and not known_wrong else gold
-    if is_blank(gold):
-        raise DataError(f"{place}: no right answer: expected a field gold, or an answer that is correct. Add it.")
-    gold = require_text(gold, "gold", row, place)
-    rationale, answer = fields["rationale"], fields["answer"]
-    reference = None
-    if not (known_wrong or is_blank(rationale) or is_blank(answer)):
-        triple = triple_of(row, place)
-        reference = None if is_incorrect(row, triple) else triple
-    system = system_of(fields, row, place)
-    return Question(question, gold, reference, place, system), (system, question, gold, str(rationale), str(answer))
+def question_of(row: Row) -> Question:
+    """Return the question in a row."""
+    gold = row.gold or ("" if row.marked_correct is False else final_part(row.answer))
+    reference = triple_of(row) if row.grade.correct and not row.not_a_triple else None
+    return Question(row.question, gold, reference, row.source, row.system, row.id, row.fields)
 
 
 def make_held_out(
@@ -104,30 +108,40 @@ def make_held_out(
     *,
     too_long: Literal["error", "drop"] = "error",
 ) -> tuple[list[Question], list[Example], dict[str, DropReport]]:
-    """What is asked and what the loss is taken of, of the rows that fit into the window.
+    """Return the questions for exact match and the examples for the held-out loss that fit into the window.
 
-    A reply that does not fit does not take its question along; a prompt that does not fit has no reply that does.
+    A question stays if its reference reply does not fit.
 
     Args:
         questions: held-out rows.
         template: renders and masks them.
-        seq_len: the window.
-        too_long: "error" stops at the first prompt or reference reply that does not fit; "drop" counts it in its report.
+        seq_len: the window, in positions.
+        too_long: "error" stops at the first prompt or reference reply that does not fit; "drop" counts it.
 
     Returns:
-        The questions for exact match, the tokenized reference replies for the loss (maybe none), and what was left out of either, as
+        The questions with their `prompt`, the tokenized reference replies (maybe none), and the reports of either, as
         "held-out questions" and "held-out replies".
 
     Raises:
         DataError: a prompt or a reply that does not fit, or no prompt that does.
     """
     asked = DropReport(read=len(questions))
-    positions = lambda question: len(template.prompt(question.question, question.system))
-    fitting = [q for q in questions if fits(q.source, positions(q), seq_len, too_long, asked, "prompt")]
+    prompts = [question.prompt_tokens(template) for question in questions]
+    fitting = [
+        dataclasses.replace(question, prompt=prompt)
+        for question, prompt in zip(questions, prompts, strict=True)
+        if fits(question.source, len(prompt), seq_len, too_long, asked, "prompt")
+    ]
     if not fitting:
         raise DataError(f"No held-out question fits into {seq_len} positions. {asked}")
-    references = [question.reference for question in fitting if question.reference is not None]
-    examples, replies = encode_fitting(references, template, seq_len, too_long=too_long)
+    answered = [question for question in fitting if question.reference is not None]
+    examples, replies = encode_fitting(
+        [question.reference for question in answered if question.reference is not None],
+        template,
+        seq_len,
+        too_long=too_long,
+        prompts=[question.prompt for question in answered],
+    )
     replies.read = len(fitting)
     for question in fitting:
         if question.reference is None:

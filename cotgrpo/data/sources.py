@@ -1,4 +1,4 @@
-"""Rows as they stand in files and data sets: JSONL, Parquet, or a hub, each row with the place it came from."""
+"""Raw rows of JSONL and Parquet files and hub data sets, each with its place."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 class DataError(ValueError):
-    """Data that cannot be used as it is; the message names the place, what was expected and the fix."""
+    """Data that cannot be used; the message names the place, what was expected and the fix."""
 
 
 def as_list(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """One or several sources as a list. Raises DataError where there is none."""
+    """Return one or several sources as a list. Raises DataError for an empty one."""
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     if not names:
         raise DataError("No data: expected at least one file or hub id.")
     return names
 
 
-def rows_of(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[str, Any]]:
-    """("file:line", row) for every row; in place of a row that cannot be parsed, the `DataError` that says why."""
+def raw_rows(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", row) for every row; for a line that is not JSON, the `DataError` in place of the row."""
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -39,7 +39,7 @@ def rows_of(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[st
             if path.suffix in (".jsonl", ".json"):
                 yield from jsonl_rows(path)
             elif path.suffix == ".parquet":
-                # In its name, [ and * are letters and no pattern.
+                # [ and * in its name are not a pattern.
                 files = glob.escape(str(path))
                 yield from numbered(str(path), load_dataset(path, "parquet", data_files=files, split="train"))
             else:
@@ -55,15 +55,15 @@ def rows_of(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[st
 
 
 def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of "org/name" or "org/name:config", or of whatever else `datasets.load_dataset` takes, as in `rows_of`."""
+    """Yield the rows of "org/name", "org/name:config", or another name that `datasets.load_dataset` takes."""
     hub_id, _, config = name.partition(":")
     yield from numbered(
-        name, load_dataset(f"{name} is no file, and as a data set", hub_id, config or None, split=split)
+        name, load_dataset(f"{name} is not a file, and as a data set", hub_id, config or None, split=split)
     )
 
 
-def load_dataset(name: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, streamed: nothing is copied into a cache. A failure becomes a `DataError` that starts with `name`."""
+def load_dataset(name: str | Path, *args: str | None, **kwargs: str) -> Iterable[Any]:
+    """Call `datasets.load_dataset`, streamed, without a cache. A failure becomes a `DataError` about `name`."""
     import datasets
 
     try:
@@ -75,7 +75,7 @@ def load_dataset(name: str | Path, *args: Any, **kwargs: Any) -> Any:
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """("name:row number", row), counted from 1; what the reader raises becomes a `DataError`."""
+    """Yield ("name:row number", row), counted from 1; an exception of the reader becomes a `DataError`."""
     iterator = iter(rows)
     for number in range(1, 2**63):
         try:
@@ -84,13 +84,13 @@ def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
             return
         except Exception as error:
             raise DataError(
-                f"{name}:{number}: cannot be read ({type(error).__name__}: {error}). Is the file whole?"
+                f"{name}:{number}: cannot be read ({type(error).__name__}: {error}). Is the file complete?"
             ) from error
         yield f"{name}:{number}", row
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of a JSONL file as in `rows_of`; blank lines are no rows."""
+    """Yield the lines of a JSONL file as in `raw_rows`; blank lines are skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:  # a byte order mark
@@ -101,7 +101,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_json_line(line: bytes, place: str) -> Any:
-    """The JSON value in a line, or the `DataError` that says why there is none."""
+    """Return the JSON value in a line, or a `DataError`."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -109,4 +109,4 @@ def parse_json_line(line: bytes, place: str) -> Any:
         return DataError(f"{place}: not UTF-8 ({byte}). Save the file as UTF-8.")
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets as deep
         detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return DataError(f"{place}: not valid JSON ({detail}). Expected one JSON object a line; mend or remove it.")
+        return DataError(f"{place}: not valid JSON ({detail}). Expected one JSON object a line; fix or remove it.")

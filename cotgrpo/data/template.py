@@ -1,5 +1,7 @@
-"""From a triple to tokens and the mask of what is supervised: what every template does, and the plain one,
-`question <sep> rationale <sep> answer <eos>`. The chat template is in `cotgrpo.data.chat`.
+"""Templates turn a triple into tokens and a mask of the supervised ones.
+
+Here are the base class and the plain template, `question <sep> rationale <sep> answer <eos>`. The chat template is in
+`cotgrpo.data.chat`.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cotgrpo.data.triples import DataError, Triple
+from cotgrpo.data.sources import DataError
+from cotgrpo.data.triples import Triple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBES = ("a", "7", ".", "a b", "x\n", "(y)", "é")
 """Texts put on both sides of a separator to see whether the tokenizer keeps it apart."""
@@ -20,28 +26,31 @@ PROBES = ("a", "7", ".", "a b", "x\n", "(y)", "é")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One document as the student reads it.
+    """One tokenized document.
 
     Attributes:
         tokens: int32 `[n]`.
-        supervised: bool `[n]`, True where the token is a target of the loss; never the first, which nothing predicts.
+        supervised: bool `[n]`, True if the token is a target of the loss; never the first, which nothing predicts.
         source: the triple's source.
+        prompt_length: tokens before the reply.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     source: str = ""
+    prompt_length: int = 0
 
 
 class AnyTemplate(abc.ABC):
-    """What the data pipeline, exact match and the loop need of a template, plain or chat.
+    """The interface of the plain and the chat template.
 
     Attributes:
         tokenizer: a `transformers` tokenizer.
-        loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the reply.
+        loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the
+            reply.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["sequence", "completion"]
 
     @property
@@ -55,57 +64,61 @@ class AnyTemplate(abc.ABC):
         """Every token that ends a generated reply, `eos_id` first."""
 
     @abc.abstractmethod
-    def encode(self, triple: Triple) -> Example:
-        """Tokens and mask of one triple. Raises DataError where its text cannot be rendered so that it comes back unchanged."""
+    def encode(self, triple: Triple, prompt: np.ndarray | None = None) -> Example:
+        """Return the tokens and mask of a triple; `prompt` holds its prompt's tokens if they are known.
+
+        Raises:
+            DataError: the triple's texts would not come back unchanged from the rendered text.
+        """
 
     @abc.abstractmethod
     def prompt(self, question: str, system: str = "") -> np.ndarray:
-        """int32 tokens of what the student reads before it replies: a prefix of `encode`'s. `system`: the row's own system message."""
+        """Return the int32 tokens before the reply, a prefix of `encode`'s; `system` is the row's system message."""
 
     @abc.abstractmethod
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
-        """(rationale, answer) of a generated reply, text or token ids; the answer is None where it has none."""
+        """Split a generated reply, text or token ids, into rationale and answer (None if there is none)."""
 
     @property
     def pad_id(self) -> int:
-        """The pad token, or the end of a reply where there is none. Padding is told apart by its segment id, never by this id."""
+        """The pad token, else `eos_id`. Padding is recognized by its segment id, never by this id."""
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else int(pad)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids up to the first stop token, as it is: special tokens stay, and no space is cleaned up."""
+        """Return the text of token ids up to the first stop token; special tokens and spaces stay."""
         ids = [int(i) for i in tokens]
         end = next((place for place, i in enumerate(ids) if i in self.stop_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of the text alone: nothing is put in front or behind."""
+        """Return the token ids of the text alone, without special tokens around it."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def example(self, tokens: list[int], prompt_length: int, source: str) -> Example:
-        """Tokens with the mask that `loss_on` asks for. Raises DataError where it is all zero."""
+        """Return tokens with the mask for `loss_on`. Raises DataError for an all-zero mask."""
         supervised = np.ones(len(tokens), bool)
         supervised[: prompt_length if self.loss_on == "completion" else 1] = False
         if not supervised.any():
             raise DataError(f"{source}: no token is supervised (an all-zero loss mask). The row has no reply.")
-        return Example(np.asarray(tokens, np.int32), supervised, source)
+        return Example(np.asarray(tokens, np.int32), supervised, source, prompt_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template(AnyTemplate):
-    """Renders triples with a separator, tokenizes the whole, and finds the mask by rendering the prefix.
+    """Renders triples with a separator, and finds the mask by rendering the prompt alone.
 
     Attributes:
         tokenizer: a `transformers` tokenizer with an eos token.
-        separator: text between the three parts; best a token of its own (`<sep>` of a tokenizer trained here).
-        loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only what follows the
-            first separator.
+        separator: text between the three parts, best a token of its own (`<sep>` of a tokenizer trained here).
+        loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the
+            tokens after the first separator.
 
     Raises:
-        DataError: no eos token, or a separator that is the eos token or that the tokenizer merges with the text beside it.
+        DataError: no eos token, or a separator that holds it or that the tokenizer merges with the text around it.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     separator: str = "<sep>"
     loss_on: Literal["sequence", "completion"] = "sequence"
 
@@ -125,9 +138,10 @@ class Template(AnyTemplate):
                 whole, prefix = self.ids(left + self.separator + right), self.ids(left + self.separator)
                 if whole[: len(prefix)] != prefix or self.ids(left) != prefix[: len(self.ids(left))]:
                     raise DataError(
-                        f"The separator {self.separator!r} is ambiguous: this tokenizer merges it with the text beside it "
-                        f"({left + self.separator + right!r} becomes {self.tokenizer.convert_ids_to_tokens(whole)}). "
-                        f"Use a token of the tokenizer's own{self.suggestion()}, or add the separator to its special tokens."
+                        f"The separator {self.separator!r} is ambiguous: this tokenizer merges it with the text "
+                        f"around it ({left + self.separator + right!r} becomes "
+                        f"{self.tokenizer.convert_ids_to_tokens(whole)}). Use a token of the tokenizer's "
+                        f"own{self.suggestion()}, or add the separator to its special tokens."
                     )
 
     @property
@@ -138,11 +152,12 @@ class Template(AnyTemplate):
     def stop_ids(self) -> tuple[int, ...]:
         return (self.eos_id,)
 
-    def encode(self, triple: Triple) -> Example:
-        """Tokens and mask of one triple.
+    def encode(self, triple: Triple, prompt: np.ndarray | None = None) -> Example:
+        """Return the tokens and mask of a triple; `prompt` holds its prompt's tokens if they are known.
 
         Raises:
-            DataError: the text holds the separator or the eos token, the separator merges with this text, or nothing would be supervised.
+            DataError: the text holds the separator or the eos token, the separator merges with this text, or no token
+                would be supervised.
         """
         parts = {
             "question": with_system(triple.question, triple.system),
@@ -153,45 +168,45 @@ class Template(AnyTemplate):
         if text.split(self.separator) != list(parts.values()):
             holders = [field for field, part in parts.items() if self.separator in part]
             raise DataError(
-                f"{triple.source}: the {holders[0] if holders else 'text'} holds the separator {self.separator!r} (or a part of it, "
-                "at an edge), so the parts could not be told apart. Choose another separator."
+                f"{triple.source}: the {holders[0] if holders else 'text'} holds the separator {self.separator!r} "
+                "(or a part of it, at an edge), so the parts could not be told apart. Choose another separator."
             )
         tokens = [*self.with_bos(self.ids(text)), self.eos_id]
         if self.eos_id in tokens[:-1]:
             raise DataError(
-                f"{triple.source}: the text holds the eos token {self.tokenizer.eos_token!r}, where the student would learn to stop. "
-                "Remove it from the row."
+                f"{triple.source}: the text holds the eos token {self.tokenizer.eos_token!r}, and the student would "
+                "learn to stop there. Remove it from the row."
             )
-        prompt = self.prompt(triple.question, triple.system).tolist()
-        if tokens[: len(prompt)] != prompt:
+        prompt = self.prompt(triple.question, triple.system) if prompt is None else prompt
+        if tokens[: len(prompt)] != prompt.tolist():
             raise DataError(
-                f"{triple.source}: the tokenizer merges the separator {self.separator!r} with the text beside it, so the prompt is "
-                "no prefix of the sequence. Use a token of the tokenizer's own as separator."
+                f"{triple.source}: the tokenizer merges the separator {self.separator!r} with the text around it, so "
+                "the prompt is not a prefix of the sequence. Use a token of the tokenizer's own as separator."
             )
         return self.example(tokens, len(prompt), triple.source)
 
     def prompt(self, question: str, system: str = "") -> np.ndarray:
-        """int32 tokens of `question <sep>`: what the student reads before it replies. A system message stands before the question."""
+        """Return the int32 tokens of `question <sep>`, with a system message before the question."""
         return np.asarray(self.with_bos(self.ids(with_system(question, system) + self.separator)), np.int32)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
-        """(rationale, answer) of a generated reply, text or token ids up to eos; the answer is None when no separator came."""
+        """Split a generated reply, text or token ids up to eos, at the separator; without one the answer is None."""
         text = reply if isinstance(reply, str) else self.decode(reply)
         rationale, mark, answer = text.partition(self.separator)
         return rationale.strip(), answer.strip() if mark else None
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """Puts the bos token in front where the tokenizer's own convention does, and never twice."""
+        """Prepend the bos token if the tokenizer's own convention does, and never twice."""
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The token that the tokenizer itself puts in front of a text, or None."""
+        """The token that the tokenizer itself prepends to a text, or None."""
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None and self.tokenizer.encode("a")[:1] == [bos] else None
 
     def suggestion(self) -> str:
-        """A token that could be the separator, for an error message: one that means nothing to the tokenizer yet."""
+        """Return, for an error message, an unused added token that could be the separator."""
         taken = {self.tokenizer.eos_token, self.tokenizer.bos_token, self.tokenizer.pad_token, self.tokenizer.unk_token}
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         free = [token for token in added if token not in taken]
@@ -199,5 +214,5 @@ class Template(AnyTemplate):
 
 
 def with_system(question: str, system: str) -> str:
-    """The question with the system message, where there is one, and a blank line before it."""
+    """Return the question after the system message, if any, and a blank line."""
     return f"{system}\n\n{question}" if system else question

@@ -5,32 +5,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from cotgrpo.data.triples import DataError
+from cotgrpo.data.sources import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Any:
-    """A byte-level BPE tokenizer that splits numbers into single digits, trained on `texts`.
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that splits numbers into single digits.
 
-    Every text survives encoding and decoding unchanged, since the 256 bytes are all in the vocabulary.
+    Every text survives encoding and decoding unchanged: the vocabulary holds all 256 bytes.
 
     Args:
         texts: the training text.
-        vocab_size: the most tokens wanted, at least 256 + the special ones; fewer come out where the text has too few pairs to merge.
+        vocab_size: most tokens, at least 256 and the special ones. A text with few pairs to merge gives fewer.
         special_tokens: must hold "<pad>" and "<eos>".
-
-    Returns:
-        A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
         ValueError: `vocab_size` too small, or a special token missing.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    PreTrainedTokenizerFast = transformers().PreTrainedTokenizerFast
     if not {"<pad>", "<eos>"} <= set(special_tokens):
         raise ValueError(f'special_tokens must hold "<pad>" and "<eos>", got {list(special_tokens)}.')
     least = 256 + len(special_tokens)
@@ -48,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -56,8 +58,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     )
 
 
-def load_tokenizer(path_or_id: str | Path) -> Any:
-    """The tokenizer in a local folder or of a hub id, through `transformers`; no remote code is run.
+def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local folder or hub id through `transformers`, without remote code.
 
     Raises:
         DataError: it cannot be loaded.
@@ -66,12 +68,13 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
         return transformers().AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
     except Exception as error:  # a broken file raises many kinds, the Rust library's bare Exception among them
         raise DataError(
-            f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id ({type(error).__name__}: {error})."
+            f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id "
+            f"({type(error).__name__}: {error})."
         ) from error
 
 
-def transformers() -> Any:
-    """The `transformers` module, without its notice that PyTorch is missing: only its tokenizers are wanted here."""
+def transformers() -> ModuleType:
+    """Import `transformers` without its notice that PyTorch is missing: only its tokenizers are used here."""
     missing = lambda record: "PyTorch was not found" not in record.getMessage()
     logger = logging.getLogger("transformers")
     logger.addFilter(missing)

@@ -1,16 +1,16 @@
-"""How good a student is on held-out rows: exact match of its greedy answers, with an interval, and the mean loss of the reference replies."""
+"""Accuracy and loss on held-out rows: exact match of greedy answers with its interval, and means of an eval step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
 
-from cotgrpo.data.answers import answers_match, extract_answer
+from cotgrpo.data.answers import grade
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.distributed.processes import fetch
@@ -19,20 +19,26 @@ from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.sharding import batch_shards, jit_eval
 from cotgrpo.types import Metrics
 
+if TYPE_CHECKING:
+    from cotgrpo.types import Params
+
+P = TypeVar("P")
+Batch = TypeVar("Batch")
+
 PROMPT_COLUMNS = 64
-"""Prompts are padded to multiples of this, so that a sampler compiles for a few shapes and not for every length."""
+"""Prompts are padded to multiples of this, so a sampler compiles for a few shapes instead of every length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """One held-out row as the student answered it.
+    """The student's reply to one held-out row.
 
     Attributes:
-        question, gold: of the row.
+        question, gold: the row's question and right answer.
         text: the whole reply, special tokens as the tokenizer writes them.
-        answer: what the template takes for the answer (plain: the text behind the separator), or None where there is none.
-        correct: whether the answer is the gold one.
-        finished: whether the reply ended with a stop token, and was not cut off.
+        answer: the answer that the template finds (plain: the text after the separator), or None.
+        correct: whether the answer is right.
+        finished: whether the reply ended with a stop token instead of the length limit.
     """
 
     question: str
@@ -51,9 +57,9 @@ class Accuracy:
         value: `correct / n`.
         n: rows.
         low, high: the 95 % Wilson interval.
-        truncated: replies cut off at the limit of tokens.
-        unparsable: replies in which the template finds no answer (plain: without a separator); they count as wrong.
-        replies: one a row, in the order of the rows.
+        truncated: replies cut off at the token limit.
+        unparsable: replies without an answer (plain: without a separator); they count as wrong.
+        replies: one for each row, in order.
     """
 
     value: float
@@ -65,7 +71,7 @@ class Accuracy:
     replies: list[Reply]
 
     def figures(self) -> dict[str, float | int]:
-        """Value, n and interval, for a report."""
+        """Return value, n and interval, for a report."""
         return {"value": self.value, "n": self.n, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:
@@ -73,16 +79,16 @@ class Accuracy:
 
 
 class ExactMatch:
-    """Greedy replies to questions, held against their right answers. Built once, it compiles once for several parameters.
+    """Grades greedy replies to questions. It compiles once and serves any parameters.
 
     Args:
         decoder: the student's shape.
-        template: renders prompts and takes replies apart.
+        template: renders prompts and splits replies.
         questions: held-out rows, at least one.
-        max_new_tokens: replies are cut off here, and then have no answer.
-        batch_size: replies that are written at a time.
+        max_new_tokens: length limit of a reply.
+        batch_size: replies decoded at a time.
         vocab_size: ids from here on are never drawn; None: the tokenizer's size.
-        mesh: where the parameters lie and the replies are written; None: JAX's default device.
+        mesh: the mesh of the parameters and the decoding; None: JAX's default device.
 
     Raises:
         ValueError: no rows.
@@ -102,8 +108,9 @@ class ExactMatch:
         if not questions:
             raise ValueError("Exact match needs at least one held-out row, got none.")
         self.template, self.questions = template, list(questions)
+        self.prompts = [question.prompt_tokens(template) for question in questions]
         over = 1 if mesh is None else batch_shards(mesh.shape)
-        # Rounded up, so that every device has the same number of rows.
+        # Rounded up: every device decodes the same number of rows.
         slots = -(-min(batch_size, len(self.questions)) // over) * over
         calls = -(-len(self.questions) // (QUEUE * slots))
         self.rows = -(-len(self.questions) // (calls * over)) * over
@@ -111,17 +118,17 @@ class ExactMatch:
         vocab_size = vocab_size or len(template.tokenizer)
         self.sampler = jit_eval(make_sampler(decoder, settings, vocab_size, slots), mesh)
 
-    def __call__(self, params: Any, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
-        """The student's accuracy with these parameters; `progress` hears how many rows are done."""
-        prompts = [self.template.prompt(row.question, row.system) for row in self.questions]
-        # Prompts of like length together: fewer columns.
+    def __call__(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
+        """Return the student's accuracy with these parameters; `progress` is called with the number of rows done."""
+        prompts = self.prompts
+        # Prompts of similar length together, to save columns.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         replies: dict[int, Reply] = {}
         for start in range(0, len(order), self.rows):
             rows = order[start : start + self.rows]
             columns = -(-max(len(prompts[row]) for row in rows) // PROMPT_COLUMNS) * PROMPT_COLUMNS
-            asked = [prompts[row] for row in rows]
-            padded = pad_prompts(asked, length=columns, rows=self.rows, pad_id=self.template.pad_id)
+            batch = [prompts[row] for row in rows]
+            padded = pad_prompts(batch, length=columns, rows=self.rows, pad_id=self.template.pad_id)
             written = fetch(self.sampler(params, padded, jax.random.key(0)))
             for i, row in enumerate(rows):
                 ids = written.tokens[i, : written.lengths[i]]
@@ -142,24 +149,21 @@ class ExactMatch:
 
 
 def judge(template: AnyTemplate, question: Question, ids: np.ndarray, finished: bool) -> Reply:
-    """Takes a reply apart. The answer may stand in a phrase (`The answer is 42.`), and is then extracted from it."""
+    """Split a reply and grade its answer."""
     _, answer = template.split_reply(ids)
-    correct = answer is not None and (
-        answers_match(answer, question.gold) or answers_match(extract_answer(answer), question.gold)
-    )
-    text = template.tokenizer.decode(ids, skip_special_tokens=False)
-    return Reply(question.question, question.gold, text, answer, correct, finished)
+    text = str(template.tokenizer.decode(ids, skip_special_tokens=False))
+    return Reply(question.question, question.gold, text, answer, grade(answer, question.gold).correct, finished)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+    """Return Wilson's score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
         (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),    p = correct / n
 
     Args:
         correct: in [0, n].
         n: at least 1.
-        z: quantile of the normal distribution.
+        z: quantile of the normal distribution; the default is that of a 95 % interval.
 
     Example:
         >>> [round(x, 3) for x in wilson_interval(8, 10)]
@@ -171,8 +175,8 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
     return max(low, 0.0), min(high, 1.0)
 
 
-def mean_metrics(eval_step: Callable[..., Metrics], params: Any, batches: Iterable[Any]) -> dict[str, float]:
-    """The means of an eval step's metrics over all tokens of the batches, `loss` first among them, in nats a supervised token."""
+def mean_metrics(eval_step: Callable[[P, Batch], Metrics], params: P, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the means of an eval step's metrics over all tokens of the batches; `loss` is in nats per token."""
     sums: Metrics = {}
     for batch in batches:
         for name, metric in eval_step(params, batch).items():

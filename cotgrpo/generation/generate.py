@@ -1,7 +1,7 @@
 """The command `generate`: questions in, verified triples out, from a teacher behind an endpoint or in a folder.
 
-Every reply is in `replies.jsonl` before it counts, accepted or not. The command run again asks only for what is missing there, judges what is there by
-the settings of now, and writes the triples, their card and the summary anew.
+Every reply, accepted or not, goes to `replies.jsonl` before it counts. Run again, the command asks only for missing
+replies, judges the others by the current settings, and rewrites the triples, their card and the summary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from cotgrpo.atomic_files import write_json
 from cotgrpo.config.files import flat, parse_settings, save_config
 from cotgrpo.config.generate import GenerateConfig
 from cotgrpo.config.settings import ConfigError
-from cotgrpo.data.triples import DataError, DropReport
+from cotgrpo.data.questions import Question, read_questions
+from cotgrpo.data.rows import DropReport, squeeze
+from cotgrpo.data.sources import DataError
 from cotgrpo.generation.progress import ReplyProgress
 from cotgrpo.generation.triple_files import write_card, write_rows
 from cotgrpo.teachers.decontamination import TestQuestions
@@ -49,30 +51,32 @@ from cotgrpo.teachers.filtering import (
     shortest,
 )
 from cotgrpo.teachers.journal import Journal, Record
-from cotgrpo.teachers.questions import Question, read_questions
 from cotgrpo.training.loop import Interrupted
 
-ASKED_ALIKE = ("model", "path", "temperature", "top_p", "max_tokens", "extra_body", "seed")
-"""Settings of a teacher that decide what its replies are: one folder holds those of one teacher."""
+REPLY_SETTINGS = ("model", "path", "temperature", "top_p", "max_tokens", "extra_body", "seed")
+"""Settings of a teacher that change its replies: one folder holds the replies of one teacher."""
 REASONS_SHOWN = 10
 FAILURES_SHOWN = 5
 
+Filter = Callable[[list[Candidate]], list[Candidate]]
+"""Selects some of the candidates for one question."""
+
 
 def run_generate(config: GenerateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Asks the teacher every question, keeps the verified replies as triples in `out`, and returns the summary.
+    """Ask the teacher every question, keep the verified replies as triples in `out`, and return the summary.
 
     Raises:
-        ConfigError, DataError, ModelError: settings or questions that cannot be used; all before the first request.
-        TeacherError: the teacher cannot be asked, or not one reply could be kept. What came is in `replies.jsonl`.
-        Interrupted: Ctrl-C. Run again, the command goes on.
+        ConfigError, DataError, ModelError: settings or questions that cannot be used; before the first request.
+        TeacherError: the teacher cannot be asked, or no reply could be kept. All replies are in `replies.jsonl`.
+        Interrupted: Ctrl-C. The same command continues.
     """
     config.check_complete()
     started = time.monotonic()
     console = console or Console()
-    questions, report, test = read_all(config)
+    questions, report, test = load_questions(config)
     say(console, f"questions: {report}")
     out = Path(config.out)
-    check_folder(out, config)
+    check_same_teacher(out, config)
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / "replies.jsonl") as journal:
         judge = Judge(load_check(config.verify.check) if config.verify.check else None, test)
@@ -87,68 +91,95 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
         except KeyboardInterrupt:
             raise Interrupted(
                 signal.SIGINT,
-                f"stopped with {len(journal.records)} replies in {journal.path}. Run the same command to go on.",
+                f"stopped with {len(journal.records)} replies in {journal.path}. Run the same command to continue.",
             ) from None
         save_config(config, out / "config.yaml")
         return generation.finish(report, started)
 
 
-def read_all(config: GenerateConfig) -> tuple[list[Question], DropReport, TestQuestions | None]:
-    """The questions to ask, the report of those left out, and the test questions.
+def load_questions(config: GenerateConfig) -> tuple[list[Question], DropReport, TestQuestions | None]:
+    """Return the questions to ask, the report of those left out, and the test questions.
 
     Raises:
-        DataError: what is wrong with the questions, or a right answer that is missing.
+        DataError: questions that cannot be used, or a missing right answer.
     """
     verify = config.verify
-    questions, report = read_questions(config.questions, split=config.split)
+    read, report = read_questions(config.questions, split=config.split, need_gold=False)
+    questions = identify(read, report)
     test = None
     if verify.test_sets:
-        test = TestQuestions((question.text for question in read_questions(verify.test_sets)[0]), verify.ngram)
-        for question in questions:
-            if overlap := test.overlap(question.text):
+        test_questions, _ = read_questions(verify.test_sets, need_gold=False)
+        test = TestQuestions((question.question for question in test_questions), verify.ngram)
+        overlaps = [test.overlap(question.question) for question in questions]
+        for question, overlap in zip(questions, overlaps, strict=True):
+            if overlap is not None:
                 report.drop("contaminated", f"{question.source}: {overlap!r}")
-        questions = [question for question in questions if test.overlap(question.text) is None]
+        questions = [q for q, overlap in zip(questions, overlaps, strict=True) if overlap is None]
     for question in questions[config.max_questions :] if config.max_questions else []:
         report.drop("beyond max_questions", question.source)
     questions = questions[: config.max_questions or None]
     if not questions:
         raise DataError(f"No question is left to ask. {report}")
-    without = next((question for question in questions if question.gold is None), None)
+    without = next((question for question in questions if not question.gold), None)
     if without is not None and not verify.check and verify.without_gold == "error":
         raise DataError(
-            f"{without.source}: no right answer (gold or answer) to verify replies against. Add it, or name a function in verify.check, or set "
-            "verify.without_gold to majority or unverified."
+            f"{without.source}: no right answer (gold or answer) to verify replies against. Add it, or name a function "
+            "in verify.check, or set verify.without_gold to majority or unverified."
         )
     return questions, report, test
 
 
-def check_folder(out: Path, config: GenerateConfig) -> None:
-    """Raises ConfigError where the folder holds replies of another teacher or to another prompt, or a setting holds the key."""
+def identify(questions: Sequence[Question], report: DropReport) -> list[Question]:
+    """Return the questions with different texts, each with an id: the row's own, or else its number.
+
+    Raises:
+        DataError: two questions share an id.
+    """
+    found: dict[str, Question] = {}
+    texts: set[str] = set()
+    for question in questions:
+        text = squeeze(question.question)
+        if text in texts:
+            report.drop("duplicate", question.source)
+            continue
+        texts.add(text)
+        question = dataclasses.replace(question, id=str(len(found)) if question.id is None else question.id)
+        other = found.setdefault(str(question.id), question)
+        if other is not question:
+            raise DataError(
+                f"{question.source}: {other.source} has the id {question.id!r} too. Give each row its own id."
+            )
+    return list(found.values())
+
+
+def check_same_teacher(out: Path, config: GenerateConfig) -> None:
+    """Raise ConfigError if the folder holds replies to other settings, or if a setting holds the key."""
     key = os.environ.get(config.teacher.api_key_env, "").strip()
     if len(key) >= MIN_SECRET_LENGTH and any(key in str(value) for _, value in flat(dataclasses.asdict(config))):
         raise ConfigError(
-            f"The key in {config.teacher.api_key_env} stands in a setting too, and settings are saved with the output. Remove it there."
+            f"A setting holds the key in {config.teacher.api_key_env}, and settings are saved with the output. Remove "
+            "it there."
         )
     path = out / "config.yaml"
     if not path.is_file():
         return
-    before, now = (identity(c) for c in (parse_settings(["--config", str(path)], GenerateConfig()), config))
+    before, now = (reply_settings(c) for c in (parse_settings(["--config", str(path)], GenerateConfig()), config))
     differing = [f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in now if before[name] != now[name]]
     if differing:
         raise ConfigError(
-            f"{out} holds replies of another teacher or to another prompt: {'; '.join(differing)}. Choose another out, or give the same "
-            "settings to go on there."
+            f"{out} holds replies of another teacher or to another prompt: {'; '.join(differing)}. Choose another out, "
+            "or give the same settings to continue there."
         )
 
 
-def identity(config: GenerateConfig) -> dict[str, Any]:
-    """The settings that decide what replies are, by dotted key."""
-    teacher = {f"teacher.{name}": getattr(config.teacher, name) for name in ASKED_ALIKE}
+def reply_settings(config: GenerateConfig) -> dict[str, Any]:
+    """Return the settings that change the replies, by dotted key."""
+    teacher = {f"teacher.{name}": getattr(config.teacher, name) for name in REPLY_SETTINGS}
     return teacher | {f"prompt.{name}": value for name, value in dataclasses.asdict(config.prompt).items()}
 
 
 def make_teacher(config: GenerateConfig) -> Teacher:
-    """The teacher that the config names."""
+    """Return the teacher that the config names."""
     settings = config.teacher
     if settings.path is None:
         return EndpointTeacher(settings)
@@ -167,13 +198,13 @@ def make_teacher(config: GenerateConfig) -> Teacher:
 
 
 def prompt_hash(messages: Sequence[dict[str, str]]) -> str:
-    """SHA-256 of a chat, as hexadecimal digits."""
+    """Return the SHA-256 of a chat, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 @dataclasses.dataclass
 class Generation:
-    """One call of the command: what is wanted, what is there, and what becomes of it."""
+    """One run of the command: the requests, their outcomes, and the choice of triples."""
 
     config: GenerateConfig
     questions: list[Question]
@@ -182,18 +213,18 @@ class Generation:
     console: Console
 
     def __post_init__(self) -> None:
-        chats = [self.config.prompt.messages(question.text) for question in self.questions]
-        self.asked = {prompt_hash(chat): (question, chat) for question, chat in zip(self.questions, chats, strict=True)}
-        self.wanted = [(asked, candidate) for asked in self.asked for candidate in range(self.config.candidates)]
+        chats = [self.config.prompt.messages(question.question) for question in self.questions]
+        self.chats = {prompt_hash(chat): (question, chat) for question, chat in zip(self.questions, chats, strict=True)}
+        self.wanted = [(chat, candidate) for chat in self.chats for candidate in range(self.config.candidates)]
         if self.journal.repaired:
-            say(self.console, f"{self.journal.path}: a half-written last line was cut off; its request is asked again.")
+            say(self.console, f"{self.journal.path}: a half-written last line was cut off; its request is sent again.")
 
     def records(self) -> list[Record]:
-        """What is there of what is wanted, question by question."""
+        """Return the records of wanted requests, question by question."""
         return [self.journal.records[key] for key in self.wanted if key in self.journal.records]
 
     def judge_again(self) -> None:
-        """Judges every reply that is there, since the settings may be others than when it came; verdicts that changed are appended."""
+        """Judge every recorded reply by the current settings, and append the verdicts that changed."""
         changed = 0
         for record in self.records():
             if isinstance(record.outcome, TeacherReply):
@@ -202,14 +233,14 @@ class Generation:
                     self.journal.append(judged)
                     changed += 1
         if changed:
-            say(self.console, f"{changed} replies are judged otherwise than before.")
+            say(self.console, f"{changed} replies get another verdict than before.")
 
     def waiting(self) -> list[Request]:
-        """Requests without a reply: first those that were never asked, then those that failed."""
+        """Return the requests without a reply: first those never sent, then those that failed."""
         known = self.journal.records
-        new = [Request(key, self.asked[key[0]][1]) for key in self.wanted if key not in known]
+        new = [Request(key, self.chats[key[0]][1]) for key in self.wanted if key not in known]
         failed = [
-            Request(record.key, self.asked[record.prompt_hash][1], failed_before=True)
+            Request(record.key, self.chats[record.prompt_hash][1], failed_before=True)
             for record in self.records()
             if not isinstance(record.outcome, TeacherReply)
         ]
@@ -217,21 +248,23 @@ class Generation:
         if done or failed:
             say(
                 self.console,
-                f"Going on: {done} replies are there, {len(new)} are missing, {len(failed)} failed before.",
+                f"Continuing: {done} replies are there, {len(new)} are missing, {len(failed)} failed before.",
             )
         return new + failed
 
     def judged(self, key: tuple[str, int], outcome: Outcome) -> Record:
-        """The outcome of a request with its verdict."""
-        question = self.asked[key[0]][0]
+        """Return the outcome of a request with its verdict."""
+        question = self.chats[key[0]][0]
         if isinstance(outcome, TeacherReply):
             verdict = self.judge(question, outcome)
         else:
             verdict = Verdict(False, f"failed: {outcome.reason}", outcome.detail)
-        return Record(*key, question.id, question.text, outcome, verdict.accepted, verdict.reason, verdict.detail)
+        return Record(
+            *key, str(question.id), question.question, outcome, verdict.accepted, verdict.reason, verdict.detail
+        )
 
     def ask(self, teacher: Teacher, waiting: list[Request]) -> None:
-        """Asks for what is missing; each outcome is on the disk before the next one is looked at."""
+        """Send the missing requests; each outcome is on disk before the next one is looked at."""
         there = [record for record in self.records() if isinstance(record.outcome, TeacherReply)]
         with ReplyProgress(len(self.wanted), there, self.cost, self.console) as progress:
 
@@ -243,15 +276,15 @@ class Generation:
             teacher.ask(waiting, done)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of so many tokens."""
+        """Return the price of these tokens."""
         prices = self.config.teacher
         return (prompt_tokens * prices.input_price + completion_tokens * prices.output_price) / 1e6
 
     def finish(self, report: DropReport, started: float) -> dict[str, Any]:
-        """Chooses the triples, writes them with their card and the summary, and prints it.
+        """Choose the triples, write all files, and return the summary.
 
         Raises:
-            TeacherError: there is not one triple.
+            TeacherError: no reply could be kept.
         """
         rows, verdicts = self.choose()
         summary = self.summary(report, rows, verdicts) | {"seconds": round(time.monotonic() - started, 1)}
@@ -260,70 +293,71 @@ class Generation:
         if not rows:
             reasons = commonest([(v.reason, v.detail) for v in verdicts], REASONS_SHOWN)
             raise TeacherError(
-                f"Not one of {len(verdicts)} replies could be kept (see {self.journal.path}). The commonest reasons:\n  "
-                + "\n  ".join(reasons)
+                f"Not one of {len(verdicts)} replies could be kept (see {self.journal.path}). The commonest "
+                "reasons:\n  " + "\n  ".join(reasons)
             )
         write_rows(out, rows, self.config.format)
         write_card(out, self.config, summary)
-        for line in lines_of(summary):
+        for line in summary_lines(summary):
             say(self.console, line)
         say(self.console, f"written: {out / f'triples.{self.config.format}'}, with README.md and summary.json")
         return summary
 
     def choose(self) -> tuple[list[dict[str, Any]], list[Verdict]]:
-        """(rows of triples, one final verdict for each record): majority, duplicates and choice, question by question."""
+        """Return the rows of triples and the final verdict of each record, question by question.
+
+        Accepted replies pass through `filters` in sequence; each filter gives its reason to those it leaves out.
+        """
         rows: list[dict[str, Any]] = []
         verdicts: list[Verdict] = []
-        for asked, (question, _) in self.asked.items():
-            keys = [(asked, candidate) for candidate in range(self.config.candidates)]
-            records = {k[1]: self.journal.records[k] for k in keys if k in self.journal.records}
+        for chat, (question, _) in self.chats.items():
+            keys = [(chat, number) for number in range(self.config.candidates)]
+            records = {key[1]: self.journal.records[key] for key in keys if key in self.journal.records}
             final = {number: Verdict(r.accepted, r.reason, r.detail) for number, r in records.items()}
-            right = []
+            candidates = []
             for number, record in records.items():
                 if record.accepted and isinstance(record.outcome, TeacherReply):
                     rationale, answer = parts_of(record.outcome)
-                    right.append(Candidate(number, rationale, answer or ""))
-            if self.config.verify.without_gold == "majority" and any(v.reason == "unverified" for v in final.values()):
-                agreed = majority([candidate.answer for candidate in right])
-                for candidate in right:
-                    final[candidate.number] = Verdict(False, "no majority", repr(candidate.answer)[:80])
-                right = [right[place] for place in agreed]
-            for candidate in right:
-                final[candidate.number] = Verdict(False, "duplicate")
-            right = distinct(right)
-            for candidate in right:
-                final[candidate.number] = Verdict(False, "not chosen")
-            for candidate in self.kept(right):
-                reason = records[candidate.number].reason
-                final[candidate.number] = Verdict(True, reason)
-                rows.append(self.row(question, candidate, reason == "correct"))
+                    candidates.append(Candidate(number, rationale, answer or ""))
+            for reason, select in self.filters(list(final.values())):
+                selected = select(candidates)
+                for candidate in candidates:
+                    if candidate not in selected:
+                        final[candidate.number] = Verdict(False, reason, repr(candidate.answer)[:80])
+                candidates = selected
+            rows += [self.row(question, c, final[c.number].reason == "correct") for c in candidates]
             verdicts += final.values()
         return rows, verdicts
 
-    def kept(self, right: list[Candidate]) -> list[Candidate]:
-        """Those of a question's right replies that `verify.keep` asks for, by their numbers."""
+    def filters(self, verdicts: Sequence[Verdict]) -> list[tuple[str, Filter]]:
+        """Return the filters of a question's accepted replies, each with its reason, in order."""
         verify = self.config.verify
-        chosen = {
-            "all": lambda: right,
-            "shortest": lambda: shortest(right, verify.keep_at_most),
-            "diverse": lambda: most_diverse(right, verify.keep_at_most),
-        }[verify.keep]()
-        return sorted(chosen, key=lambda candidate: candidate.number)
+        keep: dict[str, Filter] = {
+            "all": lambda candidates: candidates,
+            "shortest": lambda candidates: shortest(candidates, verify.keep_at_most),
+            "diverse": lambda candidates: most_diverse(candidates, verify.keep_at_most),
+        }
+        filters: list[tuple[str, Filter]] = [
+            ("duplicate", distinct),
+            ("not chosen", lambda candidates: sorted(keep[verify.keep](candidates), key=lambda c: c.number)),
+        ]
+        unverified = any(verdict.reason == "unverified" for verdict in verdicts)
+        return [("no majority", majority), *filters] if verify.without_gold == "majority" and unverified else filters
 
     def row(self, question: Question, candidate: Candidate, is_correct: bool) -> dict[str, Any]:
-        """A triple as it is written."""
+        """Return a triple as it is written."""
         return {
             "id": question.id if self.config.candidates == 1 else f"{question.id}-{candidate.number}",
-            "question": question.text,
+            "question": question.question,
             "rationale": candidate.rationale,
             "answer": candidate.answer,
-            "gold": question.gold,
+            "gold": question.gold or None,
             "correct": True if is_correct else None,
             "teacher": self.config.teacher.name,
         }
 
     def summary(self, report: DropReport, rows: list[dict[str, Any]], verdicts: list[Verdict]) -> dict[str, Any]:
-        """Everything that was counted. `replies` is the sum of kept, not_chosen and rejected."""
+        """Return all counts. `replies` is the sum of kept, not_chosen and rejected."""
         records = self.records()
         replies = [record.outcome for record in records if isinstance(record.outcome, TeacherReply)]
         failures = [record for record in records if not isinstance(record.outcome, TeacherReply)]
@@ -353,28 +387,26 @@ class Generation:
         }
 
 
-def lines_of(summary: dict[str, Any]) -> list[str]:
-    """The summary for a person."""
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """Return the summary as lines for a person."""
     lines = [
-        f"{summary['kept']} triples kept, for {summary['questions_with_triples']} of {summary['questions']['kept']} questions, "
-        f"from {summary['replies']} replies to {summary['requests']} requests"
+        f"{summary['kept']} triples kept, for {summary['questions_with_triples']} of {summary['questions']['kept']} "
+        f"questions, from {summary['replies']} replies to {summary['requests']} requests"
     ]
     left_out = summary["rejected"] | {"not chosen": summary["not_chosen"]}
     lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     failures = summary["failures"]
     if failures:
-        lines.append(f"{summary['failed']} requests failed; the same command asks them again:")
+        lines.append(f"{summary['failed']} requests failed; the same command sends them again:")
         shown = commonest([(failure["reason"], failure["detail"]) for failure in failures], FAILURES_SHOWN)
         lines += [f"  {line}" for line in shown]
     usage = summary["usage"]
     cost = f", cost {summary['cost']:g}" if summary["cost"] else ""
-    unknown = (
-        f" ({usage['replies_without_count']} replies came without a count)" if usage["replies_without_count"] else ""
-    )
+    unknown = f" ({usage['replies_without_count']} replies have no count)" if usage["replies_without_count"] else ""
     lines.append(f"tokens: {usage['prompt_tokens']:,} read, {usage['completion_tokens']:,} written{unknown}{cost}")
     return lines
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is."""
+    """Print a line without markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,10 +1,10 @@
-"""What a person sees while a teacher is asked: a bar with the time left in a terminal, now and then a line in a log."""
+"""Progress of a teacher's replies: a bar with the time left in a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,13 +17,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class ReplyProgress:
-    """Replies, how many are right, tokens, cost and time left. Use as a context manager.
+    """Shows replies, how many are right, tokens, cost and time left. Use as a context manager.
 
     Args:
-        total: requests in all.
-        there: records of replies that came before.
-        cost: of (prompt tokens, reply tokens).
-        console: where to write.
+        total: number of all requests.
+        there: records of earlier replies.
+        cost: returns the price of (prompt tokens, reply tokens).
+        console: the console to write to.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ReplyProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
-            # The speed of the last minute: replies come in bursts.
+            # Over a minute, since replies come in bursts.
             speed_estimate_period=60,
         )
         self.task = self.progress.add_task("replies", total=total, completed=self.done, status=self.status())
@@ -54,13 +54,15 @@ class ReplyProgress:
         self.progress.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.progress.stop()
         if not self.console.is_terminal:
             self.line()
 
     def add(self, record: Record) -> None:
-        """One more request has ended."""
+        """Count one more request that has ended."""
         self.done += 1
         self.accepted += record.accepted
         self.failed += not isinstance(record.outcome, TeacherReply)
@@ -75,7 +77,7 @@ class ReplyProgress:
             self.tokens[1] += record.outcome.completion_tokens or 0
 
     def status(self) -> str:
-        """The counts, in a few words."""
+        """Return the counts in a few words."""
         parts = [f"{self.accepted} right", f"{compact(float(sum(self.tokens)))} tokens"]
         if cost := self.cost(*self.tokens):
             parts.append(f"cost {cost:.2f}")
@@ -84,7 +86,7 @@ class ReplyProgress:
         return "  ".join(parts)
 
     def line(self) -> None:
-        """The same without a bar."""
+        """Print the counts as a line."""
         self.last_line = time.monotonic()
         spent, new = self.last_line - self.started, self.done - self.done_before
         left = ""

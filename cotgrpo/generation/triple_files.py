@@ -1,4 +1,4 @@
-"""The files that `generate` leaves for others: triples as JSONL or Parquet, and the card that says how they were made."""
+"""Output files of `generate`: triples as JSONL or Parquet, and their data set card."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ COLUMNS = {
 FORMATS = ("jsonl", "parquet")
 RIGHT = {
     "error": "its answer is that of the question's row",
-    "majority": "its answer is that of the question's row or, where the row has none, that of most replies to the question",
-    "unverified": "its answer is that of the question's row or, where the row has none, in any case: such replies are not verified",
+    "majority": "its answer is that of the question's row, or of most replies to the question if the row has none",
+    "unverified": "its answer is that of the question's row; if the row has none, every reply counts, unverified",
 }
-"""By `verify.without_gold`."""
-KEPT = {"all": "all", "shortest": "at most {}, the shortest,", "diverse": "at most {}, those that differ most,"}
-"""By `verify.keep`."""
+"""`verify.without_gold` -> the rule of a right reply."""
+KEPT = {"all": "all", "shortest": "at most {}, the shortest", "diverse": "at most {}, those that differ most"}
+"""`verify.keep` -> the kept replies."""
 
 
 def write_rows(out: Path, rows: list[dict[str, Any]], form: str) -> Path:
-    """Writes `triples.jsonl` or `triples.parquet`, whole or not at all, and removes the one of the other format."""
+    """Write `triples.jsonl` or `triples.parquet` atomically, and remove the file of the other format."""
     path = out / f"triples.{form}"
     if form == "jsonl":
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -50,7 +50,7 @@ def write_rows(out: Path, rows: list[dict[str, Any]], form: str) -> Path:
 
 
 def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> None:
-    """README.md with the front matter that the hub reads: teacher, prompt, what was checked and what was left out. No address of an endpoint."""
+    """Write README.md with the hub's front matter: teacher (without the endpoint's address), prompt, checks and counts."""
     import yaml
 
     teacher, verify = config.teacher, config.verify
@@ -63,9 +63,9 @@ def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> No
     tests = [verify.test_sets] if isinstance(verify.test_sets, str) else verify.test_sets
     sampling = {name: getattr(teacher, name) for name in ("temperature", "top_p", "max_tokens")}
     named = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
-    right = f"the function `{verify.check}` says so" if verify.check else RIGHT[verify.without_gold]
+    right = f"the function `{verify.check}` accepts it" if verify.check else RIGHT[verify.without_gold]
     kept = KEPT[verify.keep].format(verify.keep_at_most)
-    tested = f"{', '.join(f'`{t}`' for t in tests)} ({verify.ngram}-grams of words)" if tests else "no test set"
+    tested = f"{', '.join(f'`{t}`' for t in tests)} ({verify.ngram}-grams of words)" if tests else "none"
     prompt = json.dumps(dataclasses.asdict(config.prompt), indent=1, ensure_ascii=False)
     left_out = summary["rejected"] | {"right but not chosen": summary["not_chosen"], "no reply": summary["failed"]}
     counts = "".join(f"| {reason} | {count} |\n" for reason, count in left_out.items())
@@ -74,20 +74,21 @@ def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> No
 
 # {out.resolve().name}
 
-{summary["kept"]} triples of question, rationale and answer, for {summary["questions_with_triples"]} questions. The rationales were written by
-a language model, `{teacher.name}`, and its provider's terms hold for them; the questions have the licence of their source.
+{summary["kept"]} triples of question, rationale and answer, for {summary["questions_with_triples"]} questions. The
+rationales were written by a language model, `{teacher.name}`, and its provider's terms apply to them. The questions
+have the licence of their source.
 
 - Questions: {", ".join(f"`{s}`" for s in sources)}{f" (split {config.split})" if config.split else ""}
 - Teacher: `{teacher.name}`, {named}, {config.candidates} {"reply" if config.candidates == 1 else "replies"} a question
-- A reply is right where {right}
-- Of a question's right replies, {kept} are here
-- Left out for what they share with test sets: {tested}
+- A reply is right if {right}
+- Kept of a question's right replies: {kept}
+- Test sets for decontamination: {tested}
 
 | requests | {summary["requests"]} |
 |---|---|
 | kept | {summary["kept"]} |
 {counts}
-Columns: {", ".join(COLUMNS)}; `correct` is true where the answer was verified, and null where it was not.
+Columns: {", ".join(COLUMNS)}; `correct` is true if the answer was verified, else null.
 
 ## Prompt
 

@@ -1,6 +1,6 @@
-"""The student as its own ghost: of several replies to a question, drawn at other temperatures, the best of those that are right.
+"""The student as its own ghost: the best correct reply among several to a question, sampled at other temperatures.
 
-GRPO here is GhostRespond Policy Optimization, not Group Relative. The replies are text, and serve as a teacher's text does.
+GRPO here is GhostRespond Policy Optimization, not Group Relative. The replies are text, used as a teacher's text is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cotgrpo.data.answers import answers_match, extract_answer
+from cotgrpo.data.answers import grade
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.triples import Triple
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class SampledReply:
     """One reply of the student to a question.
 
     Attributes:
         ids: its tokens, the end included.
         log_prob: the mean log-probability of its tokens, in nats.
-        finished: whether it ended by itself.
+        finished: whether it ended with a stop token.
     """
 
     ids: np.ndarray
@@ -33,29 +33,27 @@ class Candidate:
     finished: bool
 
 
-def best_reply(template: AnyTemplate, question: Triple, candidates: Iterable[Candidate]) -> Triple | None:
-    """The likeliest reply that ends by itself, answers what the row answers, and can be rendered as training text; None where there is none.
+def best_reply(template: AnyTemplate, question: Triple, replies: Iterable[SampledReply]) -> Triple | None:
+    """Return the likeliest correct reply that has finished and can be rendered as training text, or None.
 
     Args:
-        template: takes replies apart, and must give the text back as it was read.
-        question: the row: its question, and its answer as the gold one.
-        candidates: replies to it.
+        template: splits replies, and must give the text back unchanged.
+        question: the row; its answer is the right one.
+        replies: the student's replies.
     """
-    right = []
-    for candidate in candidates:
-        rationale, answer = template.split_reply(candidate.ids)
-        if not candidate.finished or answer is None:
+    correct = []
+    for reply in replies:
+        rationale, answer = template.split_reply(reply.ids)
+        if not reply.finished or answer is None or not grade(answer, question.answer).correct:
             continue
-        if not (answers_match(answer, question.answer) or answers_match(extract_answer(answer), question.answer)):
-            continue
-        reply = dataclasses.replace(question, rationale=rationale, answer=answer)
-        if renders(template, reply):
-            right.append((candidate.log_prob, reply))
-    return max(right, key=lambda found: found[0])[1] if right else None
+        triple = dataclasses.replace(question, rationale=rationale, answer=answer)
+        if can_render(template, triple):
+            correct.append((reply.log_prob, triple))
+    return max(correct, key=lambda found: found[0])[1] if correct else None
 
 
-def renders(template: AnyTemplate, triple: Triple) -> bool:
-    """Whether the template can write the triple: a reply may hold its marks, or nothing."""
+def can_render(template: AnyTemplate, triple: Triple) -> bool:
+    """Return whether the template can write the triple: a reply may hold its marks, or be empty."""
     try:
         template.encode(triple)
     except DataError:
@@ -64,8 +62,8 @@ def renders(template: AnyTemplate, triple: Triple) -> bool:
 
 
 def best_replies(
-    template: AnyTemplate, questions: Sequence[Triple], candidates: Sequence[Sequence[Candidate]]
+    template: AnyTemplate, questions: Sequence[Triple], replies: Sequence[Sequence[SampledReply]]
 ) -> list[Triple]:
-    """`best_reply` of each question that has one, in the order of the questions."""
-    found = [best_reply(template, *both) for both in zip(questions, candidates, strict=True)]
-    return [reply for reply in found if reply is not None]
+    """Return `best_reply` of each question that has one, in the order of the questions."""
+    found = [best_reply(template, *both) for both in zip(questions, replies, strict=True)]
+    return [triple for triple in found if triple is not None]

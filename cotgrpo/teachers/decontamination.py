@@ -1,4 +1,7 @@
-"""Which texts share an n-gram of words with a test set (Brown et al. 2020, arXiv:2005.14165, appendix C, takes 13 words)."""
+"""Decontamination: find texts that share an n-gram of words with a test set.
+
+Brown et al. 2020 (arXiv:2005.14165, appendix C) use 13 words.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case: neither punctuation nor white space counts."""
+    """Return the runs of letters and digits in lower case, without punctuation and white space."""
     return WORD.findall(text.casefold())
 
 
 def ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every run of n words, none where there are fewer."""
+    """Yield every run of n words."""
     return (tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
 
 
@@ -22,8 +25,8 @@ class TestQuestions:
     """The n-grams of test questions.
 
     Args:
-        questions: texts. One of fewer than n words counts as a whole: only the same words, and no others, match it.
-        n: words of an n-gram, >= 1.
+        questions: texts. A text of fewer than n words matches only the same words and no others.
+        n: words in an n-gram, >= 1.
 
     Example:
         >>> test = TestQuestions(["How many apples does Tom have left?"], n=4)
@@ -33,7 +36,7 @@ class TestQuestions:
         True
     """
 
-    __test__ = False  # pytest: no tests in here
+    __test__ = False  # for pytest: this class holds no tests
 
     def __init__(self, questions: Iterable[str], n: int) -> None:
         if n < 1:
@@ -48,7 +51,7 @@ class TestQuestions:
                 self.known.update(ngrams(tokens, n))
 
     def overlap(self, text: str) -> str | None:
-        """The first words that the text shares with a test question, or None."""
+        """Return the first words that the text shares with a test question, or None."""
         tokens = words(text)
         whole = tuple(tokens)
         if whole and whole in self.short:

@@ -1,7 +1,7 @@
-"""Gold ghosts: a teacher's replies as people have corrected them, by way of a file that any editor opens.
+"""Gold ghosts: a teacher's replies corrected by people in a text editor.
 
-`write_pairs` puts the student's reply and the ghost side by side, one question a line; a person edits `rationale` and `answer` there, and
-`read_edited` gives the triples back. The ghost as it was stays in the line, so that what was edited can be told.
+`write_pairs` writes the student's reply and the ghost side by side, one question a line. A person edits `rationale` and
+`answer` there, and `read_edited` returns the triples. The line keeps the original ghost, so edits can be recognized.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cotgrpo.atomic_files import write_text
-from cotgrpo.data.answers import answers_match, extract_answer
-from cotgrpo.data.triples import DataError, DropReport, Triple, rows_of, squeeze
+from cotgrpo.data.answers import grade
+from cotgrpo.data.rows import DropReport, squeeze
+from cotgrpo.data.sources import DataError, raw_rows
+from cotgrpo.data.triples import Triple
 
 
 def read_student_replies(path: Path) -> dict[str, str]:
-    """{question: reply} of a student, from what `cotgrpo eval` leaves (eval.json) or what `cotgrpo generate --teacher.path STUDENT` does (replies.jsonl).
+    """Return {question: reply} of a student, with white space in questions squeezed; a question's first reply counts.
 
-    Questions are squeezed to single blanks; of several replies to one, the first counts.
+    Args:
+        path: eval.json of `cotgrpo eval`, or replies.jsonl of `cotgrpo generate --teacher.path STUDENT`.
 
     Raises:
-        DataError: a file that is neither.
+        DataError: the file is neither.
     """
     if path.suffix == ".json":
         try:
@@ -33,20 +36,20 @@ def read_student_replies(path: Path) -> dict[str, str]:
             ) from error
         found = [(str(path), row) for row in rows]
     else:
-        found = list(rows_of([path], None))
+        found = list(raw_rows([path], None))
     replies: dict[str, str] = {}
     for place, row in found:
         if isinstance(row, DataError):
             raise row
         row = row if isinstance(row, Mapping) else {}
-        # A record of `generate` holds the reply's text one level down, and a failure has none.
+        # A record of `generate` nests the text in `reply`; a failure has no text.
         text = row["reply"].get("text") if isinstance(row.get("reply"), Mapping) else row.get("text")
         if "failure" in row:
             continue
         if not isinstance(text, str) or not isinstance(row.get("question"), str):
             raise DataError(
-                f"{place}: expected a question and the student's reply as text: the eval.json of `cotgrpo eval`, or the replies.jsonl of "
-                "`cotgrpo generate --teacher.path STUDENT`."
+                f"{place}: expected a question and the student's reply as text: the eval.json of `cotgrpo eval`, or "
+                "the replies.jsonl of `cotgrpo generate --teacher.path STUDENT`."
             )
         replies.setdefault(squeeze(row["question"]), text)
     return replies
@@ -55,29 +58,29 @@ def read_student_replies(path: Path) -> dict[str, str]:
 def write_pairs(
     path: Path, ghosts: Iterable[Triple], replies: Mapping[str, str], *, rows: Literal["all", "wrong"] = "all"
 ) -> DropReport:
-    """Writes the file to edit: `id, question, student, ghost, rationale, answer` a line, the last two as the ghost has them.
+    """Write the file to edit: `id, question, student, ghost, rationale, answer` a line, the last two from the ghost.
 
     Args:
-        path: a new file; what a person has edited is never written over.
+        path: a new file; an existing one may hold edits and is never overwritten.
         ghosts: the teacher's triples.
-        replies: of the student, as `read_student_replies` gives them.
-        rows: "wrong" leaves out questions whose answer the student has right, as `extract_answer` finds it.
+        replies: the student's, as `read_student_replies` returns them.
+        rows: "wrong" leaves out questions that the student answers correctly.
 
     Returns:
-        What was left out, and why.
+        The report of the ghosts left out.
 
     Raises:
-        DataError: the file is there, or not one ghost has a reply beside it.
+        DataError: the file exists, or no ghost has a student's reply.
     """
     if path.exists():
-        raise DataError(f"{path} is there already, and may hold edits. Choose another --out, or remove it.")
+        raise DataError(f"{path} exists and may hold edits. Choose another --out, or remove it.")
     report, lines = DropReport(), []
     for ghost in ghosts:
         report.read += 1
         student = replies.get(squeeze(ghost.question))
         if student is None:
             report.drop("no reply of the student", ghost.source)
-        elif rows == "wrong" and answers_match(extract_answer(student), ghost.answer):
+        elif rows == "wrong" and grade(student, ghost.answer).correct:
             report.drop("the student is right", ghost.source)
         else:
             pair = {"id": ghost.id, "question": ghost.question, "student": student}
@@ -90,19 +93,20 @@ def write_pairs(
 
 
 def read_edited(path: Path, *, rows: Literal["all", "edited"] = "all") -> tuple[list[Triple], DropReport]:
-    """The triples of a file that was edited, and what was left out.
+    """Return the triples of an edited file, and the report of the rows left out.
 
-    A row with `rationale` and `answer` both emptied was thrown away by its editor.
+    A row with both `rationale` and `answer` emptied is discarded.
 
     Args:
-        path: what `write_pairs` wrote.
-        rows: "edited" leaves out rows that are still the ghost's.
+        path: the file that `write_pairs` wrote.
+        rows: "edited" leaves out rows that still equal the ghost.
 
     Raises:
-        DataError: a line that is no JSON, a row that lacks one of the two, one whose answer is no text, or nothing left; names the line.
+        DataError: a line that is not JSON, a row without a rationale or with an answer that is not text, or no triple;
+            names the line.
     """
     report, triples = DropReport(), []
-    for place, row in rows_of([path], None):
+    for place, row in raw_rows([path], None):
         report.read += 1
         if isinstance(row, DataError):
             raise row
@@ -111,13 +115,14 @@ def read_edited(path: Path, *, rows: Literal["all", "edited"] = "all") -> tuple[
         texts = [row.get(field) for field in ("question", "rationale", "answer")]
         if not isinstance(ghost, Mapping) or not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"{place}: expected question, ghost, rationale and answer, as `cotgrpo gold` writes them, the answer in quotes. Mend the row."
+                f"{place}: expected question, ghost, rationale and answer, as `cotgrpo gold` writes them, the answer "
+                "in quotes. Fix the row."
             )
         question, rationale, answer = (str(text).strip() for text in texts)
         if not rationale and not answer:
             report.drop("emptied", place)
         elif not (question and rationale and answer):
-            raise DataError(f"{place}: rationale or answer is empty. Fill it in, or empty both to throw the row away.")
+            raise DataError(f"{place}: rationale or answer is empty. Fill it in, or empty both to discard the row.")
         elif rows == "edited" and (rationale, answer) == (ghost.get("rationale"), ghost.get("answer")):
             report.drop("not edited", place)
         else:

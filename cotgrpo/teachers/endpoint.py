@@ -211,8 +211,8 @@ def check_url(base_url: str) -> None:
         raise ValueError(f"teacher.base_url must be a URL such as http://localhost:8000/v1, got {base_url!r:.60}.")
     if url.username is not None or url.query:
         raise ValueError(
-            "teacher.base_url holds a user name or a query, which may be a key, and settings are saved with the output. "
-            "Give the endpoint alone, and the key in the environment (teacher.api_key_env)."
+            "teacher.base_url holds a user name or a query, which may be a key, and settings are saved with the "
+            "output. Give the endpoint alone, and the key in the environment (teacher.api_key_env)."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which of a teacher's replies are right, and which of the right ones become triples."""
+"""Filters of a teacher's replies: which are right, and which right ones become triples."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import collections
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from cotgrpo.data.answers import answers_match, extract_answer, last_box
-from cotgrpo.data.triples import DataError, split_reply, squeeze
+from cotgrpo.data.answers import answers_match, extract_answer, grade, last_box
+from cotgrpo.data.questions import Question
+from cotgrpo.data.rows import split_reply, squeeze
+from cotgrpo.data.sources import DataError
 from cotgrpo.teachers.decontamination import TestQuestions, ngrams, words
 from cotgrpo.teachers.endpoint import TeacherReply
-from cotgrpo.teachers.questions import Question
 
-Check = Callable[[dict[str, Any], str, str], bool]
-"""`check(row, rationale, answer)`: whether a reply is right."""
+Check = Callable[[Mapping[str, Any], str, str], bool]
+"""`check(row, rationale, answer)` returns whether a reply is right."""
 
 REJECTED = (
     "wrong answer",
@@ -28,23 +29,25 @@ REJECTED = (
     "check failed",
     "no majority",
 )
-"""Every reason for which a reply is left out."""
+"""Every reason to reject a reply."""
 REFUSAL = re.compile(
-    "\\W*(?:(?:i['\u2019]?m|i am) (?:very |really )?(?:sorry|afraid|unable|not able)|sorry\\b|i (?:can['\u2019]?t|cannot|won['\u2019]?t) |as an ai\\b)",
+    "\\W*(?:(?:i['\u2019]?m|i am) (?:very |really )?(?:sorry|afraid|unable|not able)|sorry\\b|"
+    "i (?:can['\u2019]?t|cannot|won['\u2019]?t) |as an ai\\b)",
     re.IGNORECASE,
 )
-LONGEST_BARE_ANSWER = 200
-"""Characters of a reply behind a reasoning field that may be the answer as a whole."""
+MAX_BARE_ANSWER = 200
+"""Characters of a reply after a reasoning field that may be the answer as a whole."""
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a reply is worth.
+    """The judgement of a reply.
 
     Attributes:
         accepted: whether it may become a triple.
         reason: "correct" or "unverified", or one of `REJECTED`.
-        detail: of this reply.
+        detail: details of this reply.
     """
 
     accepted: bool
@@ -57,7 +60,7 @@ class Candidate:
     """A reply that may become a triple.
 
     Attributes:
-        number: of the candidate, from 0.
+        number: its number among the replies to a question, from 0.
         rationale, answer: its parts.
     """
 
@@ -67,10 +70,10 @@ class Candidate:
 
 
 class Judge:
-    """Judges replies one by one, each on its own: in whatever order they come, the verdicts are the same.
+    """Judges each reply on its own: the order of replies does not matter.
 
     Args:
-        check: decides instead of the row's right answer; None: the answers are compared, where the row has one.
+        check: decides instead of the row's right answer; None: answers are compared, if the row has one.
         test: questions that must not be learned from, or None.
     """
 
@@ -78,7 +81,7 @@ class Judge:
         self.check, self.test = check, test
 
     def __call__(self, question: Question, reply: TeacherReply) -> Verdict:
-        """The first that holds: truncated, refused, unparsable, contaminated, wrong; else it is accepted."""
+        """Return the first verdict that holds: truncated, refused, unparsable, contaminated, wrong, or accepted."""
         if reply.finish_reason == "length":
             return Verdict(False, "truncated")
         rationale, answer = parts_of(reply)
@@ -93,32 +96,32 @@ class Judge:
         return self.correctness(question, rationale, answer)
 
     def correctness(self, question: Question, rationale: str, answer: str) -> Verdict:
-        """Whether the answer is right, by the check or the row's own."""
+        """Return whether the answer is right, by the check or the row's right answer."""
         if self.check is not None:
             try:
                 right = self.check(question.row, rationale, answer)
-            except Exception as error:  # of somebody else's code, which bad replies may well trip
+            except Exception as error:  # of the user's code, which a bad reply may trip
                 return Verdict(False, "check failed", f"{type(error).__name__}: {error}"[:200])
             return Verdict(True, "correct") if right else Verdict(False, "wrong answer", repr(answer)[:80])
-        if question.gold is None:
+        if not question.gold:
             return Verdict(True, "unverified")
-        if answers_match(answer, question.gold):
-            return Verdict(True, "correct")
-        return Verdict(False, "wrong answer", f"{answer!r:.80}, expected {question.gold!r:.80}")
+        graded = grade(answer, question.gold)
+        return Verdict(True, "correct") if graded.correct else Verdict(False, "wrong answer", graded.why)
 
 
 def parts_of(reply: TeacherReply) -> tuple[str, str | None]:
-    r"""(rationale, answer) of a reply; the answer is None where there is none.
+    r"""Return rationale and answer of a reply; the answer is None if there is none.
 
-    A reasoning model's own field, or `<think>...</think>`, is the rationale, and the answer is looked for in the text behind it, which may be the answer
-    as a whole. Else the rationale is what precedes `####` in the last line, and where the answer stands in a box or in a sentence, the whole text.
+    The rationale is a reasoning field or `<think>...</think>`, if there is one. The answer is then extracted from the
+    text after it, or is that text as a whole. Otherwise the rationale is the text before `####` in the last line; of a
+    reply with its answer in a box or a sentence, it is the whole text.
     """
-    rationale, thought, said = reply.text.rpartition("</think>")
+    rationale, thought, text = reply.text.rpartition("</think>")
     if reply.reasoning or thought:
-        said = said.strip()
-        bare = said if said and "\n" not in said and len(said) <= LONGEST_BARE_ANSWER else None
+        text = text.strip()
+        bare = text if text and "\n" not in text and len(text) <= MAX_BARE_ANSWER else None
         rationale = reply.reasoning or rationale.replace("<think>", "")
-        return rationale.strip(), extract_answer(said) or bare
+        return rationale.strip(), extract_answer(text) or bare
     if last_box(reply.text) is None:
         marked = split_reply(reply.text)
         if marked is not None and marked[1]:
@@ -127,48 +130,45 @@ def parts_of(reply: TeacherReply) -> tuple[str, str | None]:
 
 
 def load_check(name: str) -> Check:
-    """The function that "package.module:function" names.
+    """Import the function "package.module:function".
 
     Raises:
-        DataError: there is no such module, or no such function in it.
+        DataError: the module or the function is missing, or it is not a function.
     """
     module, _, function = name.partition(":")
     try:
-        check = importlib.import_module(module)
+        found: object = importlib.import_module(module)
         for part in function.split("."):
-            check = getattr(check, part)
+            found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise DataError(
-            f"verify.check: {name} cannot be loaded ({error}). Expected a module that Python finds from here, and a function in it."
+            f"verify.check: {name} cannot be loaded ({error}). Expected a module that Python finds from here, and a "
+            "function in it."
         ) from error
-    if not callable(check):
-        raise DataError(f"verify.check: {name} is no function, but a {type(check).__name__}.")
-    return check
+    if not callable(found):
+        raise DataError(f"verify.check: {name} must be a function, got a {type(found).__name__}.")
+    return found
 
 
-def majority(answers: Sequence[str]) -> list[int]:
-    """Which answers are that of the majority: the largest group of answers that match, if it has two or more and no equal.
+def majority(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the largest group of candidates with matching answers, if it has two or more and no equal.
 
     Wang et al. 2022, "Self-consistency improves chain of thought reasoning in language models", arXiv:2203.11171.
-
-    Example:
-        >>> majority(["5", "7", "5.0"]), majority(["5", "7"])
-        ([0, 2], [])
     """
-    groups: list[list[int]] = []
-    for place, answer in enumerate(answers):
-        group = next((group for group in groups if answers_match(answer, answers[group[0]])), None)
+    groups: list[list[Candidate]] = []
+    for candidate in candidates:
+        group = next((group for group in groups if answers_match(candidate.answer, group[0].answer)), None)
         if group is None:
-            groups.append([place])
+            groups.append([candidate])
         else:
-            group.append(place)
+            group.append(candidate)
     groups.sort(key=len, reverse=True)
     is_majority = bool(groups) and len(groups[0]) > 1 and (len(groups) == 1 or len(groups[0]) > len(groups[1]))
     return groups[0] if is_majority else []
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates without those that say what an earlier one says, white space aside."""
+    """Return the candidates without those that repeat an earlier one, white space aside."""
     first: dict[str, Candidate] = {}
     for candidate in candidates:
         first.setdefault(squeeze(f"{candidate.rationale} {candidate.answer}"), candidate)
@@ -176,38 +176,44 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def shortest(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The `count` candidates of the fewest characters, the earlier of equals."""
+    """Return the `count` candidates with the fewest characters; the earlier one wins a tie."""
     return sorted(candidates, key=lambda candidate: (len(candidate.rationale), candidate.number))[:count]
 
 
 def most_diverse(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The shortest candidate, and then each time the one that is least like those chosen.
+    """Return the shortest candidate, then repeatedly the one least similar to those chosen, up to `count`.
 
-    Two are alike by the Jaccard index of their word trigrams, what both have over what either has, the most alike of those chosen counts, and the shorter of equals wins.
+    Similarity is the Jaccard index of word trigrams, |A and B| / |A or B|, to the most similar of those chosen. The
+    shorter candidate wins a tie.
     """
     left = shortest(candidates, len(candidates))
     grams = {c.number: trigrams(c.rationale) for c in left}
     chosen = left[:1]
     left = left[1:]
     while left and len(chosen) < count:
-        likeness = [max(jaccard(grams[c.number], grams[other.number]) for other in chosen) for c in left]
-        chosen.append(left.pop(likeness.index(min(likeness))))
+        similarity = [max(jaccard(grams[c.number], grams[other.number]) for other in chosen) for c in left]
+        chosen.append(left.pop(similarity.index(min(similarity))))
     return chosen
 
 
 def trigrams(text: str) -> set[tuple[str, ...]]:
-    """Runs of three words; of a shorter text, the whole."""
+    """Return the runs of three words; a shorter text is one run."""
     tokens = words(text)
     return set(ngrams(tokens, 3)) or {tuple(tokens)}
 
 
-def jaccard(left: set[Any], right: set[Any]) -> float:
-    """The share of what both have in what either has; neither is empty."""
+def jaccard(left: set[T], right: set[T]) -> float:
+    """Return the Jaccard index of two sets that are not empty."""
     return len(left & right) / len(left | right)
 
 
 def commonest(reasons: Sequence[tuple[str, str]], count: int = 10) -> list[str]:
-    """The `count` commonest (reason, detail) pairs by reason, each as one line with its number and an example."""
+    """Return a line for each of the `count` commonest reasons, with its number and an example.
+
+    Args:
+        reasons: (reason, detail) pairs.
+        count: most lines.
+    """
     examples: dict[str, str] = {}
     for reason, detail in reasons:
         examples[reason] = examples.get(reason) or detail

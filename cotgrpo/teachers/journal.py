@@ -1,7 +1,7 @@
-"""What was asked and what came back, one JSON object a line, on the disk before anything else happens.
+"""The journal of requests and outcomes: one JSON object a line, synced to disk before anything else happens.
 
-A record that `append` has returned from survives a kill and a power cut. A line that was half written then is cut off when the journal is
-opened again, and its request is asked again. One process at a time may hold a journal.
+A record survives a kill and a power cut once `append` has returned. A half-written line is cut off when the journal is
+opened again, and its request is sent again. One process at a time may hold a journal.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-from cotgrpo.data.triples import DataError
+from cotgrpo.data.sources import DataError
 from cotgrpo.teachers.endpoint import Failure, Outcome, TeacherReply
 
 Key = tuple[str, int]
-"""(hash of the prompt, number of the candidate): what a reply answers."""
+"""(hash of the prompt, number of the candidate)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Record:
 
     Attributes:
         prompt_hash: SHA-256 of the messages.
-        candidate: from 0.
-        question_id: of the row.
-        question: its text.
+        candidate: number of the candidate, from 0.
+        question_id: the row's id.
+        question: the question's text.
         outcome: reply or failure.
         accepted: whether the reply may become a triple.
-        reason: why, or why not; of a failure, what failed.
-        detail: of this one.
+        reason: the reason of the verdict or failure, in a few words.
+        detail: details of this one.
     """
 
     prompt_hash: str
@@ -48,7 +48,7 @@ class Record:
         return self.prompt_hash, self.candidate
 
     def to_json(self) -> str:
-        """One line, without its end."""
+        """Return the record as one line, without its end."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         kind = "reply" if isinstance(self.outcome, TeacherReply) else "failure"
         del fields["outcome"]
@@ -56,21 +56,21 @@ class Record:
 
     @classmethod
     def from_json(cls, line: bytes) -> Record:
-        """What `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
+        """Parse a line of `to_json`. Raises ValueError, TypeError or KeyError for any other."""
         fields = json.loads(line)
         reply, failure = fields.pop("reply", None), fields.pop("failure", None)
         return cls(outcome=TeacherReply(**reply) if failure is None else Failure(**failure), **fields)
 
 
 class Journal:
-    """An append-only file of records, and what it holds so far.
+    """An append-only file of records.
 
     Attributes:
         records: the newest record of each request.
         repaired: whether a half-written last line was cut off.
 
     Raises:
-        DataError: another process holds it, or a line other than the last is no record.
+        DataError: another process holds it, or a line before the last is not a record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class Journal:
 
         self.path = path
         is_new = not path.exists()
-        # Read, and append from wherever the end is after repair.
+        # For reading, and for appending at the end, wherever that is after a repair.
         self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open until `close`
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +95,7 @@ class Journal:
             sync_folder(path.parent)
 
     def read(self) -> list[Record]:
-        """All records; cuts off what a killed process left of the last one."""
+        """Read all records, and cut off a last one that a killed process left unfinished."""
         self.file.seek(0)
         records, whole = [], 0
         lines = self.file.read().splitlines(keepends=True)
@@ -107,8 +107,8 @@ class Journal:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 if number < len(lines):
                     raise DataError(
-                        f"{self.path}:{number}: no record ({type(error).__name__}: {error}). The file was changed by hand: mend or "
-                        "remove the line."
+                        f"{self.path}:{number}: not a record ({type(error).__name__}: {error}). The file was changed "
+                        "by hand: fix or remove the line."
                     ) from None
                 self.repaired = True
                 self.file.truncate(whole)
@@ -118,7 +118,7 @@ class Journal:
         return records
 
     def append(self, record: Record) -> None:
-        """Writes a record; it is on the disk when this returns."""
+        """Write a record; it is on the disk when this returns."""
         line = memoryview(record.to_json().encode("utf-8") + b"\n")
         while line:
             line = line[self.file.write(line) :]
@@ -131,12 +131,14 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk too."""
+    """Sync a folder, so that a new file's name is on the disk too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

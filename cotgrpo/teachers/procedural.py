@@ -1,8 +1,9 @@
-"""A teacher made of arithmetic: column sums and short word problems, each with an exact rationale and answer, without end.
+"""A procedural teacher: an endless stream of column sums and short word problems with exact rationales and answers.
 
-The rationale works digit by digit, one small sum a line, so that every line follows from the lines before it. `47+85`, then minus 19:
+The rationale works digit by digit, one small sum a line, so every line follows from the lines before it. For example,
+`47+85`, then minus 19:
 
-    47+85          the sum to work out
+    47+85          the sum to compute
     7+5=12         ones; the 1 is carried
     4+8+1=13       tens, and the carry
     =132           read off from the last line up
@@ -12,8 +13,8 @@ The rationale works digit by digit, one small sum a line, so that every line fol
     1-0=1
     =113
 
-A product by one digit carries the same way (`3*14`: `3*4=12`, `3*1+1=4`, `=42`). A division by one digit writes each step as the dividend, its
-multiple and the rest (`84/6`: `8=6*1+2`, `24=6*4+0`, `=14`).
+A product by one digit carries the same way (`3*14`: `3*4=12`, `3*1+1=4`, `=42`). A division by one digit writes each
+step as the dividend, its multiple and the remainder (`84/6`: `8=6*1+2`, `24=6*4+0`, `=14`).
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ GAINS = ("finds", "buys", "gets")
 LOSSES = ("sells", "loses", "gives")
 
 DRAWS_WITHOUT_NEWS = 10_000
-"""Draws in a row that may all be repetitions before `draw` gives up."""
+"""Consecutive repetitions before `draw` gives up."""
 DRAWS_WITHOUT_SUM = 100_000
-"""Draws in a row that may all fall into the other part before the stream gives up: a hundred times what the smallest fraction needs."""
+"""Consecutive draws from the other part before the stream gives up: a hundred times the smallest fraction's need."""
 SMALLEST_FRACTION = 1e-3
 MOST_DIGITS = 15
-"""What `random()` can tell apart: a float has 53 bits."""
+"""The resolution of `random()`: a float has 53 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """`left symbol right`, whole numbers of zero or more; `symbol` is one of `+ - * /`, and `*` and `/` take one digit.
+    """`left symbol right`, with whole numbers of zero or more.
 
-    `*` has its digit on the left, `/` on the right.
+    `symbol` is one of `+ - * /`. `*` has one digit on the left, and `/` one digit on the right.
     """
 
     left: int
@@ -63,7 +64,7 @@ class Operation:
         return apply(self.left, self.right)
 
     def lines(self) -> list[str]:
-        """The operation, its steps digit by digit, and its result."""
+        """Return the operation, its steps digit by digit, and its result."""
         steps = {"+": addition, "-": subtraction, "*": product, "/": division}[self.symbol]
         return [str(self), *steps(self.left, self.right), f"={self.result}"]
 
@@ -90,44 +91,50 @@ class Problem:
 
 
 class Draws:
-    """Random choices that are the same on every platform and Python: of `random.Random`, only `random()` is promised to be."""
+    """Random choices that are the same on every platform and Python version.
+
+    `random.Random` guarantees that for `random()` alone.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed).random
 
     def between(self, low: int, high: int) -> int:
-        """A whole number in [low, high]."""
+        """Draw a whole number in [low, high]."""
         return low + int(self.random() * (high - low + 1))
 
     def of_digits(self, digits: int) -> int:
-        """A whole number of exactly so many digits."""
+        """Draw a whole number of exactly this many digits."""
         return self.between(10 ** (digits - 1), 10**digits - 1)
 
     def choice(self, options: tuple[str, ...]) -> str:
         return options[self.between(0, len(options) - 1)]
 
     def two(self, options: tuple[str, ...]) -> tuple[str, str]:
-        """Two different options."""
+        """Draw two different options."""
         first = self.between(0, len(options) - 1)
         second = (first + self.between(1, len(options) - 1)) % len(options)
         return options[first], options[second]
 
 
 def column_addition(draws: Draws, digits: int, steps: int) -> Problem:
-    """`What is 47+85+36?`"""
+    """Make a sum: `What is 47+85+36?`."""
     terms = [draws.of_digits(digits) for _ in range(steps + 1)]
     return Problem(f"What is {'+'.join(map(str, terms))}?", chain(terms[0], [("+", term) for term in terms[1:]]))
 
 
 def column_subtraction(draws: Draws, digits: int, steps: int) -> Problem:
-    """`What is 132-19-45?`, never below zero."""
+    """Make a difference that is never below zero: `What is 132-19-45?`."""
     terms = [draws.of_digits(digits) for _ in range(steps)]
     start = sum(terms) + draws.between(0, 10**digits - 1)
     return Problem(f"What is {start}-{'-'.join(map(str, terms))}?", chain(start, [("-", term) for term in terms]))
 
 
 def gains_and_losses(draws: Draws, digits: int, steps: int) -> Problem:
-    """`Ana has 47 figs. Ana finds 85 figs. Ana sells 19 figs. How many figs has Ana now?`"""
+    """Make a chain of gains and losses.
+
+    `Ana has 47 figs. Ana finds 85 figs. Ana sells 19 figs. How many figs has Ana now?`
+    """
     name, thing = draws.choice(NAMES), draws.choice(THINGS)
     total = start = draws.of_digits(digits)
     changes: list[tuple[str, int]] = []
@@ -142,7 +149,7 @@ def gains_and_losses(draws: Draws, digits: int, steps: int) -> Problem:
 
 
 def change_from_purchase(draws: Draws, digits: int, steps: int) -> Problem:
-    """`Ana buys 3 pens at 14 coins each and pays 60 coins. How many coins are left?`"""
+    """Make a purchase: `Ana buys 3 pens at 14 coins each and pays 60 coins. How many coins are left?`."""
     name, thing = draws.choice(NAMES), draws.choice(THINGS)
     count, price = draws.between(2, 9), draws.of_digits(digits)
     cost = Operation(count, "*", price)
@@ -152,7 +159,7 @@ def change_from_purchase(draws: Draws, digits: int, steps: int) -> Problem:
 
 
 def comparison(draws: Draws, digits: int, steps: int) -> Problem:
-    """`Ana has 23 figs. Tom has 18 figs more than Ana. How many figs do both have?`"""
+    """Make a comparison: `Ana has 23 figs. Tom has 18 figs more than Ana. How many figs do both have?`."""
     (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
     first, difference = draws.of_digits(digits), draws.of_digits(digits)
     fewer = draws.between(0, 1) == 1 and difference < first
@@ -165,7 +172,10 @@ def comparison(draws: Draws, digits: int, steps: int) -> Problem:
 
 
 def equal_shares(draws: Draws, digits: int, steps: int) -> Problem:
-    """`Ana has 38 figs and Tom has 46 figs. They fill 4 equal boxes. How many figs are in a box?`"""
+    """Make equal shares.
+
+    `Ana has 38 figs and Tom has 46 figs. They fill 4 equal boxes. How many figs are in a box?`
+    """
     (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
     first, second, boxes = draws.of_digits(digits), draws.of_digits(digits), draws.between(2, 9)
     second -= (first + second) % boxes
@@ -189,7 +199,7 @@ KINDS: dict[str, Callable[[Draws, int, int], Problem]] = {
 
 
 def chain(start: int, changes: list[tuple[str, int]]) -> tuple[Operation, ...]:
-    """Operations where each takes the result of the one before on its left."""
+    """Chain operations: each has the result of the one before on its left."""
     operations: list[Operation] = []
     for symbol, amount in changes:
         operations.append(Operation(operations[-1].result if operations else start, symbol, amount))
@@ -197,7 +207,7 @@ def chain(start: int, changes: list[tuple[str, int]]) -> tuple[Operation, ...]:
 
 
 def columns(left: int, right: int) -> Iterator[tuple[int, int]]:
-    """The digits of two numbers side by side, ones first; 0 where one number is shorter."""
+    """Yield the digits of two numbers in pairs, ones first, with zeros in front of the shorter one."""
     return itertools.zip_longest(map(int, reversed(str(left))), map(int, reversed(str(right))), fillvalue=0)
 
 
@@ -242,21 +252,24 @@ def division(number: int, digit: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class ProceduralTeacher:
-    """An endless stream of triples. Iterating anew starts anew: the same arguments give the same triples, everywhere.
+    """An endless stream of triples; the same arguments give the same triples everywhere, from the start each time.
 
-    The sums themselves are divided between training and held-out by a hash, whatever the seed: no sum of a `held_out` teacher ever comes from
-    one that is not, neither as the same question nor under other names.
+    A hash of the sums divides them between the training and the held-out part, for every seed. A sum of the held-out
+    part never comes in the training part, not even in another story.
 
     Attributes:
-        seed: at least 0.
-        kinds: which of `KINDS` to ask, in equal parts at random; None: all.
-        digits: of the numbers that are drawn, 1 to 15.
-        steps: operations of `column_addition`, `column_subtraction` and `gains_and_losses`, at least 1; the others have two.
+        seed: random seed, at least 0.
+        kinds: which of `KINDS` to draw, with equal probability; None: all.
+        digits: digits of the drawn numbers, 1 to 15.
+        steps: operations of `column_addition`, `column_subtraction` and `gains_and_losses`, at least 1. The other kinds
+            have two.
         held_out: True gives the held-out part.
-        held_out_fraction: of all sums, in [0.001, 0.999]. The same for both parts, or they overlap.
+        held_out_fraction: share of the held-out sums, in [0.001, 0.999]. Both parts need the same
+            value, or they overlap.
 
     Raises:
-        ValueError: an argument outside its range, or an unknown kind; while iterating, a part that has no sum (of one digit there are few).
+        ValueError: an argument outside its range, or an unknown kind; while iterating, a part without any sum (numbers
+            of one digit have few).
 
     Example:
         >>> teacher = ProceduralTeacher(seed=3, kinds=("column_addition",), steps=1)
@@ -297,16 +310,17 @@ class ProceduralTeacher:
             if misses > DRAWS_WITHOUT_SUM:
                 raise ValueError(
                     f"No sum fell into the {'held-out' if self.held_out else 'training'} part (held_out_fraction "
-                    f"{self.held_out_fraction}): raise digits ({self.digits}) or steps ({self.steps}), or move the fraction."
+                    f"{self.held_out_fraction}): raise digits ({self.digits}) or steps ({self.steps}), or change the "
+                    "fraction."
                 )
             if not misses:
                 yield Triple(problem.question, problem.rationale, problem.answer, id=f"{kind}-{self.seed}-{index}")
 
     def draw(self, count: int) -> list[Triple]:
-        """The first `count` triples of the stream whose questions all differ.
+        """Return the first `count` triples of the stream with different questions.
 
         Raises:
-            ValueError: the stream has fewer, or so few more that they no longer turn up.
+            ValueError: the stream has fewer, or the rest is too rare to turn up.
         """
         found: dict[str, Triple] = {}
         repeated = 0
@@ -317,13 +331,13 @@ class ProceduralTeacher:
             found.setdefault(triple.question, triple)
             if repeated > DRAWS_WITHOUT_NEWS:
                 raise ValueError(
-                    f"Only {len(found)} different questions were found, {count} are wanted: raise digits ({self.digits}) or steps "
-                    f"({self.steps}), or allow more kinds ({self.kinds})."
+                    f"Only {len(found)} different questions were found, {count} are wanted: raise digits "
+                    f"({self.digits}) or steps ({self.steps}), or allow more kinds ({self.kinds})."
                 )
         return list(found.values())
 
 
 def is_held_out(problem: Problem, fraction: float) -> bool:
-    """Whether a problem's sums fall into the held-out part: decided by their text alone, through SHA-256."""
+    """Return whether a problem's sums are held out: the SHA-256 hash of their text decides."""
     digest = hashlib.sha256(problem.arithmetic.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -168,7 +168,7 @@ def test_an_empty_thought_stays_in_the_prompt() -> None:
     assert shown(chat(THINKING)) == (before, PLAIN + "<|im_end|>")
     in_prompts_alone = THINKING.replace("m.role == 'assistant' and loop.last", "thought")
     made = chat(in_prompts_alone)
-    whole = made.tokenizer.apply_chat_template([*made.asked("q"), made.answered(TRIPLE, False)], tokenize=False)
+    whole = made.tokenizer.apply_chat_template(made.messages(TRIPLE, as_field=False), tokenize=False)
     assert "<think>" not in whole
     assert shown(made) == (before, PLAIN + "<|im_end|>")
 
@@ -179,18 +179,18 @@ def test_prompts_that_open_a_thought() -> None:
     assert before.endswith("assistant\n<think>\n") and reply == THOUGHT.removeprefix("<think>\n") + "<|im_end|>"
     with pytest.raises(
         DataError,
-        match=r"the prompt is no prefix of the whole.*the prompt goes on with '<think>.*Try data.reasoning: think",
+        match=r"the prompt is not a prefix of the whole.*the prompt continues with '<think>.*Try data.reasoning: think",
     ):
         chat(opening)
     closing = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'")
-    with pytest.raises(DataError, match=r"prompt is no prefix of the whole.*Try data.reasoning: plain"):
+    with pytest.raises(DataError, match=r"prompt is not a prefix of the whole.*Try data.reasoning: plain"):
         chat(closing, "think")
 
 
 def test_prompts_that_are_another_chat() -> None:
     other = "{% if add_generation_prompt %}Hello. {% endif %}" + CHATML
     with pytest.raises(
-        DataError, match=r"the prompt is no prefix of the whole.*after '' the prompt goes on with 'Hello"
+        DataError, match=r"the prompt is not a prefix of the whole.*after '' the prompt continues with 'Hello"
     ):
         chat(other)
 
@@ -239,7 +239,7 @@ def test_bos_is_never_doubled() -> None:
 
 
 def test_no_template() -> None:
-    with pytest.raises(DataError, match=r"has no chat template: .*chat_template.jinja beside.*data.format: plain"):
+    with pytest.raises(DataError, match=r"has no chat template: .*chat_template.jinja next to.*data.format: plain"):
         ChatTemplate(BYTES)
     several = tokenizer(None)
     several.chat_template = {"default": CHATML, "tool_use": "{{ raise_exception('no') }}"}
@@ -275,9 +275,9 @@ def test_turns_that_never_end() -> None:
             DataError, match=r"ends an assistant's turn with .* a reply could never end. Write the eos token"
         ):
             chat(template)
-    with pytest.raises(DataError, match=r"with '<\|nobody_knows\|>.n', where the first thing must be a special token"):
+    with pytest.raises(DataError, match=r"with '<\|nobody_knows\|>.n', expected a special token"):
         chat(CHATML.replace("<|im_end|>", "<|nobody_knows|>"))
-    with pytest.raises(DataError, match=r"with ' Over.<\|im_end\|>.n', where the first thing"):
+    with pytest.raises(DataError, match=r"with ' Over.<\|im_end\|>.n', expected a special token"):
         chat(CHATML.replace("<|im_end|>", " Over.<|im_end|>"))
 
 
@@ -298,7 +298,7 @@ def test_a_stop_token_inside_the_reply() -> None:
 
 def test_what_stands_behind_the_end_of_turn_is_left_out() -> None:
     made = chat(CHATML)
-    whole = made.tokenizer.apply_chat_template([*made.asked("q"), made.answered(TRIPLE, False)], tokenize=False)
+    whole = made.tokenizer.apply_chat_template(made.messages(TRIPLE, as_field=False), tokenize=False)
     assert whole.endswith("<|im_end|>\n") and made.encode(TRIPLE).tokens[-1] == made.eos_id
 
 
@@ -369,7 +369,7 @@ def test_texts_that_hold_the_mark_of_the_answer() -> None:
         with pytest.raises(DataError, match=r"f:3: rationale and answer cannot be told apart.*must be one line"):
             plain.encode(marked)
     with pytest.raises(
-        DataError, match=r"f:3: rationale and answer cannot be told apart.*what marks the answer \('####'\)"
+        DataError, match=r"f:3: rationale and answer cannot be told apart.*the mark of the answer \('####'\)"
     ):
         plain.encode(Triple("q", "r", "a\n\n#### b", source="f:3"))
     for rationale in ("a</think>b", "<think>"):
@@ -585,7 +585,7 @@ def test_any_text_is_an_error_or_comes_back(question: str, rationale: str, answe
     assert encoded.supervised.tolist() == [False] * len(prompt) + [True] * (len(encoded.tokens) - len(prompt))
     supervised = encoded.tokens[encoded.supervised]
     said = made.tokenizer.decode(supervised)
-    answered = made.phrase.replace("{answer}", answer.strip())
+    answered = made.reply_format.write_answer(answer)
     between = "\n</think>\n\n" if made.reasoning == "think" else "\n\n"
     opened = "<think>\n" if made.reasoning == "think" else ""
     assert (
@@ -634,7 +634,7 @@ def test_generation_configs(tmp_path: Path) -> None:
     assert generation_stop_ids(tmp_path) == (2, 5)
     for broken in ("{", "[1]", '{"eos_token_id": "<eos>"}'):
         (tmp_path / "generation_config.json").write_text(broken, encoding="utf-8")
-        with pytest.raises(DataError, match=r"generation_config.json cannot be read .* Mend or remove it"):
+        with pytest.raises(DataError, match=r"generation_config.json cannot be read .* Fix or remove it"):
             generation_stop_ids(tmp_path)
 
 

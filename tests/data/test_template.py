@@ -96,7 +96,7 @@ def test_a_separator_that_merges_with_this_text_alone() -> None:
     """The probes of the template cannot know every merge: here `|!` is one token."""
     template = Template(train_tokenizer(["a|!"] * 50, vocab_size=300), "|")
     assert template.encode(Triple("q", "r!", "a")).tokens.size == 7
-    with pytest.raises(DataError, match=r"f:1: the tokenizer merges the separator '\|'.*prompt is no prefix"):
+    with pytest.raises(DataError, match=r"f:1: the tokenizer merges the separator '\|'.*prompt is not a prefix"):
         template.encode(Triple("q", "!r", "a", source="f:1"))
 
 

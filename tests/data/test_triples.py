@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cotgrpo.data.sources import hub_rows
-from cotgrpo.data.triples import DataError, DropReport, Triple, read_triples, triple_of, write_triples
+from cotgrpo.data.rows import DropReport, parse_row
+from cotgrpo.data.sources import DataError, hub_rows
+from cotgrpo.data.triples import Triple, read_triples, triple_of, write_triples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
@@ -219,12 +220,12 @@ def test_hub_data_sets_through_a_local_folder(tmp_path: Path, suffix: str) -> No
         rows.to_json(tmp_path / f"{split}.jsonl") if suffix == "jsonl" else rows.to_parquet(
             tmp_path / f"{split}.parquet"
         )
-    found = [triple_of(row, place) for place, row in hub_rows(str(tmp_path), "test")]
+    found = [triple_of(parse_row(row, place)) for place, row in hub_rows(str(tmp_path), "test")]
     assert found == [Triple("5", "r5", "5", source=f"{tmp_path}:1")]
     assert [row["question"] for _, row in hub_rows(str(tmp_path), "train")] == ["3", "4"]
-    with pytest.raises(DataError, match=r"is no file, and as a data set cannot be loaded .*Check the name"):
+    with pytest.raises(DataError, match=r"is not a file, and as a data set cannot be loaded .*Check the name"):
         list(hub_rows(str(tmp_path), "validation"))
-    with pytest.raises(DataError, match="is no file, and as a data set cannot be loaded"):
+    with pytest.raises(DataError, match="is not a file, and as a data set cannot be loaded"):
         list(hub_rows(str(tmp_path / "none"), "train"))
 
 

@@ -27,7 +27,8 @@ from cotgrpo.config.generate import GenerateConfig
 from cotgrpo.config.settings import ConfigError
 from cotgrpo.data.chat import ChatTemplate
 from cotgrpo.data.tokenizer import load_tokenizer
-from cotgrpo.data.triples import DataError, read_triples
+from cotgrpo.data.sources import DataError
+from cotgrpo.data.triples import read_triples
 from cotgrpo.generation.generate import make_teacher, run_generate
 from cotgrpo.teachers.endpoint import (
     EndpointSettings,
@@ -413,7 +414,7 @@ def test_the_journal(tmp_path: Path) -> None:
     with Journal(path) as journal:
         assert journal.repaired and len(journal.records) == 2
     path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(DataError, match=r"replies.jsonl:1: no record"):
+    with pytest.raises(DataError, match=r"replies.jsonl:1: not a record"):
         Journal(path)
 
 

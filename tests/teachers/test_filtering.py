@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from cotgrpo.cli import GOLD_HELP, main
-from cotgrpo.data.triples import DataError, read_triples
+from cotgrpo.data.questions import Question
+from cotgrpo.data.sources import DataError
+from cotgrpo.data.triples import read_triples
 from cotgrpo.teachers.decontamination import TestQuestions
 from cotgrpo.teachers.endpoint import AttemptFailed, TeacherReply, parse_reply
 from cotgrpo.teachers.filtering import (
@@ -24,9 +26,8 @@ from cotgrpo.teachers.filtering import (
     parts_of,
     shortest,
 )
-from cotgrpo.teachers.questions import Question, read_questions
 
-QUESTION = Question("q", "What is 3 + 4?", "7", {"gold": "7", "level": 2}, "rows:1")
+QUESTION = Question("What is 3 + 4?", "7", source="rows:1", id="q", row={"gold": "7", "level": 2})
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_verdicts(reply: TeacherReply, reason: str) -> None:
 
 def test_checks_and_questions_without_gold() -> None:
     judge = Judge()
-    other = Question("other", QUESTION.text, None, {}, "rows:2")
+    other = Question(QUESTION.question, "")
     assert judge(other, TeacherReply("Add: 7")).reason == "unverified"
     judge = Judge(lambda row, rationale, answer: len(rationale) > 1 / (row["level"] - 2 + len(answer) - 1))
     assert judge(QUESTION, TeacherReply("Sum: 70")).reason == "correct"
@@ -85,7 +86,7 @@ def test_load_check() -> None:
     for name, message in (
         ("no_such_module:f", "no_such_module"),
         ("json:no", "no attribute"),
-        ("json:__doc__", "is no function"),
+        ("json:__doc__", "must be a function"),
     ):
         with pytest.raises(DataError, match=message):
             load_check(name)
@@ -97,9 +98,15 @@ def test_distinct() -> None:
 
 
 def test_majority() -> None:
-    assert majority(["5", "7", "5.0", "6"]) == [0, 2]
-    assert majority([]) == majority(["5"]) == majority(["5", "5", "7", "7.0"]) == []
-    assert majority(["1", "1", "1"]) == [0, 1, 2]
+    for answers, chosen in (
+        (["5", "7", "5.0", "6"], [0, 2]),
+        ([], []),
+        (["5"], []),
+        (["5", "5", "7", "7.0"], []),
+        (["1", "1", "1"], [0, 1, 2]),
+    ):
+        candidates = [Candidate(number, "so", answer) for number, answer in enumerate(answers)]
+        assert [c.number for c in majority(candidates)] == chosen
 
 
 def test_shortest_and_most_diverse() -> None:
@@ -128,35 +135,6 @@ def test_commonest() -> None:
 def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def test_questions(tmp_path: Path) -> None:
-    path = write_rows(
-        tmp_path / "q.jsonl",
-        {"id": 5, "question": " What? ", "gold": "1", "answer": "2"},
-        {"problem": "And?", "answer": "Add.\n#### 42", "split": "train"},
-        {"prompt": "Or?", "answer": 3.5},
-        {"question": "what is\nit"},
-        {"question": "What?", "gold": "again"},
-        {"question": "Not here", "split": "test"},
-    )
-    questions, report = read_questions(path, split="train")
-    assert [(q.id, q.text, q.gold) for q in questions] == [
-        ("5", "What?", "1"),
-        ("1", "And?", "42"),
-        ("2", "Or?", "3.5"),
-        ("3", "what is\nit", None),
-    ]
-    assert report.dropped == {"duplicate": 1, "other split": 1} and questions[0].row["answer"] == "2"
-    for rows, message in (
-        ([{"q": "x"}], "q.jsonl:1: expected a question"),
-        ([{"question": "a", "id": 1}, {"question": "b", "id": "1"}], "q.jsonl:2: the id '1' is that of"),
-        ([{"question": "a", "gold": [1]}], "right answer must be text or a number, got list"),
-        ([], "No question in"),
-    ):
-        write_rows(path, *rows)
-        with pytest.raises(DataError, match=message):
-            read_questions(path)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from cotgrpo.config.settings import Config, DataConfig, EvalConfig
 from cotgrpo.data.questions import Question, make_held_out, read_questions
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
-from cotgrpo.data.triples import DataError, Triple, read_triples
-from cotgrpo.training.inputs import read_rows
+from cotgrpo.data.sources import DataError
+from cotgrpo.data.triples import Triple, read_triples
+from cotgrpo.training.inputs import read_train_and_test
 
 SVAMP = Path(__file__).parents[3] / "shared" / "data" / "svamp_palm540b.jsonl"
 ROWS: list[tuple[dict[str, Any], str, bool]] = [
@@ -142,13 +143,13 @@ def test_held_out_of_the_training_file(tmp_path: Path) -> None:
         data=DataConfig(train=str(jsonl(tmp_path / "rows.jsonl", *rows, no_right_answer)), test_rows=20),
         eval=EvalConfig(rows=30),
     )
-    train, test, reports = read_rows(config)
+    train, test, reports = read_train_and_test(config)
     wrong = [question for question in test if question.reference is None]
     assert len(test) == 20 and 0 < len(wrong) < 20 and all(question.gold == "1" for question in test)
     assert len(train) == 20 - (20 - len(wrong)) and not {t.question for t in train} & {q.question for q in test}
     report = reports["training rows"]
     assert report.dropped == {"wrong answer": 21, "held out for testing": 20 - len(wrong)} and report.kept == len(train)
-    rows_and_mistakes, _, _ = read_rows(
+    rows_and_mistakes, _, _ = read_train_and_test(
         dataclasses.replace(config, data=dataclasses.replace(config.data, keep_incorrect=True))
     )
     assert len(rows_and_mistakes) == 21 and not {t.question for t in rows_and_mistakes} & {q.question for q in test}
