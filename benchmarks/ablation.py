@@ -1,14 +1,16 @@
-"""What the choice of objective and of contexts is worth: every arm from the same SFT checkpoint, on made-up sums, over seeds and learning rates.
+"""Compare objectives and contexts on made-up sums: every arm starts from the same SFT checkpoint.
 
-    python benchmarks/ablation.py --size saturated --json benchmarks/results/cpu/ablation_saturated.jsonl      # --arms, --learning_rates, --steps: less of it
+    python benchmarks/ablation.py --size saturated --json benchmarks/results/cpu/ablation_saturated.jsonl
 
-GRPO here is GhostRespond Policy Optimization, not Group Relative. A teacher of the student's own shape is trained on many problems, a student on few
-(SFT), and then each arm trains that student on for `--steps` updates: teacher-forced (the contexts are the text of the training rows) or on-policy
-(the contexts are the student's own replies to the same questions, or to new ones, and the teacher says the ghost token at each prefix). An update sees the same number of
-replies in all arms, about. Held-out sums occur in nobody's training. Each arm's learning rate is the one that does best on some held-out
-questions, mean over seeds; what is reported is the accuracy on others.
+`--arms`, `--learning_rates` and `--steps` run less of it. GRPO here is GhostRespond Policy Optimization, not Group
+Relative. A teacher of the student's own shape is trained on many problems, and a student on few (SFT). Each arm then
+trains that student for `--steps` updates. Teacher-forced contexts are the text of the training rows. On-policy contexts
+are the student's own replies to the same questions or to new ones, and the teacher supplies the ghost token at each
+prefix. An update sees about the same number of replies in all arms. Training never sees the held-out sums.
 
-Every finished run is a line of the output file, and a run that is there is not repeated: stop the script whenever you like.
+Each arm's learning rate is the best on some held-out questions, by the mean over seeds. The table reports the accuracy
+on others. Every finished run is a line of the output file. The script skips finished runs, so it can be stopped at any
+time.
 """
 
 from __future__ import annotations
@@ -60,20 +62,21 @@ from cotgrpo.teachers.procedural import ProceduralTeacher
 
 SEQ_LEN, PROMPT_COLUMNS = QUICKSTART.data.seq_len, 32
 GROUP = 4
-"""Replies to a question, where they are held against each other."""
+"""Number of replies to a question that are compared with each other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to train on.
+    """One way to train the student further.
 
     Attributes:
-        objective: of one token.
-        contexts: "teacher_forced", "on_policy", or "half" of each; "self_reply", the text of the student's own right replies; or "group_relative",
-            the student's own replies, judged and held against each other.
-        new_questions: on-policy replies answer questions that the student has no text for; teacher-forced rows are the teacher's text for them, which SFT
-            does not have: the control that tells new questions from own contexts. Of "half" the text is that of the training rows.
-        corrupted: the share of ghost replies with a wrong digit.
+        objective: objective of one token.
+        contexts: "teacher_forced", "on_policy", or "half" of each; "self_reply", the text of the student's own right
+            replies; or "group_relative", the student's own replies, graded and compared with each other.
+        new_questions: whether on-policy replies answer questions that the student has no text for. Teacher-forced rows
+            are then the teacher's text for these, which SFT did not have: the control that separates new questions from
+            own contexts. The text of "half" is always that of the training rows.
+        corrupted: share of ghost replies with a wrong digit.
     """
 
     objective: Any
@@ -90,7 +93,7 @@ OBJECTIVES = {
     "reward gradient": RewardGradient(),
     "reinforce": Reinforce(),
 }
-"""Those that any ghost can serve; `ForwardKl` wants a live one."""
+"""Objectives that any ghost can serve; `ForwardKl` needs a live one."""
 ARMS = {
     f"{name}, {contexts}{', new questions' if new else ''}{', 10 % corrupted' if corrupted else ''}": Arm(
         objective, contexts, new, corrupted
@@ -124,19 +127,19 @@ class Sizes:
     """How large the task is, and how long everything runs.
 
     Attributes:
-        kinds: of problems (`cotgrpo.teachers.procedural.KINDS`), or None for all.
-        digits: of their numbers.
-        student: the shape of student and teacher.
-        rows: the student's training problems.
-        new_questions: problems beside them, for the arms that ask new ones.
+        kinds: kinds of problems (`cotgrpo.teachers.procedural.KINDS`), or None for all.
+        digits: digits of their numbers.
+        student: shape of student and teacher.
+        rows: number of the student's training problems.
+        new_questions: number of further problems, for the arms that ask new ones.
         sft_steps: updates of the SFT that every arm starts from.
-        teacher_rows: the teacher's training problems.
-        teacher_steps: its updates.
+        teacher_rows: number of the teacher's training problems.
+        teacher_steps: updates of the teacher.
         steps: updates of an arm.
-        packed_rows: of a teacher-forced batch.
-        replies: of an on-policy batch, about as many as there are in the packed rows.
+        packed_rows: rows of a teacher-forced batch.
+        replies: replies of an on-policy batch, about as many as the packed rows hold.
         new_tokens: replies are cut off here.
-        held_out: questions to choose the learning rate by, and others to report.
+        held_out: numbers of questions to choose the learning rate by, and to report.
     """
 
     kinds: tuple[str, ...] | None = None
@@ -170,7 +173,10 @@ SHORT = Sizes(
 )
 """One kind of problem and a student of 0.2 M parameters: what two slow cores can do in an hour."""
 SATURATED = dataclasses.replace(SHORT, rows=250, sft_steps=2_000, steps=300, replies=12, held_out=(500, 2_000))
-"""The quick start's task: few rows, and SFT until they have nothing left to say; the student's own replies to their questions are their text, word for word."""
+"""The quick start's task: few rows, and SFT until they are learned.
+
+The student's own replies to their questions are then the rows' text, word for word.
+"""
 TINY = dataclasses.replace(
     SHORT,
     rows=60,
@@ -189,7 +195,7 @@ SIZES = {"full": FULL, "short": SHORT, "saturated": SATURATED, "tiny": TINY}
 
 @dataclasses.dataclass
 class Ablation:
-    """The task with its teacher; trains students and measures them."""
+    """The task with its teacher. It trains students and measures them."""
 
     sizes: Sizes
     work: Path
@@ -228,14 +234,17 @@ class Ablation:
         }
 
     def forced(self, triples: Sequence[Triple], seed: int, rows: int | None = None) -> Any:
-        """Packed teacher-forced batches."""
+        """Return packed teacher-forced batches."""
         examples = [self.template.encode(triple) for triple in triples]
         return make_batches(examples, batch_size=rows or self.sizes.packed_rows, seq_len=SEQ_LEN, seed=seed)
 
     def on_policy(
         self, seed: int, rows: Sequence[Triple], replies: int, forced: Any = None, top_k: int = 0
     ) -> OnPolicyBatches:
-        """Batches of the student's own replies to the questions of these rows, with the teacher's ghosts, and so much of its distribution."""
+        """Return batches of the student's own replies to the questions of these rows.
+
+        They carry the teacher's ghosts and the `top_k` likeliest tokens of its distribution.
+        """
         forced_rows = 0 if forced is None else self.sizes.packed_rows // 2
         settings = RolloutSettings(
             replies,
@@ -257,7 +266,7 @@ class Ablation:
     def updates(
         self, params: Any, objective: Any, batches: Any, rate: float, steps: int, seed: int
     ) -> tuple[Any, dict[str, float]]:
-        """The parameters after so many updates, and what they cost: processor seconds and wall seconds, compilation left out."""
+        """Return the parameters after these updates, and their processor and wall seconds without compilation."""
         tx = make_optimizer(learning_rate=rate, total_steps=steps, warmup_steps=min(20, steps // 2))
         step = jit_step(make_grpo_step(make_student(self.decoder), tx, objective))
         state = TrainState.create(params=jax.tree.map(jnp.copy, params), tx=tx, key=seed)
@@ -278,7 +287,7 @@ class Ablation:
         }
 
     def started(self, seed: int) -> Any:
-        """The student after SFT, which all arms of a seed start from; kept in the work folder."""
+        """Return the student after SFT, which all arms of a seed start from. The work folder keeps it."""
         folder = self.work / f"sft_{seed}"
         if not (folder / "config.json").is_file():
             first = init_params(self.decoder, jax.random.key(seed))
@@ -287,13 +296,13 @@ class Ablation:
         return load_pretrained(folder).params
 
     def run(self, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-        """One arm at one learning rate from one seed's student: the row of the output file."""
+        """Train one arm at one learning rate from one seed's student; return the row of the output file."""
         how = ARMS[arm]
         params, cost = self.updates(self.started(seed), how.objective, self.batches(how, 100 + seed), rate, steps, seed)
         return {"arm": arm, "rate": rate, "seed": seed, "steps": steps} | cost | self.measure(params)
 
     def batches(self, how: Arm, seed: int) -> Any:
-        """What an arm learns from."""
+        """Return what an arm learns from."""
         sizes = self.sizes
         rows = self.new_rows if how.new_questions else self.train_rows
         if how.contexts == "teacher_forced":
@@ -324,7 +333,7 @@ class Ablation:
         return [RolloutPrompt(asked(row), self.template.prompt(row.question)) for row in rows]
 
     def self_replies(self, rows: Sequence[Triple], seed: int) -> SelfReplyBatches:
-        """Batches of the best right reply of the student to each of the questions."""
+        """Return batches of the student's best right reply to each of the questions."""
         settings = SelfReplySettings(
             num_generations=GROUP,
             questions=128,
@@ -339,8 +348,11 @@ class Ablation:
         return SelfReplyBatches(samplers, self.template, rows, settings, Path(folder), seed, lambda params: params)
 
     def corrections(self, params: Any, rows: Sequence[Triple]) -> dict[str, float]:
-        """What a live ghost has to say to this student: `per_reply` tokens of its replies that the ghost names others for; and of the digits behind
-        `a+b=` in what follows the first of those in a reply, `sums`, how many the ghost gets right, `sums_right`.
+        """Count what a live ghost corrects in this student's replies.
+
+        `per_reply` is the number of tokens for which the ghost proposes another one. After the first of these in a
+        reply, `sums` is the number of digits that follow `a+b=`, and `sums_right` is how many of them the ghost gets
+        right.
         """
         batches, found = self.on_policy(7, rows, 256), dict.fromkeys(("per_reply", "sums", "sums_right"), 0.0)
         batches.set_params(params)
@@ -351,7 +363,7 @@ class Ablation:
             other = [t for t in columns if ghosts[t] != tokens[t + 1]]
             found["per_reply"] += len(other) / len(batch.tokens)
             for t in columns if other else ():
-                line = re.search(r"(?:^|\n)(\d)\+(\d)(?:\+(\d))?=$", decode(tokens[columns[0] + 1 : t + 1]))
+                line = re.search(r"(?:^|\n)(\d)\+(\d)(?:\+(\d))?=$", str(decode(tokens[columns[0] + 1 : t + 1])))
                 if line and t > other[0]:
                     total = sum(int(digit) for digit in line.groups() if digit)
                     found["sums"] += 1
@@ -363,12 +375,15 @@ class Ablation:
 
 
 def asked(triple: Triple) -> Question:
-    """The row as a question with its right answer."""
+    """Return the row as a question with its right answer."""
     return Question(triple.question, triple.answer)
 
 
 def corrupt(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
-    """The rows, of which this share has one digit of rationale or answer changed; the lines behind it stay as they were."""
+    """Change one digit of rationale or answer in this share of the rows.
+
+    Later lines keep the numbers that they had.
+    """
     rng = random.Random(seed)
     found = []
     for triple in triples:
@@ -383,7 +398,7 @@ def corrupt(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
 
 
 def corrupting(draw: Any, share: float, template: Template) -> Any:
-    """`draw`, after which this share of the student's replies has one digit among its ghost tokens changed."""
+    """Wrap `draw`: this share of the student's replies gets one wrong digit among its ghost tokens."""
     digits = jnp.asarray([template.ids(str(digit))[-1] for digit in range(10)])
 
     def corrupted(models: Any, rows: Any, key: Any) -> Any:
@@ -403,7 +418,10 @@ def corrupting(draw: Any, share: float, template: Template) -> Any:
 
 
 def at_best_rate(rows: Sequence[dict[str, Any]], arm: str, steps: int) -> list[dict[str, Any]]:
-    """An arm's runs at the learning rate that does best on the validation questions, of those rates that all its seeds have."""
+    """Return an arm's runs at its best learning rate on the validation questions.
+
+    Only rates that all its seeds have count.
+    """
     mine = [row for row in rows if row["arm"] == arm and row["steps"] == steps]
     by_rate = [[row for row in mine if row["rate"] == rate] for rate in sorted({row["rate"] for row in mine})]
     most = max(map(len, by_rate), default=0)
@@ -412,15 +430,19 @@ def at_best_rate(rows: Sequence[dict[str, Any]], arm: str, steps: int) -> list[d
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, of several, standard deviation, in %."""
+    """Return the mean and, for several values, the standard deviation, in percent."""
     deviation = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Each arm at its best learning rate, what it is ahead of SFT continued for as many updates, seed by seed, and then every rate."""
+    """Return the table of arms, each at its best learning rate.
+
+    A row has the gain over SFT continued for as many updates, seed by seed, and the result at every rate.
+    """
     lines = [
-        "| arm | steps | learning rate | seeds | held-out accuracy, % | against SFT continued | entropy, nats | processor seconds |",
+        "| arm | steps | learning rate | seeds | held-out accuracy, % | against SFT continued | entropy, nats "
+        "| processor seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -435,8 +457,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     of_rate.setdefault(row["rate"], []).append(row["test"])
             every = ", ".join(f"{rate:g}: {100 * statistics.mean(of_rate[rate]):.1f}" for rate in sorted(of_rate))
             lines.append(
-                f"| {arm} | {steps} | {runs[0]['rate']:g} ({every}) | {len(runs)} | {spread([run['test'] for run in runs])} "
-                f"| {spread(ahead, '+') if ahead and arm != SFT else '-'} | {mean('entropy'):.3f} | {mean('cpu_seconds'):.0f} |"
+                f"| {arm} | {steps} | {runs[0]['rate']:g} ({every}) | {len(runs)} "
+                f"| {spread([run['test'] for run in runs])} | {spread(ahead, '+') if ahead and arm != SFT else '-'} "
+                f"| {mean('entropy'):.3f} | {mean('cpu_seconds'):.0f} |"
             )
     return "\n".join(lines)
 
@@ -451,13 +474,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates of an arm")
     parser.add_argument(
-        "--rows", type=int, help="the student's training problems, instead of the size's; has a work folder of its own"
+        "--rows",
+        type=int,
+        help="number of the student's training problems (default: the size's); has its own work folder",
     )
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3, 1e-3, 5e-4])
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/ablation"), help="keeps the teacher and the SFT students"
+        "--work", type=Path, default=Path("runs/ablation"), help="folder of the teacher and the SFT students"
     )
-    parser.add_argument("--json", type=Path, help="the finished runs, a line each; default: in the work folder")
+    parser.add_argument("--json", type=Path, help="output, one finished run a line (default: in the work folder)")
     options = parser.parse_args(arguments)
     name = "short" if options.quick else options.size
     sizes, work = SIZES[name], options.work / name

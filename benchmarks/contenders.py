@@ -1,8 +1,9 @@
-"""The contenders of benchmarks/peers.py, each in a process and an environment of its own: cotgrpo, a bare torch loop, TRL, Tunix.
+"""The contenders of benchmarks/peers.py: cotgrpo, a bare torch loop, TRL and Tunix.
 
-peers.py starts this file as `PYTHON contenders.py NAME TASK ARGUMENTS`, and talks with it by lines: a number of steps in, a JSON object out. Every contender
-starts from the weights of one folder and trains on one batch again and again, so their losses can be compared number by number. At module level only the
-standard library and NumPy are imported: an environment holds what its own contender needs.
+Each runs in a process and an environment of its own. peers.py starts `PYTHON contenders.py NAME TASK ARGUMENTS`, sends
+lines with a number of steps, and reads JSON objects. Every contender starts from the weights of one folder and trains
+on one batch again and again, so losses can be compared number by number. Module level imports only the standard library
+and NumPy, since an environment holds only what its own contender needs.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Task:
     """What all contenders are given.
 
     Attributes:
-        folder: a Hugging Face model folder: config.json, weights, a tokenizer whose token n is the word "tn".
+        folder: Hugging Face model folder: config.json, weights, and a tokenizer whose token n is the word "tn".
         ids: int32 `[B, T]`: the batch to train on, or the prompts.
-        dtype: of parameters, optimizer state and compute.
-        remat: whether layers are computed again in the backward pass.
+        dtype: type of parameters, optimizer state and compute.
+        remat: whether the backward pass recomputes layers.
         new_tokens: tokens to write after each prompt.
     """
 
@@ -44,9 +45,10 @@ class Task:
 
 
 class Turns:
-    """Lets a loop run step by step as it is told, and times each step.
+    """Run a loop step by step on command, and time each step.
 
-    The first step runs at once, and its time counts from `start()`: it holds loading and compiling. Then `begin()` waits for its turn.
+    The first step runs at once. Its time counts from `start()`, so it includes loading and compiling. Each later
+    `begin()` waits for its turn.
     """
 
     def __init__(self) -> None:
@@ -60,12 +62,12 @@ class Turns:
         self.facts: dict[str, Any] = {}
 
     def start(self, *packages: str) -> None:
-        """Everything is imported: building begins."""
+        """Start the clock; all imports are done."""
         self.facts["versions"] = {name: version(name) for name in packages}
         self.clock = time.perf_counter()
 
     def begin(self) -> bool:
-        """Whether to take another step; waits until told."""
+        """Wait for the turn; return whether to take another step."""
         if not self.left:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             told = {
@@ -84,7 +86,7 @@ class Turns:
         return self.left > 0
 
     def end(self, value: Any = None, device_peak: int | None = None) -> None:
-        """The step is done, on the device too; `value` is its loss, or the tokens that were written."""
+        """Report a finished step; `value` is its loss, or the tokens that were written."""
         self.seconds.append(time.perf_counter() - self.clock)
         self.cpu_seconds.append(time.process_time() - self.processor)
         self.left -= 1
@@ -155,7 +157,7 @@ def cotgrpo_generate(task: Task, turns: Turns) -> None:
 
 
 def torch_model(task: Task) -> tuple[Any, Callable[[], int | None]]:
-    """The model on its device, and a function that waits for the device and says its peak memory."""
+    """Return the model on its device, a function that waits for the device, and one for its peak memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -274,7 +276,7 @@ def trl_train(task: Task, turns: Turns) -> None:
 
 
 def tunix_model(task: Task) -> Any:
-    """Tunix's own model for the folder's config.json, with the folder's weights."""
+    """Return Tunix's own model for the folder's config.json, with the folder's weights."""
     import importlib
 
     import jax.numpy as jnp
@@ -304,7 +306,7 @@ def tunix_model(task: Task) -> Any:
 
 
 def rope_theta(hf: dict[str, Any]) -> float:
-    """The rotary base, where either generation of config.json keeps it."""
+    """Return the rotary base, which the two generations of config.json keep in different places."""
     return hf["rope_theta"] if "rope_theta" in hf else hf["rope_parameters"]["rope_theta"]
 
 
@@ -334,7 +336,7 @@ def tunix_train(task: Task, turns: Turns) -> None:
             turns.values.append(float(train_loss))  # a step late, as Tunix logs it
 
         def nothing(self, *args: Any) -> None:
-            """The other hooks, which a trainer has to be given."""
+            """Do nothing: a trainer requires all hooks."""
 
         on_train_start = on_train_end = on_train_step_start = on_eval_step_start = on_eval_step_end = nothing
 
@@ -380,7 +382,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Task, Turns], None]]] = {
     "generate": {"cotgrpo": cotgrpo_generate, "transformers": torch_generate, "tunix": tunix_generate},
 }
 MISSING = 3
-"""Exit code of a contender whose packages are not there."""
+"""Exit code of a contender whose packages are not installed."""
 
 
 def main() -> int:

@@ -1,16 +1,17 @@
-"""Attention over a sequence that is split over the `context` axis: keys and values gathered, as the library does it, against a ring.
+"""Compare attention over a sequence that is split over the `context` axis: a gather of keys and values, and a ring.
 
     python benchmarks/context_attention.py --json benchmarks/results/cpu/context_attention.json
 
-Three ways, forward and backward, of one layer's attention in float32, on 2, 4 and 8 virtual CPU devices:
+It runs one layer's attention in float32, forward and backward, on 2, 4 and 8 virtual CPU devices, in three ways:
 
-    gather          the library's: one gather of keys and values, then plain attention, which holds all scores
-    gather, blocks  the same gather, and each block of it read in turn with an online softmax, as a kernel reads it
-    ring            Ring Attention (Liu et al. 2023, arXiv:2310.01889): the same blocks, passed from neighbour to neighbour
+    gather          the library's: one gather of keys and values, then plain attention, which materializes all scores
+    gather, blocks  the same gather, read block by block with an online softmax, as a kernel reads it
+    ring            Ring Attention (Liu et al. 2023, arXiv:2310.01889): the same blocks, passed between neighbours
 
-The second and the third differ in nothing but how the blocks come. Beside time: bytes that a device sends (`cotgrpo.planning.hlo`) and temporaries, both
-from the compiled program, and the largest difference of outputs and gradients from attention on one device. The devices share one memory: what
-a network costs is in the bytes and not in the times.
+The second and the third differ only in how the blocks arrive. Each row has the time, the bytes that a device sends and
+the temporaries, both from the compiled program (`cotgrpo.planning.hlo`), and the largest difference of outputs and
+gradients from attention on one device. The devices share one memory, so the bytes show a network's cost and the times
+do not.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Block = tuple[Any, Any, Any, Any]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--tokens", type=int, default=2_048, help="of the one sequence")
+    parser.add_argument("--tokens", type=int, default=2_048, help="tokens of the sequence")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -56,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['way']} | {r['devices']} | {r['sent'] / 1e6:.3f} | {r['theory'] / 1e6:.3f} | {r['temporaries'] / 1e6:.2f} "
-            f"| {1e3 * r['min_s']:.0f} | {r['difference']:.1e} |"
+            f"| {r['way']} | {r['devices']} | {r['sent'] / 1e6:.3f} | {r['theory'] / 1e6:.3f} "
+            f"| {r['temporaries'] / 1e6:.2f} | {1e3 * r['min_s']:.0f} | {r['difference']:.1e} |"
         )
     if args.json:
         shape = {name: getattr(args, name) for name in ("tokens", "heads", "kv_heads", "head_dim")}
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_inputs(tokens: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Any, ...]:
-    """Query, key, value, positions, segment ids, and the gradient of the output: one sequence of two documents."""
+    """Return query, key, value, positions, segment ids and the output's gradient: one sequence of two documents."""
     rng = np.random.default_rng(0)
     normal = lambda count: jnp.asarray(rng.normal(size=(1, tokens, count, head_dim)), jnp.float32)
     first = 5 * tokens // 8
@@ -77,7 +78,7 @@ def make_inputs(tokens: int, heads: int, kv_heads: int, head_dim: int) -> tuple[
 
 
 def gradients(mixed: Callable[..., Any]) -> Callable[..., Any]:
-    """The output, and the gradients of `sum(output * weight)` with respect to query, key and value."""
+    """Return the output, and the gradients of `sum(output * weight)` in query, key and value."""
 
     def both(query: Any, key: Any, value: Any, positions: Any, segments: Any, weight: Any) -> Any:
         out, pull = jax.vjp(lambda *qkv: mixed(*qkv, positions, segments), query, key, value)
@@ -87,7 +88,7 @@ def gradients(mixed: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def row(way: str, count: int, inputs: tuple[Any, ...], whole: Any, repeats: int) -> dict[str, Any]:
-    """One way on the first `count` devices."""
+    """Measure one way on the first `count` devices."""
     mesh = cotgrpo.make_mesh(context=count, devices=jax.devices()[:count])
     split = NamedSharding(mesh, P(None, AXIS))
     inputs = jax.device_put(inputs, split)
@@ -115,11 +116,15 @@ def row(way: str, count: int, inputs: tuple[Any, ...], whole: Any, repeats: int)
 
 
 def theory(way: str, n: int, size: int) -> float:
-    """Bytes that a device sends; `size` elements are the keys, and as many the values, of the whole sequence. Positions and segments are left out."""
+    """Return the bytes that a device sends.
+
+    The keys of the whole sequence have `size` elements, and so do the values. Positions and segments do not count.
+    """
     once = 2 * 4 * size / n  # this device's keys and values
     if way == "ring":  # round once forward; round again backward, and their gradients one step further, home
         return once * ((n - 1) + (n - 1) + n)
-    # The gathered ones are kept for the way back. XLA for CPU sums the gradients of `gather` by an all-reduce, twice a reduce-scatter.
+    # The backward pass keeps the gathered keys and values. XLA for CPU sums the gradients of `gather` by an all-reduce,
+    # which sends twice what a reduce-scatter does.
     return once * (3 if way == "gather" else 2) * (n - 1)
 
 
@@ -128,13 +133,13 @@ def one_device(query: Any, key: Any, value: Any, positions: Any, segments: Any) 
 
 
 def gather(mesh: Mesh, query: Any, key: Any, value: Any, positions: Any, segments: Any) -> Any:
-    """As `cotgrpo.models.decoder.Layer.attend` has it."""
+    """Gather keys and values as `cotgrpo.models.decoder.Layer.attend` does."""
     query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
     return constrain(one_device(query, constrain(key, "BSKH"), constrain(value, "BSKH"), positions, segments), "BTQH")
 
 
 def by_blocks(mesh: Mesh, query: Any, key: Any, value: Any, positions: Any, segments: Any, *, ring: bool) -> Any:
-    """Block after block with an online softmax; the blocks come from a gather, or round the ring."""
+    """Attend block by block with an online softmax; the blocks come from a gather, or around the ring."""
     n = mesh.shape[AXIS]
     walk, walk_back = (ring_forward, ring_backward) if ring else (gather_forward, gather_backward)
 
@@ -168,20 +173,20 @@ def by_blocks(mesh: Mesh, query: Any, key: Any, value: Any, positions: Any, segm
 
 
 def scores_of(query: Any, block: Block) -> Any:
-    """`[B, K, G, T, S]`: this device's queries against one block of keys."""
+    """Return `[B, K, G, T, S]`: this device's queries times one block of keys."""
     grouped, positions, segments = query
     seen = causal_segment_mask(positions, segments, block[2], block[3])
     return jnp.where(seen[:, None, None], jnp.einsum("btkgh,bskh->bkgts", grouped, block[0]), MASKED)
 
 
 def start(query: Any) -> Any:
-    """The online softmax before the first block: greatest score, sum of exponentials, weighted sum of values."""
+    """Return the online softmax before the first block: maximum score, sum of exponentials, weighted sum of values."""
     B, T, K, G, H = query[0].shape
     return jnp.full((B, K, G, T), MASKED), jnp.zeros((B, K, G, T)), jnp.zeros((B, K, G, T, H))
 
 
 def read(state: Any, query: Any, block: Block) -> Any:
-    """The online softmax after one more block."""
+    """Return the online softmax after one more block."""
     top, total, mixed = state
     scores = scores_of(query, block)
     new_top = jnp.maximum(top, scores.max(axis=-1))
@@ -191,13 +196,13 @@ def read(state: Any, query: Any, block: Block) -> Any:
 
 
 def finish(state: Any) -> tuple[Any, Any]:
-    """The output `[B, T, K, G, H]` and the logarithm of the sum of exponentials `[B, K, G, T]`."""
+    """Return the output `[B, T, K, G, H]` and the log of the sum of exponentials `[B, K, G, T]`."""
     top, total, mixed = state
     return jnp.moveaxis(mixed / total[..., None], 3, 1), top + jnp.log(total)
 
 
 def read_back(query: Any, block: Block, above: Any) -> tuple[Any, Any, Any]:
-    """One block's share of the gradients of query, keys and values, from its scores computed again."""
+    """Return one block's share of the gradients of query, keys and values, from recomputed scores."""
     d_out, log_sum, row_sum = above
     weights = jnp.exp(scores_of(query, block) - log_sum[..., None])
     d_value = jnp.einsum("bkgts,btkgh->bskh", weights, d_out)
@@ -207,7 +212,7 @@ def read_back(query: Any, block: Block, above: Any) -> tuple[Any, Any, Any]:
 
 
 def passed_on(tree: Any, n: int) -> Any:
-    """What the neighbour before this device has."""
+    """Return what the previous device of the ring has."""
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)]), tree)
 
 
@@ -221,7 +226,7 @@ def ring_forward(query: Any, block: Block, n: int) -> tuple[Any, Any]:
 
 
 def ring_backward(query: Any, block: Block, above: Any, n: int) -> tuple[Any, Any, Any]:
-    """The gradients of a block travel with it, and one step further to come home."""
+    """Pass the gradients of each block around with it, and one step further back to its owner."""
 
     def turn(carry: Any, _: None) -> Any:
         d_query, block, d_block = carry
@@ -251,7 +256,7 @@ def gather_backward(query: Any, block: Block, above: Any, n: int) -> tuple[Any, 
 
 
 def with_position_gradients(d_query: Any) -> tuple[Any, None, None]:
-    """Positions and segments have none."""
+    """Add the gradients of positions and segments, which are None."""
     return d_query, None, None
 
 

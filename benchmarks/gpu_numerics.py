@@ -1,17 +1,19 @@
-"""Is this device right? The engine, whole train steps, drawing and the key/value cache here, against float32 on the CPU.
+"""Check this device's numbers: the tiled loss, whole steps, drawing and the key/value cache against the CPU in float32.
 
     python benchmarks/gpu_numerics.py --json FILE
 
-One row for each number compared: the loss and every gradient, for each objective, in each way of computing:
+There is one row for each number compared: the loss and every gradient, for each objective and precision.
 
     float32     matrix products at precision "highest": true float32
-    tf32        float32 arrays at the default precision, for which a GPU may use TF32 (10 bits); left out on a CPU, which has none
+    tf32        float32 arrays at the default precision, for which a GPU may use TF32 (10 bits); not on a CPU
     bfloat16    bfloat16 compute, float32 parameters
 
-All start from the same values (rounded to bfloat16 where the engine reads them), so a row shows what was lost in computing. The error of an array is
-`|got - want| / |want|` (Euclidean norms), that of a loss the difference of its mean over tokens, divided by the mean if that is above 1. Exits with 1 if a
-row is above its tolerance. The CPU must be visible as a second backend: leave JAX_PLATFORMS unset, or set it to "cuda,cpu".
-Needs jax, flax, optax and numpy alone.
+All start from the same values, rounded to bfloat16 where the tiled loss reads them. So a row shows what computing lost.
+The error of an array is `|got - want| / |want|` (Euclidean norms). The error of a loss is the difference of its mean
+over tokens, divided by the mean if that is above 1. The exit code is 1 if a row is above its tolerance.
+
+The CPU must be visible as a second backend: leave JAX_PLATFORMS unset, or set it to "cuda,cpu". The script needs only
+jax, flax, optax and numpy.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import optax
 
 import cotgrpo
 from cotgrpo import ForwardKl, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, TokenInputs, ghost_reward, objectives
+from cotgrpo.models.config import Dtype
 from cotgrpo.models.decoder import DecoderConfig, decode, init_cache, init_params, make_student
 from cotgrpo.tiled_loss import Reference, tiled_loss
 
@@ -51,13 +54,16 @@ OBJECTIVES: dict[str, Any] = {
 }
 PRECISIONS = {"float32": "highest", "tf32": None, "bfloat16": None}
 TOLERANCES = {
-    # Sums in another order. A step's gradients have gone through all layers, forth and back.
+    # Sums in another order. A step's gradients pass through all layers, forward and backward.
     "float32": {"engine": 2e-5, "step": 1e-4, "decode": 1e-4},
     "tf32": {"engine": 3e-3, "step": 2e-2, "decode": 2e-2},
     "bfloat16": {"engine": 1e-2, "step": 6e-2, "decode": 6e-2},
 }
 DRAW_TOLERANCE = 1e-2
-"""The share of tokens that may be drawn differently: those whose uniform number lies within rounding (1e-7) of one of the V edges between tokens."""
+"""Share of tokens that may be drawn differently.
+
+Their uniform number lies within rounding (1e-7) of one of the V edges between tokens.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +106,7 @@ def precisions(device: Any) -> dict[str, str | None]:
 
 
 def compute(function: Callable[..., Any], *args: Any, device: Any, precision: str | None = "highest") -> Any:
-    """`function(*args)` jitted on `device`, its results as NumPy arrays in float64."""
+    """Run `function(*args)` jitted on `device`; return its results as NumPy arrays in float64."""
     context = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
     with jax.default_device(device), context:
         result = jax.jit(function)(*jax.device_put(args, device))
@@ -116,7 +122,7 @@ def loss_error(got_sum: Any, want_sum: Any, weight: float) -> float:
 
 
 def distribution(rng: np.random.Generator, shape: tuple[int, ...], vocab: int, top_k: int) -> dict[str, Any]:
-    """The likeliest tokens of a ghost at each context, for objectives that are told of so many."""
+    """Return the likeliest tokens of a ghost at each context, for objectives that read them."""
     if not top_k:
         return {}
     ids = (rng.integers(0, vocab, (*shape, 1)) + 37 * np.arange(top_k)) % vocab
@@ -125,12 +131,13 @@ def distribution(rng: np.random.Generator, shape: tuple[int, ...], vocab: int, t
 
 
 def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
-    """`tiled_loss` and its gradients, tokens already drawn, so that both sides see the same."""
+    """Check `tiled_loss` and its gradients on given draws, so that both sides see the same tokens."""
     rng, objective = np.random.default_rng(0), OBJECTIVES[name]
     N, D, V = sizes.tokens, sizes.width, sizes.vocab
     normal = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
     draws, with_reference = objectives.num_draws(objective), objectives.needs_reference(objective)
-    inputs = TokenInputs(
+    as_inputs: Any = TokenInputs  # NumPy arrays do here
+    inputs = as_inputs(
         ghost=rng.integers(0, V, N, dtype=np.int32),
         weight=np.where(rng.random(N) < 0.7, rng.random(N), 0.0).astype(np.float32),
         drawn=rng.integers(0, V, (N, draws), dtype=np.int32) if draws else None,
@@ -138,7 +145,8 @@ def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[st
     )
     rounded: Any = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
     hidden, head = rounded(normal(N, D)), rounded(normal(D, V) * 2 / D**0.5)
-    reference = Reference(normal(N, D), rounded(normal(D, V) * 2 / D**0.5)) if with_reference else None
+    as_reference: Any = Reference
+    reference = as_reference(normal(N, D), rounded(normal(D, V) * 2 / D**0.5)) if with_reference else None
 
     def run(hidden: Any, head: Any, inputs: TokenInputs, reference: Reference | None) -> Any:
         loss = lambda h, w: tiled_loss(objective, h, w, inputs, reference=reference)[0]
@@ -157,7 +165,7 @@ def check_engine(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[st
 
 
 def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
-    """One whole step. The optimizer only keeps the gradient, so what is compared went through the real step."""
+    """Check one whole step. The optimizer only keeps the gradient, so the real step made what is compared."""
     rng, objective = np.random.default_rng(1), OBJECTIVES[name]
     B, T, V = sizes.batch, sizes.seq, sizes.decoder.vocab_size
     draws, with_reference = objectives.num_draws(objective), objectives.needs_reference(objective)
@@ -177,7 +185,7 @@ def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str,
         params, other = (init_params(sizes.decoder, jax.random.key(seed)) for seed in (0, 1))
         state = cotgrpo.TrainState.create(params=params, tx=keep, key=0)
 
-    def gradient(dtype: str, at: Any, precision: str | None) -> Any:
+    def gradient(dtype: Dtype, at: Any, precision: str | None) -> Any:
         student = make_student(dataclasses.replace(sizes.decoder, dtype=dtype))
         step = cotgrpo.make_grpo_step(student, keep, objective, reference=student if with_reference else None)
 
@@ -203,7 +211,7 @@ def check_step(name: str, sizes: Sizes, device: Any, cpu: Any) -> list[dict[str,
 
 
 def check_draws(sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
-    """The same logits and uniform numbers draw the same tokens."""
+    """Check that the same logits and uniform numbers draw the same tokens."""
     rng = np.random.default_rng(2)
     logits = (3 * rng.normal(size=(sizes.tokens, sizes.vocab))).astype(np.float32)
     uniform = rng.random((sizes.tokens, 2), dtype=np.float32)
@@ -212,7 +220,7 @@ def check_draws(sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
 
 
 def check_decode(sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
-    """Reading a text token by token into the cache here gives the rows of the forward pass there."""
+    """Check that decoding token by token with the cache gives the forward pass's logits."""
     B, T = sizes.batch, min(sizes.seq, 64)
     tokens = np.random.default_rng(3).integers(0, sizes.decoder.vocab_size, (B, T), dtype=np.int32)
     positions, ones = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), np.ones((B, T), np.int32)
@@ -221,7 +229,7 @@ def check_decode(sizes: Sizes, device: Any, cpu: Any) -> list[dict[str, Any]]:
     want = compute(make_student(sizes.decoder).hidden, params, tokens, positions, ones, device=cpu)
     found = []
     for precision, matmul in precisions(device).items():
-        dtype = "bfloat16" if precision == "bfloat16" else "float32"
+        dtype: Dtype = "bfloat16" if precision == "bfloat16" else "float32"
         config = dataclasses.replace(sizes.decoder, dtype=dtype)
 
         def run(params: Any, tokens: Any, config: DecoderConfig = config) -> Any:
@@ -256,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raised: list[str] = []
 
     def write(complete: bool) -> None:
-        """After each check, so that a run cut short leaves what it had."""
+        """Write the result after each check, so that an interrupted run keeps what it had."""
         if args.json:
             result = {
                 "device": device.device_kind,
@@ -290,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(complete=True)
     failed = sum(not row["passed"] for row in rows)
     print(
-        f"{len(rows)} rows, {failed} above their tolerance, {len(raised)} checks raised, {time.perf_counter() - start:.0f} s"
+        f"{len(rows)} rows, {failed} above their tolerance, {len(raised)} checks raised, "
+        f"{time.perf_counter() - start:.0f} s"
     )
     return 1 if failed or raised else 0
 

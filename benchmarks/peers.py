@@ -1,6 +1,6 @@
-"""cotgrpo beside its peers: the same weights, batch and numbers, each in a process and an environment of its own, taking turns.
+"""Compare cotgrpo with its peers on the same weights and batch, in turn.
 
-    python benchmarks/peers.py --shape 16m --batch 8 --seq 256 --python trl=envs/torch/bin/python tunix=envs/tunix/bin/python
+    python benchmarks/peers.py --shape 16m --batch 8 --seq 256 --python trl=envs/torch/bin/python
     python benchmarks/peers.py --task generate --shape 16m --batch 8 --seq 64 --python ...
 
     bare          a loop over `transformers` in torch: forward, loss, backward, clipping, fused AdamW; sdpa attention
@@ -10,10 +10,14 @@
     transformers  `generate`, for --task generate
     cotgrpo       this library a second time: how far equal programs differ here
 
-Training is SFT of all parameters with AdamW and clipping on full rows: float32 on a CPU, bfloat16 on a GPU. Generation is greedy and runs to the end. One pair
-at a time is alive, cotgrpo and the peer: A takes its steps while B waits, then B, and so on; a ratio is that of two neighbours, and the median of those
-counts; `cpu x` is that of the processor seconds, which other work on a shared CPU disturbs least. `first step` runs from after the imports: reading the weights, building, compiling, one step. The losses (or tokens) of both are compared. A contender
-whose packages are not there is a row that says so, as is one that fails; then the exit code is 1. The driver needs what `save_pretrained` needs.
+Training is SFT of all parameters with AdamW and clipping on full rows: float32 on a CPU, bfloat16 on a GPU. Generation
+is greedy and of full length. Each contender has a process and an environment of its own. One pair is alive at a time,
+cotgrpo and the peer: one takes its steps while the other waits, in turn. The ratio is the median over neighbouring
+steps. `cpu x` is the ratio of processor seconds, which other work on a shared CPU disturbs least. `first step` starts
+after the imports: it reads the weights, builds, compiles and takes one step. Losses (or tokens) of both are compared.
+
+If a contender fails or its packages are missing, its row says so and the exit code is 1. The driver needs what
+`save_pretrained` needs.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ ON_CPU = jax.default_backend() == "cpu"
 
 
 class ContenderError(RuntimeError):
-    """A contender ended: `missing` where its packages are not there."""
+    """Raised when a contender ended; `missing` if its packages are not installed."""
 
     def __init__(self, message: str, missing: bool) -> None:
         super().__init__(message)
@@ -58,7 +62,7 @@ class Contender:
     def __init__(self, name: str, task: str, python: str, given: dict[str, Any]) -> None:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in `close`
-        # Two processes share a GPU, and none may take all of it; torch's threads do not spin while it is not their turn.
+        # Two processes share a GPU, and neither may take all of it. Torch's threads do not spin while they wait.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(
             [python, Path(__file__).with_name("contenders.py"), name, task, json.dumps(given)],
@@ -74,17 +78,17 @@ class Contender:
         self.facts: dict[str, Any] = {}
 
     def first(self) -> None:
-        """Waits for the first step."""
+        """Wait for the first step."""
         self.facts["first_step_s"] = self.hear()[0]
 
     def warm_up(self, steps: int) -> None:
-        """Takes steps that do not count."""
+        """Take steps that do not count."""
         if steps:
             self.go(steps)
         self.seconds, self.cpu_seconds = [], []
 
     def go(self, steps: int) -> float:
-        """Takes so many steps; returns the time of one."""
+        """Take this many steps; return the time of one."""
         with contextlib.suppress(BrokenPipeError):  # `hear` says why it ended
             print(steps, file=self.process.stdin, flush=True)
         seconds = self.hear()
@@ -92,7 +96,7 @@ class Contender:
         return statistics.fmean(seconds)
 
     def hear(self) -> list[float]:
-        """The seconds of the steps just taken. Raises ContenderError where the process ended instead."""
+        """Return the seconds of the last steps. Raise ContenderError if the process ended instead."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -108,7 +112,7 @@ class Contender:
         return seconds
 
     def close(self) -> None:
-        """Ends the process, if that has not been done."""
+        """End the process if it is still alive."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
@@ -122,7 +126,7 @@ class Contender:
 
 
 def write_task(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """The model folder and the batch that every contender reads, and the decoder's config."""
+    """Write the model folder and the batch that every contender reads; return the decoder's config."""
     # One rotary base that all of them compute: Tunix's Llama has this one written into its code.
     config = dataclasses.replace(SHAPES[args.shape], rope_theta=1e6, param_dtype=args.dtype, dtype=args.dtype)
     with jax.default_device(jax.devices("cpu")[0]):
@@ -135,7 +139,7 @@ def write_task(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def words(config: Any) -> Any:
-    """A tokenizer whose token n is the word "tn", for trainers and samplers that cannot do without; 0 is padding."""
+    """Return a tokenizer whose token n is the word "tn", for trainers and samplers that need one; 0 is padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,7 +149,7 @@ def words(config: Any) -> Any:
 
 
 def pair(name: str, given: dict[str, Any], args: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
-    """One peer beside cotgrpo."""
+    """Measure one peer in turn with cotgrpo."""
     both: list[Contender] = []
 
     def started(who: str) -> Contender:
@@ -198,7 +202,7 @@ def measured(contender: Contender, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(ours: list[Any], theirs: list[Any], task: str) -> dict[str, Any]:
-    """Losses step by step, or the share of tokens that both wrote."""
+    """Compare losses step by step, or return the share of tokens that both wrote."""
     if task == "generate":
         return {"tokens": float(np.mean(np.asarray(ours[0]) == np.asarray(theirs[0])))}
     both = list(zip(ours, theirs, strict=False))  # some report a step late
@@ -267,13 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq", type=int, default=256, help="tokens of a row, or of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if ON_CPU else "bfloat16")
-    parser.add_argument("--remat", action="store_true", help="all compute layers again in the backward pass")
+    parser.add_argument("--remat", action="store_true", help="recompute layers in the backward pass, in all contenders")
     parser.add_argument("--peers", nargs="+", choices=names, help="default: all that do the task")
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="interpreters; default: this one")
-    parser.add_argument("--turns", type=int, default=5, help="times that each of a pair goes")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each of a pair")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps after the first that do not count")
-    parser.add_argument("--apart", action="store_true", help="one after the other, where memory does not hold both")
+    parser.add_argument(
+        "--apart", action="store_true", help="run a pair one after the other, if memory does not hold both"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
     args.peers = args.peers or [name for name in CONTENDERS[args.task] if name != "cotgrpo"]

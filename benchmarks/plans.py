@@ -1,9 +1,10 @@
-"""Writes benchmarks/generated_plans: `cotgrpo plan` for the configs of docs/launch.md, each as JSON and as the printed table. Needs the `tpu` extra, and no TPU.
+"""Write benchmarks/generated_plans: `cotgrpo plan` for the configs of docs/launch.md, as JSON and as printed tables.
 
     python benchmarks/plans.py              all of them
     python benchmarks/plans.py NAME ...     these
 
-One process a plan, so that each starts from nothing; a plan of Llama-3-8B compiles for about a minute on two idle cores.
+It needs the `tpu` extra, and no TPU. Each plan has a process of its own. A plan of Llama-3-8B compiles for about a
+minute on two idle cores.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ PLANS: dict[str, tuple[str, str, str, str]] = {
     )
     for stage in ("grpo", "sft")
 } | {
-    # Whether the head's loop over tiles stays free of the head itself where the vocabulary is split too.
+    # Shows that the loop over tiles does not send the head if the vocabulary is split too.
     "llama3_8b_v5p32-grpo-v5p-2x2x4-tensor": ("llama3_8b_v5p32", "grpo", "v5p:2x2x4", "--mesh.fsdp 8 --mesh.tensor 2"),
 }
 MODELS = {"llama3": "llama-3-8b", "gemma3": "gemma-3-1b", "qwen3": "qwen3-0.6b"}
-"""Folders in configs/models with the config.json of each, so that nothing is read from a hub."""
+"""Folders in configs/models with each config.json, so that no hub is needed."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLANS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"plans to write (default: all): {', '.join(PLANS)}")
     names = parser.parse_args(argv).names
     if unknown := sorted({*names} - {*PLANS}):
         parser.error(f"There is no plan {unknown[0]}. There are: {', '.join(PLANS)}.")

@@ -1,11 +1,16 @@
-"""The student's own replies: how fast they are written, in slots or all at once, and how long the device waits for the host between them and the updates.
+"""Measure the student's own replies: how fast they are written, and how long the device waits for the host.
 
     python benchmarks/rollouts.py --json benchmarks/results/cpu/rollouts.json
 
-The sampler is measured on random weights with replies of very mixed length (every token may be the last, one in a quarter of the longest on average): all prompts at once, a
-batch of the slots' number after another (with random numbers of its own, so other replies), and slots that take the next prompt when their reply has ended: the replies of all at once.
-The loop is that of on-policy training, with a live ghost and with the group-relative comparison (its replies as they are needed, or one update ahead), on the quick start's task; what the device waits is the time of an update
-less that of its parts, each measured alone. GRPO here is GhostRespond Policy Optimization, not Group Relative. Needs the whole package.
+The sampler runs on random weights. Any token may end a reply, so lengths are very mixed, a quarter of the longest on
+average. It writes all prompts at once, then in batches of `--slots` prompts, then in `--slots` slots that take the next
+prompt when their reply has ended. The batches use other random numbers; the slots write the same replies as all at
+once.
+
+The loop is that of on-policy training on the quick start's task, with a live ghost and with the group-relative
+objective (replies when they are needed, or one update ahead). The device's idle time is the time of an update without
+its parts, each measured alone. GRPO here is GhostRespond Policy Optimization, not Group Relative. The script needs the
+whole package.
 """
 
 from __future__ import annotations
@@ -26,12 +31,13 @@ from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
-from cotgrpo.objectives import GroupRelative
+from cotgrpo.objectives import GroupRelative, Objective
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, Rollouts, RolloutSettings, grade_replies
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.procedural import ProceduralTeacher
+from cotgrpo.types import Params
 
 VOCAB, GROUP = 512, 4
 
@@ -50,7 +56,7 @@ def student_of(args: argparse.Namespace, vocab: int) -> DecoderConfig:
 
 
 def fastest(repeats: int, call: Callable[[], Any]) -> tuple[float, Any]:
-    """The least seconds of a call, compilation left out, and what it returned."""
+    """Return the least seconds of a call after compilation, and what it returned."""
     result, times = jax.block_until_ready(call()), []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -60,7 +66,7 @@ def fastest(repeats: int, call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def sampler_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each way to write the replies to all prompts."""
+    """Return one row for each way to write the replies to all prompts."""
     config = student_of(args, VOCAB)
     params, key = init_params(config, jax.random.key(0)), jax.random.key(1)
     rng = np.random.default_rng(0)
@@ -96,9 +102,18 @@ def sampler_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def loop_row(
-    name: str, batches: Rollouts, objective: Any, config: DecoderConfig, params: Any, args: Any, ahead: bool = False
+    name: str,
+    batches: Rollouts,
+    objective: Objective,
+    config: DecoderConfig,
+    params: Params,
+    args: argparse.Namespace,
+    prefetch: bool = False,
 ) -> dict[str, Any]:
-    """An update's seconds in a loop that never waits more than it must, and those of its parts alone; `ahead` holds for the loop."""
+    """Measure the seconds of an update in a loop that waits no more than it must, and those of its parts alone.
+
+    With `prefetch`, the loop's replies are written one update ahead.
+    """
     tx = make_optimizer(learning_rate=1e-4, total_steps=1_000)
     step = jit_step(make_grpo_step(make_student(config), tx, objective))
     state = TrainState.create(params=jax.tree.map(np.array, params), tx=tx, key=0)
@@ -107,7 +122,7 @@ def loop_row(
     judging = 0.0
     if isinstance(batches, GroupRelativeBatches):
         asked = batches.prompts_for(0)
-        written = jax.device_get(batches.sample(params, batches.prompts(asked), batches.key_of(0)))
+        written = jax.device_get(batches.sample(params, batches.padded(asked), batches.key_of(0)))
         judging = fastest(args.repeats, lambda: grade_replies(batches.template, asked, written))[0]
         drawing -= judging
     batch, alone = jax.block_until_ready(next(batches)), []
@@ -115,7 +130,7 @@ def loop_row(
         start = time.perf_counter()
         state = jax.block_until_ready(step(state, batch)[0])
         alone += [time.perf_counter() - start] * (number > 0)
-    if ahead:
+    if prefetch:
         assert isinstance(batches, GroupRelativeBatches)
         batches.prefetch = True
     batches.set_params(state.params)
@@ -140,7 +155,7 @@ def loop_row(
 
 
 def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The loop with a live ghost, the student's own likeliest token, and the comparison's."""
+    """Measure the loop with a live ghost (the student's own likeliest token) and with group-relative replies."""
     triples = ProceduralTeacher(seed=0).draw(500)
     tokenizer = train_tokenizer((f"{t.question}\n{t.rationale}\n{t.answer}" for t in triples), vocab_size=VOCAB)
     template = Template(tokenizer, loss_on="completion")
@@ -179,9 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=64, help="replies in all; a multiple of 4")
+    parser.add_argument("--prompts", type=int, default=64, help="number of replies, a multiple of 4")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the longest prompt")
-    parser.add_argument("--new_tokens", type=int, default=128, help="of the longest reply")
+    parser.add_argument("--new_tokens", type=int, default=128, help="tokens of the longest reply")
     parser.add_argument("--slots", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,9 +1,9 @@
-"""Writes the tables of docs/performance.md anew from the JSON in benchmarks/results, so that page and results cannot differ.
+"""Write the tables of docs/performance.md from the JSON in benchmarks/results, so that both agree.
 
-    python benchmarks/tables.py            writes
-    python benchmarks/tables.py --check    says what differs, and exits with 1
+    python benchmarks/tables.py            write
+    python benchmarks/tables.py --check    show the difference, and exit with 1 if there is one
 
-In the page a line `<!-- results/cpu/step_16m.json -->` stands before each table.
+In the page, a line `<!-- results/cpu/step_16m.json -->` precedes each table.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def of_part(result: dict[str, Any]) -> str:
 
 
 def of_peers(result: dict[str, Any]) -> str:
-    """A line for each contender; that of cotgrpo is the one beside the first peer."""
+    """Return a line for each contender; cotgrpo's is the one that ran with the first peer."""
     floor = result.get("model_flops", 0) / result["matrix_flops_per_sec"]
     cells = []
     for number, found in enumerate(result["pairs"]):
@@ -79,7 +79,7 @@ def of_contender(name: str, row: dict[str, Any], floor: float) -> list[str]:
 
 
 def rewritten(page: str) -> str:
-    """The page with every table as the results say."""
+    """Return the page with every table from the results."""
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((HERE / match[2]).read_text(encoding="utf-8"))

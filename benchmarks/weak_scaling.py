@@ -1,9 +1,10 @@
-"""Bytes that one device sends in a train step, on 1, 2, 4 and 8 devices with the tokens of a step growing along, beside what theory says.
+"""Compare the bytes that one device sends in a train step with theory, on 1, 2, 4 and 8 devices.
 
     python benchmarks/weak_scaling.py --json benchmarks/results/cpu/weak_scaling.json
 
-Nothing runs: the step is compiled for virtual CPU devices, and its collectives are read from the compiled text (`cotgrpo.planning.hlo`), those in loops
-as often as they run. An all-reduce of S bytes among n devices counts 2 (n - 1) / n S for each, a gather and a scatter (n - 1) / n S.
+The tokens of a step grow with the devices. Nothing runs: the step is compiled for virtual CPU devices, and its
+collectives are read from the compiled text (`cotgrpo.planning.hlo`). Those in loops count as often as they run. An
+all-reduce of S bytes among n devices counts 2 (n - 1) / n S for each, a gather and a scatter (n - 1) / n S.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     for r in rows:
         ratio = f"{r['sent'] / r['theory']:.3f}" if r["theory"] else "-"
         print(
-            f"| {r['axis']} | {r['devices']} | {r['tokens']} | {r['sent'] / 1e6:.3f} | {r['theory'] / 1e6:.3f} | {ratio} |"
+            f"| {r['axis']} | {r['devices']} | {r['tokens']} | {r['sent'] / 1e6:.3f} | {r['theory'] / 1e6:.3f} "
+            f"| {ratio} |"
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def row(axis: str, count: int) -> dict[str, Any]:
-    """One mesh with `count` devices on one axis: the batch grows with it, and on the context axis the sequences do."""
+    """Measure a mesh with `count` devices on one axis. Batch or, on the context axis, sequences grow with it."""
     batch, seq = (BATCH, SEQ * count) if axis == "context" else (BATCH * count, SEQ)
     found = collectives(compiled_text(axis, count, batch, seq))
-    # The loop over tiles has a length that depends on the data; here every token is supervised. Each shard walks over its own tokens.
+    # The length of the loop over tiles depends on the data. Here every token is supervised, and each shard has its own.
     own = batch * seq // (count if axis != "tensor" else 1)
     kinds = bytes_sent(found, unknown=own // TILE)
     theory = expected(axis, count, batch, seq)
@@ -69,7 +71,7 @@ def row(axis: str, count: int) -> dict[str, Any]:
 
 
 def compiled_text(axis: str, count: int, batch: int, seq: int) -> str:
-    """The program of an SFT step on the first `count` devices."""
+    """Return the compiled text of an SFT step on the first `count` devices."""
     shape = mesh_shape({axis: count}, count)
     devices = np.array(jax.devices()[:count]).reshape(tuple(shape.values()))
     mesh = Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
@@ -82,16 +84,18 @@ def compiled_text(axis: str, count: int, batch: int, seq: int) -> str:
 
 
 def expected(axis: str, n: int, batch: int, seq: int) -> dict[str, float]:
-    """Bytes that a device sends, by what is sent, in float32; scalars, row sums of the softmax and norms are left out.
+    """Return the bytes that a device sends in float32, by what is sent.
 
-    Gradients are all-reduced, on the fsdp axis too: XLA for CPU does not make a reduce-scatter of an all-reduce and a cut, as XLA for TPU does.
+    Scalars, row sums of the softmax and norms do not count. Gradients are all-reduced on the fsdp axis too: XLA for CPU
+    does not turn an all-reduce and a slice into a reduce-scatter, as XLA for TPU does.
     """
     c, part = CONFIG, 4 * (n - 1) / n
     layers = c.num_layers * (2 * c.width * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.width * c.mlp_width)
     embeddings = 2 * c.vocab_size * c.width
     if axis == "tensor":
         stream = batch * seq * c.width
-        # In a layer: out and down forward; backward the inputs of query, key, value, gate and up. Outside: the embedding's rows and d hidden.
+        # In a layer: out and down forward; backward the inputs of query, key, value, gate and up.
+        # Outside: the embedding's rows and d hidden.
         return {"residual stream": 2 * part * stream * (7 * c.num_layers + 2)}
     sums = {"gradients": 2 * part * (layers + embeddings)}
     if axis == "fsdp":
