@@ -1,4 +1,4 @@
-"""The student: one decoder, driven by a config; families of Hugging Face models as data; their weights in and out."""
+"""The student: one decoder driven by a config, and the weights of Hugging Face models in and out."""
 
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.weights import Pretrained, load_pretrained, save_pretrained

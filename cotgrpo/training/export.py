@@ -13,7 +13,8 @@ from cotgrpo.config.sections import ConfigError, tree_of
 from cotgrpo.config.settings import Config
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
-from cotgrpo.models.huggingface.weights import refuse_used, save_pretrained
+from cotgrpo.models.huggingface.folder import refuse_used
+from cotgrpo.models.huggingface.weights import save_pretrained
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.stages import newest_stage
 from cotgrpo.training.weights import StageWeights, restore_weights

@@ -145,7 +145,8 @@ def test_an_adapter_of_another_model(folder: Path, params: Any) -> None:
 def test_tensors_that_are_missing_or_unknown(folder: Path, params: Any) -> None:
     rewrite(folder, base_model__model__lm_head__lora_A__weight=np.zeros((3, 32), np.float32))
     with pytest.raises(
-        ModelError, match=r"lm_head.lora_A.weight adapts nothing that this model has. It has .*self_attn.q_proj"
+        ModelError,
+        match=r"lm_head.lora_A.weight adapts a projection that this model does not have. It has .*self_attn.q_proj",
     ):
         load_adapter(folder, params)
     rewrite(
@@ -159,10 +160,10 @@ def test_tensors_that_are_missing_or_unknown(folder: Path, params: Any) -> None:
 
 def test_files_that_are_missing_corrupt_or_in_the_way(folder: Path, params: Any) -> None:
     weights = folder / "adapter_model.safetensors"
-    with pytest.raises(ModelError, match="is not empty: give the adapter a folder of its own"):
+    with pytest.raises(ModelError, match="is not empty"):
         save_adapter(folder, trained(params, LORA), LORA)
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelError, match="is no whole safetensors file"):
+    with pytest.raises(ModelError, match="is not a whole safetensors file"):
         load_adapter(folder, params)
     weights.rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"No adapter_model.safetensors .* adapter_model.bin is a pickle"):

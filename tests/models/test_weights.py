@@ -26,7 +26,7 @@ from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.models.huggingface.config import config_json, decoder_config
 from cotgrpo.models.huggingface.model_card import model_card
-from cotgrpo.models.huggingface.safetensors_files import NewTensor, read_header, write_file, write_tensors
+from cotgrpo.models.huggingface.safetensors_files import NewTensor, StoredTensor, list_tensors, write_tensors
 from cotgrpo.models.huggingface.weights import abstract_params, leaves_by_path, names_by_path, stored_shape
 from cotgrpo.models.rotary import RopeScaling
 from cotgrpo.sharding import state_sharding
@@ -91,14 +91,13 @@ def test_the_safetensors_library_reads_what_we_write(folder: Path, params: Any) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_one_tensor_at_a_time_from_any_dtype(dtype: str, tmp_path: Path) -> None:
-    """The library's file, read here; and the float16 of older checkpoints becomes float32."""
+def test_tensors_and_slices_of_any_dtype(dtype: str, tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(5, 7)).astype(jnp.dtype(dtype))
-    save_file({"b": array, "a": array[:0], "c": array[0, :1].reshape(())}, tmp_path / "x.safetensors")
-    found = read_header(tmp_path / "x.safetensors")
-    assert found.keys() == {"a", "b", "c"}
-    for name, want in (("b", array), ("a", array[:0]), ("c", array[0, :1].reshape(()))):
-        got = found[name].read()
+    save_file({"b": array, "a": array[:0]}, tmp_path / "x.safetensors")
+    found = list_tensors(tmp_path / "x.safetensors")
+    assert found.keys() == {"a", "b"} and found["b"].shape == (5, 7)
+    part = (slice(1, 3), slice(None))
+    for got, want in ((found["b"].read(), array), (found["a"].read(), array[:0]), (found["b"].read(part), array[part])):
         assert got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
 
 
@@ -115,14 +114,40 @@ def test_dtypes(stored: str, as_loaded: str, folder: Path, params: Any, tmp_path
     assert wide.student.hidden(wide.params, *np.zeros((3, 1, 2), np.int32)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_onto_a_mesh_and_back(sizes: dict[str, int], folder: Path, params: Any, tmp_path: Path) -> None:
-    mesh = make_mesh(**sizes)
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """{tensor: bytes of each read}, filled from now on."""
+    reads: dict[str, list[int]] = {}
+    read = StoredTensor.read
+
+    def counted(self: StoredTensor, index: Any = None) -> np.ndarray:
+        part = read(self, index)
+        reads.setdefault(self.name, []).append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    return reads
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel_parts"), [({"data": 2, "fsdp": 2, "tensor": 2}, 4), ({"fsdp": 8}, 8)], ids=str
+)
+def test_onto_a_mesh_and_back(
+    sizes: dict[str, int],
+    kernel_parts: int,
+    folder: Path,
+    params: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every shard is a read of its own slice, and no slice is read twice for devices that hold the same."""
+    mesh, reads = make_mesh(**sizes), count_reads(monkeypatch)
     loaded = load_pretrained(folder, mesh=mesh)
+    query = 4 * CONFIG.width * CONFIG.num_heads * CONFIG.head_dim
+    assert reads["model.layers.1.self_attn.q_proj.weight"] == [query // kernel_parts] * kernel_parts
+    assert sum(map(sum, reads.values())) == 4 * CONFIG.num_params()
     assert_equal(loaded.params, params)
     got, want = (jax.tree.leaves(tree) for tree in (loaded.params, state_sharding(params, mesh)))
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in zip(got, want, strict=True))
-    assert not loaded.params["layers"]["query"]["kernel"].sharding.is_fully_replicated
     save_pretrained(tmp_path / "out", loaded.config, loaded.params, source=loaded)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
@@ -135,8 +160,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from cotgrpo import make_mesh
 from cotgrpo.models import load_pretrained, save_pretrained
+from cotgrpo.models.huggingface.safetensors_files import StoredTensor
 
+taken, read = [], StoredTensor.read
+StoredTensor.read = lambda self, index=None: taken.append(read(self, index)) or taken[-1]
 loaded = load_pretrained(sys.argv[3], mesh=make_mesh(fsdp=2, tensor=2))
+assert sum(part.nbytes for part in taken) < 0.6 * 4 * loaded.config.num_params(), "its own half, and the norms"
 assert not loaded.params["layers"]["query"]["kernel"].is_fully_addressable
 save_pretrained(sys.argv[4], loaded.config, loaded.params, source=loaded)
 """
@@ -263,7 +292,7 @@ def test_missing_extra_and_misshapen_tensors(folder: Path) -> None:
         load_pretrained(folder)
     (folder / "model.safetensors").write_bytes(whole)
     rewrite(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1]}))
-    with raises(r"model\.norm\.weight has the shape \[15\], but config\.json says \[16\]"):
+    with raises(r"model\.norm\.weight has the shape \[15\], but config\.json needs \[16\]"):
         load_pretrained(folder)
 
 
@@ -280,7 +309,7 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(folder: Path, params: An
 
 def test_a_tokenizer_of_another_model(folder: Path, params: Any, tokenizer: Any) -> None:
     (folder / "tokenizer.json").write_text("{}")
-    with raises("is no tokenizer"):
+    with raises("tokenizer.json is not a tokenizer"):
         load_pretrained(folder)
     bigger = train_tokenizer(TEXTS, vocab_size=270)
     bigger.add_tokens([f"<extra_{i}>" for i in range(60)])
@@ -296,26 +325,24 @@ def test_a_tokenizer_of_another_model(folder: Path, params: Any, tokenizer: Any)
 def test_truncated_files(keep: int, folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:keep])
-    with raises(r"model\.safetensors is no whole safetensors file"):
+    with raises(r"model\.safetensors is not a whole safetensors file"):
         load_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"not json", "not the format's JSON"),
-        (b"[1, 2]  ", "not the format's JSON"),
-        (b'{"a": {"dtype": "F32", "shape": [2]}}', "not the format's JSON"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]}}', r"a of shape \[2\] in the bytes \[0, 12\]"),
-        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}', "no whole safetensors file"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "no whole safetensors file"),
+        (b"not json", "not a whole safetensors file"),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', "missing field `data_offsets`"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]}}', "not a whole safetensors file"),
+        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}', "not a whole safetensors file"),
         (b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}', "a is stored as F8_E4M3; supported"),
     ],
 )
 def test_corrupt_headers(header: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with raises(message):
-        read_header(tmp_path / "x.safetensors")
+        list_tensors(tmp_path / "x.safetensors")
 
 
 def test_corrupt_shards(params: Any, tmp_path: Path) -> None:
@@ -326,7 +353,7 @@ def test_corrupt_shards(params: Any, tmp_path: Path) -> None:
     for changed, message in (
         ({"weight_map": whole["weight_map"] | {name: "../secret.safetensors"}}, "no such file"),
         ({"weight_map": whole["weight_map"] | {name: "model-00009.safetensors"}}, "no such file"),
-        ({"weight_map": whole["weight_map"] | {"model.more.weight": shard}}, r"says that model\.more\.weight is in"),
+        ({"weight_map": whole["weight_map"] | {"model.more.weight": shard}}, r"lists model\.more\.weight in"),
         ({"weights": {}}, "corrupt: expected JSON with a weight_map"),
     ):
         index.write_text(json.dumps(changed))
@@ -418,14 +445,14 @@ GEMMA2 = {**{k: v for k, v in LLAMA.items() if k not in ("hidden_act", "mlp_bias
         (LLAMA | {"model_type": "gemma3"}, "text-only checkpoints are gemma3_text"),
         (LLAMA | {"residual_multiplier": 0.2}, "of a llama model: unsupported field residual_multiplier"),
         (LLAMA | {"sliding_window": 5}, "unsupported field sliding_window"),
-        (LLAMA | {"attention_dropout": 0.1}, "attention_dropout is 0.1; supported is 0 alone"),
+        (LLAMA | {"attention_dropout": 0.1}, "attention_dropout is 0.1; supported: 0"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config is"),
         (LLAMA | {"auto_map": {"AutoModel": "code.Model"}}, "auto_map is"),
         (LLAMA | {"hidden_act": "relu2"}, "unsupported hidden_act 'relu2'; supported: silu"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size is missing; expected a positive integer"),
         (LLAMA | {"num_hidden_layers": "3"}, "num_hidden_layers is '3'; expected a positive integer"),
         (LLAMA | {"num_attention_heads": 3}, "num_heads .3. must be a multiple of num_kv_heads .2."),
-        (LLAMA | {"num_attention_heads": 3, "head_dim": None}, "no head_dim, and hidden_size 16 is no multiple"),
+        (LLAMA | {"num_attention_heads": 3, "head_dim": None}, "no head_dim, and hidden_size 16 is not a multiple"),
         (LLAMA | {"head_dim": 7}, "head_dim must be even"),
         (LLAMA | {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "unsupported rope_scaling type 'longrope'"),
         (
@@ -464,7 +491,7 @@ def test_what_cannot_be_saved(folder: Path, params: Any, tmp_path: Path) -> None
     with raises("is not empty"):
         save_pretrained(folder, CONFIG, params)
     other = dataclasses.replace(CONFIG, width=32)
-    with raises(r"parameters are not those of the config: embedding \[320, (16|32)\] is in one only"):
+    with raises(r"parameters do not belong to the config: only one of them has embedding \[320, (16|32)\]"):
         save_pretrained(tmp_path / "out", other, params)
     with raises(r"The config is not that of .*: rope_theta \(7.0 here, 10000.0 there\)"):
         save_pretrained(
@@ -483,7 +510,7 @@ def test_what_is_no_model_folder(tmp_path: Path, folder: Path) -> None:
     with raises(r"No config\.json in"):
         load_pretrained(tmp_path)
     (folder / "config.json").write_text("{")
-    with raises(r"config\.json is no JSON"):
+    with raises(r"config\.json is not JSON"):
         load_pretrained(folder)
     (folder / "config.json").write_text("[]")
     with raises("holds list; expected a JSON object"):
@@ -518,10 +545,4 @@ def test_a_hub_id_is_found_in_the_cache(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[:2]
     assert first == "owner/student (320, 16)"
-    assert second.startswith("No folder owner/absent, and no model of this id could be had from the hub")
-
-
-def test_write_file_checks_what_it_is_given(tmp_path: Path) -> None:
-    lie = NewTensor("a", np.dtype(np.float32), (2, 3), lambda: np.ones((3, 2), np.float32))
-    with pytest.raises(ValueError, match=r"a has the shape \(3, 2\), but \(2, 3\) was announced"):
-        write_file(tmp_path / "x.safetensors", [lie])
+    assert second.startswith("No folder owner/absent, and the hub has no model of this id")

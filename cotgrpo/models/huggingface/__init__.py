@@ -1,0 +1,1 @@
+"""Models in Hugging Face's formats: config.json, safetensors, adapters of `peft`, model cards."""

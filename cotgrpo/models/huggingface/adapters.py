@@ -1,16 +1,14 @@
-"""LoRA adapters as `peft` keeps them: adapter_config.json and adapter_model.safetensors, written and read.
+"""LoRA adapters in `peft`'s format: adapter_config.json and adapter_model.safetensors, written and read.
 
-There, A and B are stored for each layer apart and transposed, `[rank, in]` and `[out, rank]`, under the names of Hugging Face's modules.
-What `peft` can express and we cannot is an error that names it.
+The format stores A and B per layer and transposed, `[rank, in]` and `[out, rank]`, under the names of Hugging Face's
+modules. A setting of `peft` that this package does not support is an error that names it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from safetensors.numpy import save_file
 
 from cotgrpo.models.huggingface.families import PROJECTIONS, ModelError
+from cotgrpo.models.huggingface.folder import new_folder, read_json_object, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
-from cotgrpo.models.huggingface.safetensors_files import NewTensor, StoredTensor, read_header, read_json, write_file
-from cotgrpo.models.huggingface.weights import on_host
+from cotgrpo.models.huggingface.safetensors_files import StoredTensor, list_tensors
+from cotgrpo.models.huggingface.weights import TreePath, on_host
 from cotgrpo.models.lora import Adapters, LoraConfig, flatten_adapters, kernels
 from cotgrpo.types import Params
 
@@ -35,13 +35,13 @@ PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 READ = frozenset({"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"})
 WITHOUT_EFFECT = frozenset(
     {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-    # What was adapted shows in the tensors; the last three belong to methods that other fields turn on.
+    # The tensors show what was adapted. The last three fields belong to methods that other fields turn on.
     | {"target_modules", "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"}
 )
-"""Fields of adapter_config.json. All others must be off: false, null or empty."""
+"""Fields of adapter_config.json with any value. All other fields must be off: false, null or empty."""
 
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
-"""Ways to start that leave the model's own weights as they are. After others (pissa, olora, ...) the adapter fits changed weights only."""
+"""Initializations that keep the model's own weights. After others (pissa, olora, ...) the adapter fits changed ones."""
 
 
 def save_adapter(
@@ -51,55 +51,46 @@ def save_adapter(
     base_model_name: str | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, complete or not at all.
+    """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically.
 
-    In a run of several processes all of them call it, and the first one writes.
+    With several processes all of them must call it, and process 0 writes.
 
     Args:
         folder: new or empty.
         adapters: what was trained.
         lora: what it was trained with.
-        base_model_name: the hub id or folder of the frozen model, which `peft`'s `AutoPeftModel` loads; None: not said.
-        card: facts for a model card (`cotgrpo.models.huggingface.model_card.model_card`); None: no card.
+        base_model_name: hub id or folder of the frozen model, for `peft`'s `AutoPeftModel`. None: left out.
+        card: facts for a model card (`cotgrpo.models.huggingface.model_card.model_card`). None: no card.
 
     Raises:
-        ModelError: a folder that is not empty, or an adapter of a projection that Hugging Face's models do not have.
+        ModelError: the folder is not empty, or Hugging Face's models do not have an adapted projection.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} is not empty: give the adapter a folder of its own.")
+    refuse_used(folder)
     pairs = flatten_adapters(adapters)
     unknown = ["/".join(path) for path in pairs if path[:-1] != ("layers",) or path[-1] not in PROJECTIONS]
     if unknown:
         raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {set(PROJECTIONS)}.")
-    tensors = [
-        new_tensor(NAME.format(layer, PROJECTIONS[path[-1]], theirs), np.asarray(on_host(path, pair[ours], layer)).T)
+    tensors = {
+        NAME.format(layer, PROJECTIONS[path[-1]], theirs): np.ascontiguousarray(on_host(path, pair[ours], layer).T)
         for path, pair in pairs.items()
         for theirs, ours in PARTS.items()
         for layer in range(pair[ours].shape[0])
-    ]
+    }
     if jax.process_index() == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_file(partial / WEIGHTS_FILE, tensors)
-        text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)
-        (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        if card is not None:
-            base = {"base_model": base_model_name} if base_model_name else {}
-            text = model_card(folder.name, base | dict(card), library="peft")
-            (partial / "README.md").write_text(text, encoding="utf-8")
-        os.replace(partial, folder)
+        with new_folder(folder) as partial:
+            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)
+            (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            if card is not None:
+                base = {"base_model": base_model_name} if base_model_name else {}
+                text = model_card(folder.name, base | dict(card), library="peft")
+                (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def new_tensor(name: str, array: np.ndarray) -> NewTensor:
-    """A tensor to be written, of an array at hand."""
-    return NewTensor(name, array.dtype, array.shape, lambda: array)
-
-
-def adapter_config(pairs: Mapping[tuple[str, ...], Any], lora: LoraConfig, base_model_name: str | None) -> Any:
-    """adapter_config.json. A whole `alpha` is written as the integer that `peft` declares."""
+def adapter_config(paths: Iterable[TreePath], lora: LoraConfig, base_model_name: str | None) -> dict[str, Any]:
+    """Return adapter_config.json. A whole `alpha` is an integer, as `peft` declares it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -112,40 +103,39 @@ def adapter_config(pairs: Mapping[tuple[str, ...], Any], lora: LoraConfig, base_
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(PROJECTIONS[path[-1]].rpartition(".")[2] for path in pairs),
+        "target_modules": sorted(PROJECTIONS[path[-1]].rpartition(".")[2] for path in paths),
     }
 
 
 def load_adapter(folder: str | Path, params: Params) -> tuple[Adapters, LoraConfig]:
-    """Reads an adapter that `peft` or `save_adapter` wrote.
+    """Read an adapter that `peft` or `save_adapter` wrote.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
-        params: the parameters of the model that it is for, or their `jax.eval_shape`.
+        params: the parameters of the adapted model, or their `jax.eval_shape`.
 
     Returns:
-        The adapters in float32 on JAX's default device, and the config, whose targets are the projections they adapt.
+        The adapters in float32 on JAX's default device, and the config. Its targets are the adapted projections.
 
     Raises:
-        ModelError: a file that is missing or corrupt, a setting that is not supported, or an adapter of another model.
+        ModelError: a file is missing or corrupt, a setting is not supported, or the adapter belongs to another model.
     """
     folder = Path(folder)
-    settings = read_json(folder / CONFIG_FILE)
+    settings = read_json_object(folder / CONFIG_FILE)
     check_settings(settings, folder)
-    stored = read_header(weights_path(folder))
+    stored = list_tensors(weights_path(folder))
     found = kernels(params)
     ours = {theirs: ("layers", name) for name, theirs in PROJECTIONS.items()}
-    tensors: dict[tuple[str, ...], dict[tuple[str, int], StoredTensor]] = {}
+    tensors: dict[TreePath, dict[tuple[str, int], StoredTensor]] = {}
     for name, tensor in stored.items():
         match = NAMED.fullmatch(name)
         path = ours.get(match[2]) if match else None
         if match is None or path not in found:
-            raise ModelError(
-                f"{folder}: {name} adapts nothing that this model has. It has {', '.join(PROJECTIONS[p[-1]] for p in found)}."
-            )
+            names = ", ".join(PROJECTIONS[p[-1]] for p in found)
+            raise ModelError(f"{folder}: {name} adapts a projection that this model does not have. It has {names}.")
         tensors.setdefault(path, {})[PARTS[match[3]], int(match[1])] = tensor
     if not tensors:
-        raise ModelError(f"{folder / WEIGHTS_FILE} holds no tensor: save the adapter again.")
+        raise ModelError(f"{folder / WEIGHTS_FILE} holds no tensors: save the adapter again.")
     adapted = [path for path in found if path in tensors]
     lora = lora_config(settings, tuple(path[-1] for path in adapted), folder)
     pairs = {path: read_pair(path, tensors[path], found[path].shape, lora.rank, folder) for path in adapted}
@@ -153,12 +143,12 @@ def load_adapter(folder: str | Path, params: Params) -> tuple[Adapters, LoraConf
 
 
 def weights_path(folder: Path) -> Path:
-    """adapter_model.safetensors; pickled weights are never read."""
+    """Return the path of adapter_model.safetensors. Pickled weights are never read."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = (
-            " adapter_model.bin is a pickle, which can run any code: let peft save it as safetensors."
+            " adapter_model.bin is a pickle and reading it can run any code: let peft save it as safetensors."
             if pickled
             else ""
         )
@@ -167,19 +157,19 @@ def weights_path(folder: Path) -> Path:
 
 
 def check_settings(settings: Mapping[str, Any], folder: Path) -> None:
-    """Raises ModelError where adapter_config.json wants what we do not do."""
-    where = f"{folder / CONFIG_FILE}"
+    """Raise ModelError if adapter_config.json has a setting that is not supported."""
+    where = folder / CONFIG_FILE
     expected = {"peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": PLAIN_INITS}
     for name, allowed in expected.items():
         if settings.get(name, allowed[0]) not in allowed:
             raise ModelError(f"{where}: unsupported {name} {settings[name]!r}; supported: {allowed}.")
     for name, value in settings.items():
         if name not in READ | WITHOUT_EFFECT and value:
-            raise ModelError(f"{where}: unsupported setting {name} = {value!r}; supported is plain LoRA, without it.")
+            raise ModelError(f"{where}: unsupported setting {name} = {value!r}; supported: plain LoRA, without it.")
 
 
 def lora_config(settings: Mapping[str, Any], targets: tuple[str, ...], folder: Path) -> LoraConfig:
-    """The `LoraConfig` that adapter_config.json describes; what it does not say is as `peft` has it."""
+    """Return the `LoraConfig` that adapter_config.json describes, with `peft`'s defaults."""
     try:
         return LoraConfig(
             rank=settings.get("r", 8),
@@ -193,13 +183,13 @@ def lora_config(settings: Mapping[str, Any], targets: tuple[str, ...], folder: P
 
 
 def read_pair(
-    path: tuple[str, ...],
+    path: TreePath,
     tensors: Mapping[tuple[str, int], StoredTensor],
     kernel_shape: tuple[int, ...],
     rank: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """`lora_a` and `lora_b` of one projection, stacked over layers."""
+    """Return `lora_a` and `lora_b` of one projection, stacked over layers."""
     L, inputs, outputs = kernel_shape
     shapes, module = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}, PROJECTIONS[path[-1]]
     expected = {(part, layer) for part in shapes for layer in range(L)}
@@ -207,13 +197,14 @@ def read_pair(
         part, layer = odd[0]
         what = "lacks" if odd[0] in expected else "holds"
         raise ModelError(
-            f"{folder} {what} {part} of layer {layer} of {module}, but this model has {L} layers, and an adapter must hold all of them."
+            f"{folder} {what} {part} of layer {layer} of {module}, but this model has {L} layers, "
+            "and an adapter must hold all of them."
         )
     for (part, layer), tensor in tensors.items():
         if tensor.shape != shapes[part]:
             raise ModelError(
-                f"{folder}: {part} of layer {layer} of {module} has the shape {list(tensor.shape)}, but this model and rank {rank} "
-                f"need {list(shapes[part])}: the adapter belongs to another model."
+                f"{folder}: {part} of layer {layer} of {module} has the shape {list(tensor.shape)}, but this model "
+                f"and rank {rank} need {list(shapes[part])}: the adapter belongs to another model."
             )
     return {
         part: jnp.asarray(np.stack([tensors[part, layer].read().T.astype(np.float32) for layer in range(L)]))

@@ -1,6 +1,6 @@
-"""Reads and writes config.json, the way Hugging Face describes a decoder, by the rows of `models/families.py`.
+"""Hugging Face's config.json, read and written by the rows of `cotgrpo.models.huggingface.families`.
 
-A field that nobody here knows is an error that names it: a setting ignored in silence is a model that is wrong in silence.
+An unknown field is an error that names it: a setting that is silently ignored makes a silently wrong model.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from cotgrpo.models.rotary import RopeScaling
 
 
 def decoder_config(hf: HfConfig) -> DecoderConfig:
-    """The decoder that a config.json describes, storing and computing in float32.
+    """Return the decoder that a config.json describes, with float32 storage and compute.
 
     Raises:
-        ModelError: an unknown `model_type`, a field that is missing, unknown, or has a value that the decoder cannot follow.
+        ModelError: an unknown `model_type`, or a field that is missing, unknown or has an unsupported value.
     """
     family = family_of(hf)
     known = {*REQUIRED, *COMMON, *family.defaults, *FIXED, *WITHOUT_EFFECT}
     unknown = sorted(name for name in hf if name not in known and not name.startswith("_"))
     if unknown:
         raise ModelError(
-            f"config.json of a {hf['model_type']} model: unsupported field {', '.join(unknown)}. If it does not change the "
-            "logits, remove it from config.json."
+            f"config.json of a {hf['model_type']} model: unsupported field {', '.join(unknown)}. "
+            "Remove it from config.json if it does not change the logits."
         )
     for name, allowed in FIXED.items():
         if name in hf and hf[name] not in allowed:
-            raise ModelError(f"config.json: {name} is {hf[name]!r}; supported is {allowed[0]!r} alone.")
+            raise ModelError(f"config.json: {name} is {hf[name]!r}; supported: {allowed[0]!r}.")
     field = rope_fields({**COMMON, **family.defaults, **hf})
     sizes = {name: positive(field, name) for name in REQUIRED}
     heads = sizes["num_attention_heads"]
     if field["head_dim"] is None and sizes["hidden_size"] % heads:
         raise ModelError(
-            f"config.json: no head_dim, and hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads {heads}."
+            f"config.json: no head_dim, and hidden_size {sizes['hidden_size']} is not a multiple of "
+            f"num_attention_heads {heads}."
         )
     try:
         return DecoderConfig(
@@ -73,7 +74,7 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
 
 
 def family_of(hf: HfConfig) -> Family:
-    """The row of `FAMILIES` that config.json names."""
+    """Return the row of `FAMILIES` for the `model_type` of config.json."""
     if hf.get("model_type") not in FAMILIES:
         hint = " (its text-only checkpoints are gemma3_text)" if hf.get("model_type") == "gemma3" else ""
         raise ModelError(
@@ -83,7 +84,7 @@ def family_of(hf: HfConfig) -> Family:
 
 
 def positive(field: HfConfig, name: str) -> int:
-    """A size from config.json."""
+    """Return a size from config.json."""
     value = field.get(name)
     if not isinstance(value, int) or value < 1:
         found = "is missing" if name not in field else f"is {value!r}"
@@ -92,7 +93,7 @@ def positive(field: HfConfig, name: str) -> int:
 
 
 def activation(field: HfConfig) -> str:
-    """Gemma's config.json says it twice, and transformers reads `hidden_activation`."""
+    """Return the activation. Gemma's config.json has two fields, and transformers reads `hidden_activation`."""
     name = field.get("hidden_activation", field["hidden_act"])
     if name not in ACTIVATIONS:
         raise ModelError(f"config.json: unsupported hidden_act {name!r}; supported: {', '.join(ACTIVATIONS)}.")
@@ -100,9 +101,9 @@ def activation(field: HfConfig) -> str:
 
 
 def rope_fields(field: dict[str, Any]) -> dict[str, Any]:
-    """Brings transformers 5's `rope_parameters` into the older form: `rope_theta`, `rope_scaling`, `rope_local_base_freq`."""
+    """Convert `rope_parameters` of transformers 5 to `rope_theta`, `rope_scaling` and `rope_local_base_freq`."""
     if field["rope_scaling"] and field["rope_parameters"]:
-        raise ModelError("config.json holds both rope_scaling and rope_parameters: keep the one that is meant.")
+        raise ModelError("config.json holds both rope_scaling and rope_parameters: remove one.")
     spec = dict(field["rope_scaling"] or field["rope_parameters"] or {})
     if "rope_local_base_freq" in field and {"full_attention", "sliding_attention"} & set(spec):
         local = dict(spec.pop("sliding_attention", None) or {})
@@ -124,18 +125,18 @@ ROPE_KEYS = {
         | {"mscale", "mscale_all_dim", "truncate"}
     ),
 }
-"""What each kind of scaling may hold."""
+"""Fields of each kind of scaling."""
 
 
 def rope_scaling(field: HfConfig) -> RopeScaling | None:
-    """The `RopeScaling` that `rope_scaling` describes."""
+    """Return the `RopeScaling` of the field `rope_scaling`."""
     spec = {name: value for name, value in field["rope_scaling"].items() if value is not None}
     old, new = spec.pop("type", None), spec.pop("rope_type", None)
     kind = new or old or "default"
     if kind not in ROPE_KEYS:
         raise ModelError(f"config.json: unsupported rope_scaling type {kind!r}; supported: {', '.join(ROPE_KEYS)}.")
     if spec.pop("partial_rotary_factor", 1) != 1:
-        raise ModelError("config.json: unsupported partial_rotary_factor in rope_scaling; supported is 1 alone.")
+        raise ModelError("config.json: unsupported partial_rotary_factor in rope_scaling; supported: 1.")
     unknown = sorted(set(spec) - ROPE_KEYS[kind])
     if unknown:
         raise ModelError(f"config.json: unsupported field {', '.join(unknown)} in rope_scaling of type {kind!r}.")
@@ -155,12 +156,12 @@ def rope_scaling(field: HfConfig) -> RopeScaling | None:
 
 
 def yarn_factor(factor: float, mscale: float) -> float:
-    """How much longer queries and keys become under YaRN: `0.1 mscale ln(factor) + 1`."""
+    """Return YaRN's factor of queries and keys: `0.1 mscale ln(factor) + 1`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The reverse of `rope_scaling`."""
+    """Return the field of config.json that `rope_scaling` reads."""
     if scaling is None:
         return None
     field = {**dataclasses.asdict(scaling), "original_max_position_embeddings": scaling.original_length}
@@ -170,7 +171,7 @@ def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def config_json(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json for a decoder that came from none: of the first family that can express it, read back to be sure.
+    """Return config.json of the first family that can express a decoder.
 
     Raises:
         ModelError: no family can.
@@ -202,7 +203,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
 
 
 def differences(config: DecoderConfig, hf: HfConfig) -> list[str]:
-    """The fields in which a decoder is not the one that config.json describes; how it computes and is stored aside."""
+    """Return the fields in which a decoder differs from a config.json, apart from how it computes and is stored."""
 
     def essence(c: DecoderConfig) -> DecoderConfig:
         return dataclasses.replace(

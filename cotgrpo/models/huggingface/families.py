@@ -1,7 +1,8 @@
-"""Families of Hugging Face models, as data: what their config.json says in `DecoderConfig`'s terms, and the names of their tensors.
+"""Families of Hugging Face models, as data: fields of their config.json as a `DecoderConfig`, and names of tensors.
 
-A family is a row of `FAMILIES`: the fields its config.json may hold, what a missing one means, and what the rest makes of the decoder.
-`models/hf_config.py` reads and writes config.json by these rows. `tensor_names` pairs the decoder's parameters with the checkpoint's.
+A family is a row of `FAMILIES`: the fields of its config.json, their defaults, and the options of the decoder.
+`cotgrpo.models.huggingface.config` reads and writes config.json by these rows. `tensor_names` maps the decoder's
+parameters to the checkpoint's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ HfConfig = Mapping[str, Any]
 
 
 class ModelError(ValueError):
-    """A model that cannot be read or written; the message names the place, what was expected and the fix."""
+    """A model cannot be read or written. The message names the place, what was expected and the fix."""
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -33,7 +34,7 @@ COMMON: dict[str, Any] = {
     "rope_scaling": None,
     "rope_parameters": None,
 }
-"""Fields of every family, and what transformers takes where config.json has none. A family's own come on top."""
+"""Fields of every family with the defaults of transformers. `Family.defaults` override them."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
@@ -47,7 +48,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "pruned_heads": (None, {}, []),
 }
-"""Fields that may be there, but only with these values: with another the model would be a different one."""
+"""Fields that are allowed with these values only. Other values would change the model."""
 
 WITHOUT_EFFECT = frozenset(
     {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "tokenizer_class"}
@@ -57,7 +58,7 @@ WITHOUT_EFFECT = frozenset(
     | {"max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "transformers.js_config"}
     | {"unsloth_fixed", "unsloth_version"}
 )
-"""Fields that do not change a logit. Names with a leading underscore, transformers' own bookkeeping, do not either."""
+"""Fields that do not change a logit. Names with a leading underscore, transformers' bookkeeping, are allowed too."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -74,10 +75,11 @@ class Family:
 
     Attributes:
         architecture: the class in transformers.
-        defaults: fields of its config.json beyond `COMMON`, or with another default.
-        reads: `reads(field) -> {name: value}`, what the family adds to the `DecoderConfig`; `field` holds config.json with defaults filled in.
-        writes: the reverse: the family's own fields of config.json.
-        without_embedding: tokens of its tokenizer that have no row in the embedding and stand in no text.
+        defaults: fields of its config.json that `COMMON` lacks or has with another default.
+        reads: `reads(field) -> {name: value}`, options of the `DecoderConfig`. `field` is config.json with defaults
+            filled in.
+        writes: the inverse: the family's own fields of config.json.
+        without_embedding: tokens of its tokenizer without a row in the embedding. They never occur in text.
     """
 
     architecture: str
@@ -88,7 +90,7 @@ class Family:
 
 
 def window_after(field: HfConfig) -> dict[str, Any]:
-    """Qwen's windows: off unless `use_sliding_window`, and then in the layers from `max_window_layers` on."""
+    """Return Qwen's windows: with `use_sliding_window`, in the layers from `max_window_layers` on."""
     if not field["use_sliding_window"] or field["sliding_window"] is None:
         if "sliding_attention" in (field["layer_types"] or ()):
             raise ModelError(
@@ -101,18 +103,18 @@ def window_after(field: HfConfig) -> dict[str, Any]:
 
 
 def window_between(field: HfConfig, pattern: int) -> dict[str, Any]:
-    """Gemma's windows: in all layers but every `pattern`-th."""
+    """Return Gemma's windows: in all layers but every `pattern`-th."""
     types = ["full_attention", "sliding_attention"]
     return windows(field, [types[bool((i + 1) % pattern)] for i in range(field["num_hidden_layers"])])
 
 
 def windows(field: HfConfig, layer_types: list[str]) -> dict[str, Any]:
-    """`window` and `local_layers` from config.json's `layer_types`, or from those given where it has none."""
+    """Return `window` and `local_layers` from config.json's `layer_types`, or from the argument if it has none."""
     layer_types = field["layer_types"] or layer_types
     if len(layer_types) != field["num_hidden_layers"] or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ModelError(
-            f"config.json: layer_types must name full_attention or sliding_attention for each of the {field['num_hidden_layers']} "
-            f"layers, got {layer_types}."
+            "config.json: layer_types must name full_attention or sliding_attention for each of the "
+            f"{field['num_hidden_layers']} layers, got {layer_types}."
         )
     local = tuple(i for i, kind in enumerate(layer_types) if kind == "sliding_attention")
     if not local:
@@ -125,7 +127,7 @@ def windows(field: HfConfig, layer_types: list[str]) -> dict[str, Any]:
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:
-    """The reverse of `windows`."""
+    """Return the fields that `windows` reads."""
     local = range(config.num_layers) if config.local_layers is None else config.local_layers
     local = local if config.window is not None else ()
     types = ["full_attention", "sliding_attention"]
@@ -133,12 +135,12 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def attention_biases(field: HfConfig) -> tuple[str, ...]:
-    """The projections to which `attention_bias` gives a bias."""
+    """Return the projections that have a bias with `attention_bias`."""
     return ("query", "key", "value", "out") if field["attention_bias"] else ()
 
 
 def gemma(field: HfConfig) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
+    """Return the options that Gemma 2 and 3 share."""
     return {
         "post_norms": True,
         "norm_plus_one": True,
@@ -150,7 +152,7 @@ def gemma(field: HfConfig) -> dict[str, Any]:
 
 
 def write_gemma(config: DecoderConfig) -> dict[str, Any]:
-    """The reverse of `gemma`."""
+    """Return the fields that `gemma` reads."""
     scalar = (config.query_scale or 1.0) ** -2
     return {
         "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar,
@@ -162,11 +164,11 @@ def write_gemma(config: DecoderConfig) -> dict[str, Any]:
 
 
 def gemma3(field: HfConfig) -> dict[str, Any]:
-    """Gemma 3's own: q/k norms, and another rotary base in the local layers."""
+    """Return Gemma 3's options: also q/k norms, and another rotary base in the local layers."""
     if field["attn_logit_softcapping"] is not None:
         raise ModelError(
-            f"config.json: attn_logit_softcapping is {field['attn_logit_softcapping']}, but transformers' Gemma 3 does not apply it: "
-            "remove it."
+            f"config.json: attn_logit_softcapping is {field['attn_logit_softcapping']}, but transformers' Gemma 3 does "
+            "not apply it: remove it."
         )
     local = window_between(field, field["sliding_window_pattern"])
     return {
@@ -197,7 +199,7 @@ QWEN_DEFAULTS: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, Family] = {
-    # Llama 3, 3.1, 3.2, SmolLM2 and all that call themselves Llama.
+    # Llama 3, 3.1, 3.2, SmolLM2 and other models of this type.
     "llama": Family(
         "LlamaForCausalLM",
         {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
@@ -271,9 +273,9 @@ PROJECTIONS = {
 
 
 def tensor_names(config: DecoderConfig) -> dict[tuple[str, ...], str]:
-    """{path in the parameter tree: name in the checkpoint}, with `{}` for the layer where layers are stacked.
+    """Return {path in the parameter tree: name in the checkpoint}, with `{}` for the index of a stacked layer.
 
-    Kernels and the head are stored transposed there: `[outputs, inputs]`.
+    Checkpoints store kernels and the head transposed: `[outputs, inputs]`.
     """
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:

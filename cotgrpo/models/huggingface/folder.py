@@ -1,16 +1,20 @@
-"""What a Hugging Face model folder says of its model, the weights aside: where it lies, its shape, its stop tokens, the ids of its tokenizer."""
+"""A Hugging Face model folder without its weights: its path, config, generation config and vocabulary."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.config import decoder_config, family_of
 from cotgrpo.models.huggingface.families import HfConfig, ModelError
-from cotgrpo.models.huggingface.safetensors_files import read_json
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 
@@ -20,11 +24,12 @@ class ModelFolder:
     """A model from Hugging Face without its weights.
 
     Attributes:
-        config: the decoder's shape; `dataclasses.replace` it and call `make_student` for another remat or compute type.
-        folder: where the files lie; `cotgrpo.data.tokenizer.load_tokenizer(folder)` is its tokenizer.
+        config: the decoder's shape. For another remat or compute type, `dataclasses.replace` it and call
+            `make_student`.
+        folder: path of the files. `cotgrpo.data.tokenizer.load_tokenizer(folder)` loads the tokenizer.
         hf_config: config.json.
         generation_config: generation_config.json, or None.
-        hub_id: the hub id it was asked for by, or None.
+        hub_id: the hub id, or None for a local folder.
     """
 
     config: DecoderConfig
@@ -34,10 +39,14 @@ class ModelFolder:
     hub_id: str | None = None
 
     def vocab_size(self, vocabulary: Mapping[str, int], path: str | Path) -> int:
-        """The number of ids that a tokenizer's vocabulary uses; the embedding may have more rows. `path` is named in the error.
+        """Return the number of ids that a tokenizer's vocabulary uses. The embedding may have more rows.
+
+        Args:
+            vocabulary: {token: id}.
+            path: of the tokenizer, for the error.
 
         Raises:
-            ModelError: it has ids beyond the embedding.
+            ModelError: an id is beyond the embedding.
         """
         without = family_of(self.hf_config).without_embedding
         ids = {token: i for token, i in vocabulary.items() if token not in without}
@@ -50,7 +59,7 @@ class ModelFolder:
         return ids[last] + 1
 
     def own_vocab_size(self) -> int | None:
-        """`vocab_size` of the folder's own tokenizer.json, or None where there is no such file."""
+        """Return `vocab_size` of the folder's own tokenizer.json, or None if there is no such file."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             return None
@@ -58,30 +67,36 @@ class ModelFolder:
 
         try:
             vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-        except Exception as error:  # what the library raises has no narrower type
-            raise ModelError(f"{path} is no tokenizer: {error}.") from error
+        except Exception as error:  # the library raises no narrower type
+            raise ModelError(f"{path} is not a tokenizer: {error}.") from error
         return self.vocab_size(vocabulary, path)
 
 
 def open_folder(folder_or_id: str | Path) -> ModelFolder:
-    """Reads the JSON files of a local folder or of a hub id.
+    """Read the JSON files of a local folder or of a hub id.
 
     Raises:
-        ModelError: what is wrong with the folder or its config.
+        ModelError: the folder or its config is missing or unsupported.
     """
     folder = local_folder(folder_or_id)
-    hf = read_json(folder / "config.json")
+    hf = read_json_object(folder / "config.json")
     return ModelFolder(
         config=decoder_config(hf),
         folder=folder,
         hf_config=hf,
-        generation_config=read_json(p) if (p := folder / "generation_config.json").is_file() else None,
+        generation_config=read_json_object(p) if (p := folder / "generation_config.json").is_file() else None,
         hub_id=None if Path(folder_or_id).is_dir() else str(folder_or_id),
     )
 
 
 def local_folder(folder_or_id: str | Path) -> Path:
-    """The folder itself, or that of a hub id's snapshot, downloaded if need be (safetensors, JSON and templates alone)."""
+    """Return the folder itself, or the snapshot of a hub id.
+
+    A snapshot that is not in the cache is downloaded: safetensors, JSON files and templates only.
+
+    Raises:
+        ModelError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
     if Path(folder_or_id).is_dir():
         return Path(folder_or_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
@@ -89,12 +104,46 @@ def local_folder(folder_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # No subfolders (other formats), and no second copy of the weights under Mistral's own names.
+        # Subfolders hold other formats, and consolidated* a second copy of Mistral's weights.
         found = snapshot_download(
             str(folder_or_id), allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"No folder {folder_or_id}, and no model of this id could be had from the hub ({type(error).__name__}: {error})."
+            f"No folder {folder_or_id}, and the hub has no model of this id or cannot be reached "
+            f"({type(error).__name__}: {error})."
         ) from error
     return Path(found)
+
+
+def read_json_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object from a model folder.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"No {path.name} in {path.parent}: expected a Hugging Face model folder.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise ModelError if `folder` is neither new nor empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} is not empty: give the export a folder of its own.")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends. After an error `folder` is unchanged."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    os.replace(partial, folder)

@@ -1,4 +1,4 @@
-"""The model card that goes with an exported model: what it was made from, how, and what was measured."""
+"""The model card of an exported model: base model, data, objective and accuracy."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ PARTS = ("base_model", "license", "language", "datasets", "data", "objective", "
 
 
 def model_card(name: str, facts: Mapping[str, Any], library: str = "transformers") -> str:
-    """README.md with the front matter that the hub reads; what is not known is left out.
+    """Return README.md with the front matter that the hub reads. Missing facts are left out.
 
     Args:
         name: the title.
-        facts: of `PARTS`. `base_model`, `license`, `language` and `datasets` are hub ids and go to the front matter; `data` and
-            `objective` are text; `config` is a mapping; `accuracy` maps a test set's name to a number or to text; `versions` maps
-            packages to versions, added to those found here.
-        library: what loads the folder.
+        facts: some of `PARTS`. `base_model`, `license`, `language` and `datasets` are hub ids for the front matter.
+            `data` and `objective` are text, and `config` is a mapping. `accuracy` maps a test set's name to a number or
+            to text. `versions` maps packages to versions, added to those of the core.
+        library: the library that loads the folder.
 
     Raises:
-        ValueError: a fact that has no place in the card.
+        ValueError: a fact is not one of `PARTS`.
     """
     import yaml
 
@@ -51,6 +51,6 @@ def model_card(name: str, facts: Mapping[str, Any], library: str = "transformers
     return "\n".join(parts)
 
 
-def plain(config: Any) -> Any:
-    """Tuples as lists and the like: what YAML has a word for."""
+def plain(config: Mapping[str, Any]) -> Any:
+    """Return a config of JSON types, which YAML can write: tuples become lists, paths become text."""
     return json.loads(json.dumps(config, default=str))

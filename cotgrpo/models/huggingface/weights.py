@@ -1,6 +1,7 @@
-"""Hugging Face models in and out: `load_pretrained` reads a folder or a hub id, `save_pretrained` writes what `transformers` reads.
+"""Hugging Face models in and out: `load_pretrained` reads a folder or a hub id, `save_pretrained` writes a folder.
 
-Weights are safetensors, never pickles, and no remote code is run. They pass through host memory one tensor at a time.
+Weights are safetensors, never pickles, and no remote code is run. A process reads only the slices of its own shards,
+one tensor at a time, and writes one file at a time.
 """
 
 from __future__ import annotations
@@ -8,25 +9,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.config import config_json, differences
 from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
-from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
+from cotgrpo.models.huggingface.folder import ModelFolder, new_folder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, Shaped
+    from transformers import PreTrainedTokenizerBase
+
+    from cotgrpo.types import PyTree
+
+TreePath = tuple[str, ...]
+"""Path of a leaf in the parameter tree."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,15 +50,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-"""Tensors that older checkpoints hold and the config determines."""
+"""Tensors of older checkpoints that follow from the config."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained(ModelFolder):
-    """A model from Hugging Face: a `ModelFolder`, and
+    """A model from Hugging Face with its weights.
 
     Attributes:
-        student: what train steps take. Ids that the tokenizer does not have are never drawn.
+        student: the functions that train steps take. Ids without a token are never drawn.
         params: the weights.
     """
 
@@ -59,22 +69,24 @@ class Pretrained(ModelFolder):
 def load_pretrained(
     folder_or_id: str | Path,
     dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     *,
     compute_dtype: str | None = None,
     remat: str = "dots",
 ) -> Pretrained:
-    """Reads a model: config.json, safetensors (one file or shards), and the size of its tokenizer.
+    """Read a model: config.json, safetensors (one file or shards), and the size of its vocabulary.
 
     Args:
         folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
-        dtype: how the weights are stored on the devices, "float32" or "bfloat16"; None: as in the checkpoint (float16 becomes float32).
-        mesh: from `make_mesh`: weights are sharded by `cotgrpo.sharding.PARAM_RULES`. None: on JAX's default device.
-        compute_dtype: "float32" or "bfloat16"; None: `dtype`.
+        dtype: storage type of the weights on the devices, "float32" or "bfloat16". None: as in the checkpoint; float16
+            becomes float32.
+        mesh: from `make_mesh`. Weights are sharded by `cotgrpo.sharding.PARAM_RULES`, and each process reads its own
+            shards. None: on JAX's default device.
+        compute_dtype: "float32" or "bfloat16". None: `dtype`.
         remat: as in `DecoderConfig`.
 
     Raises:
-        ModelError: what is wrong with the folder, its config, its weights or its tokenizer.
+        ModelError: the folder, its config, its weights or its tokenizer is missing, corrupt or unsupported.
     """
     found = open_folder(folder_or_id)
     tensors, names = find_tensors(found.folder), names_by_path(found.config)
@@ -93,8 +105,8 @@ def load_pretrained(
     )
 
 
-def names_by_path(config: DecoderConfig) -> dict[tuple[str, ...], list[str]]:
-    """{path in the parameter tree: its tensors' names}, one a layer where layers are stacked."""
+def names_by_path(config: DecoderConfig) -> dict[TreePath, list[str]]:
+    """Return {path in the parameter tree: names of its tensors}: one per layer if layers are stacked, else one."""
     layers = range(config.num_layers)
     return {
         path: [name.format(layer) for layer in layers] if path[0] == "layers" else [name]
@@ -103,33 +115,38 @@ def names_by_path(config: DecoderConfig) -> dict[tuple[str, ...], list[str]]:
 
 
 @functools.cache
-def abstract_params(config: DecoderConfig) -> Any:
-    """The parameter tree's shapes and dtypes."""
+def abstract_params(config: DecoderConfig) -> Params:
+    """Return the shapes and dtypes of the parameter tree."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
-def stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape, in a checkpoint, of one tensor of the leaf at `path`: kernels and the head are transposed there."""
+def is_transposed(path: TreePath) -> bool:
+    """Return whether checkpoints store the leaf transposed: kernels and the head are `[outputs, inputs]` there."""
+    return path[-1] in ("kernel", "head")
+
+
+def stored_shape(path: TreePath, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in a checkpoint of one tensor of the leaf at `path`."""
     shape = shape[1:] if path[0] == "layers" else shape
-    return shape[::-1] if path[-1] in ("kernel", "head") else shape
+    return shape[::-1] if is_transposed(path) else shape
 
 
-def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves of a tree of nested dicts."""
+def leaves_by_path(tree: PyTree) -> dict[TreePath, Any]:
+    """Return the leaves of a tree of nested dicts."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
 def check_tensors(
     config: DecoderConfig,
-    names: Mapping[tuple[str, ...], list[str]],
+    names: Mapping[TreePath, list[str]],
     tensors: Mapping[str, StoredTensor],
     folder: Path,
 ) -> None:
-    """The checkpoint holds the tensors of the config, in its shapes, and no others.
+    """Check that the checkpoint holds the tensors of the config, in its shapes, and no others.
 
     Raises:
-        ModelError: names them.
+        ModelError: names the tensors that are missing, unexpected or of another shape.
     """
     expected = {
         name: stored_shape(path, leaf.shape)
@@ -139,33 +156,38 @@ def check_tensors(
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and not DERIVED.search(name)]
     if config.tied_head and "lm_head.weight" in extra and "model.embed_tokens.weight" in tensors:
-        head, embedding = tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()
-        if head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
-            raise ModelError(
-                f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight differs from "
-                "model.embed_tokens.weight. Set tie_word_embeddings to false to keep both, or remove lm_head.weight."
-            )
+        check_tied_head(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"], folder)
         extra.remove("lm_head.weight")
     for found, what in ((missing, "lacks"), (extra, "holds unexpected")):
         if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ModelError(
-                f"The checkpoint in {folder} {what} {', '.join(found[:3])}{more}: it does not belong to its config.json."
-            )
+            names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise ModelError(f"The checkpoint in {folder} {what} {names}: it does not belong to its config.json.")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ModelError(
-                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json says {list(shape)}."
+                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json needs {list(shape)}."
             )
+
+
+def check_tied_head(head: StoredTensor, embedding: StoredTensor, folder: Path) -> None:
+    """Raise ModelError if a head that is stored next to the embedding it is tied to differs from it."""
+    if head.shape != embedding.shape or head.read().tobytes() != embedding.read().tobytes():
+        raise ModelError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight differs "
+            "from model.embed_tokens.weight. Set tie_word_embeddings to false to keep both, or remove lm_head.weight."
+        )
 
 
 def read_params(
     config: DecoderConfig,
-    names: Mapping[tuple[str, ...], list[str]],
+    names: Mapping[TreePath, list[str]],
     tensors: Mapping[str, StoredTensor],
-    mesh: jax.sharding.Mesh | None,
+    mesh: Mesh | None,
 ) -> Params:
-    """The parameter tree, filled tensor by tensor on the devices; large leaves first, while there is most room for copies."""
+    """Return the parameter tree, filled tensor by tensor on the devices.
+
+    Large leaves come first, while there is most room for copies.
+    """
     tree = abstract_params(config)
     leaves = leaves_by_path(tree)
     shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(leaves)
@@ -179,39 +201,61 @@ def read_params(
     return jax.tree.map(lambda _, leaf: leaf, tree, filled)  # in the order of `init_params`
 
 
-def read_leaf(path: tuple[str, ...], leaf: Any, stored: list[StoredTensor], sharding: Any) -> jax.Array:
-    """One leaf of the tree, whole or stacked from its layers."""
+def read_leaf(
+    path: TreePath, leaf: jax.ShapeDtypeStruct, stored: Sequence[StoredTensor], sharding: NamedSharding | None
+) -> Array:
+    """Return one leaf of the tree, read whole or layer by layer."""
     if path[0] != "layers":
-        return on_devices(stored[0], path, leaf.dtype, sharding)
-    per_layer = sharding and jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    stacked = empty(leaf.shape, leaf.dtype, sharding)
+        return read_tensor(stored[0], is_transposed(path), leaf.dtype, sharding)
+    per_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stacked = zeros(leaf.shape, leaf.dtype, sharding)
     for layer, tensor in enumerate(stored):
-        stacked = set_layer(stacked, on_devices(tensor, path, leaf.dtype, per_layer), layer, sharding)
+        one = read_tensor(tensor, is_transposed(path), leaf.dtype, per_layer)
+        stacked = set_layer(stacked, one, layer, sharding)
         stacked.block_until_ready()  # so that no second tensor waits in host memory
     return stacked
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """Zeros, made where they shall lie."""
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+def zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> Array:
+    """Return sharded zeros, made on the devices."""
+    return lay_out(jnp.zeros(shape, dtype), sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def set_layer(stacked: jax.Array, one: jax.Array, layer: Any, sharding: Any) -> jax.Array:
-    """`stacked` with `one` at `layer`, in the same memory."""
-    stacked = jax.lax.dynamic_update_index_in_dim(stacked, one, layer, 0)
-    return stacked if sharding is None else jax.lax.with_sharding_constraint(stacked, sharding)
+def set_layer(
+    stacked: Shaped[Array, "L ..."],
+    one: Shaped[Array, "..."],
+    layer: int | Int[Array, ""],
+    sharding: NamedSharding | None,
+) -> Shaped[Array, "L ..."]:
+    """Return `stacked` with `one` at `layer`, in the same memory."""
+    return lay_out(jax.lax.dynamic_update_index_in_dim(stacked, one, layer, 0), sharding)
 
 
-def on_devices(tensor: StoredTensor, path: tuple[str, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """One stored tensor in the tree's layout and dtype, each device given its own part."""
-    array = tensor.read().astype(dtype, copy=False)
-    array = array.T if path[-1] in ("kernel", "head") else array
+def lay_out(x: Shaped[Array, "..."], sharding: NamedSharding | None) -> Shaped[Array, "..."]:
+    """Constrain x to a sharding, if there is one."""
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def read_tensor(tensor: StoredTensor, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None) -> Array:
+    """Return one stored tensor on the devices. Each slice that this process's devices hold is read once."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        part = tensor.read(index[::-1] if index is not None and transposed else index).astype(dtype, copy=False)
+        return part.T if transposed else part
+
     if sharding is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+        return jax.device_put(read(None))
+    parts: dict[str, np.ndarray] = {}
+
+    def read_once(index: tuple[slice, ...]) -> np.ndarray:
+        key = str(index)  # slices are not hashable in Python 3.11
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(tensor.shape[:: -1 if transposed else 1], sharding, read_once)
 
 
 def save_pretrained(
@@ -220,30 +264,31 @@ def save_pretrained(
     params: Params,
     *,
     source: ModelFolder | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, complete or not at all.
+    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, atomically.
 
-    In a run of several processes all of them call it, and the first one writes.
+    With several processes all of them must call it, and process 0 writes.
 
     Args:
         folder: new or empty.
         config: the decoder's shape.
         params: its weights.
-        source: the model that training started from: its config.json, generation_config.json, tokenizer and chat template are copied.
-            None: config.json is that of the first family that can express `config`.
+        source: the model that training started from. Its config.json, generation_config.json, tokenizer and chat
+            template are copied. None: config.json is that of the first family that can express `config`.
         tokenizer: a `transformers` tokenizer, saved instead of the source's files.
-        generation_config: fields of generation_config.json, over those of the source and the tokenizer.
+        generation_config: fields of generation_config.json. They override those of the source and the tokenizer.
         card: facts for the model card (`cotgrpo.models.huggingface.model_card.model_card`).
-        dtype: "float32", "bfloat16" or "float16"; None: as in `params`.
-        max_shard_bytes: larger weights are split into several files.
+        dtype: "float32", "bfloat16" or "float16". None: as in `params`.
+        max_shard_bytes: larger weights are split into several files. Process 0 holds one file in memory at a time.
 
     Raises:
-        ModelError: a folder that is not empty, parameters or tokenizer of another model, or a config that the source does not have.
+        ModelError: the folder is not empty, the parameters or the tokenizer belong to another model, or `config`
+            differs from the source's.
     """
     folder = Path(folder)
     refuse_used(folder)
@@ -257,32 +302,23 @@ def save_pretrained(
     tensors = new_tensors(config, params, dtype)
     hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
     if jax.process_index() == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_tensors(partial, tensors, max_shard_bytes)
-        write_beside(partial, hf, source, tokenizer, generation_config or {})
-        (partial / "README.md").write_text(readme, encoding="utf-8")
-        os.replace(partial, folder)
+        with new_folder(folder) as partial:
+            write_tensors(partial, tensors, max_shard_bytes)
+            write_configs(partial, hf, source, tokenizer, generation_config or {})
+            (partial / "README.md").write_text(readme, encoding="utf-8")
     else:
         for tensor in tensors:
-            tensor.array()  # its part in gathering each
+            tensor.array()  # takes part in gathering the tensor
     return folder
 
 
-def refuse_used(folder: Path) -> None:
-    """Raises ModelError where `folder` is neither new nor empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} is not empty: give the export a folder of its own.")
-
-
 def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[NewTensor]:
-    """The tensors of a checkpoint, fetched from the devices when they are written."""
+    """Return the tensors of a checkpoint. Each is fetched from the devices when it is written."""
     leaves, abstract = leaves_by_path(params), leaves_by_path(abstract_params(config))
     if {path: leaf.shape for path, leaf in leaves.items()} != {path: leaf.shape for path, leaf in abstract.items()}:
         wrong = sorted({(p, x.shape) for p, x in leaves.items()} ^ {(p, x.shape) for p, x in abstract.items()})[0]
         raise ModelError(
-            f"The parameters are not those of the config: {'/'.join(wrong[0])} {list(wrong[1])} is in one only."
+            f"The parameters do not belong to the config: only one of them has {'/'.join(wrong[0])} {list(wrong[1])}."
         )
     known = {str(kind): kind for kind in DTYPES.values()}
     if dtype is not None and dtype not in known:
@@ -299,21 +335,25 @@ def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> lis
     ]
 
 
-def on_host(path: tuple[str, ...], leaf: Any, layer: int) -> np.ndarray:
-    """One tensor in a checkpoint's layout, gathered from all devices."""
+def on_host(path: TreePath, leaf: Shaped[Array, "..."], layer: int) -> np.ndarray:
+    """Return one tensor in a checkpoint's layout, gathered from all devices."""
     leaf = leaf[layer] if path[0] == "layers" else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     array = np.asarray(leaf)
-    return array.T if path[-1] in ("kernel", "head") else array
+    return array.T if is_transposed(path) else array
 
 
-def write_beside(
-    folder: Path, hf: HfConfig, source: ModelFolder | None, tokenizer: Any, generation_config: Mapping[str, Any]
+def write_configs(
+    folder: Path,
+    hf: HfConfig,
+    source: ModelFolder | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any],
 ) -> None:
-    """config.json, generation_config.json, and the files of the tokenizer and its chat template."""
+    """Write config.json, generation_config.json, and the files of the tokenizer and its chat template."""
     generation = dict((source and source.generation_config) or {})
     if tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
