@@ -27,11 +27,12 @@ from cotgrpo.config import (
     PrivilegedSelf,
     StudentConfig,
     TokenizerConfig,
+    VerifiedReward,
 )
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.models.lora import init_lora
-from cotgrpo.objectives import ForwardKl
+from cotgrpo.objectives import ForwardKl, GroupRelative
 from cotgrpo.planning.hlo import estimated_cycles
 from cotgrpo.planning.search import candidates
 from cotgrpo.planning.stage_plan import StagePlan
@@ -48,6 +49,7 @@ TINY = Config(
     grpo=GrpoConfig(batch_size=8, optimizer=OptimizerConfig(weight_decay=0.1)),
 )
 GPUS = parse_topology("h100:8")
+COMPARISON = {"objective": GroupRelative(), "ghosts": VerifiedReward()}
 DISTRIBUTION = {"objective": ForwardKl(top_k=5), "ghosts": PrivilegedSelf()}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -85,11 +87,11 @@ def test_an_unknown_topology_is_an_error(name: str, message: str) -> None:
 @pytest.mark.parametrize(("param_dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_bytes_of_llama_3_8b_are_the_arithmetic(topology: str, devices: int, param_dtype: str, size: int) -> None:
     """Its 8,030,261,248 parameters: all over fsdp but the norms' scales, which are whole on every device."""
-    planned = llama(topology, param_dtype=param_dtype)
-    found = planned.argument_bytes(planned.step()[1])
+    plan = llama(topology, param_dtype=param_dtype)
+    found = plan.argument_bytes(plan.step()[1])
     scales = 32 * 2 * 4096 + 4096
     expected = size * ((8_030_261_248 - scales) // devices + scales)
-    assert planned.decoder.num_params() == 8_030_261_248
+    assert plan.decoder.num_params() == 8_030_261_248
     assert found["parameters"] == expected
     counters = found["optimizer"] - 2 * expected  # AdamW's two moments, and a few scalars
     assert 0 < counters < 64
@@ -99,26 +101,24 @@ def test_bytes_of_llama_3_8b_are_the_arithmetic(topology: str, devices: int, par
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ({"fsdp": 4, "tensor": 2}, {}),
-        ({"data": 2, "fsdp": 4}, {"grpo": {"optimizer": OptimizerConfig("adafactor")}}),
-        ({"fsdp": 8}, {"grpo": {"reference_kl": 0.1}, "lora": LoraConfig(rank=4)}),
-        ({"fsdp": 4, "context": 2}, {"grpo": DISTRIBUTION}),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {"grpo": COMPARISON | {"optimizer": OptimizerConfig("adafactor")}}),
+        ({"fsdp": 4, "context": 2}, {"grpo": DISTRIBUTION | {"reference_kl": 0.1}, "lora": LoraConfig(rank=4)}),
     ],
-    ids=["fsdp x tensor", "adafactor", "LoRA and a reference", "the ghost's distribution"],
+    ids=["group_relative and adafactor", "the ghost's distribution, LoRA and a reference"],
 )
 def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: dict[str, Any]) -> None:
-    """On eight devices: what the plan says, what the compiled program takes, and what the arrays of a real start take."""
+    """On eight devices: the plan, the compiled program and the arrays of a real start."""
     grpo = dataclasses.replace(TINY.grpo, **changes.get("grpo", {}))
     config = dataclasses.replace(TINY, grpo=grpo, lora=changes.get("lora", TINY.lora))
-    planned = StagePlan(config, "grpo", GPUS, mesh)
-    step, arguments = planned.step()
+    plan = StagePlan(config, "grpo", GPUS, mesh)
+    step, arguments = plan.step()
     real_mesh = make_mesh(**mesh)
-    said = planned.argument_bytes(arguments)
-    assert said == arguments.bytes_on(real_mesh)
+    expected = plan.argument_bytes(arguments)
+    assert expected == arguments.bytes_on(real_mesh)
     program = compile_step(step, real_mesh, arguments)
 
     tx, lora, key = grpo.optimizer.build(grpo.steps), config.lora, jax.random.key(0)
-    params = init_params(planned.decoder, key)
+    params = init_params(plan.decoder, key)
     trained = params if lora is None else init_lora(params, lora, key)
     state = TrainState.create(params=trained, tx=tx, key=key)
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments.batch)
@@ -126,7 +126,7 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
     places = (*(state_sharding(tree, real_mesh) for tree in trees[:3]), batch_sharding(real_mesh))
     placed = (*map(jax.device_put, trees[:4], places), jax.tree.map(lambda x: x, trees[4]))
     on_first = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) for tree in placed[:4]]
-    assert on_first == [said[kind] for kind in ("parameters", "optimizer", "frozen parameters", "batch")]
+    assert on_first == [expected[kind] for kind in ("parameters", "optimizer", "frozen parameters", "batch")]
     step_and_key = 4 + 8
     # A reference that is LoRA's own base is the same argument twice, and a program leaves out what it does not read.
     assert 0 <= sum(on_first) + step_and_key - program.memory_analysis().argument_size_in_bytes < 64
@@ -292,14 +292,14 @@ def test_a_step_compiles_for_a_tpu_slice() -> None:
     student = dataclasses.replace(TINY.student, head_dim=16, dtype="bfloat16", remat="full")
     grpo = dataclasses.replace(TINY.grpo, micro_batches=2)
     config = dataclasses.replace(TINY, student=student, grpo=grpo, data=DataConfig(seq_len=256))
-    planned = StagePlan(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2})
-    assert planned.decoder.attention == "splash"
-    figures = planned.figures()
+    plan = StagePlan(config, "grpo", parse_topology("v5e:2x2"), {"fsdp": 2, "tensor": 2})
+    assert plan.decoder.attention == "splash"
+    figures = plan.figures()
     assert figures["fits"] and not figures["estimate"]
     assert figures["seconds"]["compiler"] > 0
     assert figures["collectives"]
     assert 0 < figures["tile_loop"]["largest_collective_bytes"] <= figures["tile_loop"]["tile_bytes"]
-    said = sum(planned.argument_bytes(planned.step()[1]).values())
+    said = sum(plan.argument_bytes(plan.step()[1]).values())
     # The compiler pads small arrays to tiles of 8 x 128.
     assert said <= figures["argument_bytes"] < 4 * said + 2**20
 
@@ -322,7 +322,7 @@ def test_a_total_is_a_plain_sum_on_a_tpu() -> None:
 @needs_libtpu
 @pytest.mark.slow
 def test_layers_inputs_in_the_hosts_memory_are_not_on_the_chip() -> None:
-    """As `block`, less the residual stream at each of twelve layers: the tokens of a chip times D, in bfloat16."""
+    """As `full`, less the residual stream at each of twelve layers: the tokens of a chip times D, in bfloat16."""
     temporaries = {}
     for remat in ("full", "offload"):
         student = dataclasses.replace(TINY.student, width=512, num_layers=12, dtype="bfloat16", remat=remat)
