@@ -294,7 +294,7 @@ class Generation:
             reasons = commonest([(v.reason, v.detail) for v in verdicts], REASONS_SHOWN)
             raise TeacherError(
                 f"Not one of {len(verdicts)} replies could be kept (see {self.journal.path}). The commonest "
-                "reasons:\n  " + "\n  ".join(reasons)
+                f"reasons: {'; '.join(reasons)}."
             )
         write_rows(out, rows, self.config.format)
         write_card(out, self.config, summary)

@@ -99,7 +99,7 @@ def test_without_packing_the_order_is_kept() -> None:
     num_epochs=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_every_document_comes_once_an_epoch(
     lengths: list[int], batch_size: int, room: int, packing: bool, shuffle: bool, num_epochs: int, seed: int
 ) -> None:
@@ -224,6 +224,7 @@ def test_bad_arguments() -> None:
         make([Example(np.ones(3, np.int32), np.array([True, False, False]))])  # nothing predicts the first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"the real data set is not at {GSM8K}")
 def test_gsm8k_is_packed_tightly_and_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     triples, _ = read_triples(GSM8K)

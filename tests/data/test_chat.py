@@ -275,9 +275,9 @@ def test_turns_that_never_end() -> None:
             DataError, match=r"ends an assistant's turn with .* a reply could never end. Write the eos token"
         ):
             chat(template)
-    with pytest.raises(DataError, match=r"with '<\|nobody_knows\|>.n', expected a special token"):
+    with pytest.raises(DataError, match=r"with '<\|nobody_knows\|>.n': expected a special token"):
         chat(CHATML.replace("<|im_end|>", "<|nobody_knows|>"))
-    with pytest.raises(DataError, match=r"with ' Over.<\|im_end\|>.n', expected a special token"):
+    with pytest.raises(DataError, match=r"with ' Over.<\|im_end\|>.n': expected a special token"):
         chat(CHATML.replace("<|im_end|>", " Over.<|im_end|>"))
 
 
@@ -641,9 +641,9 @@ def test_generation_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.system", "Be brief."], "data.system is no setting of the plain format"),
-        (["--data.reasoning", "think"], "data.reasoning is no setting of the plain format"),
-        (["--data.format", "chat", "--data.separator", "#"], "data.separator is no setting of the chat format"),
+        (["--data.system", "Be brief."], "data.system does not apply to data.format plain"),
+        (["--data.reasoning", "think"], "data.reasoning does not apply to data.format plain"),
+        (["--data.format", "chat", "--data.separator", "#"], "data.separator does not apply to data.format chat"),
         (
             ["--data.format", "chat", "--data.answer_format", "42"],
             "data.answer_format must hold {answer} once, got '42'",
@@ -680,9 +680,8 @@ def test_the_template_of_a_config(tmp_path: Path) -> None:
     assert isinstance(template_of(Config(data=DataConfig(separator="[INST]")), made, "sequence"), Template)
 
 
-def test_the_commands_with_a_chat_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_the_commands_with_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`sft` and `eval` of a student from scratch that reads and writes chats."""
     tokenizer(WITH_DEFAULT_SYSTEM, eos="<eos>").save_pretrained(tmp_path / "tokenizer")
     write_triples(tmp_path / "rows.jsonl", ProceduralTeacher(seed=1).draw(40))

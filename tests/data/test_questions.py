@@ -13,9 +13,9 @@ import pytest
 from cotgrpo.cli import main
 from cotgrpo.config.settings import Config, DataConfig, EvalConfig
 from cotgrpo.data.questions import Question, make_held_out, read_questions
+from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
-from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import Triple, read_triples
 from cotgrpo.training.inputs import read_train_and_test
 
@@ -181,7 +181,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("only_wrong", [False, True])
+@pytest.mark.parametrize("only_wrong", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run(only_wrong: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without any correct reply there is accuracy, and no loss anywhere."""
     train = [{"question": f"train {i}", "rationale": "r", "answer": str(i)} for i in range(8)]
@@ -192,21 +192,22 @@ def test_a_run(only_wrong: bool, tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments += ["--data.train", str(jsonl(tmp_path / "train.jsonl", *train))]
     arguments += ["--data.test", str(jsonl(tmp_path / "test.jsonl", *test))]
     references = 0 if only_wrong else 4
-    for command in ("sft", "grpo"):
+    stages = ("sft",) if only_wrong else ("sft", "grpo")
+    for command in stages:
         assert main([command, *arguments]) == 0
     said = capsys.readouterr().out
     assert ("no loss: no row has a correct reply" in said) == only_wrong
-    report = read(tmp_path / "run" / "grpo" / "report.json")
+    report = read(tmp_path / "run" / stages[-1] / "report.json")
     assert {row["n"] for row in report["accuracy"].values()} == {len(test)}
     assert report["held_out_rows"] == {"accuracy": len(test), "loss": references}
-    assert set(report["held_out_loss"]) == (set() if only_wrong else {"base", "sft", "grpo"})
+    assert set(report["held_out_loss"]) == (set() if only_wrong else {"base", *stages})
     assert report["data"]["held-out replies"]["dropped"] == {"no correct reply": len(test) - references}
-    page = (tmp_path / "run" / "grpo" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "run" / stages[-1] / "report.html").read_text(encoding="utf-8")
     assert ("There is no loss" if only_wrong else "The loss is that of the 4 of 12 with a correct") in page
     log = (tmp_path / "run" / "sft" / "metrics.jsonl").read_text(encoding="utf-8")
     assert ("eval/loss" in log) != only_wrong
     assert main(["eval", "--run_dir", str(tmp_path / "run")]) == 0
-    measured = read(tmp_path / "run" / "grpo" / "eval.json")
+    measured = read(tmp_path / "run" / stages[-1] / "eval.json")
     assert (measured["loss"] is None) == only_wrong and measured["loss_rows"] == references
     assert [reply["gold"] for reply in measured["replies"]] == [
         g for _, g, correct in ROWS if not (only_wrong and correct)

@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,24 +109,21 @@ def test_operations_by_hand(operation: Operation, lines: str) -> None:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_same_seed_gives_the_same_triples(held_out: bool) -> None:
     teacher = ProceduralTeacher(seed=7, held_out=held_out)
-    first = list(itertools.islice(teacher, 300))
-    assert list(itertools.islice(teacher, 300)) == first
-    assert list(itertools.islice(ProceduralTeacher(seed=7, held_out=held_out), 300)) == first
-    assert list(itertools.islice(ProceduralTeacher(seed=8, held_out=held_out), 300)) != first
+    first = list(itertools.islice(teacher, 100))
+    assert list(itertools.islice(teacher, 100)) == first
+    assert list(itertools.islice(ProceduralTeacher(seed=7, held_out=held_out), 100)) == first
+    assert list(itertools.islice(ProceduralTeacher(seed=8, held_out=held_out), 100)) != first
     assert {t.id.rpartition("-")[0].rpartition("-")[0] for t in first} == set(KINDS)
-    assert len({t.id for t in first}) == 300
+    assert len({t.id for t in first}) == 100
 
 
 def test_every_platform_and_process_gives_the_same_triples() -> None:
-    """Whatever the hash seed; the triple itself is pinned, for a stream that changes would change every result."""
+    """Whatever the hash seed. The triple itself is pinned: another stream would change every result."""
     code = "from cotgrpo.teachers.procedural import *; print(ProceduralTeacher(seed=3).draw(50))"
-    runs = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": h}
-        ).stdout
-        for h in ("0", "1")
-    }
-    assert len(runs) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
+    assert done.stdout == f"{ProceduralTeacher(seed=3).draw(50)}\n"
     triple = next(iter(ProceduralTeacher(seed=3, kinds=("column_addition",), steps=1)))
     assert (triple.question, triple.answer, triple.id) == ("What is 58+43?", "101", "column_addition-3-0")
 
@@ -149,9 +147,9 @@ def test_held_out_sums_are_never_trained_on() -> None:
 
 
 def test_the_held_out_part_is_the_same_for_every_seed() -> None:
-    training = sums(ProceduralTeacher(seed=0).draw(2000))
+    training = sums(ProceduralTeacher(seed=0).draw(1000))
     for seed in range(1, 4):
-        assert not training & sums(ProceduralTeacher(seed=seed, held_out=True).draw(200))
+        assert not training & sums(ProceduralTeacher(seed=seed, held_out=True).draw(100))
 
 
 def test_draw() -> None:
@@ -189,8 +187,8 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
         ProceduralTeacher(**arguments)
 
 
-def test_written_triples_are_read_again(tmp_path) -> None:
-    triples = ProceduralTeacher().draw(200)
+def test_written_triples_are_read_again(tmp_path: Path) -> None:
+    triples = ProceduralTeacher().draw(50)
     write_triples(tmp_path / "rows.jsonl", triples)
     again, report = read_triples(tmp_path / "rows.jsonl")
     assert report.dropped == {}

@@ -1,0 +1,86 @@
+"""Ghosts edited by hand: to a file and back, through the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotgrpo.cli import main
+from cotgrpo.data.triples import read_triples
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_gold_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Export, edit and import, by the command line; from either file of a student's replies."""
+    ghosts = write_rows(
+        tmp_path / "ghosts.jsonl",
+        {"id": "a", "question": "What is 3 + 4?", "rationale": "3 + 4 is 8", "answer": "8"},
+        {"id": "b", "question": "What is 1 + 1?", "rationale": "1 + 1 = 2", "answer": "2"},
+        {"id": "c", "question": "What is 2 + 2?", "rationale": "2 + 2 = 4", "answer": "4"},
+        {"id": "d", "question": "Never asked?", "rationale": "So", "answer": "1"},
+    )
+    replies = [{"question": f"What is {x} + {x}?", "text": f"it is {y}"} for x, y in ((1, 2), (2, 5))]
+    replies.append({"question": "What is  3 + 4?", "text": "seven"})
+    evaluated = tmp_path / "eval.json"
+    evaluated.write_text(json.dumps({"replies": replies}), encoding="utf-8")
+    generated = write_rows(
+        tmp_path / "replies.jsonl",
+        *({"question": r["question"], "reply": {"text": r["text"]}} for r in replies),
+        {"question": "Never asked?", "failure": {"reason": "timeout"}},
+    )
+    edit, gold = tmp_path / "edit.jsonl", tmp_path / "gold.jsonl"
+    for student in (evaluated, generated):
+        edit.unlink(missing_ok=True)
+        assert (
+            main(["gold", "--student", str(student), "--ghosts", str(ghosts), "--out", str(edit), "--rows", "wrong"])
+            == 0
+        )
+        output = capsys.readouterr().out
+        assert "1 dropped, no reply of the student" in output and "1 dropped, the student is right" in output
+        rows = [json.loads(line) for line in edit.read_text().splitlines()]
+        assert [list(row) for row in rows] == [["id", "question", "student", "ghost", "rationale", "answer"]] * 2
+        assert [(row["id"], row["student"]) for row in rows] == [("a", "seven"), ("c", "it is 5")]
+    # What was edited is never written over.
+    assert main(["gold", "--student", str(student), "--ghosts", str(ghosts), "--out", str(edit)]) == 2
+    assert "may hold edits" in capsys.readouterr().err
+
+    rows[0] |= {"rationale": "3 + 4 = 7", "answer": "7"}
+    write_rows(edit, *rows)
+    assert main(["gold", "--edited", str(edit), "--out", str(gold), "--rows", "edited"]) == 0
+    assert "1 dropped, not edited" in capsys.readouterr().out
+    triples, _ = read_triples(gold)
+    assert [(t.id, t.question, t.rationale, t.answer) for t in triples] == [("a", "What is 3 + 4?", "3 + 4 = 7", "7")]
+    rows[1] |= {"rationale": "", "answer": " "}
+    write_rows(edit, *rows)
+    assert main(["gold", "--edited", str(edit), "--out", str(gold)]) == 0
+    assert "1 dropped, emptied" in capsys.readouterr().out and len(read_triples(gold)[0]) == 1
+    for change, message in (
+        ({"answer": ""}, "edit.jsonl:1: rationale or answer is empty"),
+        ({"answer": 7}, "edit.jsonl:1: expected question, ghost, rationale and answer, .* the answer in quotes"),
+    ):
+        write_rows(edit, {**rows[0], **change})
+        assert main(["gold", "--edited", str(edit), "--out", str(gold)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+
+
+def test_gold_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "no.jsonl")
+    for arguments, facts in (
+        (["--out", "o.jsonl"], ("--student", "--ghosts", "--edited")),
+        (["--edited", "e.jsonl", "--out", "o.jsonl", "--rows", "wrong"], ("--rows must be all or edited", "'wrong'")),
+        (["--edited", missing, "--out", "o.jsonl"], (missing, "no such file")),
+        (["--student", missing, "--ghosts", "g.jsonl", "--out", "o.jsonl"], (missing, "no such file")),
+        (["--student", f"{missing}.json", "--ghosts", "g.jsonl", "--out", "o.jsonl"], ("eval.json", "No such file")),
+    ):
+        assert main(["gold", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert all(fact in error for fact in facts), error

@@ -1,0 +1,244 @@
+"""A teacher behind an endpoint, against a real server with every fault; and a key that no message holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers.faulty_server import FAULTS, FaultyServer
+
+from cotgrpo.teachers.endpoint import (
+    AttemptFailed,
+    EndpointSettings,
+    EndpointTeacher,
+    Failure,
+    Outcome,
+    RateLimiter,
+    Request,
+    TeacherError,
+    TeacherReply,
+    parse_reply,
+    parse_retry_after,
+)
+
+pytest.importorskip("openai")
+
+KEY = "sk-test-0a1b2c3d4e5f-secret"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer(KEY) as server:
+        yield server
+
+
+def settings(server: FaultyServer, **more: Any) -> EndpointSettings:
+    """Settings for a short test: quick retries."""
+    return EndpointSettings(**{"base_url": server.url, "model": "adder", "retry_delay": 0.01, "retries": 3} | more)
+
+
+def ask(teacher: EndpointTeacher, *questions: str) -> dict[str, Outcome]:
+    """Question -> outcome."""
+    outcomes: dict[str, Outcome] = {}
+    requests = [Request((text, 0), [{"role": "user", "content": text}]) for text in questions]
+    teacher.ask(requests, lambda request, outcome: outcomes.setdefault(request.key[0], outcome))
+    return outcomes
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in ("hang", "busy_1h", "no_quota", "lost")])
+def test_a_fault_is_retried_or_a_failure(server: FaultyServer, fault: str) -> None:
+    """Four attempts at a fault that stays, unless a retry cannot help; a fault that passes leaves no trace."""
+    reasons = {
+        "busy": "HTTP 429",
+        "busy_1s": "HTTP 429",
+        "broken": "HTTP 500",
+        "broken_html": "HTTP 502",
+        "bad_request": "HTTP 400",
+        "reset": "no connection",
+        "half_body": "no connection",
+        "half_json": "reply is not JSON",
+        "no_choice": "reply has no choice",
+        "empty": "reply is empty",
+        "html": "reply is not JSON",
+        "an_error": "reply has no choice",
+    }
+    stays, passes = f"[{fault}] What is 1 + 2?", f"[{fault} x1] What is 3 + 4?"
+    attempts = 1 if fault in ("bad_request", "busy_1s") else 4
+    found = ask(EndpointTeacher(settings(server, retries=attempts - 1)), stays)[stays]
+    assert isinstance(found, Failure) and (found.reason, found.attempts) == (reasons[fault], attempts)
+    assert len(server.asked) == attempts and KEY not in found.detail
+    if fault not in ("bad_request", "busy_1s"):
+        reply = ask(EndpointTeacher(settings(server)), passes)[passes]
+        assert isinstance(reply, TeacherReply) and reply.attempts == 2 and reply.text.endswith("#### 7")
+        assert (reply.prompt_tokens, reply.completion_tokens, reply.model) == (20, 10, "adder-1")
+
+
+def test_a_server_that_hangs(server: FaultyServer) -> None:
+    """A timeout ends the attempt; the next one gets the reply, or the request is a failure."""
+    passes, stays = "[hang x1] What is 1 + 2?", "[hang] What is 3 + 4?"
+    outcomes = ask(EndpointTeacher(settings(server, timeout=1.0, retries=1)), passes, stays)
+    assert outcomes[passes].attempts == outcomes[stays].attempts == 2
+    failure = outcomes[stays]
+    assert isinstance(failure, Failure) and (failure.reason, failure.detail) == ("timeout", "no reply in 1 s")
+
+
+def test_retry_after_pauses_every_request(server: FaultyServer) -> None:
+    questions = ["[busy_1s x1] What is 0 + 1?", *(f"What is {n} + 1?" for n in range(1, 4))]
+    assert all(isinstance(reply, TeacherReply) for reply in ask(teacher_of(server), *questions).values())
+    first, *others = (at for _, at in server.asked)
+    assert len(others) == 4 and min(others) - first >= 1.0
+
+
+def teacher_of(server: FaultyServer) -> EndpointTeacher:
+    """One that sends one request at a time."""
+    return EndpointTeacher(settings(server, concurrency=1))
+
+
+def test_parse_retry_after() -> None:
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
+    for headers, low, high in (
+        ({"retry-after": "7"}, 7.0, 7.0),
+        ({"retry-after-ms": "250"}, 0.25, 0.25),
+        ({"retry-after": date}, 98, 100),
+    ):
+        assert low <= (parse_retry_after(headers) or 0) <= high
+    for useless in ({}, {"retry-after": "soon"}, {"retry-after": "-1"}, {"retry-after": "inf"}):
+        assert parse_retry_after(useless) is None
+
+
+@pytest.mark.parametrize(
+    ("order", "key", "facts"),
+    [
+        ("", "sk-test-another-key-9999", ("HTTP 401", "'adder'", "teacher.api_key_env")),
+        ("[lost]", KEY, ("HTTP 404", "'adder'", "teacher.base_url", "no such model")),
+        ("[no_quota]", KEY, ("no quota", "no money for [key]")),
+        ("[busy_1h]", KEY, ("3600 s", "teacher.longest_wait", "slow down")),
+        ("[bad_request]", KEY, ("10 requests in a row failed", "HTTP 400", "I do not like [key]")),
+    ],
+)
+def test_what_no_retry_can_fix_stops_at_once(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, order: str, key: str, facts: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(TeacherError) as caught:
+        ask(EndpointTeacher(settings(server, concurrency=4)), *(f"{order} What is {n} + 1?" for n in range(30)))
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+    assert len(server.asked) <= (14 if order == "[bad_request]" else 4)
+    assert key not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_server_that_is_down() -> None:
+    with FaultyServer() as server:
+        pass
+    teacher = EndpointTeacher(settings(server, failures_in_a_row=3, retries=1))
+    with pytest.raises(TeacherError, match=r"3 requests in a row failed.*no connection") as caught:
+        ask(teacher, *(f"What is {n} + 1?" for n in range(30)))
+    assert server.url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "facts"),
+    [
+        ("base_url", "localhost:8000", ("teacher.base_url", "http://localhost:8000/v1", "localhost:8000")),
+        ("base_url", "http://me:secret@host/v1", ("teacher.base_url", "user name or a query")),
+        ("base_url", "http://host/v1?key=secret", ("teacher.base_url", "user name or a query")),
+        ("extra_body", "[1]", ("teacher.extra_body", "JSON object", "list")),
+        ("extra_body", "{", ("teacher.extra_body", "JSON")),
+        ("api_key_env", KEY, ("teacher.api_key_env", "name of an environment variable")),
+        ("timeout", 0.0, ("teacher.timeout", "positive", "0.0")),
+        ("temperature", -1.0, ("teacher.temperature", "at least 0", "-1.0")),
+        ("top_p", 0.0, ("teacher.top_p", "(0, 1]", "0.0")),
+        ("concurrency", 0, ("teacher.concurrency", "at least 1", "0")),
+        ("retries", -1, ("teacher.retries", "at least 0", "-1")),
+    ],
+)
+def test_settings_out_of_range(setting: str, value: Any, facts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        EndpointSettings(**{setting: value})
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+    assert "secret" not in str(caught.value)
+
+
+def test_requests_per_minute() -> None:
+    """Six workers at 1200 a minute begin 0.05 s apart, and none of them in a pause that the server asks for."""
+
+    async def begin() -> list[float]:
+        gate = RateLimiter(1200.0)
+        times = []
+
+        async def work(number: int) -> None:
+            await gate.wait_turn()
+            times.append(time.monotonic())
+            if number == 2:
+                gate.pause(0.3)
+
+        await asyncio.gather(*(work(number) for number in range(6)))
+        return times
+
+    times = asyncio.run(begin())
+    assert times[2] - times[0] >= 0.1 and times[5] - times[0] >= 0.25
+    assert times[3] - times[2] >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "reply is not JSON"),
+        (b"[" * 100_000, "reply is not JSON"),
+        (b"[1]", "reply has no choice"),
+        (b'{"choices": [3]}', "reply has no choice"),
+        (b'{"choices": [{"message": {"content": [{"type": "image"}]}}]}', "reply is empty"),
+        (
+            b'{"choices": [{"message": {"content": null, "reasoning": "hm"}, "finish_reason": "stop"}]}',
+            "reply is empty",
+        ),
+    ],
+)
+def test_bodies_without_a_reply(body: bytes, reason: str) -> None:
+    with pytest.raises(AttemptFailed) as caught:
+        parse_reply(body)
+    assert caught.value.reason == reason
+
+
+def test_bodies_with_a_reply() -> None:
+    message = {"content": [{"text": "half \ud800"}, {"text": " done "}], "reasoning": "so"}
+    body = {
+        "choices": [{"message": message, "finish_reason": None}],
+        "usage": {"prompt_tokens": "many", "completion_tokens": 2},
+    }
+    assert parse_reply(json.dumps(body).encode()) == TeacherReply("half ? done", "so", completion_tokens=2)
+
+
+def test_short_keys_are_no_secrets(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`EMPTY` is what servers without keys are sent; to cut it out of replies would maim them."""
+    settings = EndpointSettings(server.url, "m")
+    for key, text, expected in (
+        ("EMPTY", "an EMPTY box", "an EMPTY box"),
+        ("sk/abc+defgh", "sk%2Fabc%2Bdefgh sk/abc+defgh", "[key] [key]"),
+    ):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert EndpointTeacher(settings).redact(text) == expected
+
+
+def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint elsewhere needs one; this machine does not."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    elsewhere = EndpointSettings("https://host.example/v1", "m")
+    with pytest.raises(TeacherError, match="OPENAI_API_KEY is not set"):
+        EndpointTeacher(elsewhere)
+    assert EndpointTeacher(EndpointSettings("http://localhost:1/v1", "m")).api_key == "none"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9-1234567890")
+    with pytest.raises(TeacherError, match="an HTTP header cannot") as caught:
+        EndpointTeacher(elsewhere)
+    assert "1234567890" not in str(caught.value)
