@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 from helpers.commands import SETTINGS, options, read
 
-from cotgrpo.cli import USAGE, main
+from cotgrpo import huge_pages
+from cotgrpo.cli import COMMANDS, main, make_parser
+from cotgrpo.config.files import option_names
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.training.loop import TIME_KEYS
@@ -85,7 +88,7 @@ def test_grpo_from_another_run(trained: Path, tmp_path: Path) -> None:
         str(tmp_path),
         "--grpo.init_from",
         str(trained / "run" / "sft"),
-        "--grpo.objective.reference_kl",
+        "--grpo.reference_kl",
         "0.5",
     ]
     assert main(["grpo", *options(trained, *more)]) == 0
@@ -168,25 +171,71 @@ def test_killed_at_any_moment_the_same_command_goes_on(trained: Path, tmp_path: 
 
 
 def test_help_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--help"], ["-h"]):
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
         assert main(arguments) == 0
-        assert capsys.readouterr().out.strip() == USAGE
-    assert "GhostRespond Policy Optimization, not Group Relative" in USAGE
+        shown = capsys.readouterr().out
+        assert "GhostRespond Policy Optimization, not Group Relative" in shown
+        assert all(f"    {command} " in shown or f"    {command}\n" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("cotgrpo 0.")
-    assert main(["evl"]) == 2
-    assert "unknown command 'evl'. Did you mean eval?" in capsys.readouterr().err
-    assert main(["sft", "--sft.stepz", "3"]) == 2
-    assert "Did you mean --sft.steps?" in capsys.readouterr().err
+    for arguments, message in (
+        (["evl"], "unknown command 'evl'. Did you mean eval?"),
+        (["zzz"], "unknown command 'zzz'"),
+        (["sft", "--sft.stepz", "3"], "Unknown option --sft.stepz. Did you mean --sft.steps?"),
+        (["plan", "--topolgy", "v5p:2x2x1"], "Unknown option --topolgy. Did you mean --topology?"),
+        (["plan"], "plan needs --topology"),
+        (["sft", "--sft.steps", "0"], "sft.steps must be at least 1, got 0"),
+        (["sft", "--distributed.process_id", "one"], "--distributed.process_id: invalid int value: 'one'"),
+        (["gold", "--edited", "e", "--out", "o", "--rows", "wrong"], "--rows must be all or edited, got 'wrong'"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
-def test_help_of_a_command_lists_settings() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cotgrpo.cli", "grpo", "--help"], capture_output=True, text=True, check=False
+SHOWN = {
+    "quickstart": ("--out", "--run_dir", "--sft.steps", "--grpo.steps", "--distributed.coordinator"),
+    "generate": ("--questions", "--teacher.model", "--verify.keep", "--out"),
+    "gold": ("--student", "--ghosts", "--edited", "--rows", "--out"),
+    "sft": ("--sft.optimizer.learning_rate", "--lora.rank", "--data.train", "--mesh.fsdp", "--distributed.process_id"),
+    "grpo": ("--grpo.objective.beta", "--grpo.objective.kl_weight", "--grpo.ghosts.teacher", "--grpo.reference_kl"),
+    "eval": ("--model", "--out", "--eval.rows", "--checkpoint.folder"),
+    "plan": ("--topology", "--stage", "--search", "--out", "--grpo.micro_batches", "--sft.micro_batches"),
+    "export": ("--run_dir", "--out", "--dtype", "--adapter"),
+}
+NOT_SHOWN = {
+    "generate": ("--student.", "--data."),
+    "gold": ("--config", "--data."),
+    "sft": ("--grpo.", "--topology", "--model"),
+    "grpo": ("--sft.", "--topology", "--model"),
+    "eval": ("--sft.", "--grpo.", "--checkpoint.every", "--topology"),
+    "plan": ("--checkpoint.", "--eval.", "--model"),
+    "export": ("--config", "--data."),
+}
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_help_lists_the_options_of_a_command_and_no_others(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    listed = set(re.findall(r"^  (--[\w.]+)|, (--[\w.]+)", shown, re.MULTILINE))
+    listed = {name for pair in listed for name in pair if name}
+    assert listed >= set(SHOWN[command])
+    assert not [name for name in listed if name.startswith(NOT_SHOWN.get(command, "no option"))]
+    assert "None" not in shown and "==SUPPRESS==" not in shown
+    known = {f"--{name}" for name in option_names(make_parser(command)) if not name.endswith("+")}
+    hidden = known - listed - {"--help", "--version"}
+    assert all(
+        name.startswith(NOT_SHOWN.get(command, ())) or name.startswith("--max_skipped") or "checkpoint" in name
+        for name in hidden
     )
-    assert done.returncode == 0 and done.stderr == ""
-    for text in ("--grpo.objective.beta", "sharpness of the preference", "--data.train", "--config"):
-        assert text in done.stdout
+
+
+def test_help_is_quick() -> None:
+    """It imports neither the settings nor what a command needs, and prints nothing else."""
+    program = "import sys; from cotgrpo.cli import main; main(['--help']); print('cotgrpo.config' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n") and done.stderr == ""
 
 
 def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,14 +268,18 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "run" / "train.jsonl").read_bytes() == rows
 
 
-PAGES = (
-    "import os; from cotgrpo.huge_pages import *; print(os.getpid()); use_large_pages(); print(os.environ[VARIABLE])"
-)
+PAGES = f"""
+import os, runpy
+pages = runpy.run_path({str(Path(huge_pages.__file__))!r})
+print(os.getpid())
+pages["use_huge_pages"]()
+print(os.environ[pages["VARIABLE"]])
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the variable")
-def test_large_pages_are_asked_for_once_and_not_against_a_users_own_setting() -> None:
-    """The process starts itself anew, under its own number and with its own arguments, and then goes on."""
+def test_huge_pages_are_asked_for_once_and_not_against_a_users_own_setting() -> None:
+    """The process restarts itself under its own number and with its own arguments."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     run = lambda own: subprocess.run(
         [sys.executable, "-c", PAGES], env=environment | own, capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
-from cotgrpo.config.files import parse_config
+from cotgrpo.config import parse_config
 from cotgrpo.models import load_pretrained
 from cotgrpo.training import stages
 from cotgrpo.training.inputs import model_of
@@ -93,7 +93,7 @@ def test_peft_computes_the_same(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a frozen reference and dropout: the reference is the student before the stage, also after a resume."""
-    more = [*LORA, "--lora.dropout", "0.2", "--grpo.objective.reference_kl", "0.5", "--grpo.log_every", "1"]
+    more = [*LORA, "--lora.dropout", "0.2", "--grpo.reference_kl", "0.5", "--grpo.log_every", "1"]
     more += ["--grpo.steps", "3", "--checkpoint.every", "1"]
     losses = {}
     for name in ("whole", "cut"):
@@ -138,13 +138,13 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.
     onto = ["--grpo.init_from", str(folder / "run" / "sft")]
     plain = shutil.copytree(folder / "run" / "sft", tmp_path / "plain" / "best")
     for arguments, message in (
-        (["sft", *options(folder, *new, "--lora.rank", "-1")], "rank must be at least 0"),
-        (["sft", *options(folder, *new, "--lora.alpha", "8")], "lora.alpha has no effect without LoRA"),
-        (["sft", *options(folder, *new, "--lora.rank", "4", "--lora.dropout", "1")], "dropout must lie in [0, 1)"),
+        (["sft", *options(folder, *new, "--lora.rank", "-1")], "lora.rank must be at least 1, got -1"),
+        (["sft", *options(folder, *new, "--lora.alpha", "8")], "lora.alpha does not apply to a run with lora.rank 0"),
+        (["sft", *options(folder, *new, "--lora.rank", "4", "--lora.dropout", "1")], "lora.dropout must lie in [0, 1)"),
         (["sft", *options(folder, *new, "--lora.rank", "4", "--lora.targets", "[qkv]")], "'qkv' matches no projection"),
         (["sft", *options(folder, *new, "--lora.rank", "4", "--student.path", "null")], "student is from scratch"),
         (["sft", *options(folder, *LORA, *run, "--lora.rank", "8")], "lora.rank (4 there, 8 now)"),
-        (["grpo", *options(folder, *new, *LORA, *onto, "--lora.rank", "8")], "cannot be trained on as"),
+        (["grpo", *options(folder, *new, *LORA, *onto, "--lora.rank", "8")], "cannot be trained further as"),
         (["grpo", *options(folder, *new, *LORA, "--grpo.init_from", str(plain))], "expected RUN_DIR/sft"),
         (["export", *run, "--out", str(tmp_path / "o"), "--adapter", "--dtype", "bfloat16"], "Leave --dtype out"),
         (["export", *run, "--out", str(tmp_path / "o"), "--adaptr"], "Did you mean --adapter?"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cotgrpo.cli import main
-from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.logs.completions import read_completions
 from cotgrpo.logs.metrics_log import read_metrics
@@ -29,7 +29,7 @@ student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, 
 tokenizer: {vocab_size: 300}
 data: {seq_len: 256, test_rows: 10}
 sft: {steps: 3, batch_size: 8, micro_batches: 2, log_every: 1}
-grpo: {steps: 2, batch_size: 8, log_every: 1, objective: {reference_kl: 0.1}}
+grpo: {steps: 2, batch_size: 8, log_every: 1, reference_kl: 0.1}
 eval: {rows: 10, batch_size: 6, max_new_tokens: 8}
 """
 MESH = ("--mesh.data", "-1", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.context", "2")

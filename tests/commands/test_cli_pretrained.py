@@ -14,8 +14,8 @@ from helpers.commands import PRETRAINED_SETTINGS, error_of, logits_of, options, 
 from safetensors.numpy import load_file
 
 from cotgrpo.checkpoints.manager import CheckpointError
-from cotgrpo.cli import EXPORT_HELP, main
-from cotgrpo.config.files import load_config
+from cotgrpo.cli import main
+from cotgrpo.config import load_config
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.models import load_pretrained
 from cotgrpo.training import stages
@@ -117,7 +117,7 @@ def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest
 def test_grpo_straight_from_the_model_and_near_it(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "model")
     arguments = options(folder, "--run_dir", str(tmp_path), "--grpo.init_from", model)
-    assert main(["grpo", *arguments, "--grpo.objective.reference_kl", "0.5"]) == 0
+    assert main(["grpo", *arguments, "--grpo.reference_kl", "0.5"]) == 0
     report = read(tmp_path / "grpo" / "report.json")
     assert list(report["accuracy"]) == ["base", "grpo"]
     assert report["held_out_loss"]["base"] == read(folder / "plain" / "sft" / "before.json")["loss"]
@@ -153,7 +153,7 @@ def test_held_out_rows_alone(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([*arguments, "--run_dir", str(tmp_path)]) == 2
     assert "--model and --run_dir name two students" in error_of(capsys)
     assert main(["eval", "--model"]) == 2
-    assert "--model needs a value" in error_of(capsys)
+    assert "--model: expected one argument" in error_of(capsys)
 
 
 @pytest.mark.parametrize("form", ["chat", "plain"])
@@ -188,15 +188,13 @@ def test_another_model_in_the_same_run(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_export_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "--help"]) == 0
-    assert capsys.readouterr().out.strip() == EXPORT_HELP
     run, out = ["--run_dir", str(folder / "plain")], ["--out", str(tmp_path / "out")]
     for arguments, message in (
         (out, "needs --run_dir DIR"),
         (run, "and --out FOLDER"),
         ([*run, "--out", str(folder)], "is not empty: give the export a folder of its own"),
         ([*run, *out, "--dtyp", "x"], "Unknown option --dtyp. Did you mean --dtype?"),
-        ([*run, *out, "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+        ([*run, *out, "--dtype", "int8"], "Expected a typing.Literal['float32', 'bfloat16', 'float16']"),
         (["--run_dir", str(tmp_path), *out], "holds no trained student"),
     ):
         assert main(["export", *arguments]) == 2
@@ -232,7 +230,7 @@ def truncated(model: Path) -> None:
         (larger_tokenizer, [], "but the embedding has"),
         (truncated, [], "model.safetensors"),
         (None, ["--data.seq_len", "20"], "but the window (seq_len) has 20"),
-        (None, ["--student.width", "64"], "student.width is no setting of a pretrained student"),
+        (None, ["--student.width", "64"], "student.width does not apply to a pretrained student"),
         (None, ["--tokenizer.path", "{other}"], "is that of another model: its token"),
         (None, ["--grpo.init_from", "/no/such/folder"], "no such folder"),
     ],
