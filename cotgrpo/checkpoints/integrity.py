@@ -60,7 +60,7 @@ def checksum(path: Folder) -> list[int | None]:
     In a bucket only the size is compared: the bucket has checksums of its own, and reading every file takes long.
     """
     if is_remote(path):
-        return [path.stat().length, None]  # type: ignore[union-attr]  # of epath
+        return [path.stat().length, None]  # type: ignore[union-attr]  # an epath.Path
     size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

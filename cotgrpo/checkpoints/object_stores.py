@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from cotgrpo.disk_errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from etils import epath
 
-    Folder = Path | epath.Path
+    Folder: TypeAlias = Path | epath.Path
 
 LOGGERS = ("absl", "gcsfs", "s3fs")
 """Loggers of the storage libraries. Orbax logs through absl's."""

@@ -124,11 +124,12 @@ class PendingReplies:
 def arrays_as_text(arrays: Mapping[str, jax.Array | np.ndarray | None]) -> str:
     """Return named arrays as base64 text. Arrays that are None are left out."""
     file = io.BytesIO()
-    np.savez_compressed(file, **{name: value for name, value in arrays.items() if value is not None})
+    present: dict[str, Any] = {name: value for name, value in arrays.items() if value is not None}
+    np.savez_compressed(file, **present)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def arrays_of_text(text: str) -> dict[str, np.ndarray]:
+def arrays_of_text(text: str) -> dict[str, Any]:
     """Return the arrays that `arrays_as_text` wrote."""
     with np.load(io.BytesIO(base64.b64decode(text))) as arrays:
         return dict(arrays)

@@ -50,7 +50,7 @@ def test_all_commands_find_them(trained: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
 
 
-def test_on_a_new_machine_the_same_command_goes_on(
+def test_on_a_new_machine_the_same_command_resumes(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run folder is lost; the checkpoints are not."""

@@ -1,4 +1,4 @@
-"""On-policy training through the command line: real runs of a tiny student and its teacher, killed and resumed, and what a wrong teacher is told."""
+"""On-policy training through the command line: a tiny student and its teacher, resumed, and errors of a wrong teacher."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from cotgrpo.cli import main
 from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.ghosts.live import reweighted, with_replies
 from cotgrpo.logs.completions import read_completions
-from cotgrpo.logs.metrics_log import MetricsLog, read_metrics
+from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.models import save_pretrained
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.rollouts.on_policy import make_draw
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
-from cotgrpo.training.collapse import CollapseDetector
-from cotgrpo.training.loop import TIME_KEYS, TrainingStopped
+from cotgrpo.training.loop import TIME_KEYS
 from cotgrpo.types import GhostBatch
 
 SETTINGS = """
@@ -50,7 +49,7 @@ SHAPE = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, a teacher that is larger than the student and has a padded embedding, the student after SFT, and an on-policy run of it."""
+    """Rows, a larger teacher with a padded embedding, the student after SFT, and an on-policy run of it."""
     folder = tmp_path_factory.mktemp("on_policy")
     triples = ProceduralTeacher(seed=1).draw(60)
     write_triples(folder / "rows.jsonl", triples)
@@ -97,41 +96,23 @@ def test_what_a_run_reports(folder: Path) -> None:
     assert 'id="completions"' in page
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        [],
-        pytest.param(
-            [
-                "--grpo.ghosts.updates_per_rollout",
-                "3",
-                "--grpo.ghosts.choice",
-                "drawn",
-                "--grpo.ghosts.teacher_forced_share",
-                "0.34",
-                "--grpo.ghosts.decode_batch_size",
-                "1",
-            ],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            [
-                "--grpo.objective.name",
-                "forward_kl",
-                "--grpo.objective.top_k",
-                "5",
-                "--grpo.ghosts.updates_per_rollout",
-                "3",
-                "--grpo.ghosts.teacher_forced_share",
-                "0.34",
-            ],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["plain", "reused_drawn_mixed", "forward_kl"],
-)
-def test_a_run_that_is_cut_off_goes_on_as_the_same_run(folder: Path, tmp_path: Path, more: list[str]) -> None:
-    """Cut off behind step 4, where replies that are used three times have been used once: as a killed process leaves the folder."""
+HARDEST = [
+    *(
+        "--grpo.ghosts.source",
+        "privileged_self",
+        "--grpo.ghosts.choice",
+        "drawn",
+        "--grpo.ghosts.decode_batch_size",
+        "1",
+    ),
+    *("--grpo.ghosts.updates_per_rollout", "3", "--grpo.ghosts.teacher_forced_share", "0.34"),
+    *("--grpo.objective.name", "forward_kl", "--grpo.objective.top_k", "5", "--grpo.ghosts.max_new_tokens", "10"),
+]
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(HARDEST, marks=pytest.mark.slow)], ids=["plain", "hardest"])
+def test_a_run_that_is_cut_off_resumes_as_the_same_run(folder: Path, tmp_path: Path, more: list[str]) -> None:
+    """Cut off after step 4, when replies that are used three times have been used once, as by kill -9."""
     run = folder / "run"
     if more:
         run = tmp_path / "whole"
@@ -165,13 +146,6 @@ def test_other_questions_than_those_of_the_training_rows(folder: Path, tmp_path:
     assert report["data"]["prompts"]["kept"] == 5
 
 
-@pytest.mark.slow
-def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) -> None:
-    more = ["--grpo.ghosts.source", "privileged_self", "--grpo.steps", "2"]
-    assert main(["grpo", *from_sft(folder, tmp_path, *more)]) == 0
-    assert read_completions(tmp_path / "grpo", 1)[0]["rewards"]
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -180,7 +154,7 @@ def test_the_student_that_has_read_the_solution(folder: Path, tmp_path: Path) ->
             "has another tokenizer than the student: token 3 is '!' in the student's, and is",
         ),
         (["--grpo.ghosts.teacher", "nowhere"], "No folder nowhere"),
-        (["--grpo.ghosts.max_new_tokens", "120"], "leaves 8 beside a reply of 120 (grpo.ghosts.max_new_tokens)"),
+        (["--grpo.ghosts.max_new_tokens", "120"], "leaves 8 besides a reply of 120 (grpo.ghosts.max_new_tokens)"),
         (["--grpo.ghosts.teacher", "null"], "grpo.ghosts.teacher must be the folder or hub id"),
         (
             ["--grpo.ghosts.source", "teacher_forced", "--grpo.ghosts.teacher", "nowhere"],
@@ -251,39 +225,6 @@ def test_replies_used_again_are_weighted_by_what_came_before() -> None:
     got = np.asarray(jitted(new))
     np.testing.assert_allclose(got[0, 1:6], want, rtol=1e-4)
     np.testing.assert_array_equal(got[1], batch.loss_mask[1])
-
-
-def feed(folder: Path, rows: list[dict[str, Any]], growth: float | None = 2.0) -> None:
-    guard = CollapseDetector(folder, growth)
-    for number, row in enumerate(rows, 1):
-        guard({"step": number} | row)
-
-
-def test_doubled_entropy_stops_the_run(tmp_path: Path) -> None:
-    entropies = lambda *values: [{"train/entropy": value} for value in values]
-    feed(tmp_path, entropies(0.3, 0.5, 0.7, 0.5, 0.7))  # one high row may be chance
-    feed(tmp_path, entropies(0.3, 9.0, 9.0), None)
-    feed(tmp_path, entropies(1e-4, 0.19, 0.19))
-    with pytest.raises(TrainingStopped, match=r"entropy is 0\.650 nats at step 3, more than 2 times the 0\.300"):
-        feed(tmp_path, entropies(0.3, 0.7, 0.65))
-
-
-def test_sampled_accuracy_that_falls_while_greedy_holds_stops_the_run(tmp_path: Path) -> None:
-    def rows(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
-        return [row for sampled, greedy in pairs for row in ({"train/accuracy": sampled}, {"eval/accuracy": greedy})]
-
-    feed(tmp_path, rows((0.5, 0.6), (0.45, 0.6), (0.3, 0.5)))  # both fall: the student forgets, which is not this
-    with pytest.raises(TrainingStopped, match=r"answer 35\.0% right up to step 6, and 50\.0% at best"):
-        feed(tmp_path, rows((0.5, 0.6), (0.45, 0.6), (0.35, 0.61)))
-
-
-def test_a_resumed_run_is_judged_by_the_rows_before_it(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
-    log.write(10, {"train/entropy": 0.3})
-    log.write(20, {"train/entropy": 0.7})
-    log.close()
-    with pytest.raises(TrainingStopped, match=r"at step 30, more than 2 times the 0\.300"):
-        CollapseDetector(tmp_path, 2.0)({"step": 30, "train/entropy": 0.65})
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The host loop: killed, interrupted or short of disk at any moment, a run goes on as if nothing had happened.
+"""The host loop: killed, interrupted or short of disk at any moment, a run resumes as if nothing had happened.
 
 `helpers/training_run.py` is the training run that the tests kill.
 """
@@ -92,9 +92,15 @@ def kill_after(folder: Path, batches: int, seconds: float, *, saving: bool = Fal
     return process.returncode == -signal.SIGKILL
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path: Path) -> None:
-    """Before the first checkpoint, while one is being written, and at two moments by chance."""
-    undisturbed, _ = finish(tmp_path / "baseline")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    """The folder and the final state of a whole process that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, finish(folder)[0]
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path: Path, undisturbed: Any) -> None:
+    """Before the first checkpoint, while one is being written, and at a random moment."""
     folder = tmp_path / "killed"
     rng = random.Random(time.time_ns())
     assert kill_after(folder, 3, 0.0)
@@ -103,28 +109,26 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path: Path) ->
         if half_written(folder):
             break
     assert half_written(folder)
-    for _ in range(2):  # ten batches: the save of step 8 has begun, so that of step 4 is done
-        moment = (rng.randrange(10, 18), rng.random() * 0.05)
-        assert kill_after(folder, *moment), moment
+    moment = (rng.randrange(10, 18), rng.random() * 0.05)  # ten batches: the first checkpoint is complete
+    assert kill_after(folder, *moment), moment
     final, output = finish(folder)
     assert "Resuming after step" in output
-    assert_same_run(folder, final, (tmp_path / "baseline", undisturbed))
+    assert_same_run(folder, final, undisturbed)
     assert len(read_metrics(folder)) == 9 + 7
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
-    undisturbed, _ = finish(tmp_path / "baseline")
+def test_eight_kills_at_random_moments(tmp_path: Path, undisturbed: Any) -> None:
     folder = tmp_path / "killed"
     rng = random.Random(time.time_ns())
     kills = 0
-    while kills < 20:
+    while kills < 8:
         killed = kill_after(folder, rng.randrange(0, 12), rng.random() * 0.1, saving=rng.random() < 0.3)
         kills += killed
-        if not killed:  # the run came to its end: again from the start
-            assert_same_run(folder, finish(folder)[0], (tmp_path / "baseline", undisturbed))
+        if not killed:  # the run ended first: again from the start
+            assert_same_run(folder, finish(folder)[0], undisturbed)
             folder = tmp_path / f"killed{kills}"
-    assert_same_run(folder, finish(folder)[0], (tmp_path / "baseline", undisturbed))
+    assert_same_run(folder, finish(folder)[0], undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -163,18 +167,14 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, baseline: Any) -> None:
     assert_same_run(tmp_path, run(tmp_path), baseline)
 
 
-def test_a_run_outside_the_main_thread(tmp_path: Path, baseline: Any) -> None:
-    """Signals belong to the main thread; everything else works."""
+def test_a_run_outside_the_main_thread_ends_with_its_threads(tmp_path: Path, baseline: Any) -> None:
+    """Signals belong to the main thread; everything else works. A finished run trains no further."""
+    before = set(threading.enumerate())
     states: list[TrainState] = []
     thread = threading.Thread(target=lambda: states.append(run(tmp_path)))
     thread.start()
     thread.join()
     assert_same_run(tmp_path, states[0], baseline)
-
-
-def test_a_finished_run_says_so_and_leaves_no_threads(tmp_path: Path, baseline: Any) -> None:
-    before = set(threading.enumerate())
-    run(tmp_path)
     text = io.StringIO()
     assert_same_run(tmp_path, run(tmp_path, console=Console(file=text)), baseline)
     assert "all 60 steps are done already" in text.getvalue()
@@ -223,13 +223,18 @@ def test_the_step_is_compiled_once_and_the_state_donated(tmp_path: Path) -> None
 
         jitted = cotgrpo.jit_step(step)
         state = new_state()
-        run(tmp_path, settings=LoopSettings("grpo", total, log_every=5, checkpoint=CheckpointConfig(every=4)), step=jitted, state=state)
+        run(
+            tmp_path,
+            settings=LoopSettings("grpo", total, log_every=5, checkpoint=CheckpointConfig(every=4)),
+            step=jitted,
+            state=state,
+        )
         assert len(traced) == 1 and jitted._cache_size() == 0
         if total == 6:
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_a_run_goes_on_upon_another_mesh(tmp_path: Path) -> None:
+def test_a_run_resumes_on_another_mesh(tmp_path: Path) -> None:
     """Saved from 8 devices, restored to 4 x 2 (the same numbers, spread as that mesh wants them), and to one device."""
     first = LoopSettings("grpo", total_steps=4, checkpoint=CheckpointConfig(every=4))
     reference = (new_params(9),)
@@ -242,7 +247,7 @@ def test_a_run_goes_on_upon_another_mesh(tmp_path: Path) -> None:
     saved = call(first, fsdp=8)
     assert len(saved.params["head"].sharding.device_set) == 8
     for mesh in ({"fsdp": 4, "tensor": 2}, {}):
-        restored = call(first, **mesh)
+        restored = call(first, **mesh)  # all steps are done: nothing is compiled
         for got, want in zip(as_arrays(restored), as_arrays(saved), strict=True):
             np.testing.assert_array_equal(got, want)
         assert len(restored.params["head"].sharding.device_set) == (8 if mesh else 1)
@@ -300,7 +305,7 @@ def small_disk(tmp_path: Path) -> Any:
 
 
 @ORBAX_LEAVES_ERRORS
-def test_a_full_disk_is_explained_and_after_making_room_the_run_goes_on(
+def test_a_full_disk_is_explained_and_after_making_room_the_run_resumes(
     small_disk: Callable[[str], Path], baseline: Any
 ) -> None:
     folder = small_disk("180k") / "run"
