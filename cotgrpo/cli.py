@@ -1,8 +1,13 @@
 """The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | plan | export | bench`.
 
-GRPO here is GhostRespond Policy Optimization, not Group Relative. An error of the user is one line on stderr. The exit
-code is 2 for those, 3 if training stopped itself, 4 if another process of the run ended, and 128 + the signal's number
-if a signal ended a run that was saved.
+GRPO here is GhostRespond Policy Optimization, not Group Relative. An error of the user is one line on stderr.
+The exit codes are
+
+    0                 done
+    2                 an error of the user
+    3                 training stopped itself
+    4                 another process of the run ended
+    128 + a signal    the signal ended a run that was saved
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ COMMANDS = {
 COMPUTING = {"quickstart", "generate", "sft", "grpo", "eval", "bench"}
 """Commands that train, or write replies."""
 
-DESCRIPTION = """Teach small language models to reason. GRPO here is GhostRespond Policy Optimization, not Group Relative.
+DESCRIPTION = """Teach small language models to reason.
+
+GRPO here is GhostRespond Policy Optimization, not Group Relative.
 
 cotgrpo COMMAND --help lists every option of a command. On several machines the same command runs on each
 (docs/hosts.md)."""
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser(command: str | None = None) -> ArgumentParser:
-    """Return the parser of the command line. Only the module of `command` is imported, and only its options are there."""
+    """Return the parser of the command line, with the options of `command` alone: only its module is imported."""
     parser = new_parser("cotgrpo COMMAND [--config FILE.yaml] [--section.setting VALUE ...]", DESCRIPTION)
     parser.add_argument(
         "--version", action="version", version=f"cotgrpo {version('cotgrpo')}", help="print the version"

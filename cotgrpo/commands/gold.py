@@ -38,7 +38,7 @@ def add_options(parser: ArgumentParser) -> None:
         type=Literal["all", "wrong", "edited"],
         default="all",
         metavar="{all,wrong,edited}",
-        help="wrong: only where the student's answer is wrong; edited: only rows that differ from the ghost (default: all)",
+        help="wrong: only those with a wrong answer of the student; edited: only those changed by hand (default: all)",
     )
 
 

@@ -43,12 +43,23 @@ METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", type(
 class ConfigFile(argparse.Action):
     """Add the settings of a YAML file to those given so far."""
 
-    def __init__(self, known: Sequence[str], **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self, option_strings: list[str], dest: str, default: str, known: Sequence[str], metavar: str, help: str
+    ) -> None:
+        super().__init__(option_strings, dest, default=default, metavar=metavar, help=help)
         self.known = known
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Read the file `values`. Its settings override those of earlier options and files."""
+        from jsonargparse import ArgumentParser, Namespace
+
+        assert isinstance(parser, ArgumentParser) and isinstance(namespace, Namespace) and isinstance(values, str)
         settings, unset = read_settings(Path(values), self.known, parser)
         for key, value in settings.items():
             namespace[key] = value
@@ -119,7 +130,7 @@ def help_of(setting: Setting) -> str:
     return f"{setting.help} (default: {shown})".replace("%", "%%")
 
 
-def metavar(kind: Any) -> str:
+def metavar(kind: object) -> str:
     """Return how the help writes a value of a type."""
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
@@ -274,6 +285,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return "key (old there, new now)" for each setting that differs, by dotted key."""
+    return [f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in now if before.get(key) != now[key]]
 
 
 def nearest(key: str, known: Sequence[str], mark: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The settings of `cotgrpo generate`: questions, the teacher, the prompt, and what is kept of its replies."""
+"""The settings of `cotgrpo generate`: questions, teacher, prompt and verification."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class TeacherConfig(EndpointSettings):
 
     @property
     def name(self) -> str:
-        """The model's name, or the folder's last part."""
+        """The model's name, or the last part of its folder."""
         return self.model or os.path.basename(os.path.normpath(self.path or ""))
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """What the teacher reads.
+    """The prompt of a question.
 
     Attributes:
-        system: a system message; empty: none.
+        system: system message; empty: none.
         question: the user's message, with {question} in it.
     """
 
@@ -61,27 +61,27 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
-            raise ConfigError(f"prompt.question must hold {{question}} once, got {self.question!r}.")
+            raise ConfigError(f"question must hold {{question}} once, got {self.question!r}.")
 
     def messages(self, question: str) -> list[dict[str, str]]:
-        """The chat that asks one question."""
+        """Return the chat that asks one question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.question.replace("{question}", question)}]
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig:
-    """Which replies become triples.
+    """How replies are verified, and which right ones become triples.
 
     Attributes:
-        check: a function of your own, "package.module:function", that is called as function(row, rationale, answer) with the question's
-            row as it was read, and returns whether the reply is right; empty: the answer is compared with the row's.
-        without_gold: a question without a right answer, where there is no check: error; majority: the answer that most of its replies
-            give; unverified: every reply that has an answer.
-        keep: of a question's right replies: all, the shortest, or the ones that differ most.
-        keep_at_most: of shortest and diverse, how many.
-        test_sets: files or hub ids whose questions must not be learned from: a question or reply that shares an n-gram with one is left out.
-        ngram: words of such an n-gram; a test question of fewer words must be the same as a whole.
+        check: a function of your own, "package.module:function"; empty: compare the answer with the row's. It is called
+            as function(row, rationale, answer) with the question's row, and returns whether the reply is right.
+        without_gold: what to do with a question without a right answer, if there is no check. error: stop. majority:
+            take the answer of most of its replies. unverified: keep each reply that has an answer.
+        keep: right replies of a question to keep: all, the shortest, or those that differ most.
+        keep_at_most: number of replies of a question that shortest and diverse keep.
+        test_sets: files or hub ids of test questions. Questions and replies that share an n-gram with one are dropped.
+        ngram: words of such an n-gram. A shorter test question must be equal as a whole.
     """
 
     check: str = ""
@@ -95,7 +95,7 @@ class VerifyConfig:
         at_least(1, self, "keep_at_most", "ngram")
         module, colon, function = self.check.partition(":")
         if self.check and not (colon and module.strip(string.whitespace) and function):
-            raise ConfigError(f"verify.check must be package.module:function, got {self.check!r}.")
+            raise ConfigError(f"check must be package.module:function, got {self.check!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +103,16 @@ class GenerateConfig:
     """All settings of `cotgrpo generate`.
 
     Attributes:
-        questions: .jsonl or .parquet files (one or a list) or hub ids, with a question and, to verify against, gold or answer in each row.
-        split: keep only rows whose split field is this; of a hub id, the split to load.
-        max_questions: use the first so many; 0: all.
+        questions: .jsonl or .parquet files (one or a list) or hub ids of questions. To verify against, a row needs gold
+            or answer.
+        split: keep only rows with this split field; for a hub id, the split to load.
+        max_questions: use the first questions only; 0: all.
         candidates: replies to each question.
-        out: the folder of everything that the command writes; run again, it goes on there.
-        format: of the triples.
-        teacher: who writes the replies.
-        prompt: what the teacher reads.
-        verify: which replies become triples.
+        out: folder of everything that the command writes. Run again, the command resumes there.
+        format: file format of the triples.
+        teacher: the model that writes the replies.
+        prompt: the prompt of a question.
+        verify: how replies are verified, and which become triples.
     """
 
     questions: list[str] | str = dataclasses.field(default_factory=list)
@@ -129,15 +130,16 @@ class GenerateConfig:
         at_least(0, self, "max_questions")
         if self.candidates > 1 and self.teacher.temperature == 0:
             raise ConfigError(
-                f"candidates is {self.candidates}, but replies at teacher.temperature 0 are all the same: raise the temperature."
+                f"candidates is {self.candidates}, but replies at teacher.temperature 0 are all the same: raise the "
+                "temperature."
             )
         if self.verify.without_gold == "majority" and self.candidates < 3:
             raise ConfigError(
-                f"A majority (verify.without_gold) needs at least 3 candidates a question, got candidates {self.candidates}."
+                f"candidates must be at least 3 for a majority (verify.without_gold), got {self.candidates}."
             )
 
     def check_complete(self) -> None:
-        """Raises ConfigError where the questions or the teacher are not named, which a partial config may leave open."""
+        """Raise ConfigError unless questions and one teacher are named, which a partial config may leave open."""
         if not self.questions:
             raise ConfigError(
                 "questions is empty: name at least one .jsonl or .parquet file of questions, or a hub id."
@@ -145,9 +147,12 @@ class GenerateConfig:
         teacher = self.teacher
         if (teacher.path is None) == (teacher.model is None):
             raise ConfigError(
-                "Name one teacher: teacher.model (with teacher.base_url) for an endpoint, or teacher.path for a model folder."
+                "Name one teacher: teacher.model (with teacher.base_url) for an endpoint, or teacher.path for a model "
+                "folder."
             )
         if teacher.path is not None and teacher.base_url is not None:
-            raise ConfigError("teacher.base_url is no setting of a model folder (teacher.path). Remove one of the two.")
+            raise ConfigError(
+                "teacher.base_url does not apply to a model folder (teacher.path). Remove one of the two."
+            )
         if teacher.path is not None and teacher.temperature is None:
             raise ConfigError("teacher.temperature must be a number for a model folder (teacher.path).")

@@ -16,7 +16,7 @@ import inspect
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
     """Settings that cannot be used. The message has the key, what was expected and what was given."""
 
 
-def at_least(least: float, section: DataclassInstance, *names: str) -> None:
+def at_least(least: int, section: DataclassInstance, *names: str) -> None:
     """Raise ConfigError if a setting is smaller than `least`."""
     for name in names:
         expect(getattr(section, name) >= least, section, name, f"at least {least}")
@@ -103,19 +103,6 @@ class Given:
             raise ConfigError(f"{key} does not apply to {reason}")
 
 
-class DependentSection(Protocol):
-    """A section whose settings depend on one of them, its switch."""
-
-    def settings(self, value: Any, key: str, help: str) -> Iterator[Setting]:
-        """Yield its settings, with `value` as default."""
-
-    def build(self, value: Any, given: Given, key: str) -> Any:
-        """Return the section with what was given, and `value` as default."""
-
-    def tree(self, value: Any) -> dict[str, Any]:
-        """Return the section as a mapping."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """One dataclass of several, chosen by the setting `switch`."""
@@ -123,7 +110,7 @@ class Choice:
     switch: str
     alternatives: Mapping[str, type[DataclassInstance]]
 
-    def name(self, value: Any) -> str:
+    def name(self, value: DataclassInstance) -> str:
         """Return the name of the alternative that a section is."""
         for name, alternative in self.alternatives.items():
             if type(value) is alternative:
@@ -131,7 +118,7 @@ class Choice:
         known = ", ".join(alternative.__name__ for alternative in self.alternatives.values())
         raise ConfigError(f"Settings cannot name a {type(value).__name__}: expected one of {known}.")
 
-    def settings(self, value: Any, key: str, help: str) -> Iterator[Setting]:
+    def settings(self, value: DataclassInstance, key: str, help: str) -> Iterator[Setting]:
         """Yield the switch and the settings of all alternatives."""
         yield Setting(f"{key}.{self.switch}", Literal[tuple(self.alternatives)], self.name(value), help, key)
         found: dict[str, tuple[Setting, list[str]]] = {}
@@ -141,7 +128,7 @@ class Choice:
         for setting, names in found.values():
             yield setting._replace(help=f"{', '.join(names)}: {setting.help}")
 
-    def build(self, value: Any, given: Given, key: str) -> Any:
+    def build(self, value: DataclassInstance, given: Given, key: str) -> Any:
         """Return the chosen alternative with what was given."""
         name = given.values.get(f"{key}.{self.switch}", self.name(value))
         alternative = self.alternatives[name]
@@ -157,7 +144,7 @@ class Choice:
             own = shallow(value) | own
         return construct(alternative, own, f"{key}.")
 
-    def tree(self, value: Any) -> dict[str, Any]:
+    def tree(self, value: DataclassInstance) -> dict[str, Any]:
         """Return the alternative's name and its settings."""
         return {self.switch: self.name(value)} | tree_of(value)
 
@@ -169,13 +156,13 @@ class Optional:
     switch: str
     section: type[DataclassInstance]
 
-    def settings(self, value: Any, key: str, help: str) -> Iterator[Setting]:
+    def settings(self, value: DataclassInstance | None, key: str, help: str) -> Iterator[Setting]:
         """Yield the section's settings; without a value the switch is 0 by default."""
         for setting in settings_in(self.section if value is None else value, f"{key}."):
             off = value is None and setting.key == f"{key}.{self.switch}"
             yield setting._replace(default=0, help=f"{setting.help} 0: off.") if off else setting
 
-    def build(self, value: Any, given: Given, key: str) -> Any:
+    def build(self, value: DataclassInstance | None, given: Given, key: str) -> Any:
         """Return the section with what was given, or None."""
         switch = f"{key}.{self.switch}"
         own = {field.name: f"{key}.{field.name}" for field in dataclasses.fields(self.section)}
@@ -187,12 +174,12 @@ class Optional:
             return None
         return construct(self.section, ({} if value is None else shallow(value)) | own, f"{key}.")
 
-    def tree(self, value: Any) -> dict[str, Any]:
+    def tree(self, value: DataclassInstance | None) -> dict[str, Any]:
         """Return the section's settings, or its switch at 0."""
         return {self.switch: 0} if value is None else tree_of(value)
 
 
-def choice(switch: str, alternatives: Mapping[str, type[DataclassInstance]], default: Any) -> Any:
+def choice(switch: str, alternatives: Mapping[str, type[DataclassInstance]], default: DataclassInstance) -> Any:
     """Return a dataclass field that holds one of several sections, chosen by the setting `switch`."""
     return dataclasses.field(default=default, metadata={"dependent": Choice(switch, alternatives)})
 
@@ -202,7 +189,7 @@ def optional(switch: str, section: type[DataclassInstance]) -> Any:
     return dataclasses.field(default=None, metadata={"dependent": Optional(switch, section)})
 
 
-def dependent(field: dataclasses.Field[Any]) -> DependentSection | None:
+def dependent(field: dataclasses.Field[Any]) -> Choice | Optional | None:
     """Return how a field's section depends on its switch, if it does."""
     return field.metadata.get("dependent")
 
