@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.atomic_files import write_json
-from cotgrpo.config.files import flat, parse_settings, save_config
+from cotgrpo.config.files import differences, flat, parse_settings, save_config
 from cotgrpo.config.generate import GenerateConfig
 from cotgrpo.config.settings import ConfigError
 from cotgrpo.data.questions import Question, read_questions
@@ -164,7 +164,7 @@ def check_same_teacher(out: Path, config: GenerateConfig) -> None:
     if not path.is_file():
         return
     before, now = (reply_settings(c) for c in (parse_settings(["--config", str(path)], GenerateConfig()), config))
-    differing = [f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in now if before[name] != now[name]]
+    differing = differences(before, now)
     if differing:
         raise ConfigError(
             f"{out} holds replies of another teacher or to another prompt: {'; '.join(differing)}. Choose another out, "

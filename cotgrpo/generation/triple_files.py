@@ -50,7 +50,7 @@ def write_rows(out: Path, rows: list[dict[str, Any]], form: str) -> Path:
 
 
 def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> None:
-    """Write README.md with the hub's front matter: teacher (without the endpoint's address), prompt, checks and counts."""
+    """Write README.md with the hub's front matter: teacher, prompt, checks and counts, but no endpoint address."""
     import yaml
 
     teacher, verify = config.teacher, config.verify

@@ -153,16 +153,16 @@ class EndpointSettings:
         minima |= dict.fromkeys(("requests_per_minute", "retries", "retry_delay", "longest_delay", "longest_wait"), 0)
         for name, least in minima.items():
             if getattr(self, name) < least:
-                raise ValueError(f"teacher.{name} must be at least {least}, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.timeout < math.inf:
-            raise ValueError(f"teacher.timeout must be positive, got {self.timeout}.")
+            raise ValueError(f"timeout must be positive, got {self.timeout}.")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(f"teacher.temperature must be at least 0, or null, got {self.temperature}.")
+            raise ValueError(f"temperature must be at least 0, or null, got {self.temperature}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"teacher.top_p must lie in (0, 1], or be null, got {self.top_p}.")
+            raise ValueError(f"top_p must lie in (0, 1], or be null, got {self.top_p}.")
         if not VARIABLE_NAME.fullmatch(self.api_key_env):
             raise ValueError(  # without the value, which may be the key itself
-                "teacher.api_key_env must be the name of an environment variable in capitals, such as OPENAI_API_KEY, "
+                "api_key_env must be the name of an environment variable in capitals, such as OPENAI_API_KEY, "
                 "not the key."
             )
         if self.base_url is not None:
@@ -174,9 +174,9 @@ class EndpointSettings:
         try:
             fields = json.loads(self.extra_body or "{}")
         except ValueError as error:
-            raise ValueError(f"teacher.extra_body is not valid JSON ({error}).") from error
+            raise ValueError(f"extra_body is not valid JSON ({error}).") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"teacher.extra_body must be a JSON object, got {type(fields).__name__}.")
+            raise ValueError(f"extra_body must be a JSON object, got {type(fields).__name__}.")
         return fields
 
     def request_fields(self) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def check_url(base_url: str) -> None:
     """Raise ValueError unless this is the plain URL of an endpoint."""
     url = urlsplit(base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"teacher.base_url must be a URL such as http://localhost:8000/v1, got {base_url!r:.60}.")
+        raise ValueError(f"base_url must be a URL such as http://localhost:8000/v1, got {base_url!r:.60}.")
     if url.username is not None or url.query:
         raise ValueError(
-            "teacher.base_url holds a user name or a query, which may be a key, and settings are saved with the "
+            "base_url holds a user name or a query, which may be a key, and settings are saved with the "
             "output. Give the endpoint alone, and the key in the environment (teacher.api_key_env)."
         )
 

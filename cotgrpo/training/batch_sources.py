@@ -215,13 +215,13 @@ def rollout_prompts(ghosts: LiveGhosts | VerifiedReward, config: Config, inputs:
         questions = read_prompts(ghosts, config, inputs)
         return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
     found: dict[str, RolloutPrompt] = {}
-    for triple in inputs.train_triples:
+    for triple, example in zip(inputs.train_triples, inputs.train, strict=True):
         teacher_prompt = None
         if isinstance(ghosts, PrivilegedSelf):
             text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
             teacher_prompt = template.prompt(text, triple.system)
         question = Question(triple.question, triple.answer, triple, triple.source, triple.system)
-        prompt = template.prompt(triple.question, triple.system)
+        prompt = example.tokens[: example.prompt_length]
         found.setdefault(f"{triple.system}\n{triple.question}", RolloutPrompt(question, prompt, teacher_prompt))
     return list(found.values())
 

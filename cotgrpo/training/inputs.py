@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cotgrpo.config.files import flat, load_config, save_config
+from cotgrpo.config.files import differences, flat, load_config, save_config
 from cotgrpo.config.sections import ConfigError, tree_of
 from cotgrpo.config.settings import Config
 from cotgrpo.data.batches import make_batches, make_examples
@@ -332,7 +332,7 @@ def check_same_run(folder: Path, config: Config, stage: str) -> None:
     if not path.is_file():
         return
     before, now = (run_identity(c, stage) for c in (load_config(path), config))
-    differing = [f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in now if before.get(key) != now[key]]
+    differing = differences(before, now)
     if differing:
         raise ConfigError(
             f"{folder} holds a run with another config: {'; '.join(differing)}. "

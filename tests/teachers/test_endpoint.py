@@ -150,17 +150,17 @@ def test_a_server_that_is_down() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "facts"),
     [
-        ("base_url", "localhost:8000", ("teacher.base_url", "http://localhost:8000/v1", "localhost:8000")),
-        ("base_url", "http://me:secret@host/v1", ("teacher.base_url", "user name or a query")),
-        ("base_url", "http://host/v1?key=secret", ("teacher.base_url", "user name or a query")),
-        ("extra_body", "[1]", ("teacher.extra_body", "JSON object", "list")),
-        ("extra_body", "{", ("teacher.extra_body", "JSON")),
-        ("api_key_env", KEY, ("teacher.api_key_env", "name of an environment variable")),
-        ("timeout", 0.0, ("teacher.timeout", "positive", "0.0")),
-        ("temperature", -1.0, ("teacher.temperature", "at least 0", "-1.0")),
-        ("top_p", 0.0, ("teacher.top_p", "(0, 1]", "0.0")),
-        ("concurrency", 0, ("teacher.concurrency", "at least 1", "0")),
-        ("retries", -1, ("teacher.retries", "at least 0", "-1")),
+        ("base_url", "localhost:8000", ("base_url", "http://localhost:8000/v1", "localhost:8000")),
+        ("base_url", "http://me:secret@host/v1", ("base_url", "user name or a query")),
+        ("base_url", "http://host/v1?key=secret", ("base_url", "user name or a query")),
+        ("extra_body", "[1]", ("extra_body", "JSON object", "list")),
+        ("extra_body", "{", ("extra_body", "JSON")),
+        ("api_key_env", KEY, ("api_key_env", "name of an environment variable")),
+        ("timeout", 0.0, ("timeout", "positive", "0.0")),
+        ("temperature", -1.0, ("temperature", "at least 0", "-1.0")),
+        ("top_p", 0.0, ("top_p", "(0, 1]", "0.0")),
+        ("concurrency", 0, ("concurrency", "at least 1", "0")),
+        ("retries", -1, ("retries", "at least 0", "-1")),
     ],
 )
 def test_settings_out_of_range(setting: str, value: Any, facts: tuple[str, ...]) -> None:
