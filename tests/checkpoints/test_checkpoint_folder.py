@@ -1,4 +1,4 @@
-"""Checkpoints outside the run folder: they outlive it, and what is wrong with them is told before anything is compiled."""
+"""Checkpoints outside the run folder outlive it, and errors about them come before anything is compiled."""
 
 from __future__ import annotations
 

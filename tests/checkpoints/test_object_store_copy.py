@@ -1,4 +1,4 @@
-"""Checkpoints in stores that Orbax cannot write to: a copy is whole or does not count, and a new machine resumes from it."""
+"""Stores that Orbax cannot write to: a copy is whole or does not count, and a new machine resumes from it."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def start(folder: Path, environment: dict[str, str], command: str, *more: str) -
 
 
 def test_s3(s3: dict[str, str], tmp_path: Path) -> None:
-    """Killed as soon as a copy is there, gone on with on a new machine, and evaluated: the rows and the loss of a run that nothing disturbed."""
+    """Killed as soon as a copy is there, resumed on a new machine, evaluated: the rows and the loss of an undisturbed run."""
     commands(tmp_path, "s3://kept/runs")
     more = ("--sft.steps", "40", "--checkpoint.every", "4", "--checkpoint.keep", "2", "--sft.eval_every", "0")
     calm = ("--run_dir", str(tmp_path / "calm"), "--checkpoint.folder", str(tmp_path / "calm_kept"))

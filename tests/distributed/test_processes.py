@@ -49,7 +49,7 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={4 // count}",
-            "JAX_COMPILATION_CACHE_DIR": "",  # none: what a killed process left half written would be a warning, and so an error
+            "JAX_COMPILATION_CACHE_DIR": "",  # a half-written entry of a killed process would be a warning, so an error
         }
         command = command or [sys.executable, "-W", "error", training_run.__file__, str(folder), str(pause)]
         self.processes = []
@@ -161,7 +161,7 @@ def final_state(folder: Path) -> list[np.ndarray]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """The same steps, the same rows of data (to the bit) and losses, the same last checkpoint. Sums over processes are in another order."""
+    """The same steps, data (to the bit), losses and last checkpoint. Sums over processes are in another order."""
     got, want = rows_of(folder), rows_of(whole)
     assert [row["step"] for row in got] == [row["step"] for row in want]
     for mine, theirs in zip(got, want, strict=True):
@@ -206,7 +206,7 @@ def test_a_killed_process_ends_the_other_with_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_whichever_process_is_killed_and_however_many_resume(whole: Path, tmp_path: Path) -> None:
-    """Four processes, of which the third is killed; then two, of which the first is; then one. All on the same checkpoints."""
+    """Four processes, the third is killed; then two, the first is killed; then one. All on the same checkpoints."""
     folder = tmp_path / "run"
     for count, taken, victim in ((4, 7, 2), (2, 14, 0)):
         run = Run(folder, count, pause=0.1)
@@ -224,7 +224,7 @@ def test_whichever_process_is_killed_and_however_many_resume(whole: Path, tmp_pa
 
 @pytest.mark.slow
 def test_two_killed_in_the_middle_of_a_save_resume_to_the_bit(tmp_path: Path) -> None:
-    """Killed by chance, then with a checkpoint half written: the rows and the last checkpoint of a run that was not killed."""
+    """Killed by chance, then with a checkpoint half written: rows and last checkpoint of a run that was not killed."""
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     assert Run(undisturbed, 2).wait() == [0, 0]
     rng = random.Random(time.time_ns())
@@ -251,7 +251,7 @@ def test_two_killed_in_the_middle_of_a_save_resume_to_the_bit(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_lora_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    """Both stages by the command line, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
+    """Both stages, the frozen base spread over the processes, with a frozen reference: every number and every reply."""
     write_rows_and_model(tmp_path)
     more = ["--lora.rank", "4", "--data.format", "chat", "--mesh.data", "1", "--mesh.fsdp", "4"]
     more += ["--sft.batch_size", "4", "--grpo.batch_size", "4", "--grpo.reference_kl", "0.1"]

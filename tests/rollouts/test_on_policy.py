@@ -1,4 +1,4 @@
-"""On-policy training through the command line: a tiny student and its teacher, resumed, and errors of a wrong teacher."""
+"""On-policy training by the command line: a tiny student and its teacher, resumed, and errors of a wrong teacher."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def finish(folder: Path) -> tuple[list[np.ndarray], str]:
 
 
 def kill_after(folder: Path, batches: int, seconds: float, *, saving: bool = False) -> bool:
-    """Kills a run that took that many batches and then some time, or then next has a half-written checkpoint. False: it was done before."""
+    """Kills a run after that many batches and some time, or while it saves next. Returns False if it ended first."""
     process = start(folder)
     assert process.stdout is not None
     numbers: Iterator[str] = (line for line in process.stdout if line.strip().isdigit())
