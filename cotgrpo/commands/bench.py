@@ -10,7 +10,7 @@ from cotgrpo.data.triples import DataError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark and return the exit code. There is no compilation cache, since compiling is measured."""
+    """Run the benchmark and return the exit code. Compiled programs are not cached, since compiling is measured."""
     try:
         run_bench(arguments)
     except DataError as error:

@@ -22,7 +22,7 @@ TRAINING = ("sft", "grpo", "max_skipped", "checkpoint.every", "checkpoint.keep",
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the model, where its `eval.json` goes, and the settings."""
+    """Add the model, the folder for its `eval.json`, and the settings."""
     parser.add_argument("--model", type=str, metavar="FOLDER_OR_ID", help="the model to measure, instead of a run")
     parser.add_argument("--out", type=str, metavar="DIR", help="with --model, the folder for eval.json")
     add_settings(parser, Config(), hidden=TRAINING)

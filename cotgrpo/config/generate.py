@@ -76,12 +76,13 @@ class VerifyConfig:
     Attributes:
         check: a function of your own, "package.module:function"; empty: compare the answer with the row's. It is called
             as function(row, rationale, answer) with the question's row, and returns whether the reply is right.
-        without_gold: what to do with a question without a right answer, if there is no check. error: stop. majority:
-            take the answer of most of its replies. unverified: keep each reply that has an answer.
+        without_gold: what to do with a question that has no right answer, without check. error: stop. majority: take
+            the answer of most of its replies. unverified: keep each reply that has an answer.
         keep: right replies of a question to keep: all, the shortest, or those that differ most.
         keep_at_most: number of replies of a question that shortest and diverse keep.
         test_sets: files or hub ids of test questions. Questions and replies that share an n-gram with one are dropped.
-        ngram: words of such an n-gram. A shorter test question must be equal as a whole.
+        ngram: words of an n-gram that must not be shared with a test question. A shorter test question must
+            be equal as a whole.
     """
 
     check: str = ""

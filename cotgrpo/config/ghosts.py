@@ -74,7 +74,7 @@ class LiveGhosts(StudentReplies):
         teacher_forced_share: share of a batch's rows, in [0, 1), that hold the text of training rows instead.
         updates_per_rollout: updates on the same replies. A later update weights each context by how much likelier the
             student now makes it.
-        ratio_clip: bound of those weights: they lie in [1 - ratio_clip, 1 + ratio_clip].
+        ratio_clip: bound of the weights of later updates: they lie in [1 - ratio_clip, 1 + ratio_clip].
     """
 
     choice: Literal["argmax", "drawn"] = "argmax"
@@ -119,7 +119,7 @@ class PrivilegedSelf(LiveGhosts):
     """A live ghost that is the student before this stage, with the row's solution in its prompt.
 
     Attributes:
-        privileged_prompt: template of its prompt, with {question}, {rationale} and {answer}.
+        privileged_prompt: template of the live ghost's prompt, with {question}, {rationale} and {answer}.
     """
 
     privileged_prompt: str = PRIVILEGED_PROMPT
