@@ -83,7 +83,9 @@ class SelfReplyBatches:
 
         self.samplers, self.template, self.settings, self.folder = list(samplers), template, settings, folder
         unique = {(t.system, t.question): t for t in reversed(triples)}.values()
-        self.questions = [t for t in unique if len(self.prompt(t)) <= settings.prompt_columns][::-1]
+        prompts = [(triple, template.prompt(triple.question, triple.system)) for triple in unique]
+        fitting = [(triple, prompt) for triple, prompt in prompts if len(prompt) <= settings.prompt_columns][::-1]
+        self.questions, self.prompts = [triple for triple, _ in fitting], [prompt for _, prompt in fitting]
         if not self.questions:
             raise DataError(
                 f"No question leaves room for a reply: data.seq_len {settings.seq_len} leaves "
@@ -95,9 +97,6 @@ class SelfReplyBatches:
         self.taken = 0
         self.params: Params = None
         self.batches: Any = None
-
-    def prompt(self, triple: Triple) -> np.ndarray:
-        return self.template.prompt(triple.question, triple.system)
 
     def set_params(self, trained: Params) -> None:
         """Set the newest trained parameters. They are merged only if a round of replies is due."""
@@ -125,7 +124,7 @@ class SelfReplyBatches:
         # A question could come twice where one pass over all questions ends and the next begins.
         numbers = dict.fromkeys(int(self.order[i]) for i in range(first, first + count))
         asked = [self.questions[number] for number in numbers]
-        replies = self.draw_candidates(asked)
+        replies = self.draw_candidates([self.prompts[number] for number in numbers])
         on_process_0(lambda: self.keep_best(asked, replies))
 
     def keep_best(self, asked: Sequence[Triple], replies: list[list[SampledReply]]) -> None:
@@ -142,10 +141,9 @@ class SelfReplyBatches:
             with whole_file(self.path) as temporary:
                 write_triples(temporary, found)
 
-    def draw_candidates(self, asked: Sequence[Triple]) -> list[list[SampledReply]]:
-        """Draw `settings.num_generations` replies to each question."""
-        prompts = [self.prompt(triple) for triple in asked]
-        found: list[list[SampledReply]] = [[] for _ in asked]
+    def draw_candidates(self, prompts: Sequence[np.ndarray]) -> list[list[SampledReply]]:
+        """Draw `settings.num_generations` replies to each prompt."""
+        found: list[list[SampledReply]] = [[] for _ in prompts]
         key = jax.random.fold_in(self.key, self.taken)
         for number in range(self.settings.num_generations):
             sample = self.samplers[number % len(self.samplers)]
