@@ -189,7 +189,10 @@ def test_a_random_batch_supervises_the_last_tokens() -> None:
 
 
 def test_mfu_by_hand() -> None:
-    """Width 4, one layer, one head of 2, MLP 3, vocabulary 5: 6 operations a weight and token; attention reads half of 8 keys."""
+    """Width 4, one layer, one head of 2, MLP 3, vocabulary 5.
+
+    There are 6 operations per weight and token. Attention reads half of 8 keys.
+    """
     config = DecoderConfig(5, 4, 1, 1, 1, 2, 3)
     weights = 4 * 2 * 3 + 2 * 4 + 3 * 4 * 3
     attention = 3 * 2 * (2 * 2) * 4

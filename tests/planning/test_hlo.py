@@ -1,4 +1,4 @@
-"""Collectives read from compiled text: programs whose traffic is known by construction, and the forms of text that CPUs do not write."""
+"""Collectives read from compiled text: programs with known traffic, and the forms of text that only TPUs write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cotgrpo.planning.hlo import bytes_sent, collectives, group_size
 
+RING = [(i, (i + 1) % 4) for i in range(4)]
 MESH = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
@@ -37,7 +38,7 @@ def text_of(function: Any, in_specs: Any, out_specs: Any, *shapes: tuple[int, ..
             2,
             1 / 2 * 2 * 64,
         ),
-        (lambda x: jax.lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)]), P("a", "b"), *("collective-permute", 128, 8, 128)),
+        (lambda x: jax.lax.ppermute(x, "b", RING), P("a", "b"), "collective-permute", 128, 8, 128),
     ],
     ids=["psum", "psum-all", "gather", "scatter", "permute"],
 )  # fmt: skip
@@ -71,15 +72,14 @@ def test_loops_multiply() -> None:
 
 
 def test_collectives_of_one_channel_are_all_counted() -> None:
-    """JAX gives all of a `shard_map` the same one: two in a loop, of one shape, and two behind it."""
-    ring = [(i, (i + 1) % 4) for i in range(4)]
+    """JAX gives all of a `shard_map` the same one: two of one shape in a loop, and two after it."""
 
     def function(x: Any) -> Any:
         def turn(pair: Any, _: Any) -> Any:
-            return (jax.lax.ppermute(pair[0], "b", ring), jax.lax.ppermute(jnp.sin(pair[1]), "b", ring)), None
+            return (jax.lax.ppermute(pair[0], "b", RING), jax.lax.ppermute(jnp.sin(pair[1]), "b", RING)), None
 
         one, other = jax.lax.scan(turn, (x, jnp.cos(x)), None, length=3)[0]
-        return jax.lax.psum(one * jax.lax.ppermute(other, "b", ring), "a")
+        return jax.lax.psum(one * jax.lax.ppermute(other, "b", RING), "a")
 
     found = collectives(text_of(function, (P(),), P(), (4, 4)))
     assert sorted((c.kind, c.loops) for c in found) == [
@@ -95,20 +95,20 @@ TPU = """HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}, num_pa
 
 %all-reduce-scatter.1.clone (input.7: f32[128,64]) -> f32[32,64] {
   %input.7 = f32[128,64]{1,0:T(8,128)} parameter(0)
-  %all-reduce.1 = f32[128,64]{1,0:T(8,128)} all-reduce(%input.7), channel_id=28, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %all-reduce.1 = f32[128,64]{1,0:T(8,128)} all-reduce(%input.7), channel_id=28, replica_groups={{0,2,4,6},{1,3,5,7}}
   ROOT %dynamic-slice.1 = f32[32,64]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={32,64}
 }
 
 %start (param_0: bf16[1,512]) -> (bf16[1,512], bf16[4,512]) {
   %param_0 = bf16[1,512]{1,0} parameter(0)
-  %all-gather.82 = bf16[4,512]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=33, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
-  ROOT %custom-call.39 = (bf16[1,512]{1,0}, bf16[4,512]{1,0}) custom-call(%all-gather.82), custom_call_target="AsyncCollectiveStart"
+  %gather.82 = bf16[4,512]{1,0} all-gather(%param_0), channel_id=33, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
+  ROOT %call.39 = (bf16[1,512], bf16[4,512]) custom-call(%gather.82), custom_call_target="AsyncCollectiveStart"
 }
 
 %done (param_1: bf16[1,512]) -> bf16[4,512] {
   %param_1 = bf16[1,512]{1,0} parameter(0)
-  %all-gather.84 = bf16[4,512]{1,0} all-gather(%param_1), channel_id=33, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
-  ROOT %custom-call.41 = bf16[4,512]{1,0} custom-call(%all-gather.84), custom_call_target="AsyncCollectiveDone"
+  %gather.84 = bf16[4,512]{1,0} all-gather(%param_1), channel_id=33, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
+  ROOT %custom-call.41 = bf16[4,512]{1,0} custom-call(%gather.84), custom_call_target="AsyncCollectiveDone"
 }
 
 %condition (p: (s32[], f32[8])) -> pred[] {
@@ -137,7 +137,7 @@ TPU = """HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}, num_pa
   %two = u32[]{:T(128)} constant(2)
   %part = f32[16]{0} get-tuple-element(%s), index=0
   %done.2 = u32[]{:T(128)} get-tuple-element(%s), index=1
-  %sent = (f32[16]{0}, f32[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%part), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  %sent = (f32[16], f32[16], u32[], u32[]) collective-permute-start(%part), source_target_pairs={{0,1},{1,0}}
   %got = f32[16]{0} collective-permute-done(%sent)
   %next = u32[]{:T(128)} add(%done.2, %two), metadata={op_name="jit(step)/dot_general"}
   ROOT %both = (f32[16]{0}, u32[]{:T(128)}) tuple(%got, %next)
@@ -147,7 +147,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %scattered = f32[32,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
   %w = (s32[]{:T(128)}, f32[8]{0}) while(%x), condition=%condition, body=%body
-  %gathered = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+  %gathered = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=5, replica_groups=[1,8]<=[8]
   %windowed = (f32[16]{0}, u32[]{:T(128)}) while(%x), condition=%windowed_condition, body=%windowed_body
   ROOT %result = f32[8]{0} get-tuple-element(%w), index=1
 }
@@ -155,7 +155,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_what_tpus_and_gpus_write() -> None:
-    """A fused reduce-scatter, one gather in two fusions, loops without a noted trip count, one of which counts by two, and a start with its operands."""
+    """A fused reduce-scatter, one gather in two fusions, a start with its operands, and loops without a trip count.
+
+    One of the loops counts by two.
+    """
     scatter, gather, started, permuted = collectives(TPU)
     assert (scatter.kind, scatter.bytes, scatter.sent) == ("reduce-scatter", 4 * 128 * 64, 3 / 4 * 4 * 128 * 64)
     assert (gather.kind, gather.bytes, gather.group, gather.loops) == ("all-gather", 2 * 4 * 512, 4, (7,))

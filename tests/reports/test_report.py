@@ -27,13 +27,14 @@ VOID = {"meta", "br"}
 TAGS = set(
     re.findall(
         r"\w+",
-        "html head meta title style body header nav main section article h1 h2 h3 h4 p div span a i strong em code pre br dl dt dd "
-        "ul li details summary svg g text tspan path line rect circle polyline polygon",
+        "html head meta title style body header nav main section article h1 h2 h3 h4 p div span a i strong em code "
+        "pre br dl dt dd ul li details summary svg g text tspan path line rect circle polyline polygon",
     )
 )
 
 HOSTILE = (
-    "</pre></style></title></svg><script>alert(1)</script><img src='http://evil.example/x.png' onerror=\"alert(2)\"> & &lt;b&gt; ]]> -->"
+    "</pre></style></title></svg><script>alert(1)</script><img src='http://evil.example/x.png' onerror=\"alert(2)\">"
+    " & &lt;b&gt; ]]> --> {{ 7 * 7 }} {% raw %}"
     "\x00\x1b[31m\x7f\ud800 \u202egnorw\u202c \u0645\u0631\u062d\u0628\u0627 \t{x} %s"
 )
 SHOWN = HOSTILE.replace("\x00", "\u2400").replace("\x1b", "\u241b")
@@ -44,7 +45,8 @@ for character in "\x7f\ud800\u202e\u202c":
 class Page(HTMLParser):
     """The page taken apart: fails on elements that are not properly nested.
 
-    `elements`: (tag, attributes) in order. `texts`: [class or tag, text] of each element, its descendants' text included.
+    `elements`: (tag, attributes) in order.
+    `texts`: [class or tag, text] of each element, its descendants' text included.
     """
 
     def __init__(self, source: str) -> None:
