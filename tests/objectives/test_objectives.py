@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +43,9 @@ def random_logits(seed: int, scale: float = 1.5) -> jax.Array:
     return scale * jax.random.normal(jax.random.key(seed), (V,))
 
 
-def row(ghost: int, drawn: int | None = None, reference: jax.Array | None = None) -> TokenInputs:
+def row(
+    ghost: int | jax.Array, drawn: int | jax.Array | None = None, reference: jax.Array | None = None
+) -> TokenInputs:
     """With a distribution of the ghost too, whose likeliest tokens are `ghost` and the two behind it."""
     drawn_id = None if drawn is None else jnp.int32(drawn)
     top = (jnp.arange(3) + ghost) % V, jnp.log(jnp.array([0.5, 0.3, 0.1]))
@@ -56,14 +61,32 @@ def told(q: np.ndarray, top_k: int) -> TokenInputs:
     return TokenInputs(jnp.int32(ids[0]), jnp.float32(1.0), extra=extra)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(objective: objectives.Objective, logits: jax.Array, token: TokenInputs) -> Any:
+    """`((loss, metrics), gradient)` by autodiff of the plain function."""
+    return jax.value_and_grad(lambda z: objective(z, token), has_aux=True)(logits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def closed_form(objective: objectives.Objective, logits: jax.Array, token: TokenInputs) -> Any:
+    """`((loss, metrics), gradient)` as a step takes it."""
+    return objectives.value_and_grad(objective)(logits, token)
+
+
 def gradient(objective: objectives.Objective, logits: jax.Array, token: TokenInputs) -> jax.Array:
-    return jax.grad(lambda z: objective(z, token)[0])(logits)
+    return loss_and_gradient(objective, logits, token)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_over_draws(objective: objectives.Objective, logits: jax.Array, ghost: int | jax.Array) -> Any:
+    """The exact means of the drawn loss and its gradient over y ~ n, by enumeration."""
+    n = jax.nn.softmax(objectives.draw_logits(objective, logits))
+    drawn = jax.vmap(lambda y: jax.value_and_grad(lambda z: objective(z, row(ghost, y))[0])(logits))
+    return jax.tree.map(lambda x: jnp.tensordot(n, x, 1), drawn(jnp.arange(V)))
 
 
 def mean_gradient(objective: objectives.Objective, logits: jax.Array, ghost: int) -> jax.Array:
-    """The exact mean of the drawn gradient over y ~ n, by enumeration."""
-    n = jax.nn.softmax(objectives.draw_logits(objective, logits))
-    return sum(n[y] * gradient(objective, logits, row(ghost, y)) for y in range(V))
+    return mean_over_draws(objective, logits, ghost)[1]
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -113,15 +136,20 @@ def test_exact_pair_is_the_mean_of_the_drawn_pair(seed: int, negatives: str, bet
         Pair(beta=beta, nll_weight=0.5, pair_weight=0.7, negatives=negatives, estimator=e) for e in ("exact", "drawn")
     )
     n = jax.nn.softmax(logits * (1.0 if negatives == "policy" else 1.0 - beta))
+    np.testing.assert_allclose(jax.nn.softmax(objectives.draw_logits(drawn, logits)), n, rtol=1e-6)
     for ghost in range(V):
-        mean_loss = sum(n[y] * drawn(logits, row(ghost, y))[0] for y in range(V))
-        np.testing.assert_allclose(exact(logits, row(ghost))[0], mean_loss, rtol=1e-5)
-        np.testing.assert_allclose(gradient(exact, logits, row(ghost)), mean_gradient(drawn, logits, ghost), atol=1e-6)
+        mean_loss, mean_grad = mean_over_draws(drawn, logits, ghost)
+        (loss, _), grad = loss_and_gradient(exact, logits, row(ghost))
+        np.testing.assert_allclose(loss, mean_loss, rtol=1e-5)
+        np.testing.assert_allclose(grad, mean_grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 def test_slopes(beta: float) -> None:
-    """Every form but REINFORCE has the logit gradient `-sum_{y != y*} p(y) w(y) (e_y* - e_y)`; at D = 0 the pair's slope is that of SFT."""
+    """Every form but REINFORCE has the logit gradient `-sum_{y != y*} p(y) w(y) (e_y* - e_y)`.
+
+    At D = 0 the slope of the pair is that of SFT.
+    """
     logits, ghost = random_logits(3), 2
     p = np.asarray(jax.nn.softmax(logits), np.float64)
     advantage = np.asarray(logits[ghost] - logits, np.float64)
@@ -142,35 +170,34 @@ def test_slopes(beta: float) -> None:
 
 @pytest.mark.parametrize("objective", [PAIR_ONLY, RewardGradient()], ids=["pair", "reward_gradient"])
 def test_one_small_step_raises_the_ghost_and_lowers_the_drawn_token(objective: objectives.Objective) -> None:
-    signs = set()
-    for seed in range(200):
-        before, after, reward = log_probs_around_a_step(objective, seed)
-        assert after["ghost"] > before["ghost"] and after["drawn"] < before["drawn"], f"seed {seed}, R = {reward}"
-        signs.add(reward > 0)
-    assert signs == {True, False}, "the pairs must cover R < 0 and R > 0"
+    before, after, reward = log_probs_around_a_step(objective)
+    assert np.all(after[:, 0] > before[:, 0]) and np.all(after[:, 1] < before[:, 1])
+    assert np.any(reward > 0) and np.any(reward < 0), "the pairs must cover R < 0 and R > 0"
 
 
 def test_reinforce_fails_that_test() -> None:
-    wrong = {True: 0, False: 0}
-    for seed in range(200):
-        before, after, reward = log_probs_around_a_step(Reinforce(), seed)
-        wrong[reward > 0] += not (after["ghost"] > before["ghost"] and after["drawn"] < before["drawn"])
-    assert wrong[True] > 50, "where the ghost is likelier, REINFORCE rewards the drawn token for it"
-    assert wrong[False] > 0
+    before, after, reward = log_probs_around_a_step(Reinforce())
+    wrong = ~((after[:, 0] > before[:, 0]) & (after[:, 1] < before[:, 1]))
+    assert np.sum(wrong & (reward > 0)) > 50, "where the ghost is likelier, REINFORCE rewards the drawn token for it"
+    assert np.any(wrong & (reward < 0))
 
 
-def log_probs_around_a_step(objective: objectives.Objective, seed: int) -> tuple[dict, dict, float]:
+def log_probs_around_a_step(objective: objectives.Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """200 random pairs: log p of ghost and drawn token before and after a small step `[200, 2]`, and the reward."""
     with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        logits = jnp.asarray(rng.normal(size=V) * 2)
-        ghost, drawn = (int(token) for token in rng.choice(V, 2, replace=False))
-        pair = row(ghost, drawn)
-        stepped = logits - 1e-3 * gradient(objective, logits, pair)
-        names = {"ghost": ghost, "drawn": drawn}
-        before, after = (
-            {name: float(jax.nn.log_softmax(z)[token]) for name, token in names.items()} for z in (logits, stepped)
-        )
-        return before, after, float(ghost_reward(logits, ghost, drawn))
+        rng = np.random.default_rng(0)
+        logits = 2 * rng.normal(size=(200, V))
+        pairs = np.stack([rng.choice(V, 2, replace=False) for _ in logits]).astype(np.int32)
+
+        @jax.jit
+        @jax.vmap
+        def step(z: jax.Array, pair: jax.Array) -> Any:
+            grad = jax.grad(lambda z: objective(z, row(pair[0], pair[1]))[0])(z)
+            log_p = [jax.nn.log_softmax(x)[pair] for x in (z, z - 1e-3 * grad)]
+            return *log_p, ghost_reward(z, pair[0], pair[1])
+
+        before, after, reward = jax.device_get(step(logits, pairs))
+        return before, after, reward
 
 
 @pytest.mark.parametrize(
@@ -187,7 +214,7 @@ def test_no_gradient_at_all_where_the_drawn_token_is_the_ghost(objective: object
         logits = random_logits(seed, scale=4.0)
         token = row(seed % V, seed % V)
         assert not np.any(gradient(objective, logits, token))
-        assert not np.any(objectives.value_and_grad(objective)(logits, token)[1])
+        assert not np.any(closed_form(objective, logits, token)[1])
 
 
 @pytest.mark.parametrize("beta", [0.25, 0.5, 1.0])
@@ -204,7 +231,7 @@ def test_fixed_points(beta: float, negatives: str) -> None:
 
     np.testing.assert_allclose(mean_over_ghosts(jnp.log(expected)), 0.0, atol=1e-6)
     # And plain gradient descent from elsewhere gets there.
-    logits = jax.lax.fori_loop(0, 4_000, lambda _, z: z - 1.0 * mean_over_ghosts(z), jnp.zeros(V))
+    logits = jax.jit(lambda z: jax.lax.fori_loop(0, 4_000, lambda _, z: z - mean_over_ghosts(z), z))(jnp.zeros(V))
     np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=1e-4)
 
 
@@ -219,7 +246,7 @@ def test_forward_kl_by_enumeration(top_k: int, seed: int) -> None:
     merged = lambda x: np.append(x[top], x[~top].sum()) if top_k < V else x
     want = np.sum(merged(q) * np.log(merged(q) / merged(p)))
     spread = np.where(top, q, p / max(p[~top].sum(), 1e-300) * q[~top].sum())
-    (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+    (loss, metrics), grad = closed_form(objective, logits, token)
     np.testing.assert_allclose(loss, want, atol=1e-6)
     np.testing.assert_allclose(grad, p - spread, atol=1e-6)
     np.testing.assert_allclose(gradient(objective, logits, token), p - spread, atol=1e-6)
@@ -240,8 +267,8 @@ def test_forward_kl_to_a_certain_ghost_is_nll(top_k: int) -> None:
     """As teacher-forced rows tell it: all of q on one token, which is named for the others as well."""
     logits, log_q = random_logits(1), jnp.where(jnp.arange(top_k) == 0, 0.0, objectives.MASKED_LOGIT)
     token = row(2).replace(extra={"top_ids": jnp.full(top_k, 2), "top_log_probs": log_q})
-    (loss, _), grad = objectives.value_and_grad(ForwardKl(top_k))(logits, token)
-    (want, _), want_grad = objectives.value_and_grad(Nll())(logits, token)
+    (loss, _), grad = closed_form(ForwardKl(top_k), logits, token)
+    (want, _), want_grad = closed_form(Nll(), logits, token)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_allclose(grad, want_grad, atol=1e-6)
 
@@ -253,10 +280,10 @@ def test_closed_form_gradient_is_autodiff(objective: objectives.Objective, seed:
     draws = objectives.num_draws(objective)
     for ghost in range(V):
         token = row(ghost, (ghost + seed) % V if draws else None, random_logits(seed + 50))
-        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
-        plain_loss, plain_metrics = objective(logits, token)
+        (loss, metrics), grad = closed_form(objective, logits, token)
+        (plain_loss, plain_metrics), plain_grad = loss_and_gradient(objective, logits, token)
         np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
-        np.testing.assert_allclose(grad, gradient(objective, logits, token), atol=2e-6)
+        np.testing.assert_allclose(grad, plain_grad, atol=2e-6)
         assert metrics.keys() == plain_metrics.keys()
 
 
@@ -318,7 +345,7 @@ def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float
     for ghost in (0, 1, 2):
         token = row(ghost, 3)
         token = token.replace(extra=token.extra | {"top_ids": jnp.array([0, 1, 2])})
-        (loss, metrics), grad = objectives.value_and_grad(objective)(logits, token)
+        (loss, metrics), grad = closed_form(objective, logits, token)
         assert np.isfinite(loss) and np.all(np.isfinite(grad)) and all(np.isfinite(x) for x in metrics.values())
         assert not np.any(grad[4:6]), "a token that does not exist gets no gradient"
 
