@@ -55,7 +55,7 @@ def test_rollouts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_peers(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """cotgrpo twice: the same losses. A contender that fails, or whose packages are missing, is a row with the reason."""
+    """cotgrpo twice: the same losses. A contender that fails, or whose packages are missing, is a row with a reason."""
     options = ["--shape", "tiny", "--batch", "2", "--seq", "16", "--turns", "2"]
     pythons = ["trl=/usr/bin/env", f"tunix={sys.executable}"]
     code, result = run("peers", *options, "--peers", "cotgrpo", "trl", "tunix", "--python", *pythons)
