@@ -1,4 +1,4 @@
-"""One device is eight: the same losses, metrics and parameters on every mesh; what a mesh refuses; and what its programs say to each other."""
+"""Eight devices equal one: losses, metrics and parameters on every mesh. What a mesh refuses, and what travels."""
 
 from __future__ import annotations
 
@@ -44,8 +44,17 @@ TIED = DecoderConfig(
     init_scale=0.2,
 )
 PLAIN = DecoderConfig(
-    vocab_size=64, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_width=48, tied_head=False, remat="full", init_scale=0.2
-)  # fmt: skip
+    vocab_size=64,
+    width=32,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=4,
+    mlp_width=48,
+    tied_head=False,
+    remat="full",
+    init_scale=0.2,
+)
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2, targets=("query", "value", "down"))
 
 MESHES: dict[str, dict[str, int]] = {
@@ -129,7 +138,8 @@ def assert_same(config: DecoderConfig, objective: Any, mesh: str, **options: Any
         assert here.keys() == there.keys()
         for name, value in there.items():
             assert here[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
-    start = init_lora(init_params(config, jax.random.key(1)), LORA, jax.random.key(3)) if options.get("lora") else init_params(config, jax.random.key(1))  # fmt: skip
+    start = init_params(config, jax.random.key(1))
+    start = init_lora(start, LORA, jax.random.key(3)) if options.get("lora") else start
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), want, jax.device_get(start))
     assert min(jax.tree.leaves(moved)) > 1e-3, "every parameter learns, or their equality shows nothing"
 
@@ -143,7 +153,7 @@ DRAWN = Pair(estimator="drawn", samples=2)
 
 @pytest.mark.parametrize("mesh", [MIXED, pytest.param("fsdp-tensor", marks=pytest.mark.slow)])
 def test_grpo_with_drawn_tokens(mesh: str) -> None:
-    """Fused with gradients accumulated over two micro-batches: the same tokens are drawn, and every shard walks over its own."""
+    """With gradients accumulated over two micro-batches: the same tokens are drawn, whatever the shard."""
     assert_same(TIED, DRAWN, mesh, micro_batches=2)
 
 
@@ -152,7 +162,8 @@ def test_sft(mesh: str) -> None:
     assert_same(PLAIN, Nll(), mesh)
 
 
-@pytest.mark.parametrize("mesh", [MIXED, pytest.param("tensor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MIXED, "tensor"])
 def test_forward_kl(mesh: str) -> None:
     assert_same(TIED, ForwardKl(TOP_K), mesh, micro_batches=2)
 
@@ -204,10 +215,10 @@ def test_generation_and_evaluation(mesh: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", ["data", MIXED, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp", "tensor", "context"))]
+    "mesh", [MIXED, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data", "fsdp", "tensor", "context"))]
 )
 def test_rollouts(mesh: str) -> None:
-    """Replies, their ghosts by a teacher of another shape that reads longer prompts, drawn from its distribution, and the weights of a later use."""
+    """Replies, ghosts drawn from a teacher of another shape that reads longer prompts, and weights of a later use."""
     student, teacher = make_student(TIED, 60), make_student(PLAIN, 60)
     models = init_params(TIED, jax.random.key(1)), init_params(PLAIN, jax.random.key(2))
     rng = np.random.default_rng(0)
@@ -237,7 +248,7 @@ def test_rollouts(mesh: str) -> None:
 
 
 def test_slots_stay_where_they_are() -> None:
-    """In the compiled text: nothing travels while tokens are written; between, the prompts that are read next do, and no slot's cache."""
+    """In the compiled text: nothing travels while tokens are decoded. Between, the next prompts do, but no cache."""
     prompts = Prompts(np.ones((64, 24), np.int32), np.full(64, 24, np.int32))
     sample = make_sampler(PLAIN, SamplingSettings(40, eos_ids=(0,), temperature=1.0), decode_batch_size=32)
     mesh = cotgrpo.make_mesh(data=8)
@@ -278,7 +289,8 @@ def devices_of(platform: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     if platform == "cpu":
         return jax.devices()
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
-    for name, value in {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-16", "WORKER_HOSTNAMES": "localhost"}.items():  # fmt: skip
+    variables = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-16", "WORKER_HOSTNAMES": "localhost"}
+    for name, value in variables.items():
         monkeypatch.setenv(f"TPU_{name}", value)
     from jax.experimental import topologies
 
@@ -291,7 +303,7 @@ def devices_of(platform: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_head_travels_once(
     platform: str, objective: Any, micro_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the engine's docstring says, in the compiled text: nothing in the loop over tiles is larger than a tile of hidden rows."""
+    """In the compiled text, nothing that travels in the loop over tiles is larger than a tile of hidden rows."""
     text = compiled_text(devices_of(platform, monkeypatch), objective, micro_batches, fsdp=4, tensor=2)
     found = collectives(text)
     of_tiles = [c for c in found if None in c.loops]
@@ -299,7 +311,7 @@ def test_the_head_travels_once(
     rows = TILE * WIDE.width
     assert max(math.prod(shape) for c in of_tiles for _, shape in c.arrays) <= rows
     assert {c.group for c in of_tiles if c.kind != "collective-permute"} == {2}, "of the tensor axis alone"
-    # The head has D x V / 2 elements on a device; the embedding, which is as large, is untied. Layouts differ, so elements are counted.
+    # The head has D x V / 2 elements on a device, as the untied embedding. Layouts differ, so elements are counted.
     whole = WIDE.width * WIDE.vocab_size // 2
     gathers = [c for c in found if c.kind == "all-gather" for _, shape in c.arrays if math.prod(shape) == whole]
     assert [c.times() for c in gathers] == [1, 1], "the head and the embedding, before the loop over micro-batches"

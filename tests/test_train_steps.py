@@ -86,7 +86,7 @@ def test_sft_is_grpo_with_nll() -> None:
     ids=["nll", "pair", "pair_drawn", "reward_gradient", "reinforce"],
 )
 def test_four_micro_batches_are_one_big_batch(objective: Any) -> None:
-    """The rows have different numbers of supervised tokens, so a mean of means would be wrong. What is drawn is the same too."""
+    """Rows have different numbers of supervised tokens, so a mean of means would be wrong. Draws are the same too."""
     batch = make_batch()
     whole, whole_metrics = run(cotgrpo.make_grpo_step, batch, objective=objective, steps=3)
     parts, parts_metrics = run(cotgrpo.make_grpo_step, batch, objective=objective, steps=3, micro_batches=4)

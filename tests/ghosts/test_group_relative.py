@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization, the comparison: advantages and surrogate against NumPy and plain autodiff, and runs of it through the command line."""
+"""Group Relative Policy Optimization: advantages and surrogate against NumPy and autodiff, and whole runs."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_is_rewarded_becomes_likelier() -> None:
 
 @pytest.mark.parametrize("reuse", [1, 2])
 def test_replies_that_are_drawn_one_update_ahead(reuse: int) -> None:
-    """They are those of the parameters before the update, whatever the number of uses; of the first batch there are no older ones."""
+    """They are those of the parameters before the update, however often they are used. The first has none older."""
     tokenizer = train_tokenizer(["no words"], vocab_size=300)
     template = Template(tokenizer)
     asked = [RolloutPrompt(Question(str(n), "7"), np.array([3 + n, 4], np.int32)) for n in range(8)]
@@ -186,18 +186,14 @@ checkpoint: {every: 3}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("reuse", "ahead", "logged_steps"),
-    [
-        (2, False, {1, 3}),
-        pytest.param(1, True, {1, 3, 6}, marks=pytest.mark.slow),
-        pytest.param(2, True, {1, 3}, marks=pytest.mark.slow),
-    ],
+    ("reuse", "ahead", "logged_steps"), [(2, False, {1, 3}), (1, True, {1, 3, 6}), (2, True, {1, 3})]
 )
 def test_a_run_from_the_command_line_and_its_end_after_a_cut(
     tmp_path: Path, reuse: int, ahead: bool, logged_steps: set[int]
 ) -> None:
-    """Cut off behind step 3, where replies that are used twice have been used once, and those of step 4 may have been drawn."""
+    """Cut off after step 3: replies that are used twice have been used once, and those of step 4 may be drawn."""
     rows = [{"question": f"{n}+{n}?", "rationale": "so", "answer": "7"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text(SETTINGS)

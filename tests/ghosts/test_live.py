@@ -1,4 +1,4 @@
-"""Live ghosts: a frozen model asked at every prefix of the student's own reply, against models whose answer can be written down."""
+"""Live ghosts: a frozen model asked at every prefix of the student's own reply, against one read prefix by prefix."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prefixes_of(prompts: list[np.ndarray]) -> list[list[int]]:
     ids=["teacher", "teacher_tiles", "privileged_tiles", "shorter"],
 )
 def test_the_ghost_is_the_argmax_after_exactly_that_prefix(reads: Any, tile_size: int | None) -> None:
-    """Ragged prompts and replies, padded here and read one by one there; what the teacher reads may be longer or shorter than the prompt."""
+    """Ragged prompts and replies, padded here and read one by one there. The teacher may read longer prompts."""
     read = PROMPTS if reads is None else reads
     call = jax.jit(functools.partial(live_ghosts, make_student(CONFIG), tile_size=tile_size))
     prompts, read_prompts = pad_prompts(PROMPTS, length=7), None if reads is None else pad_prompts(reads)
@@ -168,7 +168,7 @@ def test_rewards_are_log_ratios_of_the_student() -> None:
 
 @pytest.mark.parametrize("temperature", [0.7, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.0, 1.0))])
 def test_the_samplers_log_probs_are_those_of_the_trainer(temperature: float) -> None:
-    """At each token of a reply: the cached, padded, token-by-token sampler against one forward pass over `with_replies`."""
+    """At each token of a reply: the cached, padded sampler against one forward pass over `with_replies`."""
     settings = SamplingSettings(NEW, eos_ids=(EOS,), temperature=temperature)
     prompts = pad_prompts(PROMPTS, length=8)
     replies = jax.jit(make_sampler(CONFIG, settings))(PARAMS, prompts, jax.random.key(5))
