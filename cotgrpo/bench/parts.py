@@ -36,9 +36,10 @@ class Part:
     lines: Callable[[dict[str, Any]], list[str]] = lambda _: []
 
 
-def numbers(*default: int | float, kind: type = int) -> dict[str, Any]:
-    """Return the settings of an option that takes several numbers."""
-    return {"type": kind, "nargs": "+", "default": list(default)}
+def numbers(help: str, *default: int | float) -> dict[str, Any]:
+    """Return the settings of an option that takes several numbers of the defaults' type."""
+    shown = " ".join(map(str, default))
+    return {"type": type(default[0]), "nargs": "+", "default": list(default), "help": f"{help} ({shown})"}
 
 
 NEW_TOKENS: Option = ("--new-tokens", {"type": int, "default": 64, "help": "tokens of a reply"})
@@ -56,7 +57,7 @@ PARTS: dict[str, Part] = {
         ),
         (
             ("--supervised", {"type": float, "default": 1.0, "help": "share of tokens with a loss"}),
-            ("--micro-batches", {"type": int, "default": 1}),
+            ("--micro-batches", {"type": int, "default": 1, "help": "parts of a batch"}),
         ),
         lines=steps.step_lines,
     ),
@@ -70,7 +71,7 @@ PARTS: dict[str, Part] = {
             ("time", "time_share", "ratio"),
             ("FLOPs", "flops_share", "ratio"),
         ),
-        (("--shares", numbers(1.0, 0.5, 0.25, 0.1, kind=float)),),
+        (("--shares", numbers("shares of tokens with a loss", 1.0, 0.5, 0.25, 0.1)),),
     ),
     "remat": Part(
         "the GRPO step with each remat policy, in turn on the same batch",
@@ -102,7 +103,7 @@ PARTS: dict[str, Part] = {
             ("temp MB", "temp_bytes", "MB"),
             ("logits alone MB", "logits_bytes", "MB"),
         ),
-        (("--vocab", numbers(32_768, 131_072, 262_144)),),
+        (("--vocab", numbers("vocabulary sizes", 32_768, 131_072, 262_144)),),
         lines=compilation.memory_lines,
     ),
     "compile": Part(
@@ -115,7 +116,7 @@ PARTS: dict[str, Part] = {
             ("total s", "total_s", "seconds"),
             ("text", "text_chars", "count"),
         ),
-        (("--layers", numbers(4, 32)), ("--here", {"action": "store_true", "help": argparse.SUPPRESS})),
+        (("--layers", numbers("depths", 4, 32)), ("--here", {"action": "store_true", "help": argparse.SUPPRESS})),
         {"shape": "tiny", "batch": 2, "seq": 128, "repeats": 3},
         lines=compilation.compile_lines,
     ),
@@ -133,7 +134,7 @@ PARTS: dict[str, Part] = {
             ("naive / engine", "naive_over_engine", "ratio"),
         ),
         (
-            ("--vocab", numbers(32_768, 131_072)),
+            ("--vocab", numbers("vocabulary sizes", 32_768, 131_072)),
             ("--objectives", {"nargs": "+", "choices": list(kernels.OBJECTIVES), "default": list(kernels.OBJECTIVES)}),
         ),
         {"repeats": 3},
@@ -149,7 +150,7 @@ PARTS: dict[str, Part] = {
             *SPEED,
             ("temp MB", "temp_bytes", "MB"),
         ),
-        (("--lengths", numbers(256, 512, 1_024, 2_048)),),
+        (("--lengths", numbers("tokens of a sequence", 256, 512, 1_024, 2_048)),),
         {"repeats": 5},
     ),
     "generate": Part(
@@ -164,7 +165,7 @@ PARTS: dict[str, Part] = {
             ("bandwidth", "bandwidth", "percent"),
             ("compile s", "compile_s", "seconds"),
         ),
-        (NEW_TOKENS, ("--batches", numbers(1, 8))),
+        (NEW_TOKENS, ("--batches", numbers("replies at a time", 1, 8))),
         {"seq": 64, "repeats": 5},
     ),
     "data": Part(
