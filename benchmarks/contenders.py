@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Task:
 
     folder: Path
     ids: np.ndarray
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     remat: bool
     new_tokens: int
 

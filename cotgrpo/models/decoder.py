@@ -12,7 +12,7 @@ weights or cache.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
@@ -138,7 +138,7 @@ class Layer(nn.Module):
         x = checkpoint_name(constrain(x, "BTD"), RESIDUAL)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         query, key, value = self.query_key_value(x, view)
-        if cached is None:
+        if cached is None or view.mask is None:
             mixed = self.attend(query, key, value, view, is_local)
         else:
             cached = append_to_cache(cached, key, value, column)
@@ -286,8 +286,8 @@ class Decoder(nn.Module):
         cached = []
         for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
-            x_BTD, own = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, column)
-            cached.append(own)
+            x_BTD, new = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, column)
+            cached.append(new)
         keys, values = zip(*cached, strict=True)
         return x_BTD, KvCache(keys, values, key_positions, key_segments)
 
@@ -441,6 +441,7 @@ def decode(
     Returns:
         The rows that the head reads, and the cache with the new tokens.
     """
-    return Decoder(config).apply(
+    rows_and_cache: Any = Decoder(config).apply(
         {"params": unstack_layers(config, params)}, tokens, positions, segment_ids, cache, column
     )
+    return rows_and_cache

@@ -244,7 +244,8 @@ class LoraInterceptor:
         x = args[0].astype(product.dtype)
         if module.has_variable("params", "lora_key"):
             x = self.drop(x, module.get_variable("params", "lora_key"))
-        a, b = (module.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
+        a: jax.Array = module.get_variable("params", "lora_a").astype(x.dtype)
+        b: jax.Array = module.get_variable("params", "lora_b").astype(x.dtype)
         low = self.lora.scale * jnp.matmul(x, a, preferred_element_type=jnp.float32)
         return product + jnp.matmul(low.astype(x.dtype), b)
 

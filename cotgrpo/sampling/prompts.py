@@ -57,7 +57,7 @@ def pad_prompts(
         pad_id: any token. It is never read.
 
     Raises:
-        ValueError: there are no prompts or too many, or one is empty or longer than `length`.
+        ValueError: no prompts or too many prompts, or a prompt is empty or longer than `length`.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:

@@ -13,6 +13,7 @@ import numpy as np
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.models.config import Dtype
 from cotgrpo.models.decoder import unstack_layers
 from cotgrpo.models.huggingface.weights import load_pretrained
 from cotgrpo.sampling import QUEUE, Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
@@ -47,7 +48,7 @@ class LocalTeacher:
         temperature: float = 0.0,
         top_p: float = 1.0,
         batch_size: int = 16,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         seed: int = 0,
     ) -> None:
         self.tokenizer = load_tokenizer(path)

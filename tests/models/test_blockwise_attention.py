@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -62,10 +63,10 @@ def test_blocks_are_the_whole(case: str) -> None:
 
 def test_bfloat16_blocks_are_near_float32() -> None:
     arrays, positions, segment_ids = inputs(T=130, dtype="bfloat16")
-    got = block_attention(*arrays, positions, segment_ids)
+    got = jax.jit(block_attention)(*arrays, positions, segment_ids)
     assert got.dtype == jnp.bfloat16
     mask = causal_segment_mask(positions, segment_ids, positions, segment_ids)
-    want = attention(*(x.astype(jnp.float32) for x in arrays), mask)
+    want = jax.jit(attention)(*(x.astype(jnp.float32) for x in arrays), mask)
     real = (segment_ids != 0)[:, :, None, None]
     np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, want, 0), atol=0.02, rtol=0.02)
 
@@ -89,15 +90,20 @@ def test_gradients_of_norm_and_gate_are_those_of_autodiff() -> None:
     rng = np.random.default_rng(0)
     x, y, tangent = (jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32) for _ in range(3))
     scale_D = jnp.asarray(rng.normal(size=8), jnp.float32)
-    got = jax.vjp(lambda x, s: rms_norm(x, s, 1e-5), x, scale_D)
-    want = jax.vjp(lambda x, s: autodiff_norm(x, s, 1e-5), x, scale_D)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    for mine, theirs in zip(got[1](tangent), want[1](tangent), strict=True):
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(function: Any, *arguments: Any) -> Any:
+        value, pull_back = jax.vjp(function, *arguments)
+        return value, *pull_back(tangent)
+
+    got = value_and_gradients(lambda x, s: rms_norm(x, s, 1e-5), x, scale_D)
+    want = value_and_gradients(lambda x, s: autodiff_norm(x, s, 1e-5), x, scale_D)
+    for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
     for name, activation in ACTIVATIONS.items():
-        got = jax.vjp(lambda x, y, name=name: gated(name, x, y), x, y)
-        want = jax.vjp(lambda x, y, activation=activation: activation(x) * y, x, y)
-        for mine, theirs in zip((got[0], *got[1](tangent)), (want[0], *want[1](tangent)), strict=True):
+        got = value_and_gradients(functools.partial(gated, name), x, y)
+        want = value_and_gradients(lambda x, y, activation=activation: activation(x) * y, x, y)
+        for mine, theirs in zip(got, want, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
@@ -114,8 +120,9 @@ def test_the_gradient_of_a_projection_is_that_of_autodiff(dtype: str) -> None:
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 6, FEW_ROWS, FEW_ROWS + 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, "float32"), (6, "bfloat16"), (FEW_ROWS, "float32"), (FEW_ROWS + 2, "bfloat16")]
+)
 def test_a_product_with_a_transposed_kernel(rows: int, dtype: str) -> None:
     rng = np.random.default_rng(0)
     x_BTD, kernel_FD = (

@@ -46,19 +46,23 @@ SHAPES = {
     "wide_heads": dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=3, head_dim=14),
     "one_layer": dataclasses.replace(CONFIG, num_layers=1, rope_theta=500_000.0, norm_eps=1e-2),
 }
+SLOW_SHAPES = ("one_kv_head", "kv_head_for_each", "one_layer")
 
 
 @functools.cache
 def make_params(config: DecoderConfig) -> Any:
     """Random parameters whose norm scales are not all one, as after training."""
-    params = init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
 
-    def spread(path: Any, leaf: Any) -> Any:
-        scaled = path[-1].key == "scale"
-        return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) if scaled else leaf
+    def draw(path: Any, leaf: Any) -> Any:
+        if path[-1].key == "scale":
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        to_residual = path[-2].key in ("out", "down") if len(path) > 1 else False
+        scale = config.init_scale / (2 * config.num_layers) ** 0.5 if to_residual else config.init_scale
+        return jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(spread, params)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_tokens(seed: int, *shape: int) -> np.ndarray:
@@ -130,7 +134,10 @@ def oracle(config: DecoderConfig, params: Any, tokens_T: np.ndarray) -> tuple[np
     return rows, rows @ (params["embedding"].T if c.tied_head else params["head"])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    ["tied", "untied", "wide_heads", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SHAPES)],
+)
 def test_forward_is_the_numpy_oracle(shape: str) -> None:
     config = SHAPES[shape]
     params, tokens = make_params(config), random_tokens(1, 2, 17)
@@ -192,7 +199,7 @@ def test_packed_documents_are_as_they_are_alone() -> None:
         start += n
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_padding_changes_nothing(side: str) -> None:
     tokens, params, n = random_tokens(3, 2, 11), make_params(CONFIG), 11
     want = forward(CONFIG, params, tokens)
@@ -216,7 +223,14 @@ def test_only_differences_of_position_count() -> None:
 # The key/value cache.
 
 
-@pytest.mark.parametrize("chunks", [(1,) * 14, (5, 1, 1, 7), (14,)], ids=["one_by_one", "uneven", "at_once"])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param((5, 1, 1, 7), id="uneven"),
+        pytest.param((1,) * 14, id="one_by_one", marks=pytest.mark.slow),
+        pytest.param((14,), id="at_once", marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_with_a_cache_is_the_forward_pass(chunks: tuple[int, ...]) -> None:
     """Rows of 14, 9 and 1 tokens, left-padded, read into a cache with room to spare, whose empty slots hold garbage."""
     lengths, T, params = np.array([14, 9, 1]), 14, make_params(CONFIG)
@@ -263,7 +277,8 @@ def test_bfloat16_is_near_float32() -> None:
 
 def test_parameters_are_of_the_storage_type() -> None:
     for name in ("float32", "bfloat16"):
-        params = init_params(dataclasses.replace(CONFIG, param_dtype=name), jax.random.key(0))
+        config = dataclasses.replace(CONFIG, param_dtype=name)
+        params = jax.eval_shape(lambda config=config: init_params(config, jax.random.key(0)))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(name)}
 
 
@@ -280,9 +295,12 @@ def compiled_gradient(config: DecoderConfig, seq: int) -> Any:
     return jax.jit(jax.value_and_grad(loss)).lower(make_params(config)).compile()
 
 
-def test_recomputation_changes_no_loss_and_no_gradient_and_saves_memory() -> None:
+@pytest.mark.parametrize(
+    "policies", [("none", "dots", "full"), pytest.param(REMAT_POLICIES, marks=pytest.mark.slow)], ids=["three", "all"]
+)
+def test_recomputation_changes_no_loss_and_no_gradient_and_saves_memory(policies: tuple[str, ...]) -> None:
     config = dataclasses.replace(CONFIG, num_layers=6)
-    runs = {policy: compiled_gradient(dataclasses.replace(config, remat=policy), seq=96) for policy in REMAT_POLICIES}
+    runs = {policy: compiled_gradient(dataclasses.replace(config, remat=policy), seq=96) for policy in policies}
     loss, grads = runs["none"](make_params(config))
     for run in runs.values():
         same_loss, same_grads = run(make_params(config))

@@ -49,7 +49,14 @@ def batch(rows: int = 2) -> tuple[Any, Any, Any]:
     return tokens, np.tile(np.arange(T, dtype=np.int32), (rows, 1)), np.ones((rows, T), np.int32)
 
 
-@pytest.mark.parametrize("config", [PLAIN, WINDOWED, MIXED], ids=["plain", "windowed", "mixed"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MIXED, id="mixed"),
+        pytest.param(PLAIN, id="plain", marks=pytest.mark.slow),
+        pytest.param(WINDOWED, id="windowed", marks=pytest.mark.slow),
+    ],
+)
 def test_decode_agrees_with_the_whole_pass(config: DecoderConfig) -> None:
     """Prefill of 6, then token by token, against one pass; far past the window."""
     params, (tokens, positions, segments) = random_params(config), batch()
@@ -88,6 +95,7 @@ def test_packed_documents_stay_apart_under_windows() -> None:
     np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing() -> None:
     params, inputs = random_params(MIXED), batch()
 

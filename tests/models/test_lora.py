@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ SHAPES = {
 }
 B, T = 8, 12
 STUDENT = make_student(CONFIG)
+SGD, NLL = optax.sgd(0.1), Nll()
 EVAL = jax.jit(cotgrpo.make_eval_step(STUDENT))
 
 
@@ -71,21 +73,25 @@ def inputs(batch: SftBatch) -> tuple[Any, Any, Any]:
     return batch.tokens, batch.positions, batch.segment_ids
 
 
+@functools.cache
+def jitted_step(lora: LoraConfig, objective: Any, tx: Any, mesh: Any, micro_batches: int) -> Any:
+    make = lambda student: cotgrpo.make_grpo_step(student, tx, objective, micro_batches=micro_batches)
+    return cotgrpo.jit_step(make_lora_step(make, STUDENT, lora), mesh=mesh)
+
+
 def run(
     params: Any,
     adapters: Any,
     *,
     lora: LoraConfig = LORA,
-    objective: Any = None,
+    objective: Any = NLL,
     steps: int = 1,
-    tx: Any = None,
+    start: int = 0,
     mesh: Any = None,
-    **options: Any,
+    micro_batches: int = 1,
 ) -> tuple[TrainState, dict[str, cotgrpo.Metric]]:
-    tx = tx or optax.sgd(1.0)
-    make = lambda student: cotgrpo.make_grpo_step(student, tx, objective or Nll(), **options)
-    step = cotgrpo.jit_step(make_lora_step(make, STUDENT, lora), mesh=mesh)
-    state = TrainState.create(params=jax.tree.map(jnp.copy, adapters), tx=tx, key=3)
+    step = jitted_step(lora, objective, SGD, mesh, micro_batches)
+    state = TrainState.create(params=jax.tree.map(jnp.copy, adapters), tx=SGD, key=3).replace(step=jnp.int32(start))
     for seed in range(steps):
         state, metrics = step(state, make_batch(seed), params)
     return state, metrics
@@ -98,8 +104,10 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(
     ("lora", "remat"),
-    [(LORA, "none"), (dataclasses.replace(LORA, rslora=True), "full")],
-    ids=["plain", "rslora_remat"],
+    [
+        pytest.param(dataclasses.replace(LORA, rslora=True), "full", id="rslora_remat"),
+        pytest.param(LORA, "none", id="plain", marks=pytest.mark.slow),
+    ],
 )
 def test_beside_and_merged_are_the_same_model(lora: LoraConfig, remat: str, params: Any) -> None:
     adapters, batch = trained(params, lora), make_batch()
@@ -138,16 +146,16 @@ def test_the_first_step_sees_the_frozen_model(params: Any) -> None:
     np.testing.assert_allclose(metrics["loss"].mean(), want["loss"].mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [Nll(), Pair()], ids=["sft", "grpo"])
+@pytest.mark.parametrize("objective", [Nll(), pytest.param(Pair(), marks=pytest.mark.slow)], ids=["sft", "grpo"])
 def test_the_update_is_the_gradient_through_the_merged_weights(objective: Any, params: Any) -> None:
-    adapters, tx = trained(params), optax.sgd(1.0)
+    adapters = trained(params)
     merged, pull_back = jax.vjp(lambda a: merge(params, a, LORA), adapters)
-    whole = TrainState.create(params=merged, tx=tx, key=0)
-    after, want = jax.jit(cotgrpo.make_grpo_step(STUDENT, tx, objective))(whole, make_batch())
+    whole = TrainState.create(params=merged, tx=SGD, key=0)
+    after, want = jax.jit(cotgrpo.make_grpo_step(STUDENT, SGD, objective))(whole, make_batch())
     (grads,) = pull_back(jax.tree.map(jnp.subtract, merged, after.params))
-    state, metrics = run(params, adapters, objective=objective, tx=tx)
+    state, metrics = run(params, adapters, objective=objective)
     assert_close(state.params, jax.tree.map(jnp.subtract, adapters, grads))
-    assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-2
+    assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-3
     np.testing.assert_allclose(metrics["loss"].mean(), want["loss"].mean(), rtol=1e-5)
 
 
@@ -167,7 +175,6 @@ def test_micro_batches_and_devices_change_nothing(
         "lora": dataclasses.replace(LORA, dropout=dropout),
         "objective": objective,
         "steps": 2,
-        "tx": optax.sgd(0.1),
     }
     adapters = trained(params)
     one, metrics = run(params, adapters, **options)
@@ -198,7 +205,7 @@ def test_adapters_lie_as_the_kernels_beside_them(params: Any) -> None:
 def test_state_and_checkpoint_hold_adapters_alone(params: Any, tmp_path: Path) -> None:
     adapters = trained(params)
     tx = cotgrpo.make_optimizer(learning_rate=1e-2, total_steps=10)
-    state, _ = run(params, adapters, tx=tx, steps=2)
+    state = TrainState.create(params=adapters, tx=tx, key=0)
     held = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state)))
     small = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert 3 * small <= held <= 3 * small + 10, "adapters, two moments, and some counters"
@@ -227,19 +234,24 @@ class Batches:
         self.taken = state["taken"]
 
 
-def test_the_host_loop_trains_adapters_and_resumes_on_another_mesh(params: Any, tmp_path: Path) -> None:
-    """`train` takes the frozen weights as `extra`; three steps on eight devices and three on one are six on one."""
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow)], ids=["one", "eight"])
+def test_the_host_loop_trains_adapters_and_resumes_on_another_mesh(
+    mesh: dict[str, int], params: Any, tmp_path: Path
+) -> None:
+    """`train` takes the frozen weights as `extra`; three steps on some devices and three on one are six on one."""
     tx, lora = cotgrpo.make_optimizer(learning_rate=1e-2, total_steps=6), dataclasses.replace(LORA, dropout=0.1)
     pure = make_lora_step(lambda student: cotgrpo.make_grpo_step(student, tx), STUDENT, lora)
 
+    on_one = cotgrpo.jit_step(pure)
+
     def call(folder: str, steps: int, **mesh: int) -> Any:
-        step = cotgrpo.jit_step(pure, mesh=cotgrpo.make_mesh(**mesh) if mesh else None)
+        step = cotgrpo.jit_step(pure, mesh=cotgrpo.make_mesh(**mesh)) if mesh else on_one
         state = TrainState.create(params=init_lora(params, lora, jax.random.key(1)), tx=tx, key=0)
         settings = LoopSettings("lora", steps, log_every=3, checkpoint=CheckpointConfig(every=3))
         evaluate = lambda adapters: {"loss": EVAL(merge(params, adapters, lora), make_batch())["loss"].mean()}
         return train(step, state, Batches(), tmp_path / folder, settings, extra=(params,), evaluate=evaluate).params
 
-    call("parts", 3, fsdp=8)
+    call("parts", 3, **mesh)
     assert_close(call("parts", 6), call("whole", 6))
 
 
@@ -335,7 +347,7 @@ def identity(dropout: float) -> tuple[Student, Any, Any, LoraConfig]:
     def hidden(params: Any, tokens: Any, positions: Any, segment_ids: Any) -> Any:
         layers = nn.scan(Projections, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(width)
         x = jnp.broadcast_to(tokens[..., None] + 1.0, (*tokens.shape, width))
-        return layers.apply({"params": params}, x, None)[1]
+        return jnp.moveaxis(layers.apply({"params": params}, x, None)[1], (0, 1), (2, 3)).reshape(*tokens.shape, -1)
 
     params = {name: {"kernel": jnp.zeros((2, width, width))} for name in ("query", "key")}
     adapters = {name: {"lora_a": eye, "lora_b": eye} for name in ("query", "key")}
@@ -348,9 +360,8 @@ def test_dropout() -> None:
     student, params, adapters, lora = identity(0.25)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 50, (6, 20)), jnp.int32)
-    apply = lambda key, tokens: np.asarray(
-        lora_student(student, params, lora, key).hidden(adapters, tokens, None, None)
-    )
+    hidden = jax.jit(lambda key, ids: lora_student(student, params, lora, key).hidden(adapters, ids, ids, ids))
+    apply = lambda key, tokens: np.moveaxis(np.asarray(hidden(key, tokens)).reshape(6, 20, 2, 2, 16), (2, 3), (0, 1))
     x = np.broadcast_to(np.asarray(tokens)[..., None] + 1.0, (6, 20, 16))
     np.testing.assert_array_equal(apply(None, tokens), np.broadcast_to(x, (2, 2, 6, 20, 16)))
     out = apply(jax.random.key(0), tokens)
@@ -366,13 +377,8 @@ def test_dropout() -> None:
 
 
 def test_dropout_differs_from_step_to_step(params: Any) -> None:
-    lora = dataclasses.replace(LORA, dropout=0.5)
-    tx = optax.sgd(0.0)
-    step = cotgrpo.jit_step(make_lora_step(lambda s: cotgrpo.make_sft_step(s, tx), STUDENT, lora))
-    losses = []
-    for start in (0, 1, 0):
-        state = TrainState.create(params=trained(params), tx=tx, key=0).replace(step=jnp.int32(start))
-        losses.append(step(state, make_batch(), params)[1]["loss"].mean())
+    lora, adapters = dataclasses.replace(LORA, dropout=0.5), trained(params)
+    losses = [run(params, adapters, lora=lora, start=start)[1]["loss"].mean() for start in (0, 1, 0)]
     assert losses[0] != losses[1] and losses[0] == losses[2]
 
 
@@ -398,7 +404,7 @@ def test_a_target_that_matches_nothing_names_what_there_is(params: Any) -> None:
 
 
 def test_adapters_of_another_model(params: Any) -> None:
-    wider = init_params(dataclasses.replace(CONFIG, mlp_width=64), jax.random.key(0))
+    wider = jax.eval_shape(lambda: init_params(dataclasses.replace(CONFIG, mlp_width=64), jax.random.key(0)))
     adapters = trained(params)
     with pytest.raises(ValueError, match=r"adapters of layers/down have the shapes .* belong to another model"):
         merge(wider, adapters, LORA)
@@ -418,7 +424,7 @@ def test_a_model_that_does_not_apply_the_adapters() -> None:
     with pytest.raises(
         ValueError, match="The model does not apply the adapters of key, query: expected a Flax linen model"
     ):
-        lora_student(student, params, lora).hidden(adapters, jnp.zeros((1, 2), jnp.int32), None, None)
+        lora_student(student, params, lora).hidden(adapters, *[jnp.zeros((1, 2), jnp.int32)] * 3)
 
 
 def test_bad_settings_of_the_step_are_errors_when_it_is_built() -> None:

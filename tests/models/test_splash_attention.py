@@ -67,12 +67,11 @@ def assert_same(found: list, expected: list) -> None:
 @pytest.mark.parametrize(
     ("num_kv_heads", "windows", "is_local", "softcap"),
     [
-        (2, (None,), None, None),
-        (1, (40,), None, 5.0),
-        (4, (None, 40), True, None),
-        (2, (None, 40), False, None),
+        pytest.param(1, (40,), None, 5.0, id="window and soft-cap"),
+        pytest.param(2, (None, 40), False, None, id="global of two"),
+        pytest.param(4, (None, 40), True, None, id="local of two", marks=pytest.mark.slow),
+        pytest.param(2, (None,), None, None, id="causal", marks=pytest.mark.slow),
     ],
-    ids=["causal", "window and soft-cap", "local of two", "global of two"],
 )
 def test_the_kernel_is_plain_attention(
     num_kv_heads: int, windows: tuple[int | None, ...], is_local: bool | None, softcap: float | None
@@ -88,8 +87,10 @@ def test_the_kernel_is_plain_attention(
 
 @pytest.mark.parametrize(
     ("sizes", "num_kv_heads"),
-    [({"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, 2), ({"data": 2, "fsdp": 2, "tensor": 2}, 1)],
-    ids=["every axis", "axes that do not divide"],
+    [
+        pytest.param({"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, 2, id="every axis"),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 1, id="axes that do not divide", marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernel_is_the_same_on_a_mesh(sizes: dict[str, int], num_kv_heads: int) -> None:
     """The second mesh has four places for two sequences, and two for one key/value head."""
@@ -100,6 +101,7 @@ def test_the_kernel_is_the_same_on_a_mesh(sizes: dict[str, int], num_kv_heads: i
     assert_same(found, value_and_gradients(functools.partial(plain, None, None), *arrays))
 
 
+@pytest.mark.slow
 def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's pattern: windows in some layers, a soft-cap, its own query scale; gradients through scan and remat."""
     segments, positions = SEGMENTS[:, 100:356], POSITIONS[:, 100:356]
@@ -125,7 +127,9 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
     jax.tree.map(same, found, expected)
 
 
-@pytest.mark.parametrize(("remat", "calls"), [("none", 3), ("dots", 3), ("full", 4)])
+@pytest.mark.parametrize(
+    ("remat", "calls"), [("dots", 3), ("full", 4), pytest.param("none", 3, marks=pytest.mark.slow)]
+)
 def test_dots_keeps_the_kernels_result(remat: str, calls: int) -> None:
     """One call forward, one for each half of the backward pass; the forward one again where nothing of the layer is kept."""
     config = DecoderConfig(

@@ -129,7 +129,9 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kernel_parts"), [({"data": 2, "fsdp": 2, "tensor": 2}, 4), ({"fsdp": 8}, 8)], ids=str
+    ("sizes", "kernel_parts"),
+    [({"data": 2, "fsdp": 2, "tensor": 2}, 4), pytest.param({"fsdp": 8}, 8, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_onto_a_mesh_and_back(
     sizes: dict[str, int],

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cotgrpo.models.config import Dtype, RematPolicy
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.config import config_json, differences
 from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int, Shaped
     from transformers import PreTrainedTokenizerBase
 
-    from cotgrpo.types import PyTree
+    from cotgrpo.types import AnyArray, PyTree
 
 TreePath = tuple[str, ...]
 """Path of a leaf in the parameter tree."""
@@ -68,11 +69,11 @@ class Pretrained(ModelFolder):
 
 def load_pretrained(
     folder_or_id: str | Path,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     mesh: Mesh | None = None,
     *,
-    compute_dtype: str | None = None,
-    remat: str = "dots",
+    compute_dtype: Dtype | None = None,
+    remat: RematPolicy = "dots",
 ) -> Pretrained:
     """Read a model: config.json, safetensors (one file or shards), and the size of its vocabulary.
 
@@ -160,8 +161,8 @@ def check_tensors(
         extra.remove("lm_head.weight")
     for found, what in ((missing, "lacks"), (extra, "holds unexpected")):
         if found:
-            names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            raise ModelError(f"The checkpoint in {folder} {what} {names}: it does not belong to its config.json.")
+            listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise ModelError(f"The checkpoint in {folder} {what} {listed}: it does not belong to its config.json.")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ModelError(
@@ -249,7 +250,7 @@ def read_tensor(tensor: StoredTensor, transposed: bool, dtype: np.dtype, shardin
         return jax.device_put(read(None))
     parts: dict[str, np.ndarray] = {}
 
-    def read_once(index: tuple[slice, ...]) -> np.ndarray:
+    def read_once(index: tuple[slice, ...] | None) -> np.ndarray:
         key = str(index)  # slices are not hashable in Python 3.11
         if key not in parts:
             parts[key] = read(index)
@@ -335,7 +336,7 @@ def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> lis
     ]
 
 
-def on_host(path: TreePath, leaf: Shaped[Array, "..."], layer: int) -> np.ndarray:
+def on_host(path: TreePath, leaf: Shaped[AnyArray, "..."], layer: int) -> np.ndarray:
     """Return one tensor in a checkpoint's layout, gathered from all devices."""
     leaf = leaf[layer] if path[0] == "layers" else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
