@@ -60,8 +60,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"The processes of this run did not find each other ({' '.join(str(error).split())}). Give every one of "
-            "them --distributed.coordinator HOST:PORT, --distributed.num_processes N and its own --distributed.process_id, "
-            "or --distributed.num_processes 1 if it is the only one."
+            "them --distributed.coordinator HOST:PORT, --distributed.num_processes N and its own "
+            "--distributed.process_id, or --distributed.num_processes 1 if it is the only one."
         ) from error
 
 

@@ -85,7 +85,7 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     """Run teacher, SFT, GRPO and a report of all in `config.run_dir`. Resume if run again. Return `report.json`.
 
     The teacher writes `train.jsonl`, `questions.jsonl` and `test.jsonl` there, from `config.seed`. If
-    `config.data.train` names other rows, there is no on-policy stage, since the live teacher knows only its own task.
+    `config.data.train` names other rows, the on-policy stage is left out, since the live teacher knows only its task.
     """
     console = console or Console()
     folder = Path(config.run_dir)
@@ -183,8 +183,8 @@ def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str,
         notes.append(
             "On-policy GRPO starts from the SFT student too, and makes as many updates: its held-out accuracy differs "
             f"by {gain:+.1f} points from that of teacher-forced. The student replies to "
-            f"{data['prompts']['kept']:,} questions that it has no text for, and a live teacher supplies the ghost token at "
-            "each prefix of its replies."
+            f"{data['prompts']['kept']:,} questions that it has no text for, and a live teacher supplies the ghost "
+            "token at each prefix of its replies."
         )
     return found | {
         "title": "cotgrpo quickstart",

@@ -260,7 +260,7 @@ def metric(total: int, weight: int) -> Metric:
 
 
 def check_questions(questions: Sequence[RolloutPrompt], settings: RolloutSettings) -> None:
-    """Raise DataError if there are no questions, or one leaves no room for a reply."""
+    """Raise DataError without questions, or if one leaves no room for a reply."""
     if not questions:
         raise DataError("On-policy training needs training rows, got none.")
     longest = max(questions, key=lambda q: len(q.prompt))
