@@ -352,7 +352,7 @@ def test_replies_that_the_ghost_corrects_are_shown_before_newer_ones() -> None:
 
 
 def test_answers_that_changed_between_stages_are_shown_first() -> None:
-    """Training makes most answers right, so what a later stage mended or broke would be lost among them."""
+    """Training makes most answers right, so answers that a later stage corrected or broke would be lost among them."""
     right = {"base": [], "sft": [*range(0, 20), 25], "grpo": [*range(0, 18), 22, 25]}
     replies = {
         name: [{"question": f"q{n}", "gold": "1", "text": "1", "correct": n in of} for n in range(30)]
