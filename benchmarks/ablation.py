@@ -42,7 +42,7 @@ from cotgrpo import (
     make_optimizer,
     objectives,
 )
-from cotgrpo.config.settings import StudentConfig
+from cotgrpo.config import StudentConfig
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from cotgrpo import Pair, TrainState, jit_step, make_grpo_step, make_optimizer
-from cotgrpo.config.settings import StudentConfig
+from cotgrpo.config import StudentConfig
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from cotgrpo.checkpoints.manager import steps_in
 from cotgrpo.checkpoints.object_store_copy import ObjectStoreCopy
 from cotgrpo.checkpoints.object_stores import check_folder_works, needs_copy, open_folder
-from cotgrpo.config.files import load_config
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, load_config
 from cotgrpo.disk_errors import CheckpointError, first_line
 from cotgrpo.distributed.processes import on_process_0
 

@@ -1,6 +1,6 @@
 """Every setting that a user can write, declared once, and its way from files and options and back."""
 
-from cotgrpo.config.files import flat, load_config, parse_config, parse_settings, save_config
+from cotgrpo.config.files import differences, flat, load_config, parse_config, parse_settings, save_config
 from cotgrpo.config.generate import GenerateConfig, PromptConfig, TeacherConfig, VerifyConfig
 from cotgrpo.config.ghosts import (
     Ghosts,
@@ -50,6 +50,7 @@ __all__ = [
     "TokenizerConfig",
     "VerifiedReward",
     "VerifyConfig",
+    "differences",
     "flat",
     "load_config",
     "parse_config",

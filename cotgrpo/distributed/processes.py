@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from cotgrpo.config.settings import ConfigError
+from cotgrpo.config import ConfigError
 
 if TYPE_CHECKING:
     from cotgrpo.types import AnyArray, PyTree

@@ -19,9 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.atomic_files import write_json
-from cotgrpo.config.files import differences, flat, parse_settings, save_config
-from cotgrpo.config.generate import GenerateConfig
-from cotgrpo.config.settings import ConfigError
+from cotgrpo.config import ConfigError, GenerateConfig, differences, flat, parse_settings, save_config
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cotgrpo.atomic_files import whole_file, write_text
-from cotgrpo.config.generate import GenerateConfig
+from cotgrpo.config import GenerateConfig
 
 COLUMNS = {
     "id": "string",

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cotgrpo.config.settings import Config, OptimizerConfig, StageConfig, TokenizerConfig
+from cotgrpo.config import Config, OptimizerConfig, StageConfig, TokenizerConfig
 from cotgrpo.quickstart.quickstart import KINDS, QUICKSTART, write_rows
 from cotgrpo.teachers.procedural import ProceduralTeacher
 from cotgrpo.training import run_export, run_sft

@@ -21,8 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.atomic_files import read_json, whole_file, write_json
-from cotgrpo.config.ghosts import TeacherModel
-from cotgrpo.config.settings import (
+from cotgrpo.config import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -31,6 +30,7 @@ from cotgrpo.config.settings import (
     OptimizerConfig,
     StageConfig,
     StudentConfig,
+    TeacherModel,
     TokenizerConfig,
 )
 from cotgrpo.data.triples import Triple

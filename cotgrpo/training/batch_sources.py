@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo import objectives
-from cotgrpo.config.ghosts import LiveGhosts, PrivilegedSelf, SelfReply, TeacherForced, TeacherModel, VerifiedReward
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, LiveGhosts, PrivilegedSelf, SelfReply, TeacherForced, TeacherModel, VerifiedReward
 from cotgrpo.data.batches import fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.tokenizer import load_tokenizer

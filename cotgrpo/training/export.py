@@ -8,9 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.atomic_files import read_json
-from cotgrpo.config.files import load_config
-from cotgrpo.config.sections import ConfigError, tree_of
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used

@@ -12,9 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cotgrpo.config.files import differences, flat, load_config, save_config
-from cotgrpo.config.sections import ConfigError, tree_of
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, ConfigError, differences, flat, load_config, save_config, tree_of
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions

@@ -24,7 +24,7 @@ from rich.console import Console
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import Checkpoints
-from cotgrpo.config.settings import CheckpointConfig
+from cotgrpo.config import CheckpointConfig
 from cotgrpo.distributed.processes import (
     Signals,
     gather_rows,

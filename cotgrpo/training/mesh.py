@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.sharding import check_batch, check_mesh, make_mesh, mesh_shape, state_sharding
 from cotgrpo.types import Params

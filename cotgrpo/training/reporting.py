@@ -16,8 +16,7 @@ import jax
 from rich.console import Console
 
 from cotgrpo.atomic_files import read_json, write_json
-from cotgrpo.config.ghosts import VerifiedReward
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.reports.report import write_report

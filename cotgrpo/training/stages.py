@@ -18,9 +18,7 @@ from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.atomic_files import read_json, write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state
-from cotgrpo.config.ghosts import PrivilegedSelf
-from cotgrpo.config.sections import ConfigError
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.sharding import jit_step, state_sharding

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import optax
 
 from cotgrpo import objectives
-from cotgrpo.config.settings import Config
+from cotgrpo.config import Config
 from cotgrpo.models.lora import make_lora_step
 from cotgrpo.train_steps import Step, make_grpo_step, make_sft_step
 from cotgrpo.types import Student

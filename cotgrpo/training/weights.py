@@ -10,7 +10,7 @@ import jax
 
 from cotgrpo.checkpoints.location import CheckpointLocation, saved_config
 from cotgrpo.checkpoints.manager import restore_params
-from cotgrpo.config.settings import Config, ConfigError
+from cotgrpo.config import Config, ConfigError
 from cotgrpo.models.lora import LoraConfig, init_lora, merge
 from cotgrpo.training.inputs import Model
 from cotgrpo.training.mesh import abstract_on_mesh, init_on_mesh

@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from cotgrpo.checkpoints.location import CheckpointLocation
-from cotgrpo.config.files import save_config
-from cotgrpo.config.settings import CheckpointConfig, Config
+from cotgrpo.config import CheckpointConfig, Config, save_config
 
 
 def config_with(run_dir: Path, folder: str | None) -> Config:

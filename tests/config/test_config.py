@@ -1,4 +1,4 @@
-"""Settings from YAML and options: types, ranges, what was given, keys with the nearest valid name, and back to a file."""
+"""Settings from YAML and options: types, ranges, what was given, nearest valid keys, and back to a file."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cotgrpo.cli import main
-from cotgrpo.config.settings import Config, DataConfig, EvalConfig
+from cotgrpo.config import Config, DataConfig, EvalConfig
 from cotgrpo.data.questions import Question, make_held_out, read_questions
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import Template

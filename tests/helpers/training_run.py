@@ -22,7 +22,7 @@ from rich.console import Console
 import cotgrpo
 from cotgrpo import Pair, Student, TrainState
 from cotgrpo.cli import run as command
-from cotgrpo.config.settings import CheckpointConfig
+from cotgrpo.config import CheckpointConfig
 from cotgrpo.data.batches import make_batches
 from cotgrpo.data.template import Example
 from cotgrpo.training.loop import LoopSettings, train

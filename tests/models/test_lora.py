@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import cotgrpo
 from cotgrpo import Nll, Pair, ReferenceKl, SftBatch, Student, TrainState
 from cotgrpo.checkpoints.manager import Checkpoints
-from cotgrpo.config.settings import CheckpointConfig
+from cotgrpo.config import CheckpointConfig
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, lora_student, make_lora_step, merge

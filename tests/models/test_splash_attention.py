@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cotgrpo.config.settings import ConfigError, StudentConfig
+from cotgrpo.config import ConfigError, StudentConfig
 from cotgrpo.models import decoder
 from cotgrpo.models.attention import attention, causal_segment_mask
 from cotgrpo.models.config import DecoderConfig

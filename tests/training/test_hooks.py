@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.training_run import run
 
-from cotgrpo.config.settings import CheckpointConfig
+from cotgrpo.config import CheckpointConfig
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.training.hooks import Hook, Pause, Schedule, TrainingStopped
 from cotgrpo.training.loop import LoopSettings

@@ -40,7 +40,7 @@ from cotgrpo import Pair, ReferenceKl, TrainState
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import run as command
-from cotgrpo.config.settings import CheckpointConfig
+from cotgrpo.config import CheckpointConfig
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.training.loop import TIME_KEYS, Interrupted, LoopSettings, TrainingStopped
 
