@@ -7,12 +7,22 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cotgrpo.data.answers import answers_match, extract_answer, grade, may_be_formula, numbers
-from cotgrpo.data.triples import read_triples
+from cotgrpo.data.questions import Question
+from cotgrpo.data.rows import parse_row
+from cotgrpo.data.template import Template
+from cotgrpo.data.tokenizer import train_tokenizer
+from cotgrpo.data.triples import Triple, read_triples, triples_in
+from cotgrpo.evaluation.accuracy import judge
+from cotgrpo.ghosts.self_reply import SampledReply, best_reply
+from cotgrpo.teachers.editing import write_pairs
+from cotgrpo.teachers.endpoint import TeacherReply
+from cotgrpo.teachers.filtering import Judge
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FORMULAS = [
@@ -178,6 +188,23 @@ def test_grades(reply: str | None, gold: str, correct: bool, answer: str | None)
     graded = grade(reply, gold)
     assert (graded.correct, graded.answer) == (correct, answer)
     assert correct or reply is None or all(repr(text) in graded.why for text in (answer or reply, gold))
+
+
+@pytest.mark.parametrize(("answer", "correct"), [("The answer is 42", True), ("42.0", True), ("It is 41", False)])
+def test_one_grade_everywhere(answer: str, correct: bool, tmp_path: Path) -> None:
+    """Evaluation, generation, self-replies, edited ghosts and row reading agree on a reply."""
+    template = Template(train_tokenizer([], vocab_size=260))
+    question, triple = Question("q", "42"), Triple("q", "r", "42")
+    ids = np.asarray([*template.ids(f"so<sep>{answer}"), template.eos_id], np.int32)
+    assert judge(template, question, ids, True).correct == correct
+    assert Judge()(question, TeacherReply(answer, "so")).accepted == correct
+    assert (best_reply(template, triple, [SampledReply(ids, -1.0, True)]) is not None) == correct
+    row = {"question": "q", "rationale": "r", "answer": answer, "gold": "42"}
+    triples, report = triples_in([parse_row(row, "f:1"), parse_row({**row, "question": "p", "correct": True}, "f:2")])
+    assert (len(triples) == 2) == correct and report.dropped == ({} if correct else {"wrong answer": 1})
+    ghosts = [triple, Triple("p", "r", "1")]
+    report = write_pairs(tmp_path / "edit.jsonl", ghosts, {"q": answer, "p": "no"}, rows="wrong")
+    assert report.dropped == ({"the student is right": 1} if correct else {})
 
 
 @given(st.text(max_size=200), st.text(max_size=30))

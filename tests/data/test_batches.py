@@ -1,4 +1,4 @@
-"""Batches: the shift by hand, every document once an epoch whatever the sizes, and a state that goes on where it was."""
+"""Batches: the shift by hand, every document once an epoch for any sizes, and a state that resumes exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 
 
 def documents(lengths: list[int]) -> list[Example]:
-    """Document d of n positions: tokens 1000 d + 1 ... 1000 d + n + 1, all but the first two supervised (of one position: the last)."""
+    """Document d of n positions: tokens 1000 d + 1 ... 1000 d + n + 1, all but the first two supervised.
+
+    Of a document of one position the last token is supervised.
+    """
     return [
         Example(1000 * d + np.arange(1, n + 2, dtype=np.int32), np.arange(n + 1) >= min(n, 2), f"f:{d}")
         for d, n in enumerate(lengths)
@@ -32,7 +35,7 @@ def documents(lengths: list[int]) -> list[Example]:
 
 
 def spans(batch: SftBatch) -> list[tuple[int, slice]]:
-    """(row, positions) of every document in a batch; checks on the way that a row is documents and then padding, nothing else."""
+    """(row, positions) of every document in a batch, after checking that a row is documents and then padding."""
     found = []
     for b, segments in enumerate(np.asarray(batch.segment_ids)):
         count = segments.max()
@@ -108,7 +111,7 @@ def test_every_document_comes_once_an_epoch(
     batches = list(make_batches(examples, **sizes, num_epochs=num_epochs))
     assert all(np.shape(batch.tokens) == (batch_size, seq_len) for batch in batches)
     assert taken(batches, examples) == dict.fromkeys(range(len(lengths)), num_epochs)
-    # The last batch is the only one with empty rows; without end there are none, and each epoch is whole before the next.
+    # Only the last batch has empty rows. Without an end there are none, and epochs do not overlap.
     rows = sum(int((batch.segment_ids[:, 0] > 0).sum()) for batch in batches)
     assert len(batches) == -(-rows // batch_size) and rows % num_epochs == 0
     endless = make_batches(examples, **sizes)
@@ -174,7 +177,7 @@ def test_the_state_after_the_last_batch_is_the_end() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_processes_that_fill_their_own_rows_fill_the_same_batches(packing: bool) -> None:
-    """Each row is where it is with one process, rows of other processes are empty, and every iterator stands at the same place."""
+    """A row is where it is with one process, rows of others are empty, and all iterators have the same position."""
     options = {"batch_size": 12, "seq_len": 10, "packing": packing, "num_epochs": 3, "seed": 1}
     whole = make_batches(documents(LENGTHS), **options)
     shares = [range(0, 4), [4, 6, 8, 10], [5, 7, 9, 11]]

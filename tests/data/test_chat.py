@@ -1,6 +1,6 @@
-"""Chat templates in the style of each family, by hand: tokens, masks and stop tokens, and every way a template can spoil them.
+"""Chat templates in the style of each family: tokens, masks and stop tokens by hand, and every way to spoil them.
 
-The templates are minimal ones with the behaviour that counts; `test_a_real_tokenizer` takes a real one where it is named.
+The templates are minimal ones with the behaviour that counts; `test_a_real_tokenizer` uses a real one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cotgrpo.cli import main
-from cotgrpo.config.files import parse_config
-from cotgrpo.config.settings import Config, ConfigError, DataConfig
+from cotgrpo.config import Config, ConfigError, DataConfig, parse_config
 from cotgrpo.data.batches import make_examples
 from cotgrpo.data.chat import DAY, ChatTemplate, generation_stop_ids
 from cotgrpo.data.template import Template
@@ -45,14 +44,16 @@ WITH_DEFAULT_SYSTEM = (
 )
 HEADERS = (  # Llama 3: BOS in the template, contents trimmed, a date in the system turn
     "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-    "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}{% set ns.system = messages[0].content | trim %}"
+    "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}"
+    "{% set ns.system = messages[0].content | trim %}"
     "{% set messages = messages[1:] %}{% endif %}<turn>system\n\nToday: {{ date_string }}\n\n{{ ns.system }}</turn>"
     "{% for m in messages %}{{ '<turn>' + m.role + '\n\n' + m.content | trim + '</turn>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>assistant\n\n' }}{% endif %}"
 )
 MODEL_ROLE = (  # Gemma: no system role, the assistant is called model
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '</turn>\n' }}"
+    "{% for m in messages %}{{ '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '</turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
 )
 INST = (  # Mistral: no header before the reply, a blank before it, eos behind it
@@ -66,12 +67,13 @@ THINKING = (  # Qwen3: thoughts of earlier turns are dropped, an empty one is wr
     "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thought.strip() + '\n</think>\n\n' }}{% endif %}"
     "{{ said + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 
 
 def tokenizer(template: str | None, eos: str = "<|im_end|>", *, bos: bool = False, pad: str = "<pad>") -> Any:
-    """A tokenizer of bytes with control tokens and two tags; with `bos`, one that puts <bos> in front itself, as Llama's does."""
+    """A tokenizer of bytes with control tokens and two tags; with `bos`, one that prepends <bos>, as Llama's does."""
     copy = PreTrainedTokenizerFast(
         tokenizer_object=BYTES.backend_tokenizer, eos_token=eos, pad_token=pad, clean_up_tokenization_spaces=False
     )
@@ -163,7 +165,7 @@ def test_thoughts_as_a_field_or_inline() -> None:
 
 
 def test_an_empty_thought_stays_in_the_prompt() -> None:
-    """Qwen3 writes it into prompt and whole; older templates into the prompt alone, and a student must learn from what it will read."""
+    """Qwen3 writes it into prompt and whole; older templates write it into the prompt alone."""
     before = "<|im_start|>user\nWhat is 12+30?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert shown(chat(THINKING)) == (before, PLAIN + "<|im_end|>")
     in_prompts_alone = THINKING.replace("m.role == 'assistant' and loop.last", "thought")
@@ -201,7 +203,10 @@ def test_templates_that_drop_thoughts() -> None:
     with pytest.raises(DataError, match=r"drops <think> text \(and reasoning_content\).*Use data.reasoning: plain"):
         chat(dropping, "think")
     assert shown(chat(dropping))[1] == PLAIN + "<|im_end|>"
-    untagged = "{% for m in messages %}{{ (m.reasoning_content or '') + m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    untagged = (
+        "{% for m in messages %}{{ (m.reasoning_content or '') + m.content.split('</think>')[-1] }}"
+        "<|im_end|>{% endfor %}"
+    )
     with pytest.raises(DataError, match="drops <think> text"):
         chat(untagged, "think")
 
@@ -319,7 +324,7 @@ def test_system_messages() -> None:
     assert "\n\nBe brief.</turn>" in shown(chat(HEADERS, eos="<eos>", system=" Be brief. "))[0]
     with pytest.raises(
         DataError,
-        match=r"cannot render messages of system, user \(TemplateError: System role not supported\). Leave data.system out",
+        match=r"messages of system, user \(TemplateError: System role not supported\). Leave data.system out",
     ):
         chat(MODEL_ROLE, eos="<eos>", system="Be brief.")
     with pytest.raises(DataError, match=r"drops the system message. Leave data.system out"):
@@ -336,7 +341,7 @@ def test_a_system_message_that_the_template_does_not_take() -> None:
 
 @pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])
 def test_the_date_is_always_the_same(form: str) -> None:
-    """A run that goes on tomorrow reads the same tokens. Llama's templates take the date as an argument, others ask the clock."""
+    """A run resumed tomorrow reads the same tokens. Llama's templates take the date, others ask the clock."""
     asking = "\n" + f"  {{% if true %}}{{{{ strftime_now('{form}') }}}}{{% endif %}}" + CHATML
     assert shown(chat(asking))[0].startswith("\n" + DAY.strftime(form) + "<|im_start|>user"), (
         "Jinja's white space must not change"
@@ -401,7 +406,10 @@ def spaced_tokenizer(*, add_prefix_space: bool) -> Any:
     """One whose words begin with their blank, with a template whose generation prompt ends in one."""
     made = train_tokenizer(["say: so say: probe say: so"] * 9, vocab_size=320, special_tokens=CONTROLS)
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    made.chat_template = "{% for m in messages %}{{ 'say: ' + m.content + '<eos>' }}{% endfor %}{% if add_generation_prompt %}{{ 'say: ' }}{% endif %}"
+    made.chat_template = (
+        "{% for m in messages %}{{ 'say: ' + m.content + '<eos>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'say: ' }}{% endif %}"
+    )
     return made
 
 
@@ -416,7 +424,7 @@ def test_a_prompt_that_merges_with_the_reply() -> None:
 
 
 def test_a_prompt_that_cannot_be_kept_apart() -> None:
-    """A tokenizer that puts a blank in front of every text, as SentencePiece's do, spells another text where the reply is alone."""
+    """A tokenizer that prepends a blank to every text, as SentencePiece's do, spells the reply alone differently."""
     with pytest.raises(
         DataError, match=r"merges the end of the prompt with the reply, and cannot write the reply apart"
     ):
@@ -674,7 +682,8 @@ def test_the_template_of_a_config(tmp_path: Path) -> None:
     assert template.stop_ids == (4, 1)
     encoded = template.encode(TRIPLE)
     assert made.decode(encoded.tokens) == (
-        "<|im_start|>system\n# Rules: few<|im_end|>\n<|im_start|>user\nWhat is 12+30?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\n# Rules: few<|im_end|>\n"
+        "<|im_start|>user\nWhat is 12+30?<|im_end|>\n<|im_start|>assistant\n"
         "<think>\n2+0=2\n1+3=4\n</think>\n\n#### 42<|im_end|>"
     )
     assert isinstance(template_of(Config(data=DataConfig(separator="[INST]")), made, "sequence"), Template)

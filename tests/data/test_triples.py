@@ -1,4 +1,4 @@
-"""Rows from files: every alias and both formats give the same triples, and every bad row names its file, line and fix."""
+"""Rows from files: every alias and both formats give the same triples; a bad row names its file, line and fix."""
 
 from __future__ import annotations
 

@@ -19,9 +19,7 @@ from helpers.commands import error_of, write_model
 from helpers.faulty_server import FaultyServer
 
 from cotgrpo.cli import main
-from cotgrpo.config.files import parse_settings, save_config
-from cotgrpo.config.generate import GenerateConfig
-from cotgrpo.config.settings import ConfigError
+from cotgrpo.config import ConfigError, GenerateConfig, parse_settings, save_config
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import read_triples
 from cotgrpo.generation.generate import load_questions, run_generate
@@ -114,7 +112,7 @@ def test_a_teacher_that_fails_is_one_line_and_exit_code_2(
 def test_the_key_is_written_nowhere(
     server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not by a server that says it back in replies and errors, not in files, logs, output, settings, exceptions or representations."""
+    """Not in files, logs, output, settings or representations, even if the server echoes it."""
     caplog.set_level(logging.DEBUG)
     orders = ["[echo]", "[broken]", "[broken x1]", "[html]", "[an_error]", "[bad_request]", "[unparsable]", "[wrong]"]
     write_questions(tmp_path, orders)
@@ -342,7 +340,8 @@ def test_a_folder_as_teacher(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(
     not {"COTGRPO_SMOLLM2", "COTGRPO_SERVE_PYTHON"} <= set(os.environ),
-    reason="set COTGRPO_SMOLLM2 to SmolLM2-135M-Instruct's folder and COTGRPO_SERVE_PYTHON to a Python with transformers[serving]",
+    reason="set COTGRPO_SMOLLM2 to SmolLM2-135M-Instruct's folder and COTGRPO_SERVE_PYTHON to a Python with "
+    "transformers[serving]",
 )
 def test_transformers_serve_killed_twice(tmp_path: Path) -> None:
     """A real server with a real model: killed twice with -9 and resumed, every question is there once."""

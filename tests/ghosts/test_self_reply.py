@@ -1,4 +1,4 @@
-"""The student's own right replies as ghosts: which one is kept, when they are written anew, and that a resumed run reads the same."""
+"""The student's own right replies as ghosts: the one that is kept, when they are refreshed, and resuming."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_likeliest_right_reply_is_kept() -> None:
 
 
 def sampler(only: int | None = None) -> Any:
-    """Answers as the row does, with the parameters' word before the rationale; all but the first `only` questions wrongly."""
+    """Answer as the row does, the parameters' word first; all but the first `only` questions wrongly."""
     by_prompt = {tuple(TEMPLATE.prompt(t.question).tolist()): n for n, t in enumerate(TRIPLES)}
 
     def sample(params: Any, prompts: Prompts, key: Any) -> Replies:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server on loopback that knows sums and has every fault a real one can have, on demand.
 
-A question says what happens to it: `[reset x2] What is 3 + 4?` has its connection reset twice and is then answered; `x9` never is.
+A question orders its fault: the connection of `[reset x2] What is 3 + 4?` is reset twice, then it is answered.
 Use as a context manager; `url` is the endpoint.
 """
 

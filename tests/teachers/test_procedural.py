@@ -134,7 +134,7 @@ def sums(triples: list[Triple]) -> set[str]:
 
 
 def test_held_out_sums_are_never_trained_on() -> None:
-    """All the sums of two digits in all, under several seeds and two stories: disjoint, together everything, in the asked proportion."""
+    """All sums of two digits, under several seeds and two stories: disjoint, complete, and in proportion."""
     kinds = ("column_addition", "gains_and_losses")
     parts: dict[bool, set[str]] = {}
     for held_out in (False, True):
