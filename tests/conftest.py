@@ -1,23 +1,20 @@
-"""How every test runs: on eight virtual CPU devices, no rank promoted in silence, the package's signatures checked.
+"""Set up every test: eight virtual CPU devices, rank promotion as an error, and checked signatures.
 
-The modules of cotgrpo write shapes in their signatures and import the names for them under `if TYPE_CHECKING:`, so that
-they need neither jaxtyping nor beartype. Here, and only here, an import hook makes those blocks real and puts the two
-packages' check around every function and method of cotgrpo: a call with a wrong shape, dtype or type raises. NumPy
-arrays pass as arrays, as they do in JAX. Nothing is written to disk: code that runs outside the tests is never checked.
+The modules of cotgrpo import the names of their array types under `if TYPE_CHECKING:`, so they need neither jaxtyping
+nor beartype. Here, and only here, those blocks are real and jaxtyping's import hook checks every call: a wrong shape,
+dtype or type raises. NumPy arrays pass as arrays, as they do in JAX.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.machinery
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 PACKAGE = "cotgrpo"
 
@@ -30,78 +27,40 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the progr
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-CHECK = "@__import__('jaxtyping').jaxtyped(typechecker=__import__('beartype').beartype)\ndef _(): ..."
-ARRAY = "Array = __import__('jax').Array | __import__('numpy').ndarray"
+def type_checking(name: str) -> bool:
+    """Return `typing.TYPE_CHECKING`: true for the modules of cotgrpo, false for all others."""
+    if name != "TYPE_CHECKING":
+        raise AttributeError(f"module 'typing' has no attribute {name!r}")
+    return sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == PACKAGE
 
 
-class SignatureChecks(ast.NodeTransformer):
-    """Makes `if TYPE_CHECKING:` `if True:` and adds the check as the innermost decorator of functions and methods.
-
-    Functions inside functions are left alone: they are the traced bodies of what is checked already.
-    """
-
-    def visit_If(self, node: ast.If) -> ast.If:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.test = ast.copy_location(ast.Constant(True), node.test)
-            names = {alias.name for part in node.body if isinstance(part, ast.ImportFrom) for alias in part.names}
-            if "Array" in names:
-                node.body.append(ast.copy_location(ast.parse(ARRAY).body[0], node.body[-1]))
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        check = ast.parse(CHECK).body[0]
-        assert isinstance(check, ast.FunctionDef)
-        node.decorator_list.append(ast.copy_location(check.decorator_list[0], node))
-        return node
-
-
-class CheckedLoader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        tree = SignatureChecks().visit(ast.parse(self.get_data(path), path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
-
-
-class CheckedFinder:
-    """First on `sys.meta_path`: finds the package's modules as Python would, and gives them the loader above."""
-
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != PACKAGE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = CheckedLoader(spec.loader.name, spec.loader.path)
-        return spec
-
-
+assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before tests/conftest.py: its signatures would go unchecked"
+del typing.TYPE_CHECKING
+typing.__getattr__ = type_checking  # type: ignore[attr-defined]
 # Python has no such module: type checkers bring it.
 sys.modules["_typeshed"] = ModuleType("_typeshed")
 sys.modules["_typeshed"].DataclassInstance = object  # type: ignore[attr-defined]
 
-assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before tests/conftest.py: its signatures would go unchecked"
-sys.meta_path.insert(0, CheckedFinder)
-
-import hypothesis  # noqa: E402
-import jax  # noqa: E402  after the environment is set
+import hypothesis  # noqa: E402  after the environment is set
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping._import_hook import JaxtypingTransformer  # noqa: E402
 
+jaxtyping.Array = jax.Array | np.ndarray  # type: ignore[misc, assignment]
+# Functions and methods are checked, fields of dataclasses are not: JAX builds its trees of shapes and shardings too.
+JaxtypingTransformer.visit_ClassDef = JaxtypingTransformer.generic_visit  # type: ignore[method-assign, assignment]
+# An int passes as a float, as in mypy.
+jaxtyping.install_import_hook(PACKAGE, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 pytest.register_assert_rewrite("helpers")
 
-# For meshes; what names no mesh runs on the first device, commands too. Subprocesses of a test have one, as a user's process has.
+# For meshes. Code that names no mesh runs on the first device. Subprocesses of a test have one device, as a user's have.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("cotgrpo", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("cotgrpo")
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Slow tests begin no later than `COTGRPO_SLOW_UNTIL`, in seconds since 1970, if it is set: CI has so much time and no more, on slow machines too."""
-    if item.get_closest_marker("slow") and time.time() > float(os.environ.get("COTGRPO_SLOW_UNTIL", "inf")):
-        pytest.skip("the time for slow tests is up")
 
 
 @pytest.fixture(scope="session", autouse=True)
