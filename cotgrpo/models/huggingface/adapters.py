@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import save_file
 
 from cotgrpo.models.huggingface.families import PROJECTIONS, ModelError
 from cotgrpo.models.huggingface.folder import new_folder, read_json_object, refuse_used
@@ -78,6 +77,8 @@ def save_adapter(
         for layer in range(pair[ours].shape[0])
     }
     if jax.process_index() == 0:
+        from safetensors.numpy import save_file
+
         with new_folder(folder) as partial:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)

@@ -8,13 +8,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cotgrpo.models.huggingface.families import ModelError
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 SINGLE_FILE = "model.safetensors"
@@ -46,6 +48,8 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
     Raises:
         ModelError: the file is truncated or corrupt.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np") as file:
             yield file
@@ -155,5 +159,7 @@ def split_shards(tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[list[
 
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write one safetensors file."""
+    from safetensors.numpy import save_file
+
     arrays = {tensor.name: np.ascontiguousarray(tensor.array().astype(tensor.dtype, copy=False)) for tensor in tensors}
     save_file(arrays, path, metadata={"format": "pt"})
