@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from cotgrpo.checkpoints.integrity import COMMITTED, find_damage, write_checksums
 from cotgrpo.checkpoints.object_store_copy import ObjectStoreCopy
@@ -266,7 +267,7 @@ def read_position(folder: Folder) -> dict[str, Any]:
     return dict(json.loads((folder / "position" / "metadata").read_text()))
 
 
-def abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def abstract(array: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Return shape, dtype and sharding of an array. Without a sharding it is placed on the default device."""
     sharding = getattr(array, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
