@@ -178,7 +178,7 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> Options:
         return Options(parser.parse_args(list(arguments)), arguments)
     except argparse.ArgumentError as error:
         text = " ".join(str(error).split())
-        unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
+        unknown = re.search(r"(?i)unrecognized arguments: --([^\s=]+)", text)
         if unknown is None:
             raise ConfigError(text) from error
         key = unknown[1]
