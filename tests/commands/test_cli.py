@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a small real run of every command, run again, and what it says when something is wrong."""
+"""The command line: a small run of every command, the same command again, the help, and the errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,16 @@ from helpers.commands import SETTINGS, options, read
 from cotgrpo import huge_pages
 from cotgrpo.cli import COMMANDS, main, make_parser
 from cotgrpo.config.files import option_names
+from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.logs.metrics_log import read_metrics
+from cotgrpo.quickstart.quickstart import teach
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.training.loop import TIME_KEYS
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder that `sft` and `grpo` have filled, with the rows and the config beside it."""
+    """A run folder that `sft` and `grpo` have filled, next to the rows and the config."""
     folder = tmp_path_factory.mktemp("cli")
     write_triples(folder / "rows.jsonl", ProceduralTeacher(seed=1).draw(120))
     (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{SETTINGS}", encoding="utf-8")
@@ -140,8 +143,9 @@ def test_a_loss_that_is_never_finite_stops_the_run(
     assert "3 updates in a row were skipped" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_goes_on(trained: Path, tmp_path: Path) -> None:
-    """`tests/test_train_loop.py` kills the loop at many moments; here it is the whole command, once."""
+    """`tests/training` kills the loop at many moments; here it is the whole command, once."""
 
     def start(run_dir: Path) -> subprocess.Popen[str]:
         arguments = options(trained, "--run_dir", str(run_dir), "--sft.steps", "40", "--sft.log_every", "3")
@@ -238,8 +242,9 @@ def test_help_is_quick() -> None:
     assert done.stdout.endswith("\nFalse\n") and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole command at toy size; `tests/test_quickstart.py` runs it in full."""
+    """The whole command at toy size; `tests/quickstart` runs it in full."""
     toy = tmp_path / "toy.yaml"
     toy.write_text(SETTINGS.replace("data: {seq_len: 256, test_rows: 20}", "data: {seq_len: 256}"), encoding="utf-8")
     arguments = ["quickstart", "--out", str(tmp_path / "run"), "--config", str(toy)]
@@ -253,12 +258,6 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
         in report["notes"][1]
     )
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "accuracy.svg").is_file()
-    train, questions, test = (
-        {json.loads(line)["question"] for line in (tmp_path / "run" / name).read_text().splitlines()}
-        for name in ("train.jsonl", "questions.jsonl", "test.jsonl")
-    )
-    assert (len(train), len(questions), len(test)) == (250, 4_000, 500)
-    assert len(train | questions | test) == 4_750, "no question is in two of them"
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("is complete") == 3
@@ -266,6 +265,33 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
     assert main([*arguments, "--seed", "5"]) == 2
     assert "seed (0 there, 5 now)" in capsys.readouterr().err
     assert (tmp_path / "run" / "train.jsonl").read_bytes() == rows
+
+
+def test_the_rows_of_the_quick_start(tmp_path: Path) -> None:
+    for _ in range(2):
+        teach(tmp_path, 0)
+        train, questions, test = (
+            {json.loads(line)["question"] for line in (tmp_path / name).read_text().splitlines()}
+            for name in ("train.jsonl", "questions.jsonl", "test.jsonl")
+        )
+        assert (len(train), len(questions), len(test)) == (250, 4_000, 500)
+        assert len(train | questions | test) == 4_750, "no question is in two of them"
+        teach(tmp_path, 1)  # the rows are there already
+
+
+def test_a_student_from_scratch_is_exported(trained: Path, tmp_path: Path) -> None:
+    moved, out = tmp_path / "moved", tmp_path / "export"
+    shutil.copytree(trained / "run" / "sft", moved / "sft")
+    assert main(["export", "--run_dir", str(moved), "--out", str(out)]) == 0
+    assert read(out / "config.json")["model_type"] == "llama"
+    assert load_tokenizer(out).convert_tokens_to_ids("<eos>") == read(out / "generation_config.json")["eos_token_id"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Next-token loss on the sequence, from scratch" in card and "GhostRespond" not in card
+    # The shape in the config file does not apply to --model.
+    assert main(["eval", *options(trained), "--model", str(out), "--out", str(tmp_path / "eval")]) == 0
+    measured, after = read(tmp_path / "eval" / "eval.json"), read(moved / "sft" / "after.json")
+    assert measured["loss"] == pytest.approx(after["loss"], rel=1e-6)
+    assert measured["replies"] == after["replies"]
 
 
 PAGES = f"""

@@ -1,4 +1,4 @@
-"""Pretrained students through the command line: a model folder in, SFT, GRPO, a model folder out that says and scores the same."""
+"""Pretrained students through the command line: a model folder in, SFT, GRPO, and an equal model folder out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers.commands import PRETRAINED_SETTINGS, error_of, logits_of, options, read, write_rows_and_model
+from helpers.commands import error_of, logits_of, options, read, write_rows_and_model
 from safetensors.numpy import load_file
 
 from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
 from cotgrpo.config import load_config
-from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
+from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.models import load_pretrained
 from cotgrpo.training import stages
 from cotgrpo.training.inputs import load_eval_inputs
@@ -24,18 +24,26 @@ from cotgrpo.training.inputs import load_eval_inputs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, a model and a config; `chat` and `plain` are runs of both stages."""
+    """Rows, a model and a config; `chat` is a run of both stages."""
     folder = tmp_path_factory.mktemp("pretrained")
     write_rows_and_model(folder)
-    for form in ("chat", "plain"):
-        for command in ("sft", "grpo"):
-            assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
+    train(folder, "chat")
     return folder
 
 
-@pytest.mark.parametrize("form", ["chat", "plain"])
+def train(folder: Path, form: str) -> Path:
+    """A run of both stages with this format of the data, unless it is there."""
+    for command in ("sft", "grpo"):
+        assert main([command, *options(folder, "--data.format", form, "--run_dir", str(folder / form))]) == 0
+    return folder / form
+
+
+FORMS = ["chat", pytest.param("plain", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_trained_exported_and_measured_again(form: str, folder: Path, tmp_path: Path) -> None:
-    run, out = folder / form, tmp_path / "export"
+    run, out = train(folder, form), tmp_path / "export"
     loss = read(run / "grpo" / "report.json")["held_out_loss"]
     assert list(loss) == ["base", "sft", "grpo"] and loss["grpo"] < loss["sft"] < loss["base"]
     assert main(["export", "--run_dir", str(run), "--out", str(out)]) == 0
@@ -93,10 +101,12 @@ def test_the_first_stage_starts_from_the_weights(folder: Path) -> None:
     assert before["loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that goes on, the next stage, eval and export need config.json and the tokenizer alone."""
+    """A resumed stage, the next stage, eval and export need config.json and the tokenizer alone."""
     model = shutil.copytree(folder / "model", tmp_path / "model")
-    arguments = options(folder, "--run_dir", str(tmp_path / "run"), "--student.path", str(model))
+    more = ["--run_dir", str(tmp_path / "run"), "--student.path", str(model), "--data.format", "chat"]
+    arguments = options(folder, *more)
     with monkeypatch.context() as patch:
 
         def stop(*args: Any, **kwargs: Any) -> None:
@@ -110,38 +120,18 @@ def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert main(["grpo", *arguments]) == 0
     assert main(["eval", "--run_dir", str(tmp_path / "run")]) == 0
     assert main(["export", "--run_dir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
-    got, want = (read(run / "grpo" / "report.json") for run in (tmp_path / "run", folder / "plain"))
+    got, want = (read(run / "grpo" / "report.json") for run in (tmp_path / "run", folder / "chat"))
     assert got["samples"] == want["samples"] and got["held_out_loss"] == want["held_out_loss"]
 
 
+@pytest.mark.slow
 def test_grpo_straight_from_the_model_and_near_it(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "model")
-    arguments = options(folder, "--run_dir", str(tmp_path), "--grpo.init_from", model)
+    arguments = options(folder, "--run_dir", str(tmp_path), "--grpo.init_from", model, "--data.format", "chat")
     assert main(["grpo", *arguments, "--grpo.reference_kl", "0.5"]) == 0
     report = read(tmp_path / "grpo" / "report.json")
     assert list(report["accuracy"]) == ["base", "grpo"]
-    assert report["held_out_loss"]["base"] == read(folder / "plain" / "sft" / "before.json")["loss"]
-
-
-def test_a_student_from_scratch_is_exported(folder: Path, tmp_path: Path) -> None:
-    shape = "{width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}"
-    (tmp_path / "c.yaml").write_text(
-        f"student: {shape}\ntokenizer: {{vocab_size: 300}}\n{PRETRAINED_SETTINGS}", encoding="utf-8"
-    )
-    arguments = ["--config", str(tmp_path / "c.yaml"), "--data.train", str(folder / "rows.jsonl")]
-    assert main(["sft", *arguments, "--run_dir", str(tmp_path / "run")]) == 0
-    moved = (tmp_path / "run").rename(tmp_path / "moved")
-    out = tmp_path / "export"
-    assert main(["export", "--run_dir", str(moved), "--out", str(out)]) == 0
-    assert read(out / "config.json")["model_type"] == "llama"
-    assert load_tokenizer(out).convert_tokens_to_ids("<eos>") == read(out / "generation_config.json")["eos_token_id"]
-    card = (out / "README.md").read_text(encoding="utf-8")
-    assert "Next-token loss on the sequence, from scratch" in card and "GhostRespond" not in card
-    # The config file's shape does not count beside --model.
-    assert main(["eval", *arguments, "--model", str(out), "--out", str(tmp_path / "eval")]) == 0
-    measured, trained = read(tmp_path / "eval" / "eval.json"), read(moved / "sft" / "after.json")
-    assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-6)
-    assert measured["replies"] == trained["replies"]
+    assert report["held_out_loss"]["base"] == read(folder / "chat" / "sft" / "before.json")["loss"]
 
 
 def test_held_out_rows_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,12 +146,12 @@ def test_held_out_rows_alone(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "--model: expected one argument" in error_of(capsys)
 
 
-@pytest.mark.parametrize("form", ["chat", "plain"])
+@pytest.mark.parametrize("form", FORMS)
 def test_transformers_computes_the_same(form: str, folder: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "export"
-    assert main(["export", "--run_dir", str(folder / form), "--out", str(out)]) == 0
+    assert main(["export", "--run_dir", str(train(folder, form)), "--out", str(out)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = load_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -183,12 +173,12 @@ def test_transformers_computes_the_same(form: str, folder: Path, tmp_path: Path)
 
 
 def test_another_model_in_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sft", *options(folder, "--run_dir", str(folder / "plain"), "--student.path", "a/b")]) == 2
+    assert main(["sft", *options(folder, "--run_dir", str(folder / "chat"), "--student.path", "a/b")]) == 2
     assert f"student.path ('{folder / 'model'}' there, 'a/b' now)" in error_of(capsys)
 
 
 def test_export_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, out = ["--run_dir", str(folder / "plain")], ["--out", str(tmp_path / "out")]
+    run, out = ["--run_dir", str(folder / "chat")], ["--out", str(tmp_path / "out")]
     for arguments, message in (
         (out, "needs --run_dir DIR"),
         (run, "and --out FOLDER"),
