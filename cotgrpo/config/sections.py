@@ -150,7 +150,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optional:
+class OptionalSection:
     """A section that is None if its setting `switch` is 0."""
 
     switch: str
@@ -186,10 +186,10 @@ def choice(switch: str, alternatives: Mapping[str, type[DataclassInstance]], def
 
 def optional(switch: str, section: type[DataclassInstance]) -> Any:
     """Return a dataclass field that holds a section, or None if its setting `switch` is 0."""
-    return dataclasses.field(default=None, metadata={"dependent": Optional(switch, section)})
+    return dataclasses.field(default=None, metadata={"dependent": OptionalSection(switch, section)})
 
 
-def dependent(field: dataclasses.Field[Any]) -> Choice | Optional | None:
+def dependent(field: dataclasses.Field[Any]) -> Choice | OptionalSection | None:
     """Return how a field's section depends on its switch, if it does."""
     return field.metadata.get("dependent")
 
