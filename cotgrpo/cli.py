@@ -142,7 +142,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     from cotgrpo.checkpoints.manager import CheckpointError
     from cotgrpo.checkpoints.object_stores import without_tracebacks
     from cotgrpo.config import ConfigError
-    from cotgrpo.data.triples import DataError
+    from cotgrpo.data.sources import DataError
     from cotgrpo.distributed.peer_monitor import watch_peers
     from cotgrpo.distributed.processes import process_console
     from cotgrpo.models.huggingface.families import ModelError

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cotgrpo.bench.command import run_bench
-from cotgrpo.data.triples import DataError
+from cotgrpo.data.sources import DataError
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,5 +41,5 @@ def run(options: Options, console: Console) -> None:
 
     given = options.values
     if given.run_dir is None or given.out is None:
-        raise ConfigError("export needs --run_dir DIR, the folder of the run, and --out FOLDER, a folder for the model.")
+        raise ConfigError("export needs --run_dir DIR, the run's folder, and --out FOLDER for the model.")
     run_export(Path(given.run_dir), Path(given.out), given.dtype, console, adapter=given.adapter)
