@@ -23,7 +23,6 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
-    from jax.tree_util import KeyPath
     from jaxtyping import Shaped
 
     from cotgrpo.types import Array, Params, PyTree
@@ -127,8 +126,8 @@ def check_mesh(shape: Mapping[str, int], sizes: Mapping[str, int]) -> None:
         if sizes[name] % shape.get(axis, 1):
             divisor = math.gcd(*(sizes[other] for other, own in splits.items() if own == axis))
             raise ValueError(
-                f"The mesh axis {axis}={shape[axis]} does not divide the model's {name}, {sizes[name]}, which it splits: "
-                f"expected a divisor of {divisor}."
+                f"The mesh axis {axis}={shape[axis]} does not divide the model's {name}, {sizes[name]}, "
+                f"which it splits: expected a divisor of {divisor}."
             )
 
 
@@ -169,7 +168,7 @@ def param_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P
 def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Return the `NamedSharding` of every leaf of a train state or parameter tree, by `PARAM_RULES`."""
 
-    def of(path: KeyPath, leaf: jax.ShapeDtypeStruct | Array) -> NamedSharding:
+    def of(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct | Array) -> NamedSharding:
         name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
         return NamedSharding(mesh, param_spec(name, leaf.shape, mesh.shape))
 

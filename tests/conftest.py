@@ -22,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses o
 # Most of the time goes into compiling, and half of that into LLVM's optimizations; XLA's own are made all the same.
 # `XLA_FLAGS= python -m pytest` tests the programs that users run, as CI does with the slow tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the programs that `compilation_cache` below keeps
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the programs in the cache below
 # A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,7 +55,7 @@ JaxtypingTransformer.visit_ClassDef = JaxtypingTransformer.generic_visit  # type
 jaxtyping.install_import_hook(PACKAGE, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 pytest.register_assert_rewrite("helpers")
 
-# For meshes. Code that names no mesh runs on the first device. Subprocesses of a test have one device, as a user's have.
+# For meshes. Code that names no mesh runs on the first device. A test's subprocesses have one device, as a user's have.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -65,7 +65,7 @@ hypothesis.settings.load_profile("cotgrpo")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs are kept for this run of the tests and the processes they start, not in the user's folder: many tests compile the same one."""
+    """Keep compiled programs for this run of the tests and the processes it starts, outside the user's folder."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("programs"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -90,7 +90,7 @@ sys.meta_path.insert(0, NothingElse)
 
 @pytest.fixture
 def run_on_the_core_alone() -> Callable[..., str]:
-    """`run(program, *arguments)`: the output of a Python program in which nothing but jax, flax, optax and numpy can be imported."""
+    """`run(program, *arguments)` returns the output of a program that can import jax, flax, optax and numpy alone."""
 
     def run(program: str, *arguments: str) -> str:
         root = Path(__file__).parents[1]

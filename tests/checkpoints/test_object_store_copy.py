@@ -176,7 +176,7 @@ def start(folder: Path, environment: dict[str, str], command: str, *more: str) -
 
 
 def test_s3(s3: dict[str, str], tmp_path: Path) -> None:
-    """Killed as soon as a copy is there, resumed on a new machine, evaluated: the rows and the loss of an undisturbed run."""
+    """Killed once a copy exists and resumed on a new machine, a run has the rows and loss of an undisturbed one."""
     commands(tmp_path, "s3://kept/runs")
     more = ("--sft.steps", "40", "--checkpoint.every", "4", "--checkpoint.keep", "2", "--sft.eval_every", "0")
     calm = ("--run_dir", str(tmp_path / "calm"), "--checkpoint.folder", str(tmp_path / "calm_kept"))

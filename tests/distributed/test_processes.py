@@ -314,7 +314,11 @@ student: {width: 32, num_layers: 1, num_heads: 4, num_kv_heads: 2, head_dim: 8, 
 tokenizer: {vocab_size: 300}
 data: {seq_len: 128, test_rows: 8}
 sft: {steps: 1, batch_size: 4}
-grpo: {steps: 3, batch_size: 4, log_every: 1, ghosts: {source: privileged_self, max_new_tokens: 8, updates_per_rollout: 2}}
+grpo:
+  steps: 3
+  batch_size: 4
+  log_every: 1
+  ghosts: {source: privileged_self, max_new_tokens: 8, updates_per_rollout: 2}
 eval: {rows: 8, batch_size: 8, max_new_tokens: 8}
 mesh: {fsdp: 2}
 """

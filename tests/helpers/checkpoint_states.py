@@ -47,7 +47,7 @@ def latest(directory: Path, like: TrainState | None = None) -> tuple[TrainState,
 
 
 def small_file_system(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Yields `mount(size) -> folder`, which mounts a file system of that size there, or gives the mounted one that size."""
+    """Yield `mount(size) -> folder`, which mounts a file system of that size or resizes the mounted one."""
     folder.mkdir()
 
     def mount(size: str) -> Path:
@@ -62,5 +62,5 @@ def small_file_system(folder: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-# Orbax gives up at the first error, and leaves the coroutines of other files to the garbage collector, with errors that nobody reads.
+# Orbax stops at the first error. It leaves the coroutines of other files, and their errors, to the garbage collector.
 ORBAX_LEAVES_ERRORS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

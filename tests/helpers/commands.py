@@ -63,7 +63,7 @@ CHATML = (
 
 
 def write_model(folder: Path, texts: list[str]) -> Path:
-    """A random model with a padded embedding, whose turns end with another token than its texts, and a second stop token."""
+    """Write a random model with a padded embedding and two stop tokens: one ends a text, one a turn."""
     tokenizer = train_tokenizer(texts, vocab_size=320, special_tokens=CONTROLS)
     tokenizer.chat_template = CHATML
     config = DecoderConfig(

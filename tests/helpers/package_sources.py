@@ -51,7 +51,8 @@ def walk(node: ast.AST, types_only: bool, lazy: bool) -> Iterator[Import]:
         elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             yield from walk(child, True, lazy)
         else:
-            yield from walk(child, types_only, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+            in_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from walk(child, types_only, lazy or in_function)
 
 
 def from_import(node: ast.ImportFrom, types_only: bool, lazy: bool) -> Iterator[Import]:

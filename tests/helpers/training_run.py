@@ -46,7 +46,7 @@ STUDENT = Student(
 
 
 class Batches:
-    """Packed batches of made-up documents, and something that happens as batch n is taken: `hook(n, batch) -> batch`."""
+    """Packed batches of made-up documents. `hook(n, batch) -> batch` runs as batch n is taken."""
 
     def __init__(self, hook: Callable[[int, Any], Any] = lambda number, batch: batch) -> None:
         rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def spread(params: Any) -> dict[str, float]:
 
 
 class SharedStep:
-    """The step of most tests, compiled by the first of them. Drawn tokens, so that the run's random numbers are tested too."""
+    """The step of most tests, compiled once. It draws tokens, so the tests cover random numbers too."""
 
     compiled: Any = None
 

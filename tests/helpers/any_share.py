@@ -1,7 +1,7 @@
 """Measures how many parameters of the package are annotated `Any`.
 
-    python tests/any_share.py            a line for each room
-    python tests/any_share.py sampling   the parameters themselves, of the rooms named
+    python tests/helpers/any_share.py            a line for each room
+    python tests/helpers/any_share.py sampling   the parameters themselves, of the rooms named
 
 `test_signatures.py` holds the shares.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "cotgrpo"
+PACKAGE = Path(__file__).parents[2] / "cotgrpo"
 CORE = ("types", "objectives", "tiled_loss", "train_steps", "sharding", "sampling", "models")
 """The rooms whose arguments are arrays."""
 
@@ -26,7 +26,8 @@ def room_of(path: Path) -> str:
 def parameters(path: Path) -> Iterator[tuple[str, bool]]:
     """Yields `(place, is_any)` for each parameter of each function in a file, methods and nested functions included.
 
-    `Any | None`, `*args: Any` and `**kwargs: Any` count as `Any`. A parameter without annotation counts too, but for `self` and `cls`.
+    `Any | None`, `*args: Any` and `**kwargs: Any` count as `Any`. So does a parameter without annotation, except `self`
+    and `cls`.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
