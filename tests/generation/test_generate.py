@@ -20,6 +20,7 @@ from helpers.faulty_server import FaultyServer
 
 from cotgrpo.cli import main
 from cotgrpo.config import ConfigError, GenerateConfig, parse_settings, save_config
+from cotgrpo.config.generate import VerifyConfig
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import read_triples
 from cotgrpo.generation.generate import load_questions, run_generate
@@ -236,6 +237,11 @@ def test_questions_get_ids_and_repeated_texts_are_left_out(tmp_path: Path) -> No
         ("3", "what is\nit", "7"),
     ]
     assert report.dropped == {"duplicate": 1, "other split": 1} and test is None and questions[0].row["answer"] == "2"
+    _, report, _ = load_questions(GenerateConfig(questions=str(path), split="train", max_questions=3))
+    assert report.dropped["beyond max_questions"] == 1
+    verify = VerifyConfig(test_sets=str(path), ngram=1)
+    with pytest.raises(DataError, match=r"No question is left to ask[^$]*contaminated"):
+        load_questions(GenerateConfig(questions=str(path), split="train", verify=verify))
     path.write_text(
         '{"question": "a", "id": 1, "gold": 1}\n{"question": "b", "id": "1", "gold": 1}\n', encoding="utf-8"
     )

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from cotgrpo.cli import main
-from cotgrpo.data.triples import read_triples
+from cotgrpo.data.sources import DataError
+from cotgrpo.data.triples import Triple, read_triples
+from cotgrpo.teachers.editing import read_edited, read_student_replies, write_pairs
 
 
 def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
@@ -84,3 +86,30 @@ def test_gold_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["gold", *arguments]) == 2
         error = capsys.readouterr().err
         assert all(fact in error for fact in facts), error
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"replies.jsonl:1: not valid JSON"),
+        ('{"question": "q"}', r"replies.jsonl:1: expected a question and the student's reply"),
+        ('{"reply": {"text": "t"}}', r"replies.jsonl:1: expected a question and the student's reply"),
+    ],
+)
+def test_files_that_hold_no_replies(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "replies.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_student_replies(path)
+
+
+def test_nothing_to_edit_and_nothing_edited(tmp_path: Path) -> None:
+    ghost = Triple("q", "r", "1", source="f:1")
+    with pytest.raises(DataError, match=r"Nothing to edit[^$]*no reply of the student: f:1"):
+        write_pairs(tmp_path / "edit.jsonl", [ghost], {})
+    write_pairs(tmp_path / "edit.jsonl", [ghost], {"q": "2"})
+    with pytest.raises(DataError, match=r"edit.jsonl: no triple[^$]*not edited"):
+        read_edited(tmp_path / "edit.jsonl", rows="edited")
+    (tmp_path / "edit.jsonl").write_text("{\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"edit.jsonl:1: not valid JSON"):
+        read_edited(tmp_path / "edit.jsonl")

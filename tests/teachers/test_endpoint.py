@@ -238,6 +238,8 @@ def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TeacherError, match="OPENAI_API_KEY is not set"):
         EndpointTeacher(elsewhere)
     assert EndpointTeacher(EndpointSettings("http://localhost:1/v1", "m")).api_key == "none"
+    with pytest.raises(TeacherError, match=r"teacher\.model is not set"):
+        EndpointTeacher(EndpointSettings("http://localhost:1/v1"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9-1234567890")
     with pytest.raises(TeacherError, match="an HTTP header cannot") as caught:
         EndpointTeacher(elsewhere)
