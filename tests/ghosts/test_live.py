@@ -88,7 +88,7 @@ def test_the_distribution_after_exactly_that_prefix(reads: Any) -> None:
     want = np.argsort(-log_q, axis=-1)[:, :4]
     np.testing.assert_array_equal(np.asarray(ghosts.extra["top_ids"])[supervised], want)
     np.testing.assert_allclose(
-        np.asarray(ghosts.top_log_probs)[supervised], np.take_along_axis(log_q, want, -1), atol=1e-5
+        np.asarray(ghosts.extra["top_log_probs"])[supervised], np.take_along_axis(log_q, want, -1), atol=1e-5
     )
     np.testing.assert_array_equal(ghosts.ghost_tokens[supervised], ghosts.extra["top_ids"][supervised][:, 0])
     assert not np.asarray(ghosts.extra["top_ids"])[~supervised].any()
