@@ -58,7 +58,8 @@ def test_merged_export_says_and_scores_the_same(folder: Path, tmp_path: Path) ->
     measured, trained = read(tmp_path / "eval" / "eval.json"), read(folder / "run" / "grpo" / "after.json")
     assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-6)
     assert measured["replies"] == trained["replies"]
-    assert "rank: 4" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert all(text in card for text in ("rank: 4", "Stage grpo, step 2 of 2", "Pair(beta=1.0"))
     assert main(["eval", "--run_dir", str(folder / "run")]) == 0
     assert read(folder / "run" / "grpo" / "eval.json")["loss"] == pytest.approx(trained["loss"], rel=1e-6)
 
