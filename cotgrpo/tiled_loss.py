@@ -212,7 +212,7 @@ def map_live_tiles(
     tile: Callable[[PyTree, PyTree, Bool[Array, "T"]], tuple[PyTree, PyTree]],
     rows: PyTree,
     heads: PyTree,
-    is_live: Bool[Array, "*batch"],
+    weight: Float[Array, "*batch"] | Bool[Array, "*batch"],
     *,
     vocab_size: int,
     tile_size: int | None = None,
@@ -223,21 +223,21 @@ def map_live_tiles(
         tile: `tile(rows_T, heads, is_live_T) -> (sums, out_T)`.
         rows: arrays `[B, T, ...]` or `[N, ...]`.
         heads: arrays `[D, V]` that every tile reads whole.
-        is_live: which tokens count; the others are skipped, but a tile may hold some.
+        weight: tokens of weight 0 are skipped, but a tile may hold some.
         vocab_size: V, for the size of a tile.
         tile_size: tokens a tile; None chooses.
 
     Returns:
         The sums over all tiles, and `out` as arrays `[B, T, ...]`, zero for tokens whose tile was skipped.
     """
-    batch = is_live.shape
+    batch = weight.shape
     spec = partition_spec("BT"[: len(batch)], batch)
     shards, whole = axis_names(spec), jax.sharding.PartitionSpec()
 
-    def one_shard(rows: PyTree, heads: PyTree, is_live: Bool[Array, "..."]) -> tuple[PyTree, PyTree]:
-        shape = is_live.shape
-        flat = jax.tree.map(lambda x: x.reshape(is_live.size, *x.shape[len(shape) :]), rows)
-        live_N = is_live.reshape(-1)
+    def one_shard(rows: PyTree, heads: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
+        shape = weight.shape
+        flat = jax.tree.map(lambda x: x.reshape(weight.size, *x.shape[len(shape) :]), rows)
+        live_N = weight.reshape(-1) != 0
         size = min(tile_size or default_tile_size(live_N.size, vocab_size), live_N.size)
         tiles = LiveTiles(jnp.argsort(~live_N, stable=True), jnp.sum(live_N), size)
         pick = lambda token_T: jax.tree.map(lambda x: x[token_T], flat)
@@ -245,7 +245,7 @@ def map_live_tiles(
         return sums, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
 
     if not shards:
-        return one_shard(rows, heads, is_live)
+        return one_shard(rows, heads, weight)
 
     def stacked(*arguments: PyTree) -> tuple[PyTree, PyTree]:
         sums, out = one_shard(*arguments)
@@ -259,7 +259,7 @@ def map_live_tiles(
         out_specs=(jax.sharding.PartitionSpec(shards), spec),
         axis_names=set(shards),
         check_vma=False,
-    )(rows, heads, is_live)
+    )(rows, heads, weight)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), partial), out
 
 
@@ -322,7 +322,7 @@ class TiledLoss:
             tile,
             (hidden, inputs, uniform, reference_hidden),
             (head_DV, reference_head),
-            inputs.weight != 0,
+            inputs.weight,
             vocab_size=hidden.shape[-1] if head_DV is None else head_DV.shape[1],
             tile_size=self.tile_size,
         )
