@@ -7,6 +7,7 @@ dtype or type raises. NumPy arrays pass as arrays, as they do in JAX.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -19,9 +20,12 @@ from types import ModuleType
 PACKAGE = "cotgrpo"
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported; subprocesses of the tests inherit it
-# Most of the time goes into compiling, and half of that into LLVM's optimizations; XLA's own are made all the same.
-# `XLA_FLAGS= python -m pytest` tests the programs that users run, as CI does with the slow tests.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling takes most of the time, so LLVM optimizes nothing and JAX 0.10 uses the emitters that compile fastest.
+# `XLA_FLAGS= python -m pytest` tests the programs that users run. CI runs the slow tests so.
+fast_to_compile = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process on a flag that it does not know
+    fast_to_compile += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", fast_to_compile)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the programs in the cache below
 # A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

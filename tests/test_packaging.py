@@ -35,7 +35,7 @@ THIRD_PARTY = [
     (f"cotgrpo/{module.replace('.', '/')}:{found.line}", found)
     for module, imports in IMPORTS.items()
     for found in imports
-    if not found.own and found.top not in sys.stdlib_module_names
+    if not found.own and found.top not in sys.stdlib_module_names | {"_typeshed"}  # type checkers bring it
 ]
 
 
