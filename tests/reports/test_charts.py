@@ -11,7 +11,7 @@ import pytest
 
 from cotgrpo.reports import charts
 from cotgrpo.reports.charts import Curve, axis, curve_chart, downsample, interval_chart
-from cotgrpo.reports.formats import escape_text, format_number, format_percent
+from cotgrpo.reports.formats import escape_text, format_duration, format_number, format_percent
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -164,6 +164,11 @@ def luminance(colour: str) -> float:
 )
 def test_numbers(value: float, shown: str) -> None:
     assert format_number(value) == shown
+
+
+def test_durations() -> None:
+    shown = [format_duration(seconds) for seconds in (4.21, 59.96, 233.4, 3_725, float("inf"))]
+    assert shown == ["4.2 s", "1 min 00 s", "3 min 53 s", "1 h 02 min", "unknown"]
 
 
 def test_percentages() -> None:

@@ -293,6 +293,10 @@ def test_one_stage(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", report, {"grpo": log_rows("grpo", 100)}, single=True))
     assert "GRPO" in page.of("name") and "SFT" not in page.of("name")
     assert page.of("p")[0].startswith("A fine-tuned student model was trained on with GRPO.")
+    (tmp_path / "on_policy").mkdir()
+    report = results() | {"wall_seconds": {"on_policy": 5}}
+    page = page_of(write_run(tmp_path / "on_policy", report, {}))
+    assert page.of("p")[0].startswith("A student model was trained: On-policy.")
 
 
 def test_nothing_measured(tmp_path: Path) -> None:
