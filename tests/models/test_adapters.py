@@ -1,4 +1,7 @@
-"""LoRA adapters in and out, in `peft`'s format. Against `peft` itself where torch is installed (`pip install 'cotgrpo[parity]'`)."""
+"""LoRA adapters in and out, in `peft`'s format.
+
+Compared with `peft` itself if torch is installed (`pip install 'cotgrpo[parity]'`).
+"""
 
 from __future__ import annotations
 

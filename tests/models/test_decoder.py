@@ -1,4 +1,4 @@
-"""The decoder against a forward pass written out in NumPy, its causality, its key/value cache, and its size in depth."""
+"""The decoder against a NumPy forward pass, its causality, its key/value cache and its size in depth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from cotgrpo.models.decoder import (
     make_student,
 )
 
-# Weights of this size make attention sharp and every layer matter; at the usual 0.02 a wrong layer would hide in the residual stream.
+# Weights of this size make attention sharp and every layer matter.
+# At the usual 0.02 a wrong layer would hide in the residual stream.
 CONFIG = DecoderConfig(
     vocab_size=61,
     width=32,
@@ -168,7 +169,10 @@ def packed_row(lengths: tuple[int, ...], width: int) -> tuple[np.ndarray, np.nda
 
 
 def test_a_row_depends_on_its_own_document_up_to_itself_and_on_nothing_else() -> None:
-    """d output_t / d input_s, exactly zero or clearly not. Every slot holds another token id, so row s of the embedding is input s."""
+    """d output_t / d input_s is exactly zero or clearly not.
+
+    Every slot holds another token id, so row s of the embedding is input s.
+    """
     lengths, T = (9, 6, 1), 20
     positions, segments = packed_row(lengths, T)
     params, tokens = make_params(CONFIG), np.arange(T, dtype=np.int32)[None]
@@ -341,7 +345,7 @@ def test_initial_weights_have_the_scale_asked_for() -> None:
 
 
 def test_a_train_step_is_one_program_at_any_depth() -> None:
-    """The lowered text holds a loop over layers, not a copy for each: 32 layers make it as long as 4, to one percent."""
+    """The lowered text loops over layers: 32 layers make it as long as 4, to one percent."""
 
     def lowered(layers: int) -> str:
         config = dataclasses.replace(CONFIG, num_layers=layers)

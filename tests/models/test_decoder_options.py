@@ -1,4 +1,4 @@
-"""What families add to the decoder, without their oracle: windows, caps, norms, two rotary bases, and that they cost nothing when off."""
+"""What families add to the decoder, without an oracle: windows, caps, norms, two rotary bases. Off, they cost nothing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_decode_agrees_with_the_whole_pass(config: DecoderConfig) -> None:
 
 @pytest.mark.parametrize(("config", "reach"), [(WINDOWED, 8), (dataclasses.replace(PLAIN, num_layers=1, window=3), 2)])
 def test_the_window_bounds_what_a_token_sees(config: DecoderConfig, reach: int) -> None:
-    """By gradients: through L layers of a window of W, a row depends on the (W - 1) L tokens before it, and on no others."""
+    """Through L layers of a window of W, a row depends on the (W - 1) L tokens before it, and on no others."""
     params, (tokens, positions, segments) = random_params(config), batch(rows=1)
 
     def last_row(table: jax.Array) -> jax.Array:
@@ -151,7 +151,10 @@ def test_attention_in_numpy() -> None:
 
 
 def test_scalings_by_hand() -> None:
-    """theta 10,000 and H = 8: frequencies 1, 0.1, 0.01, 0.001; they turn 15.9, 1.59, 0.159 and 0.0159 times in 100 positions."""
+    """theta 10,000 and H = 8 give frequencies 1, 0.1, 0.01 and 0.001.
+
+    They turn 15.9, 1.59, 0.159 and 0.0159 times in 100 positions.
+    """
     plain = np.array([1, 0.1, 0.01, 0.001], np.float32)
     np.testing.assert_allclose(scaled_frequencies(1e4, 8, None), plain, rtol=1e-6)
     np.testing.assert_allclose(scaled_frequencies(1e4, 8, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)

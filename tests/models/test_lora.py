@@ -170,7 +170,7 @@ def test_the_update_is_the_gradient_through_the_merged_weights(objective: Any, p
 def test_micro_batches_and_devices_change_nothing(
     objective: Any, dropout: float, sizes: dict[str, int], params: Any
 ) -> None:
-    """Neither with dropout: a row's mask follows from the row. Losses, metrics and adapters after two steps, to 1e-5."""
+    """Losses, metrics and adapters after two steps, to 1e-5; with dropout too, as a row's mask follows from the row."""
     options: Any = {
         "lora": dataclasses.replace(LORA, dropout=dropout),
         "objective": objective,
@@ -256,7 +256,7 @@ def test_the_host_loop_trains_adapters_and_resumes_on_another_mesh(
 
 
 def test_the_frozen_weights_are_an_argument_and_have_no_gradient(params: Any) -> None:
-    """No constant of the program is as large as a kernel, and no matrix product of it makes a kernel's or the stack's shape."""
+    """No constant is as large as a kernel, and no matrix product makes the shape of a kernel or of the stack."""
     tx = optax.sgd(0.1)
     step = make_lora_step(lambda s: cotgrpo.make_sft_step(s, tx), STUDENT, LORA)
     state = TrainState.create(params=trained(params), tx=tx, key=0)
@@ -312,7 +312,7 @@ def test_training_learns_and_leaves_the_frozen_weights(params: Any) -> None:
 
 
 def test_a_small_update_of_bfloat16_weights_counts(params: Any) -> None:
-    """W + a change below its last bit is W again: merged it is lost, beside it is not, and in float32 merging keeps it."""
+    """A change below the last bit of W is lost when merged, kept unmerged, and kept by a float32 merge."""
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     adapters = jax.tree.map(lambda x: 0.02 * x, trained(params))
     batch = make_batch()
@@ -340,7 +340,10 @@ class Projections(nn.Module):
 
 
 def identity(dropout: float) -> tuple[Student, Any, Any, LoraConfig]:
-    """A student that returns `dropout(x)` of both layers' projections: W = 0, and A and B are unit matrices. x is the token's id + 1."""
+    """A student that returns `dropout(x)` of both layers' projections.
+
+    W = 0, A and B are unit matrices, and x is the token's id + 1.
+    """
     width = 16
     eye = jnp.broadcast_to(jnp.eye(width), (2, width, width))
 
@@ -356,7 +359,10 @@ def identity(dropout: float) -> tuple[Student, Any, Any, LoraConfig]:
 
 
 def test_dropout() -> None:
-    """Zero or x / (1 - p), drawn apart for layers, projections, rows and tokens; the same for the same row and key; none in evaluation."""
+    """Zero or x / (1 - p), drawn apart for layers, projections, rows and tokens.
+
+    The same row and key draw the same. Evaluation draws none.
+    """
     student, params, adapters, lora = identity(0.25)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 50, (6, 20)), jnp.int32)

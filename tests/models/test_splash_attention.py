@@ -131,7 +131,7 @@ def test_a_decoder_with_local_layers_uses_it(monkeypatch: pytest.MonkeyPatch) ->
     ("remat", "calls"), [("dots", 3), ("full", 4), pytest.param("none", 3, marks=pytest.mark.slow)]
 )
 def test_dots_keeps_the_kernels_result(remat: str, calls: int) -> None:
-    """One call forward, one for each half of the backward pass; the forward one again where nothing of the layer is kept."""
+    """One call forward and one for each half of the backward pass; full remat calls the forward one twice."""
     config = DecoderConfig(
         vocab_size=31, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=16,
         attention="splash", remat=remat,

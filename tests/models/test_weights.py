@@ -262,7 +262,7 @@ print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's peak memory from /proc")
 def test_loading_takes_little_more_than_the_model(tmp_path: Path) -> None:
-    """Half of the layers of SmolLM2-135M in bfloat16, 170 MB; the model on JAX's CPU device is itself in host memory."""
+    """Half of SmolLM2-135M's layers in bfloat16, 170 MB. JAX's CPU device holds the model in host memory too."""
     config = DecoderConfig(49152, 576, 16, 9, 3, 64, 1536, param_dtype="bfloat16")
     leaves = leaves_by_path(abstract_params(config))
     shapes = {

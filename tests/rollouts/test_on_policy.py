@@ -181,7 +181,7 @@ def test_what_cannot_work_is_said_before_the_first_step(
 
 
 def test_a_student_that_is_told_the_distribution_comes_to_it() -> None:
-    """On its own contexts, by `ForwardKl` to a teacher's four likeliest of 19 tokens: the divergence falls to a tenth."""
+    """`ForwardKl` to a teacher's four likeliest of 19 tokens, on own contexts: the divergence falls to a tenth."""
     config = dataclasses.replace(SHAPE, vocab_size=19)
     params, teacher_params = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
     student, tx = make_student(config), optax.adam(0.01)
@@ -201,7 +201,7 @@ def test_a_student_that_is_told_the_distribution_comes_to_it() -> None:
 
 
 def test_replies_used_again_are_weighted_by_what_came_before() -> None:
-    """Against NumPy: the clipped product of the ratios of the reply's earlier tokens; and 1 for the student that wrote them."""
+    """The clipped product of the ratios of a reply's earlier tokens, against NumPy; 1 for the student that wrote it."""
     config = DecoderConfig(vocab_size=19, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
     old = init_params(config, jax.random.key(0))
     new = jax.tree.map(lambda x: 1.5 * x, old)

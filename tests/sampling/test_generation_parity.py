@@ -41,7 +41,7 @@ TIE = 1e-4
 
 
 class Case(NamedTuple):
-    """A random model, saved with two stop tokens in its generation config, and both sides' replies to `PROMPTS` without one."""
+    """A random model saved with two stop tokens, and both sides' replies to `PROMPTS` without one."""
 
     model: Any
     folder: Path
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 def torch_greedy(model: Any, prompts: Prompts, new: int, pad_id: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What `generate` writes: tokens `[B, new]`, filled with `pad_id` behind the end, and logits `[B, n, V]`, n <= new."""
+    """What `generate` returns: tokens `[B, new]`, padded with `pad_id`, and logits `[B, n, V]`, n <= new."""
     P = prompts.tokens.shape[1]
     real = np.arange(P)[None, :] >= P - prompts.lengths[:, None]
     out = model.generate(
@@ -79,7 +79,7 @@ def greedy(loaded: Pretrained, prompts: Prompts, new: int = NEW, **options: Any)
 
 
 def count_tied(got: np.ndarray, want: np.ndarray, logits: np.ndarray, tie: float) -> int:
-    """How many rows of `got` leave `want` `[B, N]`; an error unless each does so at a tie in the oracle's logits `[B, n, V]`."""
+    """Count the rows of `got` that leave `want` `[B, N]`; each must do so at a tie in the oracle's logits `[B, n, V]`."""
     tied = 0
     for row in np.flatnonzero(np.any(got != want, axis=1)):
         at = int(np.argmax(got[row] != want[row]))

@@ -60,7 +60,10 @@ def test_layers_taken_apart_before_the_call_change_nothing() -> None:
 
 
 def full_logits(tokens: np.ndarray) -> np.ndarray:
-    """The trainer's forward pass over one row: `[T, V]`. What stands behind the row is a segment of its own, so one length serves all."""
+    """The trainer's forward pass over one row: `[T, V]`.
+
+    What follows the row is a segment of its own, so one length serves all.
+    """
     ids = np.zeros((1, COLUMNS), np.int32)
     ids[0, : len(tokens)] = tokens
     segments = (np.arange(COLUMNS, dtype=np.int32) < len(tokens)).astype(np.int32)[None]
@@ -115,7 +118,7 @@ def test_padding_and_batch_mates_change_nothing(temperature: float) -> None:
     [(3, 1.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0.0), (8, 0.7), (99, 1.0)))],
 )
 def test_a_small_decode_batch_writes_the_same_replies(decode_batch_size: int, temperature: float) -> None:
-    """Replies of 1 to 12 tokens to prompts of 1 to 8; some rows hold no prompt. Log-probabilities against the trainer's, too."""
+    """Replies of 1 to 12 tokens to prompts of 1 to 8, some rows empty; log-probabilities against the trainer's too."""
     rng = np.random.default_rng(0)
     asked = [rng.integers(0, 37, rng.integers(1, 9)).astype(np.int32) for _ in range(19)]
     options: dict[str, Any] = {"eos_ids": (0, 1, 2), "temperature": temperature, "pad_id": 33}
