@@ -1,4 +1,4 @@
-"""What families add to the decoder, without an oracle: windows, caps, norms, two rotary bases. Off, they cost nothing."""
+"""What families add to the decoder, without oracle: windows, caps, norms, two rotary bases. Off, they cost nothing."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def greedy(loaded: Pretrained, prompts: Prompts, new: int = NEW, **options: Any)
 
 
 def count_tied(got: np.ndarray, want: np.ndarray, logits: np.ndarray, tie: float) -> int:
-    """Count the rows of `got` that leave `want` `[B, N]`; each must do so at a tie in the oracle's logits `[B, n, V]`."""
+    """Count rows of `got` that leave `want` `[B, N]`; each must do so at a tie in the oracle's logits `[B, n, V]`."""
     tied = 0
     for row in np.flatnonzero(np.any(got != want, axis=1)):
         at = int(np.argmax(got[row] != want[row]))
