@@ -108,11 +108,14 @@ def new_parser(usage: str, description: str) -> ArgumentParser:
     )
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The formatter of argparse, with a wider column of options and descriptions as they are written."""
+class HelpFormatter(argparse.HelpFormatter):
+    """The formatter of argparse, with a wider column of options, and descriptions wrapped by paragraph."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(HelpFormatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
