@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cotgrpo.types import GhostBatch, SftBatch, check_arrays
+
 if TYPE_CHECKING:
     from jaxtyping import Shaped
 
@@ -310,6 +312,8 @@ class ShardedStep:
 
     def jitted(self, state: PyTree, batch: PyTree, *rest: PyTree) -> Any:
         """Return the jitted function, which the first call makes."""
+        if isinstance(batch, SftBatch | GhostBatch):
+            check_arrays(batch)
         check_batch(self.mesh.shape, *jax.tree.leaves(batch)[0].shape[:2])
         if self.compiled is None:
             state_shardings = state_sharding(state, self.mesh)

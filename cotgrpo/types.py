@@ -12,7 +12,7 @@ Everything here is a pytree of arrays, except `Student`. It holds functions, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -142,12 +142,17 @@ def check_arrays(batch: SftBatch | GhostBatch) -> None:
     Reads shapes and dtypes only, so it costs nothing when a step is traced.
     """
     kind, tokens = type(batch).__name__, batch.tokens
+    named = {name: array for name, array in vars(batch).items() if name != "extra"}
+    if named.get("drawn_tokens") is None:
+        named.pop("drawn_tokens", None)
+    if not isinstance(batch.extra, Mapping):
+        raise ValueError(f"{kind}.extra must be a dict of arrays by name, got {type(batch.extra).__name__}.")
+    for name, array in {**named, **{f"extra[{name!r}]": array for name, array in batch.extra.items()}}.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ValueError(f"{kind}.{name} must be an array, got {type(array).__name__}.")
     if len(tokens.shape) != 2:
         raise ValueError(f"{kind}.tokens must have the shape [B, T], got {tokens.shape}.")
-    named = {name: getattr(batch, name) for name in vars(batch) if name != "extra"}
     for name, array in named.items():
-        if array is None:
-            continue
         draws = name == "drawn_tokens"
         if array.shape[:2] != tokens.shape or array.ndim > 2 + draws:
             expected = f"[B, T] or [B, T, G] with [B, T] = {tokens.shape}" if draws else f"of tokens, {tokens.shape}"

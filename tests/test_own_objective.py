@@ -128,6 +128,9 @@ BAD_BATCHES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("mask", {"loss_mask": np.ones((B, 1))}, ["loss_mask", "(8, 16)", "(8, 1)"]),
     ("complex mask", {"loss_mask": np.ones((B, T), np.complex64)}, ["loss_mask", "complex64"]),
     ("draws", {"drawn_tokens": np.zeros((B, T, 2, 2), np.int32)}, ["drawn_tokens", "[B, T, G]", "(8, 16, 2, 2)"]),
+    ("a list", {"positions": [[0] * T] * B}, ["GhostBatch.positions", "array", "list"]),
+    ("nothing", {"segment_ids": None}, ["GhostBatch.segment_ids", "array", "NoneType"]),
+    ("no dict", {"extra": [np.ones((B, T))]}, ["GhostBatch.extra", "dict", "list"]),
     ("extra", {"extra": {"importance": np.ones(B)}}, ["extra['importance']", "[B, T, K]", "(8,)"]),
 ]
 
@@ -141,9 +144,11 @@ def test_a_batch_that_does_not_fit_is_one_sentence(change: dict[str, Any], words
         lambda: TrainState.create(params=init_params(CONFIG, jax.random.key(1)), tx=tx, key=jax.random.key(0))
     )
     fields = {name: value for name, value in vars(make_batch()).items() if name != "extra"} | change
-    with pytest.raises(ValueError, match=r"^GhostBatch\.[^\n]*\.(\n|$)") as error:
-        jax.eval_shape(step, state, unchecked(GhostBatch, fields))
-    assert all(word in str(error.value) for word in words), str(error.value)
+    on_a_mesh = cotgrpo.jit_step(step, mesh=cotgrpo.make_mesh(fsdp=8))
+    for trace in (lambda batch: jax.eval_shape(step, state, batch), lambda batch: on_a_mesh.lower(state, batch)):
+        with pytest.raises(ValueError, match=r"^GhostBatch\.[^\n]*\.(\n|$)") as error:
+            trace(unchecked(GhostBatch, fields))
+        assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def unchecked(kind: type, fields: dict[str, Any]) -> Any:
