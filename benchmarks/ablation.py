@@ -271,9 +271,9 @@ class Ablation:
         step = jit_step(make_grpo_step(make_student(self.decoder), tx, objective))
         state = TrainState.create(params=jax.tree.map(jnp.copy, params), tx=tx, key=seed)
         clocks, metrics = (0.0, 0.0), {}
-        follow = getattr(batches, "follow", lambda params: None)
         for number in range(steps):
-            follow(state.params)
+            if hasattr(batches, "set_params"):
+                batches.set_params(state.params)
             state, metrics = step(state, next(batches))
             if number == 0:
                 jax.block_until_ready(state)
