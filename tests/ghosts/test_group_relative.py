@@ -214,7 +214,7 @@ def test_a_run_from_the_command_line_and_its_end_after_a_cut(
         assert not row["rewards"] or (row["rewards"][0] >= 0 if row["correct"] else row["rewards"][0] <= 0)
     page = (whole / "report.html").read_text()
     assert 'id="completions"' in page and "advantage of the whole reply" in page and "the ghost agrees" not in page
-    assert "The objective of this run was the other one, group_relative" in page
+    assert "group_relative: Group Relative Policy Optimization" in page
     shutil.copytree(whole.parent, cut.parent)
     shutil.rmtree(cut / "checkpoints" / "6")
     (cut / "report.json").unlink()
