@@ -179,6 +179,7 @@ def mean_metrics(eval_step: Callable[[P, Batch], Metrics], params: P, batches: I
     """Return the means of an eval step's metrics over all tokens of the batches; `loss` is in nats per token."""
     sums: Metrics = {}
     for batch in batches:
-        for name, metric in eval_step(params, batch).items():
+        # One program at a time: CPU processes whose programs wait for each other in different orders never end.
+        for name, metric in fetch(eval_step(params, batch)).items():
             sums[name] = sums[name] + metric if name in sums else metric
     return {name: metric.mean() for name, metric in sums.items()}
