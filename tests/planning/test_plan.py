@@ -36,7 +36,7 @@ from cotgrpo.objectives import ForwardKl, GroupRelative
 from cotgrpo.planning.hlo import estimated_cycles
 from cotgrpo.planning.search import candidates
 from cotgrpo.planning.stage_plan import StagePlan
-from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, tpu_devices
+from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, no_compilation_cache, tpu_devices
 from cotgrpo.sharding import batch_sharding, make_mesh, mesh_shape, state_sharding
 from cotgrpo.types import TrainState
 from cotgrpo.xla_cpu import vocab_sum
@@ -128,8 +128,12 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
     on_first = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) for tree in placed[:4]]
     assert on_first == [expected[kind] for kind in ("parameters", "optimizer", "frozen parameters", "batch")]
     step_and_key = 4 + 8
-    # A reference that is LoRA's own base is the same argument twice, and a program leaves out what it does not read.
-    assert 0 <= sum(on_first) + step_and_key - program.memory_analysis().argument_size_in_bytes < 64
+    # A reference that is LoRA's own base is the same argument twice. A program leaves out what it does not read, such
+    # as a few scalars, and with some versions of JAX the ghost tokens of an objective without ghosts.
+    ghosts = (
+        placed[3].ghost_tokens.addressable_shards[0].data.nbytes if isinstance(grpo.objective, GroupRelative) else 0
+    )
+    assert 0 <= sum(on_first) + step_and_key - program.memory_analysis().argument_size_in_bytes < 64 + ghosts
 
 
 def test_operations_by_hand() -> None:
@@ -313,7 +317,8 @@ def test_a_total_is_a_plain_sum_on_a_tpu() -> None:
 
     def operations(sum_of: Any) -> list[str]:
         program = jax.jit(jax.vmap(lambda x_V: sum_of(jnp.exp(x_V) * x_V)), out_shardings=device)
-        text = program.trace(x_NV).lower(lowering_platforms=("tpu",)).compile().as_text()
+        with no_compilation_cache():
+            text = program.trace(x_NV).lower(lowering_platforms=("tpu",)).compile().as_text()
         return re.findall(r"\} ([a-z-]+)\(", text)
 
     assert "fusion" in operations(jnp.sum)
