@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from cotgrpo.accelerators.chips import Topology
@@ -26,13 +27,15 @@ def compile_step(step: Step, mesh: Mesh, arguments: StepArguments) -> jax.stages
 
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """Turn off JAX's compilation cache, which cannot keep a program for an absent device."""
+    """Turn off JAX's compilation cache, which cannot load a program for an absent device."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once, at its first program
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
