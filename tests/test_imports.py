@@ -6,6 +6,7 @@ It is read from the source, so it holds for every code path.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,12 @@ def room_of(module: str) -> str:
 
 def complain(module: str, found: Import, rule: str) -> str:
     return f"{MODULES[module].relative_to(ROOT)}:{found.line} imports {found.name or 'cotgrpo'}: {rule}"
+
+
+def test_the_readme_maps_every_room_in_their_order() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Map of the code")[2]
+    assert re.findall(r"^  (\w+)(?:\.py|/)", text, re.MULTILINE) == [room for room in ROOMS if room != "cli"]
+    assert "commands/, cli.py" in text
 
 
 def test_every_room_has_a_place() -> None:
