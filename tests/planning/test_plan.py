@@ -130,10 +130,11 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
     step_and_key = 4 + 8
     # A reference that is LoRA's own base is the same argument twice. A program leaves out what it does not read, such
     # as a few scalars, and with some versions of JAX the ghost tokens of an objective without ghosts.
-    ghosts = (
-        placed[3].ghost_tokens.addressable_shards[0].data.nbytes if isinstance(grpo.objective, GroupRelative) else 0
-    )
-    assert 0 <= sum(on_first) + step_and_key - program.memory_analysis().argument_size_in_bytes < 64 + ghosts
+    unread = [0]
+    if isinstance(grpo.objective, GroupRelative):
+        unread.append(placed[3].ghost_tokens.addressable_shards[0].data.nbytes)
+    difference = sum(on_first) + step_and_key - program.memory_analysis().argument_size_in_bytes
+    assert any(0 <= difference - size < 64 for size in unread), difference
 
 
 def test_operations_by_hand() -> None:
