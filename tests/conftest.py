@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +58,8 @@ JaxtypingTransformer.visit_ClassDef = JaxtypingTransformer.generic_visit  # type
 # An int passes as a float, as in mypy.
 jaxtyping.install_import_hook(PACKAGE, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 pytest.register_assert_rewrite("helpers")
+
+from helpers.faulty_server import KEY, FaultyServer  # noqa: E402
 
 # For meshes. Code that names no mesh runs on the first device. A test's subprocesses have one device, as a user's have.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -110,3 +112,17 @@ def run_on_the_core_alone() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def teacher_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the key of a teacher's endpoint into the environment, and nothing else about it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    """Run an endpoint that lets this key in."""
+    with FaultyServer(KEY) as server:
+        yield server

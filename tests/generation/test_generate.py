@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.commands import error_of, write_model
-from helpers.faulty_server import FaultyServer
+from helpers.faulty_server import KEY, FaultyServer
 
 from cotgrpo.cli import main
 from cotgrpo.config import ConfigError, GenerateConfig, parse_settings, save_config
@@ -28,19 +27,7 @@ from cotgrpo.teachers.endpoint import EndpointTeacher, TeacherError
 
 pytest.importorskip("openai")
 
-KEY = "sk-test-0a1b2c3d4e5f-secret"
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer(KEY) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("teacher_key")
 
 
 def write_questions(folder: Path, orders: list[str]) -> Path:

@@ -20,6 +20,8 @@ from typing import Any
 ORDER = re.compile(r"\[(\w+)(?: x(\d+))?\]")
 SUM = re.compile(r"What is (\d+) \+ (\d+)\?")
 HANG_SECONDS = 30
+KEY = "sk-test-0a1b2c3d4e5f-secret"
+"""The key of the fixtures `teacher_key` and `server`."""
 
 
 class FaultyServer:

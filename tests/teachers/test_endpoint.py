@@ -6,11 +6,10 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.faulty_server import FAULTS, FaultyServer
+from helpers.faulty_server import FAULTS, KEY, FaultyServer
 
 from cotgrpo.teachers.endpoint import (
     AttemptFailed,
@@ -28,19 +27,7 @@ from cotgrpo.teachers.endpoint import (
 
 pytest.importorskip("openai")
 
-KEY = "sk-test-0a1b2c3d4e5f-secret"
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer(KEY) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("teacher_key")
 
 
 def settings(server: FaultyServer, **more: Any) -> EndpointSettings:
