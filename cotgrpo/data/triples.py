@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cotgrpo.data.rows import BadRows, DropReport, LeftOut, Row, RowResult, check_usable, collect, read_rows
 from cotgrpo.data.sources import DataError, as_list
@@ -22,6 +23,9 @@ class Triple:
         id: the row's own id, if it has one.
         source: its place, as "file:line"; named in errors.
         system: the row's own system message; empty: none.
+        context: of a chat with several turns or with tools: every message before the last reply, without the system
+            message, as the row has them. Empty: the question is the only message.
+        tools: the tools of the chat, as JSON schemas for the chat template.
     """
 
     question: str
@@ -30,6 +34,8 @@ class Triple:
     id: str | None = None
     source: str = ""
     system: str = ""
+    context: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_triples(

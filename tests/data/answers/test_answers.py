@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotgrpo.data.answers import answers_match, extract_answer, grade, may_be_formula, numbers
+from cotgrpo.data.answers import answers_match, extract_answer, grade
+from cotgrpo.data.answers.grading import may_be_formula, numbers
 from cotgrpo.data.questions import Question
 from cotgrpo.data.rows import parse_row
 from cotgrpo.data.template import Template
