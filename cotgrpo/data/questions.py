@@ -30,9 +30,9 @@ class Question:
         source: its place, as "file:line".
         system: the row's own system message; empty: none.
         id: the row's own id, if it has one.
-        context, tools: as in `Triple`.
         row: the row as it was read.
         prompt: int32 tokens that the student reads, once a template has made them.
+        context, tools: as in `Triple`.
     """
 
     question: str
@@ -41,10 +41,10 @@ class Question:
     source: str = ""
     system: str = ""
     id: str | None = None
-    context: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     prompt: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    context: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
         """Return `prompt`, or make it."""
