@@ -15,6 +15,20 @@ The rationale works digit by digit, one small sum a line, so every line follows 
 
 A product by one digit carries the same way (`3*14`: `3*4=12`, `3*1+1=4`, `=42`). A division by one digit writes each
 step as the dividend, its multiple and the remainder (`84/6`: `8=6*1+2`, `24=6*4+0`, `=14`).
+
+In Chinese the same sums are
+
+    先算47+85：
+    个位7+5=12，进1
+    十位4+8+1=13
+    得132。
+    再算132-19：
+    个位12-9=3，借1
+    十位3-1-1=1
+    百位1-0=1
+    得113。
+
+The steps of `84÷6` are `8÷6=1余2` and `24÷6=4余0`. Answers of stories have their unit (`113个`, `12元`).
 """
 
 from __future__ import annotations
@@ -24,16 +38,32 @@ import hashlib
 import itertools
 import operator
 import random
+import typing
 from collections.abc import Callable, Iterator
 
 from cotgrpo.data.triples import Triple, write_triples
+from cotgrpo.teachers.procedural_words import ENGLISH, WORDS, LanguageName, Words
 
 __all__ = ["KINDS", "ProceduralTeacher", "write_triples"]
 
-NAMES = ("Ana", "Ben", "Eva", "Ian", "Mia", "Tom")
-THINGS = ("figs", "nuts", "pens", "cups", "eggs", "hats")
-GAINS = ("finds", "buys", "gets")
-LOSSES = ("sells", "loses", "gives")
+PLACES = (
+    "个",
+    "十",
+    "百",
+    "千",
+    "万",
+    "十万",
+    "百万",
+    "千万",
+    "亿",
+    "十亿",
+    "百亿",
+    "千亿",
+    "万亿",
+    "十万亿",
+    "百万亿",
+)
+"""Names of the places of a number in Chinese, ones first."""
 
 DRAWS_WITHOUT_NEWS = 10_000
 """Consecutive repetitions before `draw` gives up."""
@@ -42,6 +72,20 @@ DRAWS_WITHOUT_SUM = 100_000
 SMALLEST_FRACTION = 1e-3
 MOST_DIGITS = 15
 """The resolution of `random()`: a float has 53 bits."""
+
+
+class Step(typing.NamedTuple):
+    """The step of one digit.
+
+    Attributes:
+        terms: what is added, subtracted, multiplied (the third term is then added) or divided.
+        result: the result of the step.
+        moved: the carry or loan of the next digit, or the remainder of a division.
+    """
+
+    terms: tuple[int, ...]
+    result: int
+    moved: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +107,64 @@ class Operation:
         apply = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[self.symbol]
         return apply(self.left, self.right)
 
+    @property
+    def steps(self) -> list[Step]:
+        """The steps digit by digit."""
+        steps = {"+": addition, "-": subtraction, "*": product, "/": division}[self.symbol]
+        return steps(self.left, self.right)
+
     def lines(self) -> list[str]:
         """Return the operation, its steps digit by digit, and its result."""
-        steps = {"+": addition, "-": subtraction, "*": product, "/": division}[self.symbol]
-        return [str(self), *steps(self.left, self.right), f"={self.result}"]
+        steps = [
+            f"{step.terms[0]}={step.terms[1]}*{step.result}+{step.moved}"
+            if self.symbol == "/"
+            else f"{expression(self.symbol, step.terms)}={step.result}"
+            for step in self.steps
+        ]
+        return [str(self), *steps, f"={self.result}"]
+
+    def chinese_lines(self, first: bool) -> list[str]:
+        """Return the same in Chinese; `first` tells the first operation of a problem from the others."""
+        steps = []
+        for place, step in enumerate(self.steps):
+            if self.symbol == "/":
+                steps.append(f"{step.terms[0]}÷{step.terms[1]}={step.result}余{step.moved}")
+                continue
+            moved = f"，{'借' if self.symbol == '-' else '进'}{step.moved}"
+            is_last = place == len(self.steps) - 1
+            line = f"{place_name(place)}位{expression(self.symbol, step.terms)}={step.result}".replace("*", "×")
+            steps.append(line + (moved if step.moved and not is_last else ""))
+        sums = str(self).replace("*", "×").replace("/", "÷")
+        return [f"{'先' if first else '再'}算{sums}：", *steps, f"得{self.result}。"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question and the operations that answer it, in order; the last result is the answer."""
+    """A question and the operations that answer it, in order; the last result is the answer.
+
+    Attributes:
+        question: the question.
+        operations: the operations.
+        language: the language of the rationale.
+        unit: the unit of the answer, or "".
+    """
 
     question: str
     operations: tuple[Operation, ...]
+    language: LanguageName = "en"
+    unit: str = ""
 
     @property
     def rationale(self) -> str:
-        return "\n".join(line for operation in self.operations for line in operation.lines())
+        if self.language == "zh":
+            lines = [operation.chinese_lines(number == 0) for number, operation in enumerate(self.operations)]
+        else:
+            lines = [operation.lines() for operation in self.operations]
+        return "\n".join(itertools.chain.from_iterable(lines))
 
     @property
     def answer(self) -> str:
-        return str(self.operations[-1].result)
+        return f"{self.operations[-1].result}{self.unit}"
 
     @property
     def arithmetic(self) -> str:
@@ -117,78 +199,91 @@ class Draws:
         return options[first], options[second]
 
 
-def column_addition(draws: Draws, digits: int, steps: int) -> Problem:
+def column_addition(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make a sum: `What is 47+85+36?`."""
     terms = [draws.of_digits(digits) for _ in range(steps + 1)]
-    return Problem(f"What is {'+'.join(map(str, terms))}?", chain(terms[0], [("+", term) for term in terms[1:]]))
+    question = words.sums.format(sums="+".join(map(str, terms)))
+    return Problem(question, chain(terms[0], [("+", term) for term in terms[1:]]))
 
 
-def column_subtraction(draws: Draws, digits: int, steps: int) -> Problem:
+def column_subtraction(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make a difference that is never below zero: `What is 132-19-45?`."""
     terms = [draws.of_digits(digits) for _ in range(steps)]
     start = sum(terms) + draws.between(0, 10**digits - 1)
-    return Problem(f"What is {start}-{'-'.join(map(str, terms))}?", chain(start, [("-", term) for term in terms]))
+    question = words.sums.format(sums="-".join(map(str, [start, *terms])))
+    return Problem(question, chain(start, [("-", term) for term in terms]))
 
 
-def gains_and_losses(draws: Draws, digits: int, steps: int) -> Problem:
+def gains_and_losses(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make a chain of gains and losses.
 
     `Ana has 47 figs. Ana finds 85 figs. Ana sells 19 figs. How many figs has Ana now?`
     """
-    name, thing = draws.choice(NAMES), draws.choice(THINGS)
+    name, thing = draws.choice(words.names), draws.choice(words.things)
+    unit = words.unit(thing)
     total = start = draws.of_digits(digits)
     changes: list[tuple[str, int]] = []
-    story = [f"{name} has {start} {thing}."]
+    story = [words.holding.format(name=name, count=start, unit=unit, thing=thing)]
     for _ in range(steps):
         amount = draws.of_digits(digits)
         loses = draws.between(0, 1) == 1 and amount <= total
         changes.append(("-" if loses else "+", amount))
         total += -amount if loses else amount
-        story.append(f"{name} {draws.choice(LOSSES if loses else GAINS)} {amount} {thing}.")
-    return Problem(f"{' '.join(story)} How many {thing} has {name} now?", chain(start, changes))
+        verb = draws.choice(words.losses if loses else words.gains)
+        story.append(words.change.format(name=name, verb=verb, count=amount, unit=unit, thing=thing))
+    question = words.between.join(story) + words.now.format(name=name, unit=unit, thing=thing)
+    return Problem(question, chain(start, changes), unit=unit)
 
 
-def change_from_purchase(draws: Draws, digits: int, steps: int) -> Problem:
+def change_from_purchase(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make a purchase: `Ana buys 3 pens at 14 coins each and pays 60 coins. How many coins are left?`."""
-    name, thing = draws.choice(NAMES), draws.choice(THINGS)
+    name, thing = draws.choice(words.names), draws.choice(words.things)
     count, price = draws.between(2, 9), draws.of_digits(digits)
     cost = Operation(count, "*", price)
     paid = cost.result + draws.between(0, 10**digits - 1)
-    question = f"{name} buys {count} {thing} at {price} coins each and pays {paid} coins. How many coins are left?"
-    return Problem(question, (cost, Operation(paid, "-", cost.result)))
+    question = words.purchase.format(
+        name=name, count=count, unit=words.unit(thing), thing=thing, price=price, paid=paid
+    )
+    return Problem(question, (cost, Operation(paid, "-", cost.result)), unit=words.money)
 
 
-def comparison(draws: Draws, digits: int, steps: int) -> Problem:
+def comparison(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make a comparison: `Ana has 23 figs. Tom has 18 figs more than Ana. How many figs do both have?`."""
-    (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
+    (name, other), thing = draws.two(words.names), draws.choice(words.things)
+    unit = words.unit(thing)
     first, difference = draws.of_digits(digits), draws.of_digits(digits)
     fewer = draws.between(0, 1) == 1 and difference < first
     second = Operation(first, "-" if fewer else "+", difference)
-    question = (
-        f"{name} has {first} {thing}. {other} has {difference} {thing} {'less' if fewer else 'more'} than {name}. "
-        f"How many {thing} do both have?"
+    question = words.comparison.format(
+        name=name,
+        other=other,
+        count=first,
+        unit=unit,
+        thing=thing,
+        difference=difference,
+        relation=words.relations[fewer],
     )
-    return Problem(question, (second, Operation(first, "+", second.result)))
+    return Problem(question, (second, Operation(first, "+", second.result)), unit=unit)
 
 
-def equal_shares(draws: Draws, digits: int, steps: int) -> Problem:
+def equal_shares(draws: Draws, digits: int, steps: int, words: Words = ENGLISH) -> Problem:
     """Make equal shares.
 
     `Ana has 38 figs and Tom has 46 figs. They fill 4 equal boxes. How many figs are in a box?`
     """
-    (name, other), thing = draws.two(NAMES), draws.choice(THINGS)
+    (name, other), thing = draws.two(words.names), draws.choice(words.things)
+    unit = words.unit(thing)
     first, second, boxes = draws.of_digits(digits), draws.of_digits(digits), draws.between(2, 9)
     second -= (first + second) % boxes
     second += boxes if second < 10 ** (digits - 1) else 0
     total = Operation(first, "+", second)
-    question = (
-        f"{name} has {first} {thing} and {other} has {second} {thing}. They fill {boxes} equal boxes. "
-        f"How many {thing} are in a box?"
+    question = words.shares.format(
+        name=name, other=other, first=first, second=second, unit=unit, thing=thing, boxes=boxes
     )
-    return Problem(question, (total, Operation(total.result, "/", boxes)))
+    return Problem(question, (total, Operation(total.result, "/", boxes)), unit=unit)
 
 
-KINDS: dict[str, Callable[[Draws, int, int], Problem]] = {
+KINDS: dict[str, Callable[[Draws, int, int, Words], Problem]] = {
     "column_addition": column_addition,
     "column_subtraction": column_subtraction,
     "gains_and_losses": gains_and_losses,
@@ -211,43 +306,55 @@ def columns(left: int, right: int) -> Iterator[tuple[int, int]]:
     return itertools.zip_longest(map(int, reversed(str(left))), map(int, reversed(str(right))), fillvalue=0)
 
 
-def addition(left: int, right: int) -> list[str]:
-    lines, carry = [], 0
+def addition(left: int, right: int) -> list[Step]:
+    steps, carry = [], 0
     for a, b in columns(left, right):
         total = a + b + carry
-        lines.append(f"{a}+{b}{f'+{carry}' if carry else ''}={total}")
+        steps.append(Step((a, b, carry) if carry else (a, b), total, total // 10))
         carry = total // 10
-    return lines
+    return steps
 
 
-def subtraction(left: int, right: int) -> list[str]:
-    lines, borrow = [], 0
+def subtraction(left: int, right: int) -> list[Step]:
+    steps, borrow = [], 0
     for a, b in columns(left, right):
         rest = a - b - borrow
         owed = int(rest < 0)
-        lines.append(f"{a + 10 * owed}-{b}{f'-{borrow}' if borrow else ''}={rest + 10 * owed}")
+        terms = (a + 10 * owed, b)
+        steps.append(Step((*terms, borrow) if borrow else terms, rest + 10 * owed, owed))
         borrow = owed
-    return lines
+    return steps
 
 
-def product(digit: int, number: int) -> list[str]:
-    lines, carry = [], 0
+def product(digit: int, number: int) -> list[Step]:
+    steps, carry = [], 0
     for b in map(int, reversed(str(number))):
         total = digit * b + carry
-        lines.append(f"{digit}*{b}{f'+{carry}' if carry else ''}={total}")
+        steps.append(Step((digit, b, carry) if carry else (digit, b), total, total // 10))
         carry = total // 10
-    return lines
+    return steps
 
 
-def division(number: int, digit: int) -> list[str]:
-    lines: list[str] = []
+def division(number: int, digit: int) -> list[Step]:
+    steps: list[Step] = []
     rest = 0
     for a in map(int, str(number)):
         dividend = 10 * rest + a
         quotient, rest = divmod(dividend, digit)
-        if quotient or lines:
-            lines.append(f"{dividend}={digit}*{quotient}+{rest}")
-    return lines
+        if quotient or steps:
+            steps.append(Step((dividend, digit), quotient, rest))
+    return steps
+
+
+def expression(symbol: str, terms: tuple[int, ...]) -> str:
+    """Return the terms of a step with the symbol between: `7+5+1`, `12-9-1` or `3*4+1`."""
+    first, second, *moved = terms
+    return f"{first}{symbol}{second}" + "".join(f"{'-' if symbol == '-' else '+'}{term}" for term in moved)
+
+
+def place_name(place: int) -> str:
+    """Return the name in Chinese of a place, 0 for the ones: 个, 十, 百."""
+    return PLACES[place] if place < len(PLACES) else f"第{place + 1}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +373,11 @@ class ProceduralTeacher:
         held_out: True gives the held-out part.
         held_out_fraction: share of the held-out sums, in [0.001, 0.999]. Both parts need the same
             value, or they overlap.
+        language: "en" for English, "zh" for Chinese. Both have the same sums, in the same order and the same parts.
 
     Raises:
-        ValueError: an argument outside its range, or an unknown kind; while iterating, a part without any sum (numbers
-            of one digit have few).
+        ValueError: an argument outside its range, or an unknown kind or language; while iterating, a part without
+            any sum (numbers of one digit have few).
 
     Example:
         >>> teacher = ProceduralTeacher(seed=3, kinds=("column_addition",), steps=1)
@@ -284,6 +392,7 @@ class ProceduralTeacher:
     steps: int = 2
     held_out: bool = False
     held_out_fraction: float = 0.1
+    language: LanguageName = "en"
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("digits", 1), ("steps", 1)):
@@ -298,6 +407,8 @@ class ProceduralTeacher:
         unknown = [kind for kind in self.kinds or () if kind not in KINDS]
         if unknown or (self.kinds is not None and not self.kinds):
             raise ValueError(f"ProceduralTeacher.kinds must name some of {', '.join(KINDS)}, got {self.kinds}.")
+        if self.language not in WORDS:
+            raise ValueError(f"ProceduralTeacher.language must be one of {', '.join(WORDS)}, got {self.language!r}.")
 
     def __iter__(self) -> Iterator[Triple]:
         draws = Draws(self.seed)
@@ -305,7 +416,8 @@ class ProceduralTeacher:
         misses = 0
         for index in itertools.count():
             kind = draws.choice(kinds)
-            problem = KINDS[kind](draws, self.digits, self.steps)
+            problem = KINDS[kind](draws, self.digits, self.steps, WORDS[self.language])
+            problem = dataclasses.replace(problem, language=self.language)
             misses = 0 if is_held_out(problem, self.held_out_fraction) == self.held_out else misses + 1
             if misses > DRAWS_WITHOUT_SUM:
                 raise ValueError(
