@@ -26,6 +26,7 @@ class Triple:
         context: of a chat with several turns or with tools: every message before the last reply, without the system
             message, as the row has them. Empty: the question is the only message.
         tools: the tools of the chat, as JSON schemas for the chat template.
+        verbatim: whether `answer` is the whole reply, to be trained as it is. Then `rationale` is empty.
     """
 
     question: str
@@ -36,6 +37,7 @@ class Triple:
     system: str = ""
     context: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    verbatim: bool = False
 
 
 def read_triples(
