@@ -126,7 +126,12 @@ def read_rows(names: Sequence[str | Path], split: str | None = None) -> Iterator
     Raises:
         DataError: a file that is missing or cannot be read.
     """
-    for place, row in raw_rows(names, split):
+    yield from parse_rows(raw_rows(names, split), split)
+
+
+def parse_rows(raw: Iterable[tuple[str, Any]], split: str | None = None) -> Iterator[RowResult]:
+    """Yield raw rows, as `raw_rows` yields them, parsed; in place of a bad row, the error."""
+    for place, row in raw:
         if isinstance(row, Mapping) and split is not None and row.get("split") not in (None, split):
             yield LeftOut("other split", f"{place}: {row['split']!r}")
             continue
