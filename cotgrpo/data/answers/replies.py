@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cotgrpo.data.answers.grading import extract_answer, last_box
+from cotgrpo.data.answers.extraction import extract_answer, last_box
 from cotgrpo.data.answers.thoughts import split_thought
 
 LONGEST_BARE_ANSWER = 200

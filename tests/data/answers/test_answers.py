@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotgrpo.data.answers import answers_match, extract_answer, grade
-from cotgrpo.data.answers.grading import may_be_formula, numbers
+from cotgrpo.data.answers.formulas import may_be_formula
+from cotgrpo.data.answers.numerals import numbers
 from cotgrpo.data.questions import Question
 from cotgrpo.data.rows import parse_row
 from cotgrpo.data.template import Template
@@ -90,12 +91,13 @@ NO_MATCHES = [(r"(x+1)^2", r"x^2+1"), (r"\sqrt{8}", "3"), ("(1,2)", "(2,1)"), (r
         ("about .5", ".5"),
         ("1e-3", "1e-3"),
         ("007", "007"),
+        ("x = \N{ARABIC-INDIC DIGIT THREE}", "\N{ARABIC-INDIC DIGIT THREE}"),
         # and nothing
         ("no number", None),
         ("", None),
         ("#### #", None),
         (r"\boxed{}", None),
-        ("\N{ARABIC-INDIC DIGIT THREE}\N{VULGAR FRACTION ONE HALF}", None),
+        ("\N{VULGAR FRACTION ONE HALF}", None),
     ],
 )
 def test_extract_answer(text: str, answer: str | None) -> None:

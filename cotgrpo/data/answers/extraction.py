@@ -1,0 +1,337 @@
+r"""Find the final answer in a reply: a box, `####`, a phrase such as "the answer is", or the last number."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from cotgrpo.data.answers.characters import same_length
+from cotgrpo.data.answers.formulas import has_symbols, may_be_formula
+from cotgrpo.data.answers.numerals import LEADING_NUMBER, MULTIPLIER, NUMBER_IN_TEXT, SIGNED
+from cotgrpo.data.answers.quantities import CURRENCY, parse_quantity
+from cotgrpo.data.answers.thoughts import split_thought
+
+BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or|和|或|、)?[\s$]*")
+HASHES = re.compile(r"####[ \t]*+([^\n#]*[^\s#])")
+ANSWER_TAG = re.compile(r"<answer>\s*(.{1,2000}?)\s*</answer>", re.DOTALL | re.IGNORECASE)
+NEXT_QUESTION = re.compile(
+    r"\n\s*(?:\*\*|#+ ?)?(?:Question|Problem|Q|问题|题目|Вопрос|Pregunta|Frage)(?: ?[0-9]+)?(?:\*\*)?\s*[:.]"
+)
+"""A student that goes on writes the next question of its prompt."""
+
+NOUN = (
+    r"(?:\banswers?\b(?: (?:choice|option|key))?|答案|(?<![解回问作应報])答(?=\s*[:,])|答え|解答|正解|정답|(?<!\w)답|"
+    r"\b(?:ответ(?:ом)?|відповідь|відповіддю|respuesta|réponse|antwort|lösung|resposta|risposta|odpowied[źz]|cevap|yanıt|"
+    r"jawaban(?:nya)?|antwoord|svaret|svar|απάντηση|đáp án|đáp số)\b|คำตอบ|الإجابة|الجواب|الاجابة|पाठ|उत्तर|উত্তর|תשובה|"
+    r"پاسخ|جواب)"
+)
+GAP = (
+    r"(?:\s*[\])*_]{1,4})?(?:\s+(?:to|for|of|in|the|as)\b[^\n.:=]{1,50}?|\s*\([^()\n]{1,30}\)|\s+(?:final[ea]?|correcta?|"
+    r"النهائية|الصحيحة|النهائي|choice|option|number))?"
+)
+VERB = (
+    r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|to|là|adalah|"
+    r"равен|равно|это|будет|wynosi|är|είναι)\b|应该?[是为]|[是为為选選]|等于|는|은|이|は|が|คือ|هي|هو|है|হলো|היא|"
+    r"است)(?: (?:therefore|thus|then|simply|just|clearly|exactly|approximately|about|option|choice)\b)*)?"
+)
+MARK = r"(?:\s*[*_]{0,3}\s*(?::|=|\s[-—]\s|—|→|=>)+)?"
+PHRASE = re.compile(
+    rf"{NOUN}(?P<gap>{GAP})(?P<verb>{VERB})(?P<mark>{MARK})[ \t*_]*(?P<line>\n{{1,2}}[ \t*_]*)?", re.IGNORECASE
+)
+HEADING = re.compile(r"(?:^|\n)[#*_ \t]*[^\n]{0,20}$")
+CHOSEN = re.compile(
+    r"(?:故选|应选|故答案选|选择?|選擇?|选项(?:是|为)?|\b(?:option|choice)\b(?: is)?)\s*[:]?\s*(?P<letters>[(\[]?[A-J]{1,5}(?![A-Za-z])[)\]]?)"
+    r"|(?P<correct>[(\[]?\b[A-J]\b[)\]]?)(?= is (?:the )?(?:correct|right)\b)"
+)
+SENTENCE_END = re.compile(r"(?<![A-Z])(?<!Rs)(?<!approx)\.(?![0-9A-Za-z])|(?<=[A-Z])\.(?=\s|$)|[!?\n]")
+CLAUSE_END = re.compile(r"[,;]|\s[-—]\s|\s\(")
+ITEM_END = re.compile(r",(?![0-9]{3}(?![0-9]))\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|和|\s?\(")
+"""After an item of a list in a sentence. A comma before three digits groups thousands."""
+REMARK = re.compile(r"\s*\((?=[^()\n]*[^\W\d_]{2})(?![^()]*=)[^()\n]{3,120}\)[.\s]*$")
+STOP = re.compile(
+    r"\s+(?:because|since|so|which|that|who|as|and|but|for|in|if|when|after|at|on|by|with|from|per|more|less|left|total|"
+    r"altogether|remaining|each|every|he|she|they|we|it|is|are|was|were)\b",
+    re.IGNORECASE,
+)
+LONGEST_SENTENCE = 2000
+SHORT_ANSWER_WORDS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An answer and its place in a text.
+
+    Attributes:
+        answer: the answer as written, without surrounding space.
+        start, end: the place of the answer and the mark before it.
+        kind: what marks it.
+        whole: a longer reading: the whole sentence after a phrase; empty: none.
+    """
+
+    answer: str
+    start: int
+    end: int
+    kind: Literal["box", "tag", "hashes", "phrase", "number"]
+    whole: str = ""
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Return the final answer in a reply, as written there.
+
+    That is, after the thought if there is one: the last `\boxed{...}`; the text of the last `<answer>...</answer>`;
+    the text after `####` on its line; the answer after a phrase such as "the answer is", "答案：" or "故选"; else the
+    last number.
+
+    Of several `####`, the first one followed by a number counts, as in GSM8K's own evaluation: text after the answer,
+    such as a next question, does not change it. If no `####` has a number, the last one counts, since earlier ones may
+    be headings. A line `#### number` after the last box wins over it.
+
+    Args:
+        text: a reply, or any text. A box may contain braces (`\boxed{\frac{1}{2}}`). Empty and unclosed boxes do not
+            count. A number may have a sign, thousands separated by commas, decimals, `$` or `%`, or be a fraction
+            (`3/4`, `1 3/4`). A period that ends the sentence is left out.
+
+    Returns:
+        The answer without surrounding space, or None: no answer, or a thought that never ends.
+
+    Example:
+        >>> extract_answer("48/2 = 24 clips in May, so 48 + 24 = 72 clips in all.")
+        '72'
+        >>> extract_answer("First I had \\boxed{3}. It is \\boxed{\\frac{1}{2}}, I am 90% sure.")
+        '\\frac{1}{2}'
+        >>> extract_answer("They cost 5 times $250.10.\n#### 1,250.50")
+        '1,250.50'
+        >>> extract_answer("#### Add them\n5 + 7 = 12\n#### 12\n\nQuestion: Tom has 99 apples.\n#### 99")
+        '12'
+        >>> extract_answer("The answer is 12 apples, since we used 2 numbers.")
+        '12 apples'
+    """
+    reply = split_thought(text)
+    found = None if reply.unclosed else find_answer(reply.text)
+    return None if found is None else found.answer
+
+
+def find_answer(text: str) -> Found | None:
+    """Return the final answer in a text without a thought; the rules are those of `extract_answer`."""
+    plain = same_length(text)
+    box, hashes = find_box(plain), find_hashes(plain)
+    if box is not None and hashes is not None and hashes.start > box.end:
+        starts_line = plain[: hashes.start].rpartition("\n")[2].strip() == ""
+        box = None if starts_line and begins_with_number(plain[hashes.start : hashes.end].lstrip("# \t")) else box
+    for found in (box, find_tag(plain), hashes):
+        if found is not None:
+            return written(found, text)
+    found = find_phrase(plain) or find_last_number(plain)
+    return None if found is None else written(found, text)
+
+
+def written(found: Found, text: str) -> Found:
+    """Return the answer with the characters of the text, which stands at the same place there."""
+    if text.isascii() or found.kind == "box":
+        return found
+    place = text.find(found.answer, found.start)
+    if place >= 0:
+        return found
+    return dataclasses.replace(found, answer=original(found.answer, text, found.start, found.end) or found.answer)
+
+
+def original(answer: str, text: str, start: int, end: int) -> str:
+    """Return the part of `text[start:end]` whose plain characters are `answer`."""
+    place = same_length(text[start:end]).find(answer)
+    return text[start + place : start + place + len(answer)].strip() if place >= 0 else ""
+
+
+def begins_with_number(text: str) -> bool:
+    """Return whether a text begins with a number that can be an answer, unlike the heading `1. Add them`."""
+    return LEADING_NUMBER.match(same_length(text)) is not None
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{...}` that is closed and not empty, in one pass; `\{` does not count."""
+    found = find_box(text)
+    return None if found is None else found.answer
+
+
+def find_box(text: str) -> Found | None:
+    r"""Find the last box. Boxes with only commas or "and" between them are one list."""
+    opened: list[tuple[int, int, bool]] = []
+    boxes: list[tuple[int, int, int]] = []  # start of the mark, start and end of the content
+    for token in BRACES.finditer(text):
+        if token[1] or token[0] == "{":
+            opened.append((token.start(), token.end(), bool(token[1])))
+        elif token[0] == "}" and opened:
+            mark, start, is_box = opened.pop()
+            if is_box and text[start : token.start()].strip():
+                boxes.append((mark, start, token.start()))
+    if not boxes:
+        return None
+    boxes.sort(key=lambda box: box[1])
+    answers = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        between = text[box[2] + 1 : answers[0][0]] if box[2] < answers[0][0] else "in it"
+        if not between.strip() or len(between) > 12 or not BETWEEN_BOXES.fullmatch(between):
+            break
+        answers.insert(0, box)
+    answer = ", ".join(text[start:end].strip() for _, start, end in answers)
+    return Found(answer, answers[0][0], answers[-1][2] + 1, "box")
+
+
+def find_tag(text: str) -> Found | None:
+    """Find the last `<answer>...</answer>`."""
+    found = None
+    for found in ANSWER_TAG.finditer(text):
+        pass
+    if found is None:
+        return None
+    inner = last_box(found[1]) or found[1].strip()
+    return Found(inner, found.start(), found.end(), "tag") if inner else None
+
+
+def find_hashes(text: str) -> Found | None:
+    """Find the first `####` with a number after it, else the last one with any text."""
+    last = None
+    for match in HASHES.finditer(text):
+        last = Found(match[1].strip(), match.start(), match.end(), "hashes")
+        if LEADING_NUMBER.match(match[1]):
+            return last
+    return last
+
+
+def find_phrase(text: str) -> Found | None:
+    """Find the answer after the last phrase that announces a number, a choice or a formula, else a short text."""
+    question = NEXT_QUESTION.search(text)
+    if question is not None and PHRASE.search(text, 0, question.start()):
+        text = text[: question.start()]
+    found = list(phrases(text))
+    firm = [one for one in found if is_firm(one.answer)]
+    short = [one for one in found if len(one.answer.split()) <= SHORT_ANSWER_WORDS and len(one.answer) <= 60]
+    if firm and short and short[-1].start > firm[-1].start and NUMBER_IN_TEXT.search(short[-1].answer) is None:
+        later = short[-1]
+        return later if is_choice(later.answer) else firm[-1]
+    return firm[-1] if firm else short[-1] if short else None
+
+
+def phrases(text: str) -> Iterator[Found]:
+    """Yield the answers after all phrases, in order."""
+    places = [(match.start(), match) for match in PHRASE.finditer(text)]
+    chosen = [(match.start(), match) for match in CHOSEN.finditer(text)]
+    for _, match in sorted(places + chosen, key=lambda place: place[0]):
+        if match.re is CHOSEN:
+            letters = match["letters"] or match["correct"]
+            yield Found(letters.strip("()[]"), match.start(), match.end(), "phrase")
+            continue
+        announced = bool(match["verb"] or match["mark"])
+        if match["line"] and not (announced and match["mark"]) and not HEADING.search(text[: match.end("mark")]):
+            continue
+        sentence = first_sentence(text[match.end() : match.end() + LONGEST_SENTENCE])
+        if not announced and not match["line"] and not re.match(rf"[$]?{SIGNED}|[(]?[A-J]\b", sentence):
+            continue
+        answer = leading_answer(sentence)
+        if answer:
+            whole = sentence.strip(" *_$\"'")
+            yield Found(answer, match.start(), match.end() + len(sentence), "phrase", whole)
+
+
+def is_choice(text: str) -> bool:
+    """Return whether a text is the letter of a choice."""
+    return re.fullmatch(r"[(\[]?[A-J][)\]]?", text) is not None
+
+
+def is_firm(answer: str) -> bool:
+    """Return whether an answer is a number, a quantity, a choice or a formula, and not prose."""
+    return (
+        parse_quantity(answer) is not None
+        or is_choice(answer)
+        or (may_be_formula(answer) and has_symbols(answer))
+        or (re.search(r"[0-9]", answer) is not None)
+    )
+
+
+def first_sentence(text: str) -> str:
+    """Return the text up to the end of its first sentence or line; dollar signs keep a formula whole."""
+    text = text.lstrip(" \t*_")
+    math = re.match(r"\$\$?[^$\n]+\$?\$|\\\(.+?\\\)|\\\[.+?\\\]", text)
+    start = math.end() if math is not None else 0
+    end = SENTENCE_END.search(text, start)
+    return text[: end.start()] if end is not None else text
+
+
+def leading_answer(sentence: str) -> str:
+    """Return the answer at the beginning of a sentence, without the reasons and remarks after it."""
+    sentence = sentence.strip().strip("*_").strip()
+    math = re.match(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
+    if math is not None and not re.match(r"\s*[0-9=+*/<>^-]", sentence[math.end() :]):
+        return next(part for part in math.groups() if part is not None).strip().rstrip(".")
+    choice = re.match(r"[(\[]([A-J])[)\]]|([A-J])(?=[.):,]?(?:\s*$|\s*\n)|[.):,]\s)", sentence)
+    if choice is not None:
+        return choice[1] or choice[2]
+    items = leading_items(sentence)
+    if items:
+        return items
+    clause = CLAUSE_END.split(sentence, maxsplit=1)[0].strip(" *_\"'$")
+    if may_be_formula(clause) and has_symbols(clause) and not re.search(r"[^\W\d_]{3,} ", clause):
+        return clause
+    numbers = [match[0] for match in NUMBER_IN_TEXT.finditer(sentence)]
+    if numbers and "=" not in clause:
+        return numbers[-1].strip()
+    if numbers:
+        last = clause.rpartition("=")[2].strip()
+        return last if parse_quantity(last) is not None else clause
+    return clause.strip(" *_\"'.$")
+
+
+def leading_items(sentence: str) -> str:
+    """Return the quantity at the beginning of a sentence, or the list of quantities; empty if there is none."""
+    group = re.match(r"(?:\\left *)?[(\[{][^()\[\]{}]*[0-9][^()\[\]{}]*[)\]}]", sentence)
+    if group is not None and "," in group[0]:
+        return group[0]
+    start = end = 0
+    for separator in [*ITEM_END.finditer(sentence), None]:
+        piece = sentence[start : len(sentence) if separator is None else separator.start()]
+        item = quantity_at(piece)
+        if not item:
+            break
+        end = start + len(piece) - len(piece.lstrip()) + len(item)
+        if separator is None or separator[0].endswith("(") or len(item) < len(piece.strip()):
+            break
+        start = separator.end()
+    return sentence[:end].strip(" *_\"'")
+
+
+def quantity_at(text: str) -> str:
+    """Return the longest beginning of a text that is a quantity, ending before a word that goes on with the sentence."""
+    text = text.strip(" *_")
+    for cut in [*(match.start() for match in STOP.finditer(text)), len(text)]:
+        start = text[:cut].rstrip(" *_")
+        if (
+            re.search("[0-9]", start)
+            and parse_quantity(start) is not None
+            and not re.match(r"\s*[=+*/^×÷<>-]", text[cut:])
+        ):
+            return start
+    number = re.match(rf"(?:{CURRENCY} ?)?{SIGNED}(?:{MULTIPLIER})?", text)
+    if (
+        number is None
+        or re.match(r"\s*(?:[=+*/^_\\<>({{:-]|×|÷|times\b|plus\b|minus\b|to\b|or\b|\w)", text[number.end() :]) is None
+    ):
+        return number[0] if number is not None else ""
+    rest = text[number.end() :]
+    is_prose = (
+        re.match(r"\s+[^\W\d_]{3,}", rest) is not None and re.match(r"\s*(?:times|plus|minus|divided)\b", rest) is None
+    )
+    return number[0] if is_prose else ""
+
+
+def find_last_number(text: str) -> Found | None:
+    """Find the last number, outside a remark in parentheses at the end."""
+    remark = REMARK.search(text[-200:])
+    if remark is not None:
+        shorter = text[: len(text) - len(text[-200:]) + remark.start()]
+        text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
+    last = None
+    for last in NUMBER_IN_TEXT.finditer(text):
+        pass
+    return None if last is None else Found(last[0].strip(), last.start(), last.end(), "number")

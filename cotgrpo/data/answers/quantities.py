@@ -1,0 +1,140 @@
+"""Quantities: a number with the unit, currency, variable or word of caution that may stand around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from fractions import Fraction
+
+from cotgrpo.data.answers.numerals import LONGEST_NUMBER, MULTIPLIER, NUMERAL_ZH, UNSIGNED, numbers
+from cotgrpo.data.answers.units import Unit, known_units, parse_unit, units_agree
+
+CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|RMB|CNY|JPY|INR|Rs\.?)"
+PREFIX = re.compile(
+    r"(?:\\approx|\\simeq|\\sim|~|=|:|≃|≅|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only|equals?)\b"
+    r"|大约|大概|约|共|一共|等于|是|为|около|примерно|etwa|約)\s*",
+    re.IGNORECASE,
+)
+CURRENCY_FIRST = re.compile(rf"(?P<sign>[-+]?)\s*(?P<unit>\\?{CURRENCY})\s*(?P<rest>[-+]?[0-9.].*)", re.DOTALL)
+TEXT_COMMAND = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bold|bm|boldsymbol)"
+    r" *\{([^{}\\]*(?:\\[$%][^{}\\]*)*)\}"
+)
+DEGREES = re.compile(r"\^ *\{? *(?:\\circ|°|\\degree) *\}?|\\degree|°")
+SPACING = re.compile(r"\\[,;:! ]|\\q?quad|~")
+NUMBER = (
+    rf"[-+]? ?(?:[0-9]++ [0-9]++/[0-9]++|(?:{UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?10(?:\^|\*\*)\{{?[-+]?[0-9]{{1,3}}\}}?"
+    rf"|[0-9]{{1,3}}(?: [0-9]{{3}}){{1,9}}(?![0-9])(?:[.,][0-9]+)?"
+    rf"|(?:{UNSIGNED})(?:/(?:{UNSIGNED}))?)(?:{MULTIPLIER})?(?: ?%)?"
+)
+NUMBER_FIRST = re.compile(rf"(?P<number>{NUMBER})(?P<space> ?)(?P<unit>.*)", re.DOTALL)
+NUMERAL_FIRST = re.compile(rf"(?P<number>{NUMERAL_ZH.pattern})(?P<space>)(?P<unit>.*)", re.DOTALL)
+CLOCK = re.compile(r"(?P<time>[0-9]{1,2}(?: ?: ?[0-9]{2}){1,2}) ?(?P<half>a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
+BASE = re.compile(r"(?P<digits>[0-9A-F]+)_ ?\{? ?(?P<base>[0-9]{1,2}) ?\}?")
+PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
+LONGEST_QUANTITY = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """A number with its unit.
+
+    Attributes:
+        values: as `numbers` returns them: two for a percentage.
+        unit: None without one.
+    """
+
+    values: tuple[Fraction, ...]
+    unit: Unit | None = None
+
+
+def without_commands(text: str) -> str:
+    r"""Return LaTeX text without the commands that only change its look: `\text{}`, `\left`, spaces, `\circ`."""
+    text = re.sub(r"\\(?:left|right|big|Big|displaystyle|limits)(?![a-z])", "", text)
+    text = re.sub(r"\\text *\{,\}", ",", text)
+    for _ in range(3):  # nested ones
+        text = TEXT_COMMAND.sub(r" \1 ", text)
+    text = DEGREES.sub("° ", text)
+    text = SPACING.sub(" ", text.replace("\\$", "$").replace("\\%", "%").replace("{,}", ","))
+    return " ".join(text.split())
+
+
+def parse_quantity(text: str) -> Quantity | None:
+    r"""Return the quantity that a text is, or None if it is anything else.
+
+    Args:
+        text: in ASCII as far as it can be (`characters.plain`), without a final period.
+
+    Example:
+        >>> parse_quantity("12").values, parse_quantity(r"10 \text{ cm}").unit.dimension, parse_quantity("2x")
+        ((Fraction(12, 1),), 'length', None)
+    """
+    if len(text) > LONGEST_NUMBER:
+        return None
+    found = numbers(text)
+    if found:
+        return Quantity(found)
+    if len(text) > LONGEST_QUANTITY:
+        return None
+    text = PREFIX.sub("", without_commands(text).strip("$ "), count=1).strip("$ ") if text else ""
+    text = PERCENT.sub("%", text)
+    found = numbers(text)
+    if found:
+        return Quantity(found)
+    first = CURRENCY_FIRST.fullmatch(text)
+    if first is not None:
+        inner = parse_quantity(first["sign"] + first["rest"])
+        currency = known_units().get(first["unit"].strip("\\").rstrip("."))
+        if inner is None or (inner.unit is not None and currency is not None and inner.unit != currency):
+            return inner
+        return Quantity(inner.values, currency)
+    return number_and_unit(text)
+
+
+def number_and_unit(text: str) -> Quantity | None:
+    """Return the quantity in a text of a number and then a unit."""
+    for pattern in (NUMBER_FIRST, NUMERAL_FIRST):
+        match = pattern.fullmatch(text)
+        if match is None:
+            continue
+        values = numbers(match["number"].strip())
+        rest = match["unit"].strip(" .")
+        if not values or not rest:
+            return Quantity(values) if values else None
+        currency = re.fullmatch(CURRENCY, rest)
+        if currency is not None:
+            return Quantity(values, known_units().get(rest.rstrip(".")))
+        unit = parse_unit(rest, attached=not match["space"] and not match["number"].endswith("%"))
+        if unit is None and "%" in match["number"]:
+            of = re.fullmatch(r"of .{1,40}|more|less|off|discount|的.{1,10}", rest)
+            return Quantity(values) if of is not None else None
+        return None if unit is None else Quantity(values, unit)
+    return None
+
+
+def quantities_equal(left: Quantity, right: Quantity) -> bool:
+    """Return whether two quantities are equal. A unit on one side alone is ignored; two units must agree."""
+    if left.unit is not None and right.unit is not None:
+        if not units_agree(left.unit, right.unit):
+            return False
+        if left.unit.worth is not None and right.unit.worth is not None:
+            return left.values[0] * left.unit.worth == right.values[0] * right.unit.worth
+    if len(left.values) == len(right.values):
+        return left.values[0] == right.values[0]
+    return not set(left.values).isdisjoint(right.values)
+
+
+def clock_time(text: str) -> tuple[str, str] | None:
+    """Return hours and minutes, and "am", "pm" or ""; None if the text is not a time of the day."""
+    match = CLOCK.fullmatch(text)
+    if match is None:
+        return None
+    return match["time"].replace(" ", "").lstrip("0"), (match["half"] or "").lower().replace(".", "")
+
+
+def number_in_base(text: str) -> tuple[str, int | None] | None:
+    r"""Return digits and base of `101_2`, and None for the base of plain digits; None for any other text."""
+    match = BASE.fullmatch(without_commands(text).replace(" ", ""))
+    if match is not None:
+        return match["digits"].lstrip("0"), int(match["base"])
+    return (text.lstrip("0"), None) if re.fullmatch("[0-9]{1,100}", text) else None
