@@ -22,21 +22,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import quote, urlsplit
 
+from cotgrpo.teachers.completions import AttemptFailed as AttemptFailed
+from cotgrpo.teachers.completions import TeacherReply as TeacherReply
+from cotgrpo.teachers.completions import parse_reply as parse_reply
+from cotgrpo.teachers.server_errors import (
+    FATAL_STATUSES,
+    Complaint,
+    LimitField,
+    RequestForm,
+    ServerError,
+    find_complaint,
+)
+from cotgrpo.teachers.server_errors import TeacherError as TeacherError
+
 DETAIL_LENGTH = 300
 """Characters kept of a server's error message."""
 MIN_SECRET_LENGTH = 8
 """Shorter keys ("none", "EMPTY") are placeholders: cutting them out would damage texts."""
-FATAL_STATUSES = {401: "rejected the key", 402: "asks for payment", 404: "does not know this address or model"}
-RETRIED_STATUSES = (408, 409, 425, 429)
-"""All statuses from 500 on are retried too."""
 NO_KEY = "none"
 """Sent if no key is needed: the client insists on one."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 VARIABLE_NAME = re.compile("[A-Z_][A-Z0-9_]*")
-
-
-class TeacherError(RuntimeError):
-    """The teacher cannot answer any more; the message gives the server's reason and the fix."""
+MOST_FORMS = 4
+"""Forms of a request that are tried, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,32 +60,6 @@ class Request:
     key: tuple[str, int]
     messages: list[dict[str, str]]
     failed_before: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherReply:
-    """A teacher's reply.
-
-    Attributes:
-        text: the reply.
-        reasoning: the thoughts of a reasoning model, if they come in a field of their own.
-        finish_reason: "stop", "length" (cut off at the token limit), "content_filter", or the endpoint's own word.
-        refusal: why the model refused, if that comes in a field of its own.
-        prompt_tokens, completion_tokens: the teacher's counts; None if it gave none.
-        model: the model's name as the endpoint reports it.
-        attempts: requests sent, failed ones included.
-        seconds: from the first attempt to the reply.
-    """
-
-    text: str
-    reasoning: str = ""
-    finish_reason: str = ""
-    refusal: str = ""
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    model: str = ""
-    attempts: int = 1
-    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +100,9 @@ class EndpointSettings:
         temperature: sampling temperature; 0 is greedy; null: not sent, as some reasoning models demand.
         top_p: sample from the fewest likeliest tokens that hold this much probability; null: not sent.
         max_tokens: longest reply in tokens, reasoning included.
-        token_limit_field: the endpoint's name of max_tokens; OpenAI's reasoning models want max_completion_tokens.
+        token_limit_field: the endpoint's name of max_tokens; OpenAI's reasoning models want max_completion_tokens. If
+            the server refuses one name, requests use the other.
+        stream: whether replies come as streams; auto: only if the server sends nothing else.
         extra_body: a JSON object of further fields of each request, such as {"top_k": 20}.
         concurrency: requests in flight at a time.
         requests_per_minute: most requests started in a minute, retries included; 0: no limit.
@@ -137,7 +121,8 @@ class EndpointSettings:
     temperature: float | None = 0.7
     top_p: float | None = None
     max_tokens: int = 1024
-    token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    token_limit_field: LimitField = "max_tokens"
+    stream: bool | Literal["auto"] = "auto"
     extra_body: str = ""
     concurrency: int = 8
     requests_per_minute: float = 0.0
@@ -180,9 +165,21 @@ class EndpointSettings:
         return fields
 
     def request_fields(self) -> dict[str, Any]:
-        """Return the body fields of each request, besides model and messages."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, self.token_limit_field: self.max_tokens}
-        return {name: value for name, value in sampling.items() if value is not None} | self.extra_fields()
+        """Return the body fields of each request in its first form, besides model and messages."""
+        return self.fields_of(self.first_form())
+
+    def first_form(self) -> RequestForm:
+        """Return the form of the first request."""
+        return RequestForm(self.token_limit_field, self.stream is True)
+
+    def sampling_fields(self) -> dict[str, float]:
+        """Return the sampling settings that are sent."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        return {name: value for name, value in sampling.items() if value is not None}
+
+    def fields_of(self, form: RequestForm) -> dict[str, Any]:
+        """Return the body fields of a request in this form, besides model and messages."""
+        return self.sampling_fields() | {form.limit_field: self.max_tokens} | form.fields() | self.extra_fields()
 
     def api_key(self) -> str:
         """Return the key in the environment, or a placeholder for an endpoint on this machine.
@@ -219,8 +216,9 @@ def check_url(base_url: str) -> None:
 class EndpointTeacher:
     """A model behind an OpenAI-compatible endpoint: `POST base_url/chat/completions`, through the `openai` client.
 
-    A request is retried after a failed connection, a timeout, HTTP 408, 409, 425, 429 and 5xx, and a body without a
-    reply. Other statuses fail at once. Before retry k it waits for
+    A request is retried after a failed connection, a timeout, HTTP 408, 409, 425, 429 and 5xx, a body without a reply
+    and a reply that the server broke off. Other statuses fail at once. If the server names the form of the request as
+    the fault (the name of the token limit, a stream), requests change their form. Before retry k it waits for
 
         min(longest_delay, retry_delay 2^(k-1)) u    seconds,    u uniform in [1/2, 1]
 
@@ -228,15 +226,16 @@ class EndpointTeacher:
 
     Args:
         settings: the endpoint. The key is read from the environment here.
+        say: prints a line for the user.
 
     Raises:
         TeacherError: `settings.model` is not set, or the key is missing.
     """
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: EndpointSettings, say: Callable[[str], None] = lambda line: None) -> None:
         if settings.model is None:
             raise TeacherError("teacher.model is not set: expected the model's name at the endpoint.")
-        self.settings, self.api_key = settings, settings.api_key()
+        self.settings, self.api_key, self.say = settings, settings.api_key(), say
 
     def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
         """Hand every request to `done` with its outcome.
@@ -256,8 +255,59 @@ class EndpointTeacher:
 
     def shorten(self, text: str) -> str:
         """Return the text on one line, without the key, cut to `DETAIL_LENGTH`."""
-        text = " ".join(self.redact(text).split())
+        text = " ".join(self.redact(text).encode("utf-8", "replace").decode("utf-8").split())
         return text if len(text) <= DETAIL_LENGTH else text[: DETAIL_LENGTH - 1] + "…"
+
+    def redact_reply(self, reply: TeacherReply) -> TeacherReply:
+        """Return the reply with texts that do not hold the key."""
+        texts = {n: self.redact(getattr(reply, n)) for n in ("text", "reasoning", "finish_reason", "refusal", "model")}
+        return dataclasses.replace(reply, **texts)  # type: ignore[arg-type]
+
+    def complaint(self, error: ServerError, request: Request, form: RequestForm) -> Complaint | None:
+        """Return the server's complaint about a field of the request, if it is one."""
+        message = error.message
+        for turn in request.messages:  # words of a question that the server repeats are not the server's
+            message = message.replace(str(turn.get("content") or ""), "")
+        settings, has_system = self.settings, any(turn["role"] == "system" for turn in request.messages)
+        return find_complaint(
+            dataclasses.replace(error, message=message),
+            form,
+            settings.sampling_fields(),
+            settings.extra_fields(),
+            stream=settings.stream,
+            has_system=has_system,
+        )
+
+    def meaning(self, error: ServerError, complaint: Complaint | None = None) -> AttemptFailed | TeacherError:
+        """Return what an HTTP error means: this attempt failed, or every request would."""
+        settings, where, words = self.settings, self.where, self.shorten(error.message)
+        if error.status == 401:  # the message of a 401 may hold a part of the key
+            fix = "Check the variable that teacher.api_key_env names."
+        else:
+            fix = f"Check teacher.base_url and teacher.model. The server's message: {words}"
+        if error.no_quota:
+            return TeacherError(f"The teacher at {where} has no quota left for this key. The server's message: {words}")
+        if error.status in FATAL_STATUSES:
+            status = f"HTTP {error.status}; model {settings.model!r}"
+            return TeacherError(f"The teacher at {where} {FATAL_STATUSES[error.status]} ({status}). {fix}")
+        if complaint is not None:
+            return TeacherError(
+                f"The teacher at {where} refuses a setting (HTTP {error.status}; model {settings.model!r}). "
+                f"{complaint.fix} The server's message: {words}"
+            )
+        wait = parse_retry_after(error.headers)
+        if wait is not None and wait > settings.longest_wait:
+            return TeacherError(
+                f"The teacher at {where} asks for a pause of {wait:.0f} s (HTTP {error.status}), longer than "
+                f"teacher.longest_wait ({settings.longest_wait:g} s). Run the same command later to continue. "
+                f"The server's message: {words}"
+            )
+        return AttemptFailed(f"HTTP {error.status}", error.message, retryable=error.retryable, retry_after=wait)
+
+    @property
+    def where(self) -> str:
+        """The endpoint's address."""
+        return self.settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "OpenAI"
 
     def make_client(self) -> Any:
         """Return the `openai` client. Its retries are off: they ignore broken bodies and hold up one request only."""
@@ -292,22 +342,6 @@ class RateLimiter:
         self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
 
-class AttemptFailed(Exception):
-    """One attempt brought no reply.
-
-    Args:
-        reason, detail: as in `Failure`.
-        retryable: whether another attempt may succeed.
-        retry_after: the server's Retry-After in seconds.
-    """
-
-    def __init__(
-        self, reason: str, detail: str = "", *, retryable: bool = True, retry_after: float | None = None
-    ) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail, self.retryable, self.retry_after = reason, detail, retryable, retry_after
-
-
 class Session:
     """One run of requests against an endpoint."""
 
@@ -315,6 +349,8 @@ class Session:
         self.teacher, self.settings, self.client = teacher, teacher.settings, teacher.make_client()
         self.limiter = RateLimiter(self.settings.requests_per_minute)
         self.consecutive_failures = 0
+        self.form = self.settings.first_form()
+        self.refused_forms: set[RequestForm] = set()
 
     async def run(self, requests: Iterator[Request], done: Callable[[Request, Outcome], None]) -> None:
         """Ask all requests, `concurrency` at a time."""
@@ -366,100 +402,69 @@ class Session:
         raise AssertionError("the last attempt returns")
 
     async def attempt(self, request: Request) -> TeacherReply:
-        """Send one request. Raises AttemptFailed, or TeacherError if no request can succeed."""
+        """Send one request, in other forms too. Raises AttemptFailed, or TeacherError if no request can succeed."""
+        for _ in range(MOST_FORMS):
+            form = self.form
+            answer = await self.send(request, form)
+            if isinstance(answer, TeacherReply):
+                return answer
+            self.change_form(form, answer)
+        raise AttemptFailed("the server refuses the request in every form", retryable=False)
+
+    async def send(self, request: Request, form: RequestForm) -> TeacherReply | Complaint:
+        """Send one request once. Returns the reply, or a complaint that another form of it may settle."""
         import openai
 
         settings = self.settings
         try:
             async with asyncio.timeout(settings.timeout):
-                # The raw body: the client returns whatever it cannot parse.
+                # The raw body: the client returns whatever it cannot parse. It reads a stream as a whole, too.
                 answer = await self.client.chat.completions.with_raw_response.create(
-                    model=settings.model, messages=request.messages, extra_body=settings.request_fields()
+                    model=settings.model, messages=request.messages, extra_body=settings.fields_of(form)
                 )
-            reply = parse_reply(answer.http_response.content)
-        except AttemptFailed:
-            raise
+            return self.teacher.redact_reply(parse_reply(answer.http_response.content, settings.max_tokens))
+        except AttemptFailed as failed:
+            if failed.status is None:
+                raise
+            return self.refused(ServerError(failed.status, failed.detail, codes=failed.detail), request, form)
         except (TimeoutError, openai.APITimeoutError):
             raise AttemptFailed("timeout", f"no reply in {settings.timeout:g} s") from None
         except openai.APIStatusError as error:
-            no_quota = "insufficient_quota" in (error.code, getattr(error, "type", None))
-            raise self.status_error(error.status_code, str(error.message), error.response.headers, no_quota) from None
+            return self.refused(server_error(error), request, form)
         except Exception as error:  # of the client or the network below it
             cause = error.__cause__ or error
             raise AttemptFailed("no connection", f"{type(cause).__name__}: {cause}") from None
-        texts = {
-            name: self.teacher.redact(getattr(reply, name))
-            for name in ("text", "reasoning", "finish_reason", "refusal", "model")
-        }
-        return dataclasses.replace(reply, **texts)  # type: ignore[arg-type]
 
-    def status_error(
-        self, status: int, message: str, headers: Mapping[str, str], no_quota: bool
-    ) -> AttemptFailed | TeacherError:
-        """Return what an HTTP error status means: this attempt failed, or every request would."""
-        where, words = self.client.base_url, self.teacher.shorten(message)
-        if status == 401:  # the message of a 401 may hold a part of the key
-            fix = "Check the variable that teacher.api_key_env names."
-        else:
-            fix = f"Check teacher.base_url and teacher.model. The server's message: {words}"
-        if status in FATAL_STATUSES:
-            return TeacherError(
-                f"The teacher at {where} {FATAL_STATUSES[status]} (HTTP {status}; model {self.settings.model!r}). {fix}"
+    def refused(self, error: ServerError, request: Request, form: RequestForm) -> Complaint:
+        """Return the complaint that another form may settle. Raises what any other error means."""
+        complaint = self.teacher.complaint(error, request, form)
+        if complaint is not None and complaint.form is not None:
+            return complaint
+        raise self.teacher.meaning(error, complaint) from None
+
+    def change_form(self, form: RequestForm, complaint: Complaint) -> None:
+        """Use another form from now on, unless another request has changed it already.
+
+        Raises:
+            TeacherError: the server has refused that form too.
+        """
+        self.refused_forms.add(form)
+        if self.form != form:
+            return
+        assert complaint.form is not None
+        if complaint.form in self.refused_forms:
+            raise TeacherError(
+                f"The teacher at {self.client.base_url} refuses a request in every form. {complaint.fix}"
             )
-        if no_quota:
-            return TeacherError(f"The teacher at {where} has no quota left for this key. The server's message: {words}")
-        wait = parse_retry_after(headers)
-        if wait is not None and wait > self.settings.longest_wait:
-            return TeacherError(
-                f"The teacher at {where} asks for a pause of {wait:.0f} s (HTTP {status}), longer than "
-                f"teacher.longest_wait ({self.settings.longest_wait:g} s). Run the same command later to continue. "
-                f"The server's message: {words}"
-            )
-        retryable = status in RETRIED_STATUSES or status >= 500
-        return AttemptFailed(f"HTTP {status}", message, retryable=retryable, retry_after=wait)
+        self.form = complaint.form
+        self.teacher.say(f"{complaint.fix} Requests are sent so from now on.")
 
 
-def parse_reply(body: bytes) -> TeacherReply:
-    """Return the reply in the body of a chat completion. Raises AttemptFailed if it holds none."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        raise AttemptFailed("reply is not JSON", repr(body)) from None
-    answer = answer if isinstance(answer, dict) else {}
-    choices = answer.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise AttemptFailed("reply has no choice", json.dumps(answer))
-    usage = answer.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    reply = TeacherReply(
-        text=text_in(message.get("content")),
-        reasoning=text_in(message.get("reasoning_content")) or text_in(message.get("reasoning")),
-        finish_reason=text_in(choice.get("finish_reason")),
-        refusal=text_in(message.get("refusal")),
-        prompt_tokens=count_in(usage.get("prompt_tokens")),
-        completion_tokens=count_in(usage.get("completion_tokens")),
-        model=text_in(answer.get("model")),
-    )
-    if not (reply.text or reply.refusal or reply.finish_reason in ("length", "content_filter")):
-        raise AttemptFailed("reply is empty", json.dumps(choice))
-    return reply
-
-
-def text_in(value: object) -> str:
-    """Return a JSON text, or the joined texts of a list of parts; empty for anything else.
-
-    Half a surrogate pair, which a file cannot hold, becomes `?`.
-    """
-    if isinstance(value, list):
-        value = "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return value.encode("utf-8", "replace").decode("utf-8").strip() if isinstance(value, str) else ""
-
-
-def count_in(value: object) -> int | None:
-    """Return a number of tokens, or None for any other JSON value."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def server_error(error: Any) -> ServerError:
+    """Return what an `openai.APIStatusError` holds."""
+    codes = (error.code, getattr(error, "type", None), getattr(error, "body", None))
+    message, param = str(error.message), error.param if isinstance(error.param, str) else ""
+    return ServerError(error.status_code, message, param, " ".join(map(str, codes)), error.response.headers)
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:

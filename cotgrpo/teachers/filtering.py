@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cotgrpo.data.answers import answers_match, extract_answer, grade, last_box
+from cotgrpo.data.answers import answers_match, begins_with_number, grade, split_reply, split_thought
 from cotgrpo.data.questions import Question
-from cotgrpo.data.rows import split_reply, squeeze
+from cotgrpo.data.rows import squeeze
 from cotgrpo.data.sources import DataError
+from cotgrpo.teachers.completions import TeacherReply, ending
 from cotgrpo.teachers.decontamination import TestQuestions, ngrams, words
-from cotgrpo.teachers.endpoint import TeacherReply
 
 Check = Callable[[Mapping[str, Any], str, str], bool]
 """`check(row, rationale, answer)` returns whether a reply is right."""
@@ -26,17 +26,57 @@ REJECTED = (
     "refused",
     "duplicate",
     "contaminated",
+    "control token",
     "check failed",
     "no majority",
 )
 """Every reason to reject a reply."""
-REFUSAL = re.compile(
-    "\\W*(?:(?:i['\u2019]?m|i am) (?:very |really )?(?:sorry|afraid|unable|not able)|sorry\\b|"
-    "i (?:can['\u2019]?t|cannot|won['\u2019]?t) |as an ai\\b)",
-    re.IGNORECASE,
+REFUSALS = {
+    "English": "(?:i['\u2019]?m|i am) (?:very |really )?(?:sorry|afraid|unable|not able)|"
+    "(?:very |so )?sorry\\b|"
+    "(?:unfortunately,? |my apologies\\W+)?i (?:can['\u2019]?t|cannot|won['\u2019]?t|must decline) |"
+    "i apologi[sz]e|as an ai\\b",
+    "Chinese": "(?:您好|你好)?\\W*(?:很|非常|十分|真)?(?:对不起|對不起|抱歉|遗憾|遺憾|不好意思)|"
+    "我(?:暂时|目前)?(?:无法|無法|不能|没办法|沒辦法)|(?:作为|作為|身为)\\S{0,6}(?:ai|人工智能|人工智慧|语言模型)|"
+    "\\S{0,12}(?:无法|無法|不能)(?:回答|提供|协助|協助|帮助|幫助|满足)",
+    "Japanese": "(?:大変|誠に)?(?:申し訳|申訳|すみません|ごめん|恐れ入り|残念)|"
+    "\\S{0,30}(?:答え|回答|お手伝い|提供)\\S{0,6}できません",
+    "Korean": "(?:정말 |대단히 )?(?:죄송|미안|유감)|.{0,30}(?:답변|도와|제공)\\S{0,4} (?:드릴 )?수 없",
+    "Spanish": "lo (?:siento|lamento)|lamento|perd[oó]n|disculp|me temo que|"
+    "(?:lamentablemente,? )?no (?:puedo|me es posible)\\b|como (?:ia|modelo|inteligencia)",
+    "French": "(?:je suis )?(?:vraiment |sincèrement )?désolé|je (?:regrette|m['\u2019]excuse)|"
+    "(?:malheureusement,? )?je ne (?:peux|suis|pourrai)|en tant qu",
+    "German": "(?:es )?tut mir (?:sehr )?leid|entschuldig|(?:leider )?(?:kann|darf) ich|"
+    "ich (?:kann|darf) .{0,30}nicht|als (?:ki|sprachmodell)",
+    "Russian": "(?:мне )?(?:очень )?жаль|извин|простите|прошу прощен|к сожалению|я не (?:могу|смогу|в сост)|"
+    "как (?:ии|языков)",
+    "Ukrainian": "вибач|перепрош|на жаль|я не можу",
+    "Portuguese": "(?:sinto|lamento) muito|lamento|(?:me )?desculp|infelizmente|"
+    "(?:eu )?não (?:posso|consigo)\\b|como (?:um |uma )?(?:ia|modelo)",
+    "Italian": "mi (?:dispiace|spiace|scuso)|spiacente|purtroppo|non (?:posso|sono in grado)|in quanto (?:ia|modello)",
+    "Dutch": "het spijt me|helaas|ik kan .{0,30}niet|excuses",
+    "Polish": "przepraszam|przykro mi|niestety|nie mogę",
+    "Czech": "omlouv|bohužel|je mi líto|nemohu",
+    "Swedish": "jag är ledsen|tyvärr|förlåt|jag kan inte",
+    "Romanian": "îmi pare rău|din păcate|nu pot",
+    "Greek": "λυπάμαι|συγγνώμη|δεν μπορώ",
+    "Turkish": "üzgünüm|maalesef|özür|ne yazık ki|.{0,30}yardımcı olam",
+    "Arabic": "(?:أنا )?[آاأ]سف|عذر|أعتذر|نعتذر|معذرة|للأسف|لا (?:أستطيع|يمكنني)",
+    "Persian": "مت[أا]سف|ببخشید|نمی.?توانم",
+    "Hebrew": "(?:אני )?מצטער|סליחה|אני לא יכול",
+    "Hindi": "(?:मुझे )?(?:खेद|माफ|क्षमा)|मैं .{0,40}नहीं|दुर्भाग्य",
+    "Bengali": "(?:আমি )?দুঃখিত",
+    "Thai": "ขอ(?:อภัย|โทษ)|เสียใจ|(?:ฉัน|ผม|ดิฉัน)?ไม่สามารถ",
+    "Vietnamese": "(?:tôi |rất |chúng tôi )*(?:xin lỗi|tiếc)|tôi không thể",
+    "Indonesian": "(?:mohon )?maaf|saya (?:tidak (?:bisa|dapat)|menyesal)|sayangnya",
+}
+"""Language -> how a refusal begins."""
+REFUSAL = re.compile(rf"\W*(?:{'|'.join(REFUSALS.values())})", re.IGNORECASE)
+CONTROL_TOKEN = re.compile(
+    r"<[|\uff5c][^|\uff5c<>\s]{3,40}[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[be]os>|</?think>|\[/?INST\]|<</?SYS>>"
 )
-MAX_BARE_ANSWER = 200
-"""Characters of a reply after a reasoning field that may be the answer as a whole."""
+"""Tokens that only a chat template may write, of any model family. A student would learn to stop or switch roles."""
+MARKED_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
 T = TypeVar("T")
 
 
@@ -75,27 +115,38 @@ class Judge:
     Args:
         check: decides instead of the row's right answer; None: answers are compared, if the row has one.
         test: questions that must not be learned from, or None.
+        max_tokens: the longest reply that was allowed; None: not known.
     """
 
-    def __init__(self, check: Check | None = None, test: TestQuestions | None = None) -> None:
-        self.check, self.test = check, test
+    def __init__(
+        self, check: Check | None = None, test: TestQuestions | None = None, max_tokens: int | None = None
+    ) -> None:
+        self.check, self.test, self.max_tokens = check, test, max_tokens
 
     def __call__(self, question: Question, reply: TeacherReply) -> Verdict:
-        """Return the first verdict that holds: truncated, refused, unparsable, contaminated, wrong, or accepted."""
-        if reply.finish_reason == "length":
-            return Verdict(False, "truncated")
+        """Return the first verdict that holds.
+
+        In order: truncated, refused, unparsable, control token, contaminated, wrong, or accepted.
+        """
+        end, whole = ending(reply, self.max_tokens), reply.whole_text
+        thought = split_thought(whole)
+        if end in ("cut off", "broken off") or thought.unclosed:
+            return Verdict(False, "truncated", "" if reply.finish_reason == "length" else reply.finish_reason)
         rationale, answer = parts_of(reply)
-        refuses = answer is None and REFUSAL.match(reply.text) is not None
-        if reply.finish_reason == "content_filter" or reply.refusal or refuses:
-            return Verdict(False, "refused", f"{reply.refusal or reply.text:.80}")
+        refuses = answer in (None, thought.text) and REFUSAL.match(thought.text) is not None
+        if end == "refused" or reply.refusal or refuses:
+            return Verdict(False, "refused", f"{reply.refusal or thought.text:.80}")
         if answer is None or not rationale:
             return Verdict(False, "unparsable", "no answer found" if answer is None else "no rationale")
+        control = control_text(rationale, answer)
+        if control is not None:
+            return Verdict(False, "control token", control)
         overlap = None if self.test is None else self.test.overlap(f"{rationale} {answer}")
         if overlap is not None:
             return Verdict(False, "contaminated", overlap)
-        return self.correctness(question, rationale, answer)
+        return self.correctness(question, whole, rationale, answer)
 
-    def correctness(self, question: Question, rationale: str, answer: str) -> Verdict:
+    def correctness(self, question: Question, whole: str, rationale: str, answer: str) -> Verdict:
         """Return whether the answer is right, by the check or the row's right answer."""
         if self.check is not None:
             try:
@@ -105,28 +156,22 @@ class Judge:
             return Verdict(True, "correct") if right else Verdict(False, "wrong answer", repr(answer)[:80])
         if not question.gold:
             return Verdict(True, "unverified")
-        graded = grade(answer, question.gold)
+        graded = grade(whole, question.gold)
         return Verdict(True, "correct") if graded.correct else Verdict(False, "wrong answer", graded.why)
 
 
 def parts_of(reply: TeacherReply) -> tuple[str, str | None]:
-    r"""Return rationale and answer of a reply; the answer is None if there is none.
+    """Return rationale and answer of a reply; the answer is None if there is none. The rules are `split_reply`'s."""
+    return split_reply(reply.whole_text)
 
-    The rationale is a reasoning field or `<think>...</think>`, if there is one. The answer is then extracted from the
-    text after it, or is that text as a whole. Otherwise the rationale is the text before `####` in the last line; of a
-    reply with its answer in a box or a sentence, it is the whole text.
-    """
-    rationale, thought, text = reply.text.rpartition("</think>")
-    if reply.reasoning or thought:
-        text = text.strip()
-        bare = text if text and "\n" not in text and len(text) <= MAX_BARE_ANSWER else None
-        rationale = reply.reasoning or rationale.replace("<think>", "")
-        return rationale.strip(), extract_answer(text) or bare
-    if last_box(reply.text) is None:
-        marked = split_reply(reply.text)
-        if marked is not None and marked[1]:
-            return marked
-    return reply.text, extract_answer(reply.text)
+
+def control_text(rationale: str, answer: str) -> str | None:
+    """Return the text in a triple that every template refuses: a control token, or another marked answer; or None."""
+    found = CONTROL_TOKEN.search(rationale) or CONTROL_TOKEN.search(answer)
+    if found is not None:
+        return found[0]
+    marked = (match[0] for match in MARKED_ANSWER.finditer(rationale) if begins_with_number(match[1]))
+    return next(marked, None)
 
 
 def load_check(name: str) -> Check:
