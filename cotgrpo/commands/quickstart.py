@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cotgrpo.config.files import Options, add_settings
-from cotgrpo.quickstart.quickstart import QUICKSTART, run_quickstart
+from cotgrpo.quickstart.quickstart import QUICKSTART, QUICKSTARTS, run_quickstart
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -14,9 +14,18 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the settings of a run, with the quick start's defaults. `--out` is another name of `--run_dir`."""
+    parser.add_argument(
+        "--language",
+        type=Literal["en", "zh"],
+        default="en",
+        metavar="{en,zh}",
+        help="language of the task: English, or Chinese with a chat student, whose defaults are format chat, "
+        "answer_format 答案是{answer}。, seq_len 208 and max_new_tokens 96 (default: en)",
+    )
     add_settings(parser, QUICKSTART, aliases={"run_dir": "--out"})
 
 
 def run(options: Options, console: Console) -> None:
     """Run the quick start in `run_dir`."""
-    run_quickstart(options.settings(QUICKSTART), console)
+    language = options.values.language
+    run_quickstart(options.settings(QUICKSTARTS[language]), console, language)

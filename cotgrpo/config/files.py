@@ -138,6 +138,8 @@ def metavar(kind: object) -> str:
         return METAVARS[kind]
     if typing.get_origin(kind) in (list, tuple):
         return f"[{metavar(typing.get_args(kind)[0])},...]"
+    if typing.get_origin(kind) is dict:
+        return "{" + ": ".join(metavar(part) for part in typing.get_args(kind)) + ",...}"
     return "|".join(metavar(part) for part in typing.get_args(kind))
 
 
@@ -237,7 +239,7 @@ def save_config(config: DataclassInstance, path: Path) -> None:
     """Write all settings that apply as YAML, by an atomic write."""
     import yaml
 
-    write_text(path, yaml.safe_dump(tree_of(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(tree_of(config), sort_keys=False, allow_unicode=True))
 
 
 def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any], frozenset[str]]:
@@ -246,7 +248,7 @@ def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> t
     Raises:
         ConfigError: a file that cannot be read or is not a mapping, an unknown key, a value of the wrong type.
     """
-    settings, unset = translate(dict(flat(read_mapping(path))))
+    settings, unset = translate(dict(flat(read_mapping(path), leaves=known)))
     sections = {key.rpartition(".")[0] for key in known} - {""}
     sections |= {section.partition(".")[0] for section in sections}
     for key in [key for key, value in settings.items() if value == {} and key in sections]:
@@ -278,11 +280,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("a.b", 1) for every leaf of {"a": {"b": 1}}."""
+def flat(tree: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield ("a.b", 1) for every leaf of {"a": {"b": 1}}. The values of the keys in `leaves` may be mappings."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and f"{prefix}{key}" not in leaves:
+            yield from flat(value, f"{prefix}{key}.", leaves)
         else:
             yield f"{prefix}{key}", value
 

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from cotgrpo.data.sources import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+UNDECODABLE = "\N{SYMBOL FOR SUBSTITUTE FORM TWO}"
+"""Stands for bytes that are no character: the end of a reply that was cut off inside one, or what a student made up.
+
+It has no digits, so it never becomes part of an answer. A U+FFFD that a text holds itself stays.
+"""
+ONE_BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""The token of a single byte in a vocabulary with byte fallback."""
+
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+"""Further special tokens of a tokenizer that is trained for chats: each starts a turn, and "<eos>" ends it."""
+CHAT_TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<eos>{% endif %}"
+    "{% for message in messages %}"
+    "<|{{ 'system' if message.role == 'developer' else message.role }}|>{{ message.content or '' }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<eos>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""The chat template of a tokenizer that is trained for chats."""
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS
+    texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS, chat: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that splits numbers into single digits.
 
@@ -27,6 +50,7 @@ def train_tokenizer(
         texts: the training text.
         vocab_size: most tokens, at least 256 and the special ones. A text with few pairs to merge gives fewer.
         special_tokens: must hold "<pad>" and "<eos>".
+        chat: add `CHAT_TOKENS` and `CHAT_TEMPLATE`, so the tokenizer renders chats.
 
     Raises:
         ValueError: `vocab_size` too small, or a special token missing.
@@ -35,6 +59,7 @@ def train_tokenizer(
 
     if not {"<pad>", "<eos>"} <= set(special_tokens):
         raise ValueError(f'special_tokens must hold "<pad>" and "<eos>", got {list(special_tokens)}.')
+    special_tokens = [*special_tokens, *(CHAT_TOKENS if chat else ())]
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size must be at least {least} (256 bytes and the special tokens), got {vocab_size}.")
@@ -45,7 +70,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(special_tokens),
+        special_tokens=special_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -55,6 +80,7 @@ def train_tokenizer(
         pad_token="<pad>",
         eos_token="<eos>",
         clean_up_tokenization_spaces=False,
+        **({"chat_template": CHAT_TEMPLATE} if chat else {}),
     )
 
 
@@ -71,6 +97,112 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id "
             f"({type(error).__name__}: {error})."
         ) from error
+
+
+class Piece(NamedTuple):
+    """Tokens that make up whole characters.
+
+    Attributes:
+        text: their text.
+        start: place of the first token.
+        end: place after the last token.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+def joined_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[Piece]:
+    """Split token ids into the smallest pieces of whole characters. The pieces' texts add up to `decode_text(ids)`.
+
+    A token of a byte-level vocabulary, or of one with byte fallback, may be a part of a character. Alone it would be
+    U+FFFD. It is joined with the tokens of the same character.
+    """
+    places = [int(i) for i in ids]
+    tokens = [token_bytes(tokenizer, token, before) for before, token in zip([None, *places], places, strict=False)]
+    text = b"".join(tokens)
+    inside = {place for start, end in characters(text) for place in range(start + 1, end)}
+    pieces: list[Piece] = []
+    first = offset = begin = 0
+    for number, token in enumerate(tokens, 1):
+        offset += len(token)
+        if offset not in inside:
+            pieces.append(Piece(decode_bytes(text[begin:offset]), first, number))
+            first, begin = number, offset
+    return pieces
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> str:
+    """Return the text of token ids, with special tokens and spaces, and `UNDECODABLE` for bytes that are no character.
+
+    `tokenizer.decode` writes U+FFFD for these bytes.
+    """
+    text = decode(tokenizer, ids)
+    return text if "\ufffd" not in text else "".join(piece.text for piece in joined_pieces(tokenizer, ids))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> str:
+    """Return the text of token ids as the tokenizer writes it, with special tokens and all spaces."""
+    ids = [int(i) for i in ids]
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, before: int | None) -> bytes:
+    """Return the bytes of a token that follows the token `before`, or None for the first token of a text."""
+    alone, name = decode(tokenizer, [token]), str(tokenizer.convert_ids_to_tokens(token))
+    table, found = byte_alphabet(), b""
+    if one := ONE_BYTE.fullmatch(name):
+        found = bytes([int(one[1], 16)])
+    elif "\ufffd" in alone and all(letter in table for letter in name):
+        found = bytes(table[letter] for letter in name)
+    # What the token is alone tells half a character from a text that looks like one. A space at the start may be lost.
+    if found and alone in ((text := found.decode(errors="replace")), text.removeprefix(" ")):
+        return found.lstrip() if before is None and not alone else found
+    if before is None:
+        return alone.encode()
+    # Some tokenizers write a space before a token, except at the start.
+    prefix, both = decode(tokenizer, [before]), decode(tokenizer, [before, token])
+    return (both.removeprefix(prefix) if both.startswith(prefix) else alone).encode()
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte of each letter in the tokens of a byte-level vocabulary, as GPT-2 and its kin write them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def characters(text: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the places of each character of several bytes, and of each longest part of a broken one."""
+    start = 0
+    while start < len(text):
+        try:
+            good, broken = text[start:].decode(), (0, 0)
+        except UnicodeDecodeError as error:
+            good, broken = text[start : start + error.start].decode(), (start + error.start, start + error.end)
+        for letter in good:
+            size = len(letter.encode())
+            yield start, start + size
+            start += size
+        if broken[1]:
+            yield broken
+            start = broken[1]
+
+
+def decode_bytes(text: bytes) -> str:
+    """Return the text of bytes, with `UNDECODABLE` for each longest part of a broken character."""
+    parts = (text[start:end] for start, end in characters(text))
+    return "".join(map(decode_character, parts))
+
+
+def decode_character(text: bytes) -> str:
+    """Return a character, or `UNDECODABLE`."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return UNDECODABLE
 
 
 def transformers() -> ModuleType:

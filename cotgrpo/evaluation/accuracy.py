@@ -13,6 +13,7 @@ import numpy as np
 from cotgrpo.data.answers import grade
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
+from cotgrpo.data.tokenizer import decode_text
 from cotgrpo.distributed.processes import fetch
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
@@ -35,7 +36,8 @@ class Reply:
 
     Attributes:
         question, gold: the row's question and right answer.
-        text: the whole reply, special tokens as the tokenizer writes them.
+        text: the whole reply, special tokens as the tokenizer writes them. `UNDECODABLE` of `cotgrpo.data.tokenizer`
+            stands for bytes that are no character, as at the end of a reply that was cut off.
         answer: the answer that the template finds (plain: the text after the separator), or None.
         correct: whether the answer is right.
         finished: whether the reply ended with a stop token instead of the length limit.
@@ -151,7 +153,7 @@ class ExactMatch:
 def judge(template: AnyTemplate, question: Question, ids: np.ndarray, finished: bool) -> Reply:
     """Split a reply and grade its answer."""
     _, answer = template.split_reply(ids)
-    text = str(template.tokenizer.decode(ids, skip_special_tokens=False))
+    text = decode_text(template.tokenizer, ids)
     return Reply(question.question, question.gold, text, answer, grade(answer, question.gold).correct, finished)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cotgrpo.data.tokenizer import Piece, decode_text, joined_pieces
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.evaluation.accuracy import Reply
 from cotgrpo.logs.metrics_log import append, length_up_to, open_to_append, step_of
@@ -23,11 +24,15 @@ DIGITS = 5
 class CompletionsLog:
     """Appends replies, each on disk before the call returns.
 
-    A row is `{"step", "question", "gold", "text", "correct", "tokens", "ghosts", "rewards"}`. The last three are lists
-    with an entry
-    for each token: the student's token, the ghost's (null if it is the same), and `log p(ghost) - log p(token)` in
-        nats. Without a
-    ghost (`group_relative`) the list of ghosts is null, and a reward is the advantage of the whole reply.
+    A row is `{"step", "question", "gold", "text", "correct", "tokens", "counts", "ghosts", "rewards"}`. The last four
+    are lists with an entry for each token, or for tokens that are parts of one character, which are joined:
+
+    - `tokens`: the text.
+    - `counts`: how many tokens it has.
+    - `ghosts`: null if the ghost's tokens are the same. Otherwise, the text up to the ghost's first other token.
+    - `rewards`: the sum of `log p(ghost) - log p(token)`, in nats.
+
+    Without a ghost (`group_relative`) the list of ghosts is null, and a reward is the advantage of the whole reply.
 
     Like `MetricsLog`, it first removes the rows of steps that the run will repeat.
 
@@ -55,19 +60,20 @@ class CompletionsLog:
         rewards: np.ndarray,
     ) -> None:
         """Log the first replies of a step. `ghosts` and `rewards` are `[rows, N]`, with a column for each token."""
-        piece = lambda token: tokenizer.decode([int(token)])
-        against = lambda ghost_N, own: [None if g == t else piece(g) for g, t in zip(ghost_N, own, strict=False)]
         lines = []
         for row_number, (reply, own, reward_N) in enumerate(zip(replies, ids, rewards, strict=False)):
+            pieces = joined_pieces(tokenizer, own)
+            ghost_N = None if ghosts is None else ghosts[row_number]
             row = {
                 "step": step,
                 "question": reply.question,
                 "gold": reply.gold,
                 "text": reply.text,
                 "correct": reply.correct,
-                "tokens": [piece(token) for token in own],
-                "ghosts": None if ghosts is None else against(ghosts[row_number], own),
-                "rewards": [round(float(reward), DIGITS) for reward in reward_N[: len(own)]],
+                "tokens": [piece.text for piece in pieces],
+                "counts": [piece.end - piece.start for piece in pieces],
+                "ghosts": None if ghost_N is None else [ghost_of(tokenizer, own, ghost_N, piece) for piece in pieces],
+                "rewards": [reward_of(reward_N, piece, summed=ghosts is not None) for piece in pieces],
             }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         with explain_disk_errors(self.path), open_to_append(self.path) as file:
@@ -75,6 +81,23 @@ class CompletionsLog:
                 self.started = True
                 file.truncate(length_up_to(self.path, step - 1))
             append(file, "".join(lines).encode())
+
+
+def ghost_of(tokenizer: PreTrainedTokenizerBase, own: np.ndarray, ghosts: np.ndarray, piece: Piece) -> str | None:
+    """Return what the ghost proposes for a piece of a reply, None for the same tokens.
+
+    The ghost has read the student's tokens. So its first other token follows those of the piece before it.
+    """
+    for place in range(piece.start, piece.end):
+        if ghosts[place] != own[place]:
+            return decode_text(tokenizer, np.append(own[piece.start : place], ghosts[place]))
+    return None
+
+
+def reward_of(rewards: np.ndarray, piece: Piece, *, summed: bool) -> float:
+    """Return the reward of a piece: the sum over its tokens, or that of the first, if all have the reply's."""
+    end = piece.end if summed else piece.start + 1
+    return round(float(np.sum(rewards[piece.start : end], dtype=np.float64)), DIGITS)
 
 
 def read_completions(folder: Path, last: int) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ The teacher's text is scarce, and SFT learns from it what it can. GRPO continues
 of updates. The first run uses the same text (teacher-forced). The second uses the student's own replies to further
 questions, with a live teacher that supplies the ghost token at each prefix (on-policy). No text exists for these
 questions.
+
+The task is in English or in Chinese, with the same sums. The Chinese student is a chat student, and writes its answer
+as `答案是118。`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.reports.charts import interval_chart, standalone
 from cotgrpo.reports.report import write_report
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+from cotgrpo.teachers.procedural_words import LanguageName
 from cotgrpo.training import run_grpo, run_sft
 from cotgrpo.training.reporting import merge_samples
 
@@ -45,6 +49,8 @@ KINDS = ("column_addition",)
 TRAIN_ROWS, QUESTIONS, TEST_ROWS = 250, 4_000, 500
 TEACHER = Path(__file__).with_name("live_teacher")
 """The live teacher's folder, made by `cotgrpo.quickstart.make_live_teacher`."""
+TEACHERS = {"en": TEACHER, "zh": Path(__file__).with_name("live_teacher_zh")}
+"""The live teacher of each language."""
 REPLIES_OF_A_ROW = 2
 """Average number of replies in a packed row. With it, on-policy and teacher-forced updates supervise as many tokens."""
 
@@ -73,6 +79,18 @@ QUICKSTART = Config(
 )
 """The quick start's settings. Each of them is also an option of the command."""
 
+QUICKSTARTS = {
+    "en": QUICKSTART,
+    # The sentences of a reply take some more tokens.
+    "zh": dataclasses.replace(
+        QUICKSTART,
+        tokenizer=TokenizerConfig(path=str(TEACHERS["zh"])),
+        data=DataConfig(seq_len=208, loss_on="completion", format="chat", answer_format="答案是{answer}。"),
+        eval=dataclasses.replace(QUICKSTART.eval, max_new_tokens=96),
+    ),
+}
+"""The settings in each language."""
+
 STAGES = {
     "base": "untrained",
     "sft": "after SFT",
@@ -81,18 +99,26 @@ STAGES = {
 }
 
 
-def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) -> dict[str, Any]:
+def run_quickstart(
+    config: Config | None = None, console: Console | None = None, language: LanguageName = "en"
+) -> dict[str, Any]:
     """Run teacher, SFT, GRPO and a report of all in `config.run_dir`. Resume if run again. Return `report.json`.
 
     The teacher writes `train.jsonl`, `questions.jsonl` and `test.jsonl` there, from `config.seed`. If
     `config.data.train` names other rows, the on-policy stage is left out, since the live teacher knows only its task.
+
+    Args:
+        config: the settings; None: those of `QUICKSTARTS` in this language.
+        console: where the lines are printed.
+        language: "en" or "zh", the language of the teacher's text.
     """
+    config = QUICKSTARTS[language] if config is None else config
     console = console or Console()
     folder = Path(config.run_dir)
     started = time.perf_counter()
     own_rows = bool(config.data.train)
     if not own_rows:
-        on_process_0(lambda: teach(folder, config.seed))
+        on_process_0(lambda: teach(folder, config.seed, language))
         console.print(
             f"teacher: {TRAIN_ROWS} triples, {QUESTIONS} questions and {TEST_ROWS} held-out rows in {folder}",
             highlight=False,
@@ -100,13 +126,13 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
         )
         data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
         config = dataclasses.replace(config, data=data)
-    elif config.tokenizer == QUICKSTART.tokenizer:  # it knows sums only
+    elif config.tokenizer == QUICKSTARTS[language].tokenizer:  # it knows sums only
         config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=400))
     stages = {"teacher": time.perf_counter() - started}
     reports = {"sft": run_sft(config, console), "grpo": run_grpo(config, console)}
     if not own_rows:
-        reports["on_policy"] = run_grpo(on_policy(config), console)
-    report = combined(config, reports, stages)
+        reports["on_policy"] = run_grpo(on_policy(config, language), console)
+    report = combined(config, reports, stages, language)
     page = on_process_0(lambda: str(write_combined(folder, report)))
     for name, row in report["accuracy"].items():
         console.print(
@@ -119,14 +145,14 @@ def run_quickstart(config: Config = QUICKSTART, console: Console | None = None) 
     return report
 
 
-def on_policy(config: Config) -> Config:
+def on_policy(config: Config, language: LanguageName = "en") -> Config:
     """Return the settings of the on-policy stage.
 
     It starts from the same student as the teacher-forced one, and learns from its own replies to other questions.
     """
     folder, grpo = Path(config.run_dir), config.grpo
     ghosts = TeacherModel(
-        teacher=str(TEACHER),
+        teacher=str(TEACHERS[language]),
         prompts=(str(folder / "questions.jsonl"),),
         max_new_tokens=config.eval.max_new_tokens,
     )
@@ -144,12 +170,13 @@ def write_combined(folder: Path, report: dict[str, Any]) -> Path:
     return write_report(folder)
 
 
-def teach(folder: Path, seed: int) -> None:
+def teach(folder: Path, seed: int, language: LanguageName = "en") -> None:
     """Write the teacher's triples and further questions, unless they exist. Neither has sums of the test."""
-    rows = ProceduralTeacher(seed, KINDS).draw(TRAIN_ROWS + QUESTIONS)
+    rows = ProceduralTeacher(seed, KINDS, language=language).draw(TRAIN_ROWS + QUESTIONS)
     # The questions have no rationale. Their answers only grade the student's replies, for the log.
     asked = [dataclasses.replace(row, rationale="") for row in rows[TRAIN_ROWS:]]
-    write_rows(folder / "test.jsonl", ProceduralTeacher(seed, KINDS, held_out=True).draw(TEST_ROWS))
+    test = ProceduralTeacher(seed, KINDS, held_out=True, language=language).draw(TEST_ROWS)
+    write_rows(folder / "test.jsonl", test)
     write_rows(folder / "questions.jsonl", asked)
     write_rows(folder / "train.jsonl", rows[:TRAIN_ROWS])
 
@@ -162,7 +189,9 @@ def write_rows(path: Path, rows: Sequence[Triple]) -> None:
             write_triples(temporary, rows)
 
 
-def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str, float]) -> dict[str, Any]:
+def combined(
+    config: Config, reports: dict[str, dict[str, Any]], wall: dict[str, float], language: LanguageName = "en"
+) -> dict[str, Any]:
     """Merge the reports of all stages. `wall` holds the seconds before them."""
     for name, label in (("sft", "SFT"), ("grpo", "GRPO"), ("on_policy", "on-policy GRPO")):
         if name in reports:
@@ -186,9 +215,10 @@ def combined(config: Config, reports: dict[str, dict[str, Any]], wall: dict[str,
             f"{data['prompts']['kept']:,} questions that it has no text for, and a live teacher supplies the ghost "
             "token at each prefix of its replies."
         )
+    option = "" if language == "en" else f"--language {language} "
     return found | {
         "title": "cotgrpo quickstart",
-        "command": f"cotgrpo quickstart --out {shlex.quote(config.run_dir)} --seed {config.seed}",
+        "command": f"cotgrpo quickstart {option}--out {shlex.quote(config.run_dir)} --seed {config.seed}",
         "accuracy": accuracy,
         "held_out_loss": losses,
         "data": data,

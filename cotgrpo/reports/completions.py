@@ -14,10 +14,10 @@ TOKENS_SHOWN = 600
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token of a reply.
+    """A token of a reply, or the tokens of one character.
 
     Attributes:
-        text: the token.
+        text: the text.
         title: tooltip with the ghost's token, if that is another one, and the reward.
         style: CSS of the background, "" for a reward of 0.
         corrected: whether the ghost proposes another token.
@@ -49,23 +49,25 @@ def read_completion(row: Mapping[str, Any]) -> Completion:
     """Return a row of `completions.jsonl` as the page shows it."""
     ghosts = row["ghosts"] or [None] * len(row["tokens"])
     alone = "advantage" if row["ghosts"] is None else "the ghost agrees; reward"
-    tokens = list(zip(row["tokens"], ghosts, row["rewards"], strict=True))
+    counts = row.get("counts") or [1] * len(row["tokens"])  # logs of older versions have none
+    tokens = list(zip(row["tokens"], counts, ghosts, row["rewards"], strict=True))
     return Completion(
         step=row["step"],
         question=row["question"],
         gold=row["gold"],
         correct=row["correct"],
         tokens=[coloured_token(*token, alone) for token in tokens[:TOKENS_SHOWN]],
-        left_out=max(len(tokens) - TOKENS_SHOWN, 0),
+        left_out=sum(counts[TOKENS_SHOWN:]),
         has_ghosts=row["ghosts"] is not None,
     )
 
 
-def coloured_token(text: str, ghost: str | None, reward: int | float, alone: str) -> Token:
-    """Return a token with its tooltip and colour; `alone` starts the tooltip if the ghost agrees."""
+def coloured_token(text: str, count: int, ghost: str | None, reward: int | float, alone: str) -> Token:
+    """Return a piece of `count` tokens with its tooltip and colour; `alone` starts the tooltip if the ghost agrees."""
     strength = min(abs(reward) / FULL_COLOUR, 1.0)
     # Both hues are dark enough to be told apart, and pale enough for the text to be read, in light and dark.
     hue = "46, 160, 90" if reward > 0 else "214, 60, 50"
     style = f"background: rgba({hue}, {0.1 + 0.5 * strength:.2f})" if reward else ""
     label = alone if ghost is None else f"ghost: {ghost}; reward"
-    return Token(text, f"{label} {reward:+.2f}", style, corrected=ghost is not None)
+    joined = f" ({count} tokens)" if count > 1 else ""
+    return Token(text, f"{label} {reward:+.2f}{joined}", style, corrected=ghost is not None)

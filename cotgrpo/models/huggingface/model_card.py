@@ -44,7 +44,8 @@ def model_card(name: str, facts: Mapping[str, Any], library: str = "transformers
         rows = "".join(f"| {test} | {value} |\n" for test, value in facts["accuracy"].items())
         parts.append(f"## Accuracy\n\n| test set | accuracy |\n|---|---|\n{rows}")
     if facts.get("config"):
-        parts.append(f"## Config\n\n```yaml\n{yaml.safe_dump(plain(facts['config']), sort_keys=False)}```\n")
+        config = yaml.safe_dump(plain(facts["config"]), sort_keys=False, allow_unicode=True)
+        parts.append(f"## Config\n\n```yaml\n{config}```\n")
     versions = {package: importlib.metadata.version(package) for package in ("cotgrpo", "jax", "flax", "optax")}
     versions |= facts.get("versions", {})
     parts.append("## Versions\n\n" + "".join(f"- {package} {version}\n" for package, version in versions.items()))
