@@ -8,6 +8,7 @@ from typing import Literal
 
 from cotgrpo.config.ghosts import SOURCES, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
+from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import ForwardKl, GroupRelative, Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
@@ -83,11 +84,16 @@ class DataConfig:
     """Rows, and how they become sequences.
 
     Attributes:
-        train: .jsonl or .parquet files (one or a list), or hub ids ("org/name" or "org/name:config").
+        train: files (.jsonl, .json, .csv, .tsv or .parquet, also compressed), folders, patterns such as data/*.jsonl
+            (one or a list), or hub ids ("org/name" or "org/name:config"). docs/data.md lists the layouts of rows.
         test: held-out rows, in the same form; empty: hold out test_rows of the training rows. All of them count for
             exact match, against gold, or against the answer of a row without gold. Those with a correct reply count for
             the loss.
-        train_split: keep only rows with this split field; for a hub id, the split to load.
+        columns: our names of fields and the columns that hold them, such as {question: q, gold: meta.answer}; empty:
+            the columns are found by their names.
+        row_function: a function of your own, "package.module:function". It takes a row and returns one of a known
+            layout, or None to leave it out.
+        train_split: keep only rows with this split field; for a folder or a hub id, the split to load.
         test_split: the same for the held-out rows.
         test_rows: rows to hold out if test is empty. The seed draws them from all rows that have a right answer, even
             if the reply is wrong.
@@ -104,10 +110,16 @@ class DataConfig:
             fits.
         bad_rows: what to do with a row that cannot be used.
         keep_incorrect: train on known mistakes of the teacher too. The held-out loss never counts them.
+        streaming: read and tokenize the training rows during the training, for files that do not fit into memory. Rows
+            are then packed in windows, and of duplicates only exact copies of a line are left out.
+        num_workers: processes that read and tokenize rows; 0: a thread of the training process. They never change the
+            batches.
     """
 
     train: list[str] | str = dataclasses.field(default_factory=list)
     test: list[str] | str = dataclasses.field(default_factory=list)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    row_function: str = ""
     train_split: str | None = None
     test_split: str | None = None
     test_rows: int = 500
@@ -122,8 +134,13 @@ class DataConfig:
     too_long: Literal["error", "drop"] = "error"
     bad_rows: Literal["error", "drop"] = "error"
     keep_incorrect: bool = False
+    streaming: bool = False
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
+        at_least(0, self, "num_workers")
+        if problem := columns_problem(self.columns) or row_function_problem(self.row_function):
+            raise ConfigError(problem)
         if self.answer_format and self.answer_format.count("{answer}") != 1:
             raise ConfigError(f"answer_format must hold {{answer}} once, got {self.answer_format!r}.")
 

@@ -12,11 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cotgrpo.data.answers import gold_answer
 from cotgrpo.data.batches import encode_fitting, fits
-from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, final_part, read_rows
+from cotgrpo.data.layouts.fields import Note, prose_note
+from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, read_rows
 from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import Triple, triple_of
+
+NOT_ASKED = ("rationale", "completion", "answer", "correct", "id", "system", "tools")
+"""Columns that rows of questions need not have, even if `data.columns` names them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Question:
         row: the row as it was read.
         prompt: int32 tokens that the student reads, once a template has made them.
         context, tools: as in `Triple`.
+        no_gold: why the row's right answer cannot be used; empty if it can, or if the row has none.
     """
 
     question: str
@@ -45,6 +51,7 @@ class Question:
     prompt: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     context: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    no_gold: str = ""
 
     def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
         """Return `prompt`, or make it."""
@@ -57,17 +64,21 @@ def read_questions(
     split: str | None = None,
     bad_rows: BadRows = "error",
     need_gold: bool = True,
+    columns: Mapping[str, str] | None = None,
+    row_function: str = "",
 ) -> tuple[list[Question], DropReport]:
     """Read questions from the sources of `read_triples`, and from rows without a reply.
 
     The right answer is the row's `gold`, else its `answer` unless `correct` is false. If that is a whole solution, the
-    part after `####` counts. A row with the text of an earlier one is left out.
+    answer in it counts; the report notes answers that were found in prose. A row with the text of an earlier one is
+    left out.
 
     Args:
         sources, split: as in `read_triples`.
         bad_rows: what happens to a row without a question or right answer, or with an unreadable field, as in
             `read_triples`.
         need_gold: False also accepts rows without a right answer.
+        columns, row_function: as in `read_triples`. Columns of the reply may be missing.
 
     Returns:
         The questions in order, and the report of the rows left out.
@@ -76,7 +87,8 @@ def read_questions(
         DataError: a file that is missing or cannot be read, a bad row, or no question.
     """
     names = as_list(sources)
-    questions, report = questions_in(read_rows(names, split), bad_rows=bad_rows, need_gold=need_gold)
+    rows = read_rows(names, split, columns=columns, row_function=row_function, optional=NOT_ASKED)
+    questions, report = questions_in(rows, bad_rows=bad_rows, need_gold=need_gold)
     check_usable(questions, names, report)
     return questions, report
 
@@ -90,18 +102,37 @@ def questions_in(
         question = question_of(row)
         if need_gold and not question.gold:
             raise DataError(
-                f"{row.source}: no right answer: expected a field gold, or an answer that is correct. Add it."
+                row.no_gold
+                or f"{row.source}: no right answer: expected a field gold, or an answer that is correct. Add it."
             )
-        return question, (question.system, question.question, question.gold, row.rationale, row.answer)
+        asked = str(question.context or question.question)
+        return question, (question.system, asked, question.gold, row.rationale, row.answer)
 
-    return collect(rows, make, bad_rows=bad_rows)
+    return collect(rows, make, bad_rows=bad_rows, notes=notes_of)
+
+
+def notes_of(row: Row) -> tuple[Note, ...]:
+    """Return the row's notes, and that its own answer was found in prose if that is the right answer."""
+    own = row.prose if not row.gold and row.marked_correct is not False else ""
+    return (*row.notes, prose_note(row.source, row.answer, own)) if own else row.notes
 
 
 def question_of(row: Row) -> Question:
     """Return the question in a row."""
-    gold = row.gold or ("" if row.marked_correct is False else final_part(row.answer))
+    own = "" if row.marked_correct is False or row.no_gold else (gold_answer(row.answer) or "")
     reference = triple_of(row) if row.grade.correct and not row.not_a_triple else None
-    return Question(row.question, gold, reference, row.source, row.system, row.id, row.fields)
+    return Question(
+        row.question,
+        row.gold or own,
+        reference,
+        row.source,
+        row.system,
+        row.id,
+        row.fields,
+        context=row.context,
+        tools=row.tools,
+        no_gold=row.no_gold,
+    )
 
 
 def make_held_out(

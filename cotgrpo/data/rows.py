@@ -1,30 +1,33 @@
-"""Rows of reasoning data, parsed once: which columns may hold each field, and the count of rows that are left out.
+"""Rows of reasoning data, parsed once, and the count of rows that are left out or noted.
 
 A row that cannot be parsed is an error that names the file, the line and the fix. Rows left out on purpose are counted
-with their reason in a `DropReport`.
+with their reason in a `DropReport`. `cotgrpo.data.layouts` knows the columns of public data sets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cotgrpo.data.answers import Grade, grade
+from cotgrpo.data.layouts.columns import Found
+from cotgrpo.data.layouts.fields import (
+    Note,
+    Reply,
+    parse_text,
+    read_chat,
+    read_flag,
+    read_gold,
+    read_question,
+    read_reply,
+)
+from cotgrpo.data.layouts.fields import squeeze as squeeze
+from cotgrpo.data.layouts.own import OwnLayout
 from cotgrpo.data.sources import DataError, raw_rows
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "question": ("question", "prompt", "problem"),
-    "rationale": ("rationale", "reasoning", "solution", "reasoning_content"),
-    "answer": ("answer", "final_answer"),
-    "completion": ("completion", "response"),
-    "gold": ("gold",),
-    "system": ("system",),
-}
-"""Field -> the columns that may hold it; the first one present counts. `completion` is a whole reply in one text."""
 EXAMPLES_KEPT = 3
 """Places that a `DropReport` keeps for each reason."""
 BadRows = Literal["error", "drop"]
@@ -50,8 +53,14 @@ class Row:
         system: the row's own system message.
         marked_correct: the row's `correct` flag, or None without one.
         source: its place, as "file:line".
+        id: its own id.
         fields: the row as it was read.
         not_a_triple: why no triple can be made of it; empty if one can.
+        no_gold: why its right answer cannot be used; empty if it can, or if the row has none.
+        verbatim: whether `answer` is the whole reply, to be trained as it is.
+        context, tools: as in `Triple`.
+        prose: the text in which `answer` was found without a mark; else empty.
+        notes: what the report counts, each with a place: which of two columns is used, a right answer read from prose.
     """
 
     question: str
@@ -63,11 +72,13 @@ class Row:
     source: str
     fields: Mapping[str, Any]
     not_a_triple: str = ""
-
-    @property
-    def id(self) -> str | None:
-        """The row's own id."""
-        return None if self.fields.get("id") is None else str(self.fields["id"])
+    no_gold: str = ""
+    verbatim: bool = False
+    context: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    prose: str = ""
+    notes: tuple[Note, ...] = ()
+    id: str | None = None
 
     @functools.cached_property
     def grade(self) -> Grade:
@@ -88,12 +99,14 @@ class DropReport:
     Attributes:
         read: rows seen.
         dropped: reason -> count.
-        examples: reason -> the first few places, as "file:line: detail".
+        examples: reason, or what was noted -> the first few places, as "file:line: detail".
+        noted: what a user should know of rows that were kept -> count.
     """
 
     read: int = 0
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -101,43 +114,64 @@ class DropReport:
 
     def drop(self, reason: str, place: str) -> None:
         """Count one row left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        seen = self.examples.setdefault(reason, [])
+        self._count(self.dropped, reason, place)
+
+    def note(self, what: str, place: str) -> None:
+        """Count one row that was read in a way that a user should know of."""
+        self._count(self.noted, what, place)
+
+    def _count(self, counts: dict[str, int], what: str, place: str) -> None:
+        counts[what] = counts.get(what, 0) + 1
+        seen = self.examples.setdefault(what, [])
         if len(seen) < EXAMPLES_KEPT:
             seen.append(place)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+        whole = {"read": self.read, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+        return whole | ({"noted": self.noted} if self.noted else {})
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept"]
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
             lines.append(f"  {count} dropped, {reason}: {'; '.join(self.examples[reason])}")
+        for what, count in sorted(self.noted.items(), key=lambda item: -item[1]):
+            lines.append(f"  {count} noted, {what}: {'; '.join(self.examples[what])}")
         return "\n".join(lines)
 
 
-def read_rows(names: Sequence[str | Path], split: str | None = None) -> Iterator[RowResult]:
+def read_rows(
+    names: Sequence[str | Path],
+    split: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    row_function: str = "",
+    optional: tuple[str, ...] = (),
+) -> Iterator[RowResult]:
     """Yield every row of these files and hub data sets, parsed; in place of a bad row, the error.
 
     Args:
-        names: `.jsonl`, `.json` (one object a line) or `.parquet` files, or hub ids ("org/name" or "org/name:config").
+        names: files, folders, patterns or hub ids, as `raw_rows` takes them.
         split: rows with another `split` field come as `LeftOut`. For a hub id it is the split to load; None: "train".
+        columns: our names of fields -> the rows' columns; a dot leads into an object.
+        row_function: "package.module:function", which takes a row and returns one of a known layout, or None.
+        optional: fields whose columns no row needs to have.
 
     Raises:
-        DataError: a file that is missing or cannot be read.
+        DataError: a file that is missing or cannot be read, or `columns` names a column that no row has.
     """
-    yield from parse_rows(raw_rows(names, split), split)
+    own = OwnLayout(columns, row_function)
+    yield from parse_rows(raw_rows(names, split), split, own)
+    own.check_columns(optional)
 
 
-def parse_rows(raw: Iterable[tuple[str, Any]], split: str | None = None) -> Iterator[RowResult]:
+def parse_rows(
+    raw: Iterable[tuple[str, object]], split: str | None = None, own: OwnLayout | None = None
+) -> Iterator[RowResult]:
     """Yield raw rows, as `raw_rows` yields them, parsed; in place of a bad row, the error."""
     for place, row in raw:
-        if isinstance(row, Mapping) and split is not None and row.get("split") not in (None, split):
-            yield LeftOut("other split", f"{place}: {row['split']!r}")
-            continue
         try:
-            yield row if isinstance(row, DataError) else parse_row(row, place)
-        except DataError as error:
+            yield row if isinstance(row, DataError) else parse_row(row, place, own, split)
+        except (DataError, LeftOut) as error:
             yield error
 
 
@@ -147,6 +181,7 @@ def collect(
     *,
     bad_rows: BadRows,
     deduplicate: bool = True,
+    notes: Callable[[Row], Iterable[Note]] = lambda row: row.notes,
 ) -> tuple[list[T], DropReport]:
     """Return what `make` returns for each row, and the report of the others.
 
@@ -155,6 +190,7 @@ def collect(
         make: returns an object and the texts that identify it; raises `LeftOut` or `DataError`.
         bad_rows: "error" raises at the first row that cannot be used; "drop" counts it.
         deduplicate: leave out rows whose texts equal those of an earlier one.
+        notes: what the report notes of a row that is kept.
 
     Raises:
         DataError: a bad row.
@@ -184,6 +220,8 @@ def collect(
         else:
             seen.add(key)
             made.append(one)
+            for note in notes(row):
+                report.note(*note)
     return made, report
 
 
@@ -193,104 +231,67 @@ def check_usable(found: Sequence[T], names: Sequence[str | Path], report: DropRe
         raise DataError(f"No usable row in {', '.join(map(str, names))}. {report}")
 
 
-def parse_row(row: object, place: str) -> Row:
+def parse_row(row: object, place: str, own: OwnLayout | None = None, split: str | None = None) -> Row:
     """Parse one row. A reply in one text is split into rationale and answer if its form allows it.
 
     Args:
-        row: a JSON object: question, rationale and answer, or prompt and completion, or `messages` of one turn.
+        row: a JSON object of a known layout, or of one that `own` brings into a known one.
         place: its place, for errors.
+        own: the user's own layout.
+        split: leave out a row with another `split` field.
 
     Raises:
         DataError: the row has no question, or a value has the wrong type; names the place, the field and the fix.
+        LeftOut: a row of another split, or that the row function leaves out.
     """
+    check_object(row, place, split)
+    assert isinstance(row, Mapping)
+    known: Mapping[str, object] | None = row if own is None else own.apply(row, place)
+    if known is None:
+        raise LeftOut("row_function returned None", place)
+    if known is not row:
+        check_object(known, place, split)
+    found, notes = Found(known), list[Note]()
+    chat = read_chat(found, place)
+    question = read_question(found, chat, place, notes)
+    correct = read_flag(found, place)
+    try:
+        reply = read_reply(found, chat, place, notes)
+    except DataError as error:
+        if correct is not False:
+            raise
+        reply = Reply(golds=tuple(found.all("gold")), problem=str(error))  # a known mistake may lack a reply
+    gold, no_gold = read_gold(reply.golds, place, notes)
+    system = parse_text(found.value("system"), "system", place)
+    return Row(
+        question=question,
+        rationale=reply.rationale,
+        answer=reply.answer,
+        gold=gold,
+        system=(chat.system if chat is not None else "") or system,
+        marked_correct=correct,
+        source=place,
+        fields=row,
+        not_a_triple=reply.problem,
+        no_gold=no_gold or ("" if gold else reply.no_gold),
+        verbatim=reply.verbatim,
+        context=() if chat is None else chat.context,
+        tools=() if chat is None else chat.tools,
+        prose=reply.prose,
+        notes=tuple(notes),
+        id=None if found.value("id") is None else str(found.value("id")),
+    )
+
+
+def check_object(row: object, place: str, split: str | None) -> None:
+    """Raise DataError unless a row is an object, and LeftOut if it is of another split."""
     if not isinstance(row, Mapping):
         raise DataError(
             f"{place}: expected a JSON object with question, rationale and answer, got {type(row).__name__}."
         )
-    columns = dict(row)
-    if columns.get("messages") is not None:
-        columns |= parse_messages(columns["messages"], place)
-    values = {
-        field: next((columns[key] for key in keys if columns.get(key) is not None), None)
-        for field, keys in COLUMNS.items()
-    }
-    whole = values["answer"] if values["completion"] is None else values["completion"]
-    in_one_text = values["rationale"] is None and whole is not None
-    if in_one_text and isinstance(whole, str) and (parts := split_reply(whole)) is not None:
-        values["rationale"], values["answer"] = parts
-    missing = [missing_text(values[name], name, columns, place) for name in ("question", "rationale", "answer")]
-    if missing[0]:
-        raise DataError(missing[0])
-    if in_one_text and values["rationale"] is None:
-        missing[1] = (
-            f"{place}: no rationale: expected a field {' or '.join(COLUMNS['rationale'])}, "
-            "or a reply with '#### answer' or '</think>' in it. Add the field."
-        )
-    correct = columns.get("correct")
-    if correct is not None and not isinstance(correct, bool):
-        raise DataError(f"{place}: field 'correct' must be true or false, got {correct!r:.40}. Fix the row.")
-    texts = {}
-    for field in ("question", "rationale", "answer", "gold", "system"):
-        try:
-            texts[field] = parse_text(values[field], field, place)
-        except DataError as error:
-            if correct is not False or field not in ("rationale", "answer"):
-                raise
-            texts[field], missing[1] = "", str(error)  # a known mistake may lack a reply
-    texts["gold"] = final_part(texts["gold"])
-    return Row(**texts, marked_correct=correct, source=place, fields=row, not_a_triple=missing[1] or missing[2])
-
-
-def is_blank(value: object) -> bool:
-    """Return whether a row has nothing here: None, or white space."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def missing_text(value: object, field: str, row: Mapping[str, Any], place: str) -> str:
-    """Return an error message for a field that is missing or empty, or an empty text."""
-    if value is None:
-        names = f"{field!r} (or {', '.join(COLUMNS[field][1:])})"
-        return f"{place}: missing field {names}; the row has {', '.join(map(str, row)) or 'nothing'}. Add it."
-    return f"{place}: field {field!r} is empty. Fill it in or remove the row." if is_blank(value) else ""
-
-
-def parse_text(value: object, field: str, place: str) -> str:
-    """Return a field as stripped text, empty if it is missing. Raises DataError if it is not text."""
-    if is_blank(value):
-        return ""
-    is_number = (isinstance(value, float) and math.isfinite(value)) or type(value) is int
-    if field in ("answer", "gold") and is_number:
-        value = str(value)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{place}: field {field!r} must be text, got {type(value).__name__} {value!r:.40}. Make it a string."
-        )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{place}: field {field!r} holds half a surrogate pair. Remove it.") from None
-    return value.strip()
-
-
-def parse_messages(messages: object, place: str) -> dict[str, Any]:
-    """Return the columns in a chat of one turn: system, question and reply; `reasoning_content` is the rationale."""
-    valid = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str | None) for m in messages
-    )
-    if not valid or not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise DataError(f"{place}: 'messages' must be a list of objects with role and content, as text. Fix the row.")
-    roles = [m["role"] for m in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise DataError(
-            f"{place}: expected one user and one assistant message, after at most one system message, got "
-            f"{', '.join(map(str, roles)) or 'none'}. Split longer chats into rows."
-        )
-    prompt, reply = {"question": messages[-2].get("content")}, messages[-1]
-    if len(messages) == 3:
-        prompt["system"] = messages[0].get("content")
-    if reply.get("reasoning_content") is None:
-        return prompt | {"completion": reply.get("content")}
-    return prompt | {"rationale": reply["reasoning_content"], "answer": reply.get("content")}
+    own_split = row.get("split")
+    if split is not None and own_split not in (None, split):
+        raise LeftOut("other split", f"{place}: {own_split!r}")
 
 
 def split_reply(text: str) -> tuple[str, str] | None:
@@ -300,14 +301,3 @@ def split_reply(text: str) -> tuple[str, str] | None:
         if found and (mark == "</think>" or "\n" not in answer.strip()):  # `#### Step 1` may be a heading
             return rationale.replace("<think>", "").strip(), answer.strip()
     return None
-
-
-def final_part(text: str) -> str:
-    """Return the answer of a right answer that is given as a whole solution; any other text as it is."""
-    parts = split_reply(text)
-    return text if parts is None else parts[1]
-
-
-def squeeze(text: str) -> str:
-    """Return the text with every run of white space as one blank."""
-    return " ".join(text.split())

@@ -47,21 +47,25 @@ def read_triples(
     bad_rows: BadRows = "error",
     keep_incorrect: bool = False,
     deduplicate: bool = True,
+    columns: Mapping[str, str] | None = None,
+    row_function: str = "",
 ) -> tuple[list[Triple], DropReport]:
-    """Read triples from `.jsonl`, `.json` (one object a line) or `.parquet` files, or from hub data sets.
+    """Read triples from files, folders or hub data sets. docs/data.md lists the layouts and the kinds of files.
 
     A row holds `question / rationale / answer` (or `reasoning`, `solution`, ...), `prompt / completion`, or `messages`.
-    Rationale and answer in one text are split at `####` or `</think>`. An answer may be a number. A system message
-    comes from `messages` or from a field `system`.
+    Rationale and answer in one text are split at `####`, at the end of a thought, or at the answer that is found. An
+    answer may be a number. A system message comes from `messages` or from a field `system`.
 
     Args:
-        sources: one or several files or hub ids ("org/name" or "org/name:config").
+        sources: one or several files, folders, patterns or hub ids ("org/name" or "org/name:config").
         split: keep only rows whose `split` field is this, if they have one; for a hub id, the split to load ("train" if
             None).
         bad_rows: "error" stops at the first row that cannot be used; "drop" counts it in the report.
         keep_incorrect: keep the teacher's mistakes: rows with `correct: false`, or without that flag and with another
             answer than their `gold`.
         deduplicate: leave out rows with the text of an earlier one.
+        columns: our names of fields -> the rows' columns, as `{"question": "q"}`; a dot leads into an object.
+        row_function: "package.module:function", which takes a row and returns one of a known layout, or None.
 
     Returns:
         The triples in order, and the report of the rows left out.
@@ -70,9 +74,8 @@ def read_triples(
         DataError: a file that is missing or cannot be read, a bad row, or no triple.
     """
     names = as_list(sources)
-    triples, report = triples_in(
-        read_rows(names, split), bad_rows=bad_rows, keep_incorrect=keep_incorrect, deduplicate=deduplicate
-    )
+    rows = read_rows(names, split, columns=columns, row_function=row_function)
+    triples, report = triples_in(rows, bad_rows=bad_rows, keep_incorrect=keep_incorrect, deduplicate=deduplicate)
     check_usable(triples, names, report)
     return triples, report
 
@@ -83,13 +86,16 @@ def triples_in(
     """Return the triples of rows that `read_rows` has read, maybe none, and the report."""
 
     def make(row: Row) -> tuple[Triple, Sequence[str]]:
-        wrong = LeftOut("wrong answer", f"{row.source}: {row.answer or None!r}, gold {row.fields.get('gold')!r}")
+        gold = row.fields.get("gold", row.gold or None)
+        wrong = LeftOut("wrong answer", f"{row.source}: {row.answer or None!r:.80}, gold {gold!r:.80}")
         if not keep_incorrect and row.marked_correct is False:  # a known mistake may lack an answer
             raise wrong
         triple = triple_of(row)
+        if row.no_gold and row.marked_correct is None and not keep_incorrect:
+            raise DataError(row.no_gold)
         if not keep_incorrect and not row.grade.correct:
             raise wrong
-        return triple, (triple.system, triple.question, triple.rationale, triple.answer)
+        return triple, (triple.system, str(triple.context or triple.question), triple.rationale, triple.answer)
 
     return collect(rows, make, bad_rows=bad_rows, deduplicate=deduplicate)
 
@@ -98,7 +104,17 @@ def triple_of(row: Row) -> Triple:
     """Return the triple in a row. Raises DataError if the row lacks a rationale or an answer."""
     if row.not_a_triple:
         raise DataError(row.not_a_triple)
-    return Triple(row.question, row.rationale, row.answer, row.id, row.source, row.system)
+    return Triple(
+        row.question,
+        row.rationale,
+        row.answer,
+        row.id,
+        row.source,
+        row.system,
+        row.context,
+        row.tools,
+        row.verbatim,
+    )
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:

@@ -59,7 +59,7 @@ def test_rows(row: dict[str, Any], gold: str, correct: bool, tmp_path: Path) -> 
         ({"question": "q"}, "no right answer: expected a field gold, or an answer that is correct. Add it"),
         ({"question": "q", "gold": " "}, "no right answer"),
         ({"question": "q", "rationale": "r", "answer": "1", "correct": False}, "no right answer"),
-        ({"prompt": "q", "completion": "so it is 3"}, "no right answer"),
+        ({"prompt": "q", "completion": "so I think"}, "no right answer"),
         ({"question": "q", "gold": ["1"]}, "'gold' must be text, got list"),
         ({"question": "q", "answer": "1", "correct": "false"}, "'correct' must be true or false, got 'false'"),
         ({"question": "q", "rationale": 5, "answer": "1"}, "'rationale' must be text, got int 5"),

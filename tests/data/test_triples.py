@@ -107,15 +107,27 @@ BAD_ROWS = {
     "no object": ([GOOD], "expected a JSON object.*got list"),
     "text": ("row", "expected a JSON object.*got str"),
     "no rationale": ({"question": "q", "answer": "42"}, "no rationale: expected a field rationale or reasoning.*Add"),
-    "heading": ({"prompt": "q", "completion": "#### Step 1\nadd\nso 3"}, "no rationale"),
+    "heading": ({"prompt": "q", "completion": "#### Step one\nadd\nso I think"}, "no rationale"),
+    "unclosed": ({"prompt": "q", "completion": "<think>2 + 3 is 5"}, "the thought in 'completion' never ends"),
     "correct": (GOOD | {"correct": "false"}, "'correct' must be true or false, got 'false'"),
     "messages text": ({"messages": "hello"}, "'messages' must be a list of objects with role and content"),
     "messages role": ({"messages": [{"content": "q"}]}, "'messages' must be a list"),
-    "messages parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages' must be a list"),
-    "no messages": ({"messages": []}, "one user and one assistant message.*got none"),
-    "two turns": ({"messages": [{"role": r} for r in ("user", "assistant") * 2]}, "got user, assistant, user, assist"),
-    "backwards": ({"messages": [{"role": r} for r in ("assistant", "user")]}, "got assistant, user"),
-    "tool": ({"messages": [{"role": r} for r in ("user", "tool", "assistant")]}, "got user, tool, assistant"),
+    "messages parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "message 1: a part of type 'text'",
+    ),
+    "no messages": ({"messages": []}, "expected a user message in 'messages' before the reply, got none"),
+    "no content": ({"messages": [{"role": r} for r in ("user", "assistant") * 2]}, "field 'question' is empty"),
+    "backwards": ({"messages": [{"role": r} for r in ("assistant", "user")]}, "'question' is empty"),
+    "no reply": (
+        {"messages": [{"role": r, "content": "hi"} for r in ("assistant", "user")]},
+        "missing field 'answer'.*the row has messages",
+    ),
+    "no user": ({"messages": [{"role": "assistant", "content": "hi"}]}, "a user message.*got assistant"),
+    "role": (
+        {"messages": [{"role": "judge", "content": "hi"}]},
+        "message 1: unknown role 'judge': expected one of system",
+    ),
 }
 
 
