@@ -20,14 +20,11 @@ LONGEST_EQUATION = 300
 CHOICE = re.compile(
     r"[(\[]?(?P<letter>[A-J])(?:[)\]]|[.):,]+(?=\s|$|[^\x00-\x7f])|[.)\]:]+ ?(?=[\w\\$-]))\s*(?P<rest>.*)", re.DOTALL
 )
+WRAPPED = re.compile(r"^\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|fbox|mbox) *\{([^{}]*)\}$")
 CHOICES = re.compile(r"[A-J](?:(?:[\s,;&/]|and|和|与)*[A-J])*")
-YES_OR_NO = re.compile(
-    r"(yes|no|true|false|correct|incorrect|是的?|不是|否|对|错|正确|错误|да|нет|sí|si|oui|non|ja|nein)\b[.,;:! ]",
-    re.IGNORECASE,
-)
-BOOLEAN = frozenset(
-    ["yes", "no", "true", "false", "correct", "incorrect", "是", "是的", "不是", "否", "对", "错", "正确", "错误", "да", "нет", "sí", "si", "oui", "non", "ja", "nein"]
-)
+YES_OR_NO_WORD = r"yes|no|true|false|correct|incorrect|是的?|不是|否|对|错|正确|错误|да|нет|sí|si|oui|non|ja|nein"
+YES_OR_NO = re.compile(rf"({YES_OR_NO_WORD})\b[.,;:! ]", re.IGNORECASE)
+BOOLEAN = re.compile(YES_OR_NO_WORD, re.IGNORECASE)
 LEFT_SIDE = re.compile(
     r"\s*(?P<name>(?:\\?[A-Za-z]+|[^\W\d_]{1,12})(?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|:=)\s*(?P<right>.+)",
     re.DOTALL,
@@ -92,7 +89,7 @@ def bare_text(text: str) -> str:
         text = re.sub(
             r"^\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|fbox|mbox) *\{([^{}]*)\}$", r"\1", text
         ).strip()
-        text = re.sub(r"^[(\[]([A-Za-z])[)\]]$", r"\1", text)
+        text = re.sub(r"^[(\[]?([A-Za-z])[)\]]$", r"\1", text)
         if text == before:
             break
     return text
@@ -102,20 +99,17 @@ def match_choices(left: str, right: str, depth: int) -> bool | None:
     """Compare choices: if one side is a letter, or several, the other may be `C. 42` or `(C) 42`."""
     if depth:
         return None
-    several = [CHOICES.fullmatch(without_commands(side)) for side in (left, right)]
-    if all(several):
+    sides = [without_commands(side) for side in (left, right)]
+    if all(CHOICES.fullmatch(side) for side in sides):
         return set(re.findall("[A-J]", left)) == set(re.findall("[A-J]", right))
-    parts = [CHOICE.fullmatch(without_commands(side)) for side in (left, right)]
-    for one, side, other, other_side in ((parts[0], left, parts[1], right), (parts[1], right, parts[0], left)):
-        if one is None or not one["rest"]:
-            continue
-        if re.fullmatch("[A-J]", other_side):
-            return one["letter"] == other_side
-        if other is not None:
-            return one["letter"] == other["letter"]
-        if not has_symbols(other_side[:1]) and bare_match(bare_text(one["rest"]), other_side, depth + 1):
+    options = [CHOICE.fullmatch(side) for side in sides]
+    if options[0] is not None and options[1] is not None:
+        return options[0]["letter"] == options[1]["letter"]
+    for option, other in ((options[0], sides[1]), (options[1], sides[0])):
+        if option is not None and re.fullmatch("[A-J]", other):
+            return option["letter"] == other
+        if option is not None and bare_match(bare_text(option["rest"]), bare_text(other), depth + 1):
             return True
-        del side
     return None
 
 
@@ -123,6 +117,8 @@ def match_quantities(left: str, right: str, depth: int) -> bool | None:
     """Compare numbers with or without units, times of the day, and numbers in another base."""
     del depth
     times = clock_time(left), clock_time(right)
+    if (times[0] is None) != (times[1] is None):
+        return False
     if times[0] is not None and times[1] is not None:
         return times[0][0] == times[1][0] and (not times[0][1] or not times[1][1] or times[0][1] == times[1][1])
     if "_" in left + right:
@@ -243,7 +239,7 @@ def match_words(left: str, right: str, depth: int) -> bool | None:
     """Compare yes and no, which may go on: `Yes, he can.`; and words without regard to punctuation."""
     del depth
     for one, other in ((left, right), (right, left)):
-        if other.casefold() in BOOLEAN and (match := YES_OR_NO.match(one)) is not None:
+        if BOOLEAN.fullmatch(other) and (match := YES_OR_NO.match(one)) is not None:
             return match[1].casefold() == other.casefold()
     if not has_symbols(left + right):
         words = [re.sub(r"^(?:the|a|an) (?=\w)|[^\w\s]", "", side.casefold()).split() for side in (left, right)]
@@ -257,4 +253,5 @@ def compact(text: str) -> str:
     text = re.sub(r"\\frac *([0-9]) *([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt *([0-9A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_]) *\{ *([0-9A-Za-z]) *\}", r"\1\2", text)
-    return re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text).replace(" ", "")
+    text = re.sub(r"\\(begin|end)\{[bp]matrix\}", r"\\\1{matrix}", text)
+    return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))

@@ -2,6 +2,7 @@ r"""Find the final answer in a reply: a box, `####`, a phrase such as "the answe
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ GAP = (
     r"النهائية|الصحيحة|النهائي|choice|option|number))?"
 )
 VERB = (
-    r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|to|là|adalah|"
-    r"равен|равно|это|будет|wynosi|är|είναι)\b|应该?[是为]|[是为為选選]|等于|는|은|이|は|が|คือ|هي|هو|है|হলো|היא|"
+    r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|to|là|"
+    r"adalah|равен|равно|это|будет|wynosi|är|είναι)\b|应该?[是为]|[是为為选選]|等于|는|은|이|は|が|คือ|هي|هو|है|হলো|היא|"
     r"است)(?: (?:therefore|thus|then|simply|just|clearly|exactly|approximately|about|option|choice)\b)*)?"
 )
 MARK = r"(?:\s*[*_]{0,3}\s*(?::|=|\s[-—]\s|—|→|=>)+)?"
@@ -43,7 +44,8 @@ PHRASE = re.compile(
 )
 HEADING = re.compile(r"(?:^|\n)[#*_ \t]*[^\n]{0,20}$")
 CHOSEN = re.compile(
-    r"(?:故选|应选|故答案选|选择?|選擇?|选项(?:是|为)?|\b(?:option|choice)\b(?: is)?)\s*[:]?\s*(?P<letters>[(\[]?[A-J]{1,5}(?![A-Za-z])[)\]]?)"
+    r"(?:故选|应选|故答案选|选择?|選擇?|选项(?:是|为)?|\b(?:[Oo]ption|[Cc]hoice)\b(?: is)?)\s*:?\s*"
+    r"(?P<letters>[(\[]?[A-J]{1,5}(?![A-Za-z])[)\]]?)"
     r"|(?P<correct>[(\[]?\b[A-J]\b[)\]]?)(?= is (?:the )?(?:correct|right)\b)"
 )
 SENTENCE_END = re.compile(r"(?<![A-Z])(?<!Rs)(?<!approx)\.(?![0-9A-Za-z])|(?<=[A-Z])\.(?=\s|$)|[!?\n]")
@@ -56,7 +58,11 @@ STOP = re.compile(
     r"altogether|remaining|each|every|he|she|they|we|it|is|are|was|were)\b",
     re.IGNORECASE,
 )
+LEADING_AMOUNT = re.compile(rf"(?:{CURRENCY} ?)?{SIGNED}(?:{MULTIPLIER})?")
+GOES_ON = re.compile(r"\s*(?:[=+*/^_\\<>({:×÷-]|(?:times|plus|minus|divided|to|or)\b)")
+"""After a number that is the beginning of a formula or of a range."""
 LONGEST_SENTENCE = 2000
+LONGEST_UNIT = 40
 SHORT_ANSWER_WORDS = 6
 
 
@@ -181,11 +187,10 @@ def find_box(text: str) -> Found | None:
 
 def find_tag(text: str) -> Found | None:
     """Find the last `<answer>...</answer>`."""
-    found = None
-    for found in ANSWER_TAG.finditer(text):
-        pass
-    if found is None:
+    tags = list(ANSWER_TAG.finditer(text))
+    if not tags:
         return None
+    found = tags[-1]
     inner = last_box(found[1]) or found[1].strip()
     return Found(inner, found.start(), found.end(), "tag") if inner else None
 
@@ -265,7 +270,7 @@ def leading_answer(sentence: str) -> str:
     math = re.match(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
     if math is not None and not re.match(r"\s*[0-9=+*/<>^-]", sentence[math.end() :]):
         return next(part for part in math.groups() if part is not None).strip().rstrip(".")
-    choice = re.match(r"[(\[]([A-J])[)\]]|([A-J])(?=[.):,]?(?:\s*$|\s*\n)|[.):,]\s)", sentence)
+    choice = re.match(r"[(\[]([A-J])[)\]]|([A-J])(?=[.):,]?\s*$|[.):,]\s|[^\x00-\x7f])", sentence)
     if choice is not None:
         return choice[1] or choice[2]
     items = leading_items(sentence)
@@ -302,7 +307,7 @@ def leading_items(sentence: str) -> str:
 
 
 def quantity_at(text: str) -> str:
-    """Return the longest beginning of a text that is a quantity, ending before a word that goes on with the sentence."""
+    """Return the beginning of a text that is a quantity, up to a word that goes on with the sentence."""
     text = text.strip(" *_")
     for cut in [*(match.start() for match in STOP.finditer(text)), len(text)]:
         start = text[:cut].rstrip(" *_")
@@ -331,7 +336,9 @@ def find_last_number(text: str) -> Found | None:
     if remark is not None:
         shorter = text[: len(text) - len(text[-200:]) + remark.start()]
         text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
-    last = None
-    for last in NUMBER_IN_TEXT.finditer(text):
-        pass
-    return None if last is None else Found(last[0].strip(), last.start(), last.end(), "number")
+    numbers = collections.deque(NUMBER_IN_TEXT.finditer(text), 1)
+    if not numbers:
+        return None
+    last = numbers.pop()
+    with_unit = quantity_at(text[last.start() : last.end() + LONGEST_UNIT])
+    return Found(last[0].strip(), last.start(), last.end(), "number", with_unit)

@@ -1,11 +1,13 @@
-"""The verdict: does a reply give the right answer?"""
+"""The verdict on a reply: whether it gives the right answer."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from cotgrpo.data.answers.comparison import answers_match
-from cotgrpo.data.answers.extraction import find_answer
+from cotgrpo.data.answers.comparison import answers_match, bare_text
+from cotgrpo.data.answers.extraction import Found, find_answer
+from cotgrpo.data.answers.formulas import may_be_formula
+from cotgrpo.data.answers.quantities import parse_quantity
 from cotgrpo.data.answers.replies import gold_answer
 from cotgrpo.data.answers.thoughts import split_thought
 
@@ -53,23 +55,33 @@ def grade(reply: str | None, gold: str) -> Grade:
     thought = split_thought(reply)
     if thought.unclosed:
         return Grade(False, None, "the thought never ends")
-    right = gold_answer(gold) or gold
-    text = thought.text
+    right, text = gold_answer(gold) or gold, thought.text
     if len(text) <= LONGEST_ANSWER and answers_match(text, right):
         return Grade(True, text, "the answer matches")
     answer = None
     for _ in range(DEEPEST_MARKS):
         found = find_answer(text)
-        if found is None or found.answer == text:
+        if found is None or found.answer == text or (found.kind == "number" and is_bare_answer(text)):
             break
         answer = found.answer
-        if answers_match(answer, right) or (found.whole and answers_match(found.whole, right)):
+        if any(answers_match(reading, right) for reading in readings(found)):
             return Grade(True, answer, "the extracted answer matches")
-        if found.kind == "number":
-            break
         text = answer
-    return Grade(
-        False,
-        answer or (text if text == thought.text and found else None),
-        f"{answer or reply!r:.80}, expected {gold!r:.80}",
-    )
+    if answer is None and len(text) <= LONGEST_ANSWER and is_bare_answer(text):
+        answer = text
+    return Grade(False, answer, f"{answer or reply!r:.80}, expected {gold!r:.80}")
+
+
+def readings(found: Found) -> list[str]:
+    """Return the texts that an extracted answer is compared as. A last number keeps its unit if that is known."""
+    if found.kind == "number":
+        quantity = parse_quantity(found.whole)
+        known = quantity is not None and quantity.unit is not None and quantity.unit.dimension
+        return [found.whole if known else found.answer]
+    return [found.answer, found.whole] if found.whole else [found.answer]
+
+
+def is_bare_answer(text: str) -> bool:
+    """Return whether a text is an answer as a whole, so that its last number alone is not: `2x + 42`, `10 oranges`."""
+    bare = bare_text(text)
+    return parse_quantity(bare) is not None or ("=" not in bare and may_be_formula(bare))

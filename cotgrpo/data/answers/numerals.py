@@ -44,7 +44,8 @@ WHOLE_NUMBER = re.compile(
     rf"(?P<top>{UNSIGNED})(?:/(?P<bottom>{UNSIGNED}))?(?P<times>{MULTIPLIER})?(?P<percent> ?%)?"
 )
 POWER_OF_TEN = re.compile(
-    rf"(?P<sign>[-+] ?)?(?:(?P<top>{UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?)?10(?:\^|\*\*)\{{?(?P<power>[-+]?[0-9]{{1,3}})\}}?"
+    rf"(?P<sign>[-+] ?)?(?:(?P<top>{UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?)?"
+    r"10(?:\^|\*\*)\{?(?P<power>[-+]?[0-9]{1,3})\}?"
 )
 LATEX_FRACTION = re.compile(
     r"(?P<before>[0-9] *)?\\[dtc]?frac *(?:\{ *(?P<top>[-+]?[0-9.,]+) *\}|(?P<t>[0-9])) *"
@@ -63,12 +64,14 @@ LARGE_ZH = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 NUMERAL_ZH = re.compile("[-负負]?[零〇一二两兩三四五六七八九十百千万萬亿億]{1,30}(?:点[零〇一二三四五六七八九]{1,20})?")
 PERCENT_ZH = re.compile(r"百分之(.{1,20})")
 FRACTION_ZH = re.compile(r"(.{1,20})分之(.{1,20})")
-WORDS = {
-    word: value
-    for value, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-    )
-} | {word: 10 * ten for ten, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+SMALL_NUMBERS = """
+zero one two three four five six seven eight nine ten
+eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+"""
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+WORDS = {word: value for value, word in enumerate(SMALL_NUMBERS.split())} | {
+    word: 10 * ten for ten, word in enumerate(TENS.split(), 2)
+}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 
 

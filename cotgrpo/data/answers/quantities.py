@@ -6,13 +6,13 @@ import dataclasses
 import re
 from fractions import Fraction
 
-from cotgrpo.data.answers.numerals import LONGEST_NUMBER, MULTIPLIER, NUMERAL_ZH, UNSIGNED, numbers
+from cotgrpo.data.answers.numerals import LONGEST_NUMBER, MULTIPLIER, NUMERAL_ZH, UNSIGNED, english_numeral, numbers
 from cotgrpo.data.answers.units import Unit, known_units, parse_unit, units_agree
 
 CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|RMB|CNY|JPY|INR|Rs\.?)"
 PREFIX = re.compile(
-    r"(?:\\approx|\\simeq|\\sim|~|=|:|≃|≅|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only|equals?)\b"
-    r"|大约|大概|约|共|一共|等于|是|为|около|примерно|etwa|約)\s*",
+    r"(?:\\approx|\\simeq|\\sim|~|=|:|≃|≅|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only)\b"
+    r"|equals?\b|大约|大概|约|共|一共|等于|是|为|около|примерно|etwa|約)\s*",
     re.IGNORECASE,
 )
 CURRENCY_FIRST = re.compile(rf"(?P<sign>[-+]?)\s*(?P<unit>\\?{CURRENCY})\s*(?P<rest>[-+]?[0-9.].*)", re.DOTALL)
@@ -21,9 +21,10 @@ TEXT_COMMAND = re.compile(
     r" *\{([^{}\\]*(?:\\[$%][^{}\\]*)*)\}"
 )
 DEGREES = re.compile(r"\^ *\{? *(?:\\circ|°|\\degree) *\}?|\\degree|°")
-SPACING = re.compile(r"\\[,;:! ]|\\q?quad|~")
+SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad|~")
 NUMBER = (
-    rf"[-+]? ?(?:[0-9]++ [0-9]++/[0-9]++|(?:{UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?10(?:\^|\*\*)\{{?[-+]?[0-9]{{1,3}}\}}?"
+    rf"[-+]? ?(?:[0-9]++ [0-9]++/[0-9]++"
+    rf"|(?:{UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?10(?:\^|\*\*)\{{?[-+]?[0-9]{{1,3}}\}}?"
     rf"|[0-9]{{1,3}}(?: [0-9]{{3}}){{1,9}}(?![0-9])(?:[.,][0-9]+)?"
     rf"|(?:{UNSIGNED})(?:/(?:{UNSIGNED}))?)(?:{MULTIPLIER})?(?: ?%)?"
 )
@@ -33,6 +34,7 @@ CLOCK = re.compile(r"(?P<time>[0-9]{1,2}(?: ?: ?[0-9]{2}){1,2}) ?(?P<half>a\.?m\
 BASE = re.compile(r"(?P<digits>[0-9A-F]+)_ ?\{? ?(?P<base>[0-9]{1,2}) ?\}?")
 PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
 LONGEST_QUANTITY = 200
+MOST_NUMERAL_WORDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def without_commands(text: str) -> str:
     text = re.sub(r"\\text *\{,\}", ",", text)
     for _ in range(3):  # nested ones
         text = TEXT_COMMAND.sub(r" \1 ", text)
-    text = DEGREES.sub("° ", text)
+    text = re.sub(r"° *([CF])(?![A-Za-z])", r"°\1", DEGREES.sub("° ", text))
     text = SPACING.sub(" ", text.replace("\\$", "$").replace("\\%", "%").replace("{,}", ","))
     return " ".join(text.split())
 
@@ -76,7 +78,7 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(found)
     if len(text) > LONGEST_QUANTITY:
         return None
-    text = PREFIX.sub("", without_commands(text).strip("$ "), count=1).strip("$ ") if text else ""
+    text = PREFIX.sub("", without_commands(text), count=1).strip() if text else ""
     text = PERCENT.sub("%", text)
     found = numbers(text)
     if found:
@@ -109,6 +111,12 @@ def number_and_unit(text: str) -> Quantity | None:
             of = re.fullmatch(r"of .{1,40}|more|less|off|discount|的.{1,10}", rest)
             return Quantity(values) if of is not None else None
         return None if unit is None else Quantity(values, unit)
+    words = text.split()
+    for count in range(min(len(words), MOST_NUMERAL_WORDS), 0, -1):
+        value = english_numeral(" ".join(words[:count]))
+        if value is not None:
+            unit = parse_unit(" ".join(words[count:]))
+            return Quantity((value,), unit) if unit is not None or count == len(words) else None
     return None
 
 

@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
-from cotgrpo.data.answers.extraction import extract_answer, last_box
+import re
+
+from cotgrpo.data.answers.characters import same_length
+from cotgrpo.data.answers.extraction import SENTENCE_END, find_answer
+from cotgrpo.data.answers.numerals import NUMBER_IN_TEXT
 from cotgrpo.data.answers.thoughts import split_thought
 
 LONGEST_BARE_ANSWER = 200
 """Characters of a text in one line that may be an answer as a whole."""
+MOST_WORDS, MOST_IDEOGRAPHS = 12, 30
+"""A longer text without a mark of its answer is prose."""
+IDEOGRAPH = re.compile("[\u2e80-\u9fff\u3040-\u30ff\uac00-\ud7af]")
 
 
 def split_reply(text: str) -> tuple[str, str | None]:
-    """Split a whole reply into its steps and its answer.
+    r"""Split a whole reply into its steps and its answer.
+
+    The steps are the thought in marks, if there is one; else the text before `####`; else the whole text. The answer is
+    the one that `extract_answer` finds. After a thought, it may also be a text of one line as a whole.
 
     Args:
         text: a reply, with or without a thought in marks.
 
     Returns:
-        (rationale, answer). The answer is None if the reply has none. The rationale is empty if the reply is nothing
-        but an answer.
+        (rationale, answer). The answer is None if the reply has none, or a thought that never ends. The rationale is
+        empty if the reply is nothing but an answer.
+
+    Example:
+        >>> split_reply("2 + 3 = 5\n#### 5"), split_reply("<think>2 + 3 = 5</think>Five."), split_reply("5")
+        (('2 + 3 = 5', '5'), ('2 + 3 = 5', 'Five.'), ('', '5'))
     """
     reply = split_thought(text)
     if reply.unclosed:
         return reply.thought, None
-    bare = reply.text if reply.text and "\n" not in reply.text and len(reply.text) <= LONGEST_BARE_ANSWER else None
+    found = find_answer(reply.text)
+    answer = None if found is None else found.answer
     if reply.marked:
-        return reply.thought, extract_answer(reply.text) or bare
-    if last_box(reply.text) is None:
-        steps, found, answer = reply.text.rpartition("####")
-        if found and answer.strip() and "\n" not in answer.strip():  # `#### Step 1` may be a heading
-            return steps.strip(), answer.strip()
-    return reply.text, extract_answer(reply.text)
+        bare = reply.text if "\n" not in reply.text and len(reply.text) <= LONGEST_BARE_ANSWER else ""
+        return reply.thought, answer or bare or None
+    if found is not None and found.kind == "hashes":
+        return reply.text[: found.start].strip(), answer
+    return ("" if answer == reply.text.strip(" .*$\n") else reply.text), answer
 
 
 def gold_answer(text: str) -> str | None:
-    """Return the final answer in a right answer, which may be a whole solution; None for prose without an answer."""
-    reply = split_thought(text).text
-    if len(reply) <= LONGEST_BARE_ANSWER and "\n" not in reply and "####" not in reply and last_box(reply) is None:
-        return reply or None
-    return extract_answer(reply)
+    """Return the final answer in a right answer that may be a whole solution; None for prose without an answer.
+
+    A short text is the answer as it is. In prose, the answer stands after a mark that `extract_answer` knows, or it is
+    the last number of the last sentence.
+
+    Example:
+        >>> gold_answer("10 apples"), gold_answer("The sum is 31. Therefore the answer is 31.")
+        ('10 apples', '31')
+        >>> gold_answer("It depends on many things. We cannot know them.") is None
+        True
+    """
+    reply = split_thought(text)
+    if reply.unclosed:
+        return None
+    found = find_answer(reply.text)
+    if found is not None and found.kind != "number":
+        return found.answer
+    if not is_prose(reply.text):
+        return reply.text or None
+    sentences = [part for part in SENTENCE_END.split(same_length(reply.text)) if part.strip()]
+    return found.answer if found is not None and sentences and NUMBER_IN_TEXT.search(sentences[-1]) else None
+
+
+def is_prose(text: str) -> bool:
+    """Return whether a text is longer than an answer: several lines or sentences, or many words."""
+    sentences = [part for part in SENTENCE_END.split(same_length(text)) if part.strip()]
+    long = len(text.split()) > MOST_WORDS or len(IDEOGRAPH.findall(text)) > MOST_IDEOGRAPHS
+    return long or "\n" in text.strip() or (len(sentences) > 1 and len(text.split()) > 4)

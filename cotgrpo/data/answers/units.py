@@ -15,7 +15,7 @@ length 1 m meter metre 米 メートル м метр метра метров 미�
 length 1000 km kilometer kilometre 千米 公里 キロメートル км 킬로미터
 length 254/10000 in inch inches
 length 3048/10000 ft foot feet
-length 9144/10000 yd yard
+length 9144/10000 yd yard yds
 length 1609344/1000 mi mile
 mass 1/1000 mg milligram 毫克 мг
 mass 1 g gram gramme 克 グラム г грамм
@@ -24,13 +24,13 @@ mass 1000 kg kilogram kilo 千克 公斤 キログラム кг 킬로그램
 mass 1000000 t ton tonne 吨 тонн
 mass oz ounce
 mass lb lbs
-time 1 s sec second 秒 秒钟 с сек секунд 초
-time 60 min minute 分钟 мин минут минуты 분 minuto minutos Minute Minuten
-time 3600 h hr hour 小时 时 時間 ч час часа часов 시간 hora horas heure heures Stunde Stunden
+time 1 s sec secs second 秒 秒钟 с сек секунд 초
+time 60 min mins minute 分钟 мин минут минуты 분 minuto minutos Minute Minuten
+time 3600 h hr hrs hour 小时 时 時間 ч час часа часов 시간 hora horas heure heures Stunde Stunden
 time 86400 d day 天 日 дней день дня 일 día días jour jours Tag Tage
-time 604800 week wk 周 星期 недель
+time 604800 week wk wks 周 星期 недель
 month month 月 个月 ヶ月 месяцев
-year year yr 年 лет год года 년 año años
+year year yr yrs 年 лет год года 년 año años
 volume 1 ml mL milliliter millilitre 毫升 мл
 volume 1000 L l liter litre 升 л литр литров
 money:dollar 1/100 cent ¢
@@ -65,9 +65,13 @@ NOUN = re.compile(r"[^\W\d_]{3,}(?:['-][^\W\d_]+)*|[^\W\d_a-zA-Z]+|per|a|an|/")
 CJK = re.compile(r"[\u2e80-\u9fff\u3040-\u30ff\uac00-\ud7af]{1,8}")
 NOT_CJK = re.compile("[和或与及比至到又加减乘除余倍分点第多约零一二三四五六七八九十百千万亿]")
 """Characters that go on with the number, or with another one: 12和13, 3倍."""
-NOT_NOUNS = frozenset(
-    ["or", "and", "to", "of", "plus", "minus", "times", "than", "from", "over", "out", "through", "with", "without", "by", "divided", "multiplied", "if", "when", "but", "because", "since", "so", "which", "that", "is", "are", "was", "were", "squared", "cubed", "factorial", "choose", "mod", "point", "hundred", "thousand", "million", "billion", "trillion", "half", "percent", "per", "pi", "tau", "phi", "theta", "alpha", "beta", "gamma", "delta", "lambda", "sigma", "omega", "sin", "cos", "tan", "log", "sqrt", "exp", "max", "min", "inf", "infinity", "не", "или", "и", "y", "o", "und", "oder", "et", "ou"]
-)
+NOT_NOUNS_TEXT = """
+or and to of plus minus times than from over out through with without by divided multiplied if when but because since so
+which that is are was were squared cubed factorial choose mod point hundred thousand million billion trillion half
+percent per pi tau phi theta alpha beta gamma delta lambda sigma omega sin cos tan log sqrt exp max min inf infinity
+не или и y o und oder et ou
+"""
+NOT_NOUNS = frozenset(NOT_NOUNS_TEXT.split())
 MOST_WORDS = 5
 ATTACHED = frozenset(["m", "g", "s", "h", "L", "l", "t", "V", "W", "N", "J"])
 """Units of one letter that may stand right after the number; others there are variables: `2x`."""
