@@ -1,13 +1,147 @@
-"""Show the progress of a run: one moving line in a terminal, plain lines in a log."""
+"""Show the progress of long work: one moving line in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 15.0
+"""In a log."""
+SECONDS_BEFORE_A_LINE = 2.0
+"""A phase that takes less prints no line."""
+SECONDS_BETWEEN_UPDATES = 0.1
+"""Of a bar. Work on a row may take less than an update."""
+ITEMS_BETWEEN_UPDATES = 64
+
+T = TypeVar("T")
+
+
+class CountProgress:
+    """Counts what is done of some work: a bar in a terminal, a line now and then in a log. Use as a context manager.
+
+    Args:
+        title: name of the work.
+        console: where to write.
+        total: when the work is done; None: not known.
+        done: what earlier work has done.
+        transient: remove the bar at the end.
+        speed_seconds: the time left is estimated from the speed over this time.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        console: Console,
+        total: int | None = None,
+        done: int = 0,
+        *,
+        transient: bool = False,
+        speed_seconds: float = 30,
+    ) -> None:
+        self.title, self.console, self.total = title, console, total
+        self.done = self.done_before = done
+        self.started = self.last_line = self.last_update = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+            transient=transient,
+            speed_estimate_period=speed_seconds,
+        )
+        self.task = self.progress.add_task(title, total=total, completed=done, status="")
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.update(self.task, completed=self.done, status=self.status())
+        self.progress.stop()
+
+    def status(self) -> str:
+        """Return what is shown next to the count."""
+        return ""
+
+    def update(self, done: int) -> None:
+        """Show that so much is done."""
+        self.done, now = done, time.monotonic()
+        if self.console.is_terminal:
+            if now - self.last_update > SECONDS_BETWEEN_UPDATES:
+                self.last_update = now
+                self.progress.update(self.task, completed=done, status=self.status())
+        elif now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.line()
+
+    def line(self) -> None:
+        """Print the counts as a line."""
+        self.last_line = time.monotonic()
+        spent, new = self.last_line - self.started, self.done - self.done_before
+        left = ""
+        if self.total is not None and new and self.done < self.total:
+            minutes, seconds = divmod(round(spent / new * (self.total - self.done)), 60)
+            left = f"  {minutes}:{seconds:02d} left"
+        of_total = "" if self.total is None else f"/{self.total}"
+        self.console.print(
+            f"{self.title} {self.done}{of_total}  {self.status()}{left}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+class PhaseProgress(CountProgress):
+    """Shows the rows and rows/s of one phase of a command, such as reading. A short one prints nothing in a log.
+
+    Call it with the number of rows that are done, or iterate `over` them.
+
+    Args:
+        title: name of the phase.
+        console: where to write.
+        total: number of rows; None: not known.
+    """
+
+    def __init__(self, title: str, console: Console, total: int | None = None) -> None:
+        super().__init__(title, console, total, transient=True)
+        self.last_line += SECONDS_BEFORE_A_LINE - SECONDS_BETWEEN_LINES
+
+    def __call__(self, done: int) -> None:
+        """Show that so many rows are done."""
+        self.update(done)
+
+    def over(self, rows: Iterable[T]) -> Iterator[T]:
+        """Yield the rows, and count those that were taken."""
+        done = self.done
+        for row in rows:
+            yield row
+            done += 1
+            if not done % ITEMS_BETWEEN_UPDATES:
+                self.update(done)
+        self.update(done)
+
+    def __exit__(self, *exception: Any) -> None:
+        """Remove the bar. After a long phase, print a line."""
+        super().__exit__(*exception)
+        if time.monotonic() - self.started > SECONDS_BEFORE_A_LINE:
+            self.line()
+
+    def status(self) -> str:
+        """Return the rows/s, and in the last line the seconds."""
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        return f"{compact(self.done / seconds)} rows/s"
 
 
 class ProgressLine:

@@ -11,11 +11,24 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from cotgrpo import objectives
-from cotgrpo.config import Config, LiveGhosts, PrivilegedSelf, SelfReply, TeacherForced, TeacherModel, VerifiedReward
+from cotgrpo.config import (
+    Config,
+    ConfigError,
+    Ghosts,
+    LiveGhosts,
+    PrivilegedSelf,
+    SelfReply,
+    TeacherForced,
+    TeacherModel,
+    VerifiedReward,
+)
 from cotgrpo.data.batches import fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
+from cotgrpo.data.rows import DropReport
+from cotgrpo.data.streaming import StreamedBatches
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.distributed.processes import process_rows
 from cotgrpo.logs.completions import CompletionsLog
@@ -41,7 +54,12 @@ COMPLETIONS_SHOWN = 4
 
 
 def make_stage_batches(
-    stage: StageName, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+    stage: StageName,
+    config: Config,
+    inputs: StageInputs,
+    weights: StageWeights,
+    folder: Path,
+    console: Console | None = None,
 ) -> BatchSource:
     """Return what a stage learns from.
 
@@ -51,8 +69,13 @@ def make_stage_batches(
         inputs: rows and student.
         weights: the student's before the first step.
         folder: of the stage, for completions and replies.
+        console: where streamed rows print what was left out; None: nowhere.
+
+    Raises:
+        ConfigError: ghosts that need the training rows in memory, with `data.streaming`.
     """
     ghosts = TeacherForced() if stage == "sft" else config.grpo.ghosts
+    check_streaming(config, ghosts)
     if isinstance(ghosts, LiveGhosts):
         return live_batches(ghosts, config, inputs, weights, folder)
     if isinstance(ghosts, SelfReply):
@@ -60,7 +83,19 @@ def make_stage_batches(
     if isinstance(ghosts, VerifiedReward):
         return group_relative_batches(ghosts, config, inputs, weights, folder)
     batch_size = getattr(config, stage).batch_size
-    return text_batches(config, inputs, batch_size, own_rows(inputs.model, batch_size))
+    return text_batches(config, inputs, batch_size, own_rows(inputs.model, batch_size), console)
+
+
+def check_streaming(config: Config, ghosts: Ghosts) -> None:
+    """Raise ConfigError if the rows are streamed, and these ghosts need all of their questions in memory."""
+    prompts = isinstance(ghosts, TeacherModel | VerifiedReward) and bool(ghosts.prompts)
+    if config.data.streaming and not isinstance(ghosts, TeacherForced) and not prompts:
+        fix = " or name the files of the questions in grpo.ghosts.prompts"
+        raise ConfigError(
+            f"grpo.ghosts.source {ghosts.source} needs the questions of all training rows in memory, which "
+            "data.streaming leaves on disk: set data.streaming to false with fewer rows in data.train"
+            f"{fix if isinstance(ghosts, TeacherModel | VerifiedReward) else ''}."
+        )
 
 
 def own_rows(model: Model, batch_size: int) -> Sequence[int] | None:
@@ -72,10 +107,34 @@ def own_rows(model: Model, batch_size: int) -> Sequence[int] | None:
 
 
 def text_batches(
-    config: Config, inputs: StageInputs, batch_size: int, only_rows: Sequence[int] | None = None
+    config: Config,
+    inputs: StageInputs,
+    batch_size: int,
+    only_rows: Sequence[int] | None = None,
+    console: Console | None = None,
 ) -> BatchSource:
-    """Return packed batches of the training rows. Each process fills only `only_rows`."""
+    """Return packed batches of the training rows. Each process fills only `only_rows`.
+
+    Streamed rows add what was left out to the reports of `inputs`, and print it after each epoch.
+    """
     data = config.data
+    if inputs.stream is not None:
+        report = inputs.reports["training rows"] = DropReport()
+
+        def on_epoch(epochs: int) -> None:
+            if console is not None:
+                text = f"epoch {epochs}: all rows are read. Rows of all epochs so far: {report}"
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        return StreamedBatches(
+            inputs.stream,
+            batch_size=batch_size,
+            seed=config.seed,
+            only_rows=only_rows,
+            workers=data.num_workers,
+            report=report,
+            on_epoch=on_epoch,
+        )
     return make_batches(
         inputs.train,
         batch_size=batch_size,
@@ -231,7 +290,13 @@ def read_prompts(ghosts: TeacherModel | VerifiedReward, config: Config, inputs: 
     What was left out is added to the reports of `inputs`.
     """
     data = config.data
-    questions, report = read_questions(ghosts.prompts, split=data.train_split, bad_rows=data.bad_rows)
+    questions, report = read_questions(
+        ghosts.prompts,
+        split=data.train_split,
+        bad_rows=data.bad_rows,
+        columns=data.columns,
+        row_function=data.row_function,
+    )
     inputs.reports["prompts"] = report
     columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in inputs.test_questions}
     kept = []

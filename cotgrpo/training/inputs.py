@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +16,17 @@ from cotgrpo.config import Config, ConfigError, differences, flat, load_config, 
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
+from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.rows import DropReport, check_usable, read_rows
 from cotgrpo.data.sources import DataError, as_list
+from cotgrpo.data.streaming import StreamedTriples, WindowReader, index_rows
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
 from cotgrpo.data.triples import Triple, triples_in
+from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.evaluation.accuracy import ExactMatch
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
@@ -39,6 +43,11 @@ SECTIONS_OF_A_RUN = ("seed", "student", "lora", "tokenizer", "data")
 """Sections of a config that decide what a stage learns, together with the stage's own section."""
 FREE_SETTINGS = ("log_every", "eval_every", "max_entropy_growth")
 """Settings of a stage that do not change what it learns."""
+FREE_DATA_SETTINGS = ("num_workers",)
+"""The same of its rows."""
+TOKENIZER_ROWS, TOKENIZER_CHARACTERS = 50_000, 10_000_000
+"""Most rows and characters that a tokenizer is trained on if the rows are streamed."""
+QUIET = Console(quiet=True)
 
 LossOn = Literal["sequence", "completion"]
 
@@ -104,6 +113,7 @@ class StageInputs:
         test: tokenized correct replies of held-out rows, supervised on rationale and answer. There may be none.
         test_questions: all held-out rows, for exact match.
         reports: what was left out while reading and tokenizing, by name.
+        stream: reads the training rows during the training, if `data.streaming` is set; `train` is then empty.
     """
 
     model: Model
@@ -113,6 +123,7 @@ class StageInputs:
     test: list[Example]
     test_questions: list[Question]
     reports: dict[str, DropReport]
+    stream: WindowReader | None = None
 
     def held_out(self, batch_size: int, console: Console) -> HeldOut:
         """Return what measures the student on the held-out rows. The loss takes `batch_size` packed rows at a time."""
@@ -139,20 +150,23 @@ class StageInputs:
         return HeldOut(exact_match, eval_step, reference_batches, len(self.test), console)
 
 
-def load_inputs(config: Config, folder: Path, origin: Path | None) -> StageInputs:
+def load_inputs(config: Config, folder: Path, origin: Path | None, console: Console = QUIET) -> StageInputs:
     """Read the rows, hold some out, train or load the tokenizer, and tokenize.
 
     Args:
         config: the settings.
         folder: the stage's folder, which keeps a tokenizer that was trained.
         origin: the folder of the stage that the student comes from; None if it is pretrained or from scratch.
+        console: where the progress goes.
 
     Raises:
         DataError, ConfigError, ModelError: problems of the data, the settings or the pretrained student.
     """
     data = config.data
-    train, test, reports = read_train_and_test(config)
-    model = model_of(config, folder, origin, train)
+    if data.streaming:
+        return load_streamed_inputs(config, folder, origin, console)
+    train, test, reports = read_train_and_test(config, console)
+    model = model_of(config, folder, origin, train, console)
     template = model.template(data.loss_on)
     examples, reports["training sequences"] = make_examples(train, template, data.seq_len, too_long=data.too_long)
     fitting = {example.source for example in examples}
@@ -160,7 +174,21 @@ def load_inputs(config: Config, folder: Path, origin: Path | None) -> StageInput
     return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test)
 
 
-def load_eval_inputs(config: Config) -> StageInputs:
+def load_streamed_inputs(config: Config, folder: Path, origin: Path | None, console: Console) -> StageInputs:
+    """Return the inputs of a stage that reads its training rows while it trains. Arguments are those of `load_inputs`.
+
+    A tokenizer is trained on the first rows of the first epoch.
+    """
+    data = config.data
+    rows, test, reports = index_train_and_test(config, console)
+    sample = rows.sample(config.seed, rows=TOKENIZER_ROWS, characters=TOKENIZER_CHARACTERS)
+    model = model_of(config, folder, origin, sample, console)
+    template = model.template(data.loss_on)
+    stream = WindowReader(rows, template, data.seq_len, data.too_long, data.packing)
+    return with_test_rows(StageInputs(model, template, [], [], [], [], reports, stream), test)
+
+
+def load_eval_inputs(config: Config, console: Console = QUIET) -> StageInputs:
     """Read the held-out rows only, for the model at `student.path`.
 
     These are the rows of `data.test`, or those that a run would hold out.
@@ -169,10 +197,11 @@ def load_eval_inputs(config: Config) -> StageInputs:
         DataError, ConfigError, ModelError: as `load_inputs` does.
     """
     if config.data.test:
-        test, report = read_test_rows(config)
+        test, report = read_test_rows(config, console)
         test, reports = test[: config.eval.rows], {"held-out rows": report}
     elif config.data.train:
-        _, test, reports = read_train_and_test(config)
+        read = index_train_and_test if config.data.streaming else read_train_and_test
+        _, test, reports = read(config, console)
     else:
         raise ConfigError(
             "data.test is empty: name at least one .jsonl or .parquet file of held-out rows, or a hub id."
@@ -190,24 +219,70 @@ def with_test_rows(inputs: StageInputs, test: list[Question]) -> StageInputs:
     return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=inputs.reports | reports)
 
 
-def read_test_rows(config: Config) -> tuple[list[Question], DropReport]:
+def read_test_rows(config: Config, console: Console) -> tuple[list[Question], DropReport]:
     """Return the rows of `data.test`, and what was left out."""
     data = config.data
-    return read_questions(data.test, split=data.test_split, bad_rows=data.bad_rows)
+    return read_questions(
+        data.test,
+        split=data.test_split,
+        bad_rows=data.bad_rows,
+        columns=data.columns,
+        row_function=data.row_function,
+    )
 
 
-def read_train_and_test(config: Config) -> tuple[list[Triple], list[Question], dict[str, DropReport]]:
+def index_train_and_test(
+    config: Config, console: Console = QUIET
+) -> tuple[StreamedTriples, list[Question], dict[str, DropReport]]:
+    """Return training rows to stream, held-out rows, and the report of these.
+
+    Without test files, the seed draws `test_rows` rows. Rows with the question of a held-out row are left out later.
+    """
+    data = config.data
+    names, folder = as_list(train_files(config)), Path(config.run_dir) / "row_index"
+
+    def index() -> StreamedTriples:
+        with PhaseProgress("indexing rows", console) as progress:
+            files = index_rows(names, folder, split=data.train_split, progress=progress)
+        return StreamedTriples(files, data.train_split, data.bad_rows, data.keep_incorrect)
+
+    on_process_0(lambda: len(index().files))
+    rows = index()
+    console.print(
+        f"training rows: {len(rows.files)}, read while training, without {rows.files.duplicates} exact copies",
+        highlight=False,
+    )
+    if data.test:
+        test, report = read_test_rows(config, console)
+    else:
+        check_test_rows(data.test_rows, len(rows.files))
+        with PhaseProgress("drawing held-out rows", console, data.test_rows) as progress:
+            test = rows.draw_questions(data.test_rows, config.seed, progress)
+        report = DropReport(read=len(test))
+    rows = dataclasses.replace(rows, held_out=frozenset(question.question for question in test))
+    return rows, test[: config.eval.rows], {"held-out rows": report}
+
+
+def train_files(config: Config) -> list[str] | str:
+    """Return `data.train`. Raises ConfigError if it is empty."""
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name at least one .jsonl or .parquet file, or a hub id.")
+    return config.data.train
+
+
+def read_train_and_test(
+    config: Config, console: Console = QUIET
+) -> tuple[list[Triple], list[Question], dict[str, DropReport]]:
     """Return training rows, held-out rows and reports. Without test files, the seed draws `test_rows` of the rows."""
     data = config.data
-    if not data.train:
-        raise ConfigError("data.train is empty: name at least one .jsonl or .parquet file, or a hub id.")
-    names, split = as_list(data.train), data.train_split
-    rows = list(read_rows(names, split))
+    names, split = as_list(train_files(config)), data.train_split
+    with PhaseProgress("reading rows", console) as progress:
+        rows = list(progress.over(read_rows(names, split, columns=data.columns, row_function=data.row_function)))
     train, report = triples_in(rows, bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
     check_usable(train, names, report)
     reports = {"training rows": report}
     if data.test:
-        test, reports["held-out rows"] = read_test_rows(config)
+        test, reports["held-out rows"] = read_test_rows(config, console)
     else:
         # A bad row has raised an error by now. A row with a wrong reply may lack the right answer.
         questions, _ = questions_in(rows, bad_rows="drop")
@@ -227,13 +302,16 @@ def draw_test_rows(questions: list[Question], count: int, seed: int) -> list[Que
     Raises:
         ConfigError: none would be left to train on.
     """
-    if not 0 < count < len(questions):
-        raise ConfigError(
-            f"data.test_rows must leave rows to train on: expected 1 to {len(questions) - 1}, got {count}."
-        )
+    check_test_rows(count, len(questions))
     order = np.random.default_rng(seed).permutation(len(questions))
     chosen = {int(i) for i in order[:count]}
     return [question for i, question in enumerate(questions) if i in chosen]
+
+
+def check_test_rows(count: int, rows: int) -> None:
+    """Raise ConfigError unless so many held-out rows leave some of `rows` to train on."""
+    if not 0 < count < rows:
+        raise ConfigError(f"data.test_rows must leave rows to train on: expected 1 to {rows - 1}, got {count}.")
 
 
 def drop_known(
@@ -246,11 +324,13 @@ def drop_known(
     return [triple for triple in triples if text(triple) not in known]
 
 
-def model_of(config: Config, folder: Path, origin: Path | None, train: list[Triple]) -> Model:
+def model_of(
+    config: Config, folder: Path, origin: Path | None, train: Iterable[Triple], console: Console = QUIET
+) -> Model:
     """Return the student that a config describes. Arguments are those of `load_inputs` and `tokenizer_of`."""
     if config.student.path is not None:
         return pretrained_model(config)
-    tokenizer = tokenizer_of(config, folder, origin, train)
+    tokenizer = tokenizer_of(config, folder, origin, train, console)
     decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
     check_model(config, decoder)
     return Model(config, tokenizer, decoder, len(tokenizer))
@@ -287,7 +367,9 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokeniz
             )
 
 
-def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[Triple]) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    config: Config, folder: Path, origin: Path | None, train: Iterable[Triple], console: Console = QUIET
+) -> PreTrainedTokenizerBase:
     """Return the first tokenizer that exists: of `tokenizer.path`, of the stage, of its origin. Otherwise train one.
 
     Raises:
@@ -298,8 +380,11 @@ def tokenizer_of(config: Config, folder: Path, origin: Path | None, train: list[
     if (folder / "config.yaml").is_file() and (folder / "tokenizer" / "tokenizer.json").is_file():
         return load_tokenizer(folder / "tokenizer")
     if origin is None:
-        texts = (f"{with_system(t.question, t.system)}\n{t.rationale}\n{t.answer}" for t in train)
-        return train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size)
+        chat, reply_format = config.data.format == "chat", ReplyFormat(config.data.reasoning, config.data.answer_format)
+        answer = reply_format.write_answer if chat else str
+        texts = (f"{with_system(t.question, t.system)}\n{t.rationale}\n{answer(t.answer)}" for t in train)
+        with PhaseProgress("training a tokenizer", console) as progress:
+            return train_tokenizer(progress.over(texts), vocab_size=config.tokenizer.vocab_size, chat=chat)
     if (origin / "tokenizer" / "tokenizer.json").is_file():
         return load_tokenizer(origin / "tokenizer")
     raise ConfigError(
@@ -342,7 +427,8 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     """Return the settings that decide what a stage learns, by dotted key."""
     whole = tree_of(config)
     own = {key: value for key, value in whole[stage].items() if key not in FREE_SETTINGS}
-    return dict(flat({name: whole[name] for name in SECTIONS_OF_A_RUN} | {stage: own}))
+    data = {key: value for key, value in whole["data"].items() if key not in FREE_DATA_SETTINGS}
+    return dict(flat({name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}))
 
 
 def claim_folder(folder: Path, model: Model) -> None:

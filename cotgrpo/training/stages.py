@@ -58,10 +58,10 @@ def run_stage(stage: StageName, config: Config, console: Console) -> dict[str, A
         return done
 
     timer = Timer()
-    inputs = load_inputs(config, folder, origin)
+    inputs = load_inputs(config, folder, origin, console)
     print_reports(inputs, console)
     weights, start = initial_weights(stage, config, inputs.model, origin, location)
-    batches = make_stage_batches(stage, config, inputs, weights, folder)
+    batches = make_stage_batches(stage, config, inputs, weights, folder, console)
     if location.exists():
         check_state(location.folder, jax.eval_shape(functools.partial(new_state, stage, config), weights.trained))
     on_process_0(lambda: claim_folder(folder, inputs.model))
@@ -199,7 +199,7 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     stage = newest_stage(run_dir)
     folder = run_dir / stage
-    inputs = load_inputs(config, folder, origin_of(stage, config, run_dir))
+    inputs = load_inputs(config, folder, origin_of(stage, config, run_dir), console)
     weights, step = restore_weights(folder, inputs.model)
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     measured = held_out.measure(weights.merged(), f"{folder} at step {step}")
@@ -209,7 +209,7 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
 def run_eval_pretrained(config: Config, out: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Measure the model at `student.path` on held-out rows. Write `eval.json` in the folder `out`, if it is given."""
     console = console or Console()
-    inputs = load_eval_inputs(config)
+    inputs = load_eval_inputs(config, console)
     print_reports(inputs, console)
     name = str(config.student.path)
     held_out = inputs.held_out(config.sft.batch_size, console)

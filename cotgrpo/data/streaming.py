@@ -1,0 +1,499 @@
+"""Rows that are read while training: an index of the files, and packed batches in bounded memory.
+
+The index has 18 bytes a row, on disk. Each epoch has its own order of all rows. A window of consecutive rows of that
+order is read, tokenized and packed at a time, ahead of the training and maybe in other processes. A window is a
+function of the seed and its number, so the position in the data is two numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from cotgrpo.atomic_files import read_json, whole_file, write_json
+from cotgrpo.data.batches import encode_fitting, filled, packed_rows, shifted
+from cotgrpo.data.questions import Question, questions_in
+from cotgrpo.data.rows import EXAMPLES_KEPT, BadRows, DropReport, RowResult, parse_rows
+from cotgrpo.data.sources import DataError, parse_json_line, raw_rows
+from cotgrpo.data.template import AnyTemplate, Example
+from cotgrpo.data.triples import Triple, triples_in
+from cotgrpo.types import Metric, Metrics, SftBatch
+
+if TYPE_CHECKING:
+    import grain
+
+WINDOW = 1_024
+"""Rows that are read, tokenized and packed together. Best fit leaves about 2 % of the positions free."""
+HELD_OUT = 0x74657374
+"""Added to the seed for the order in which held-out rows are drawn, so that it is not the order of training."""
+ROW = np.dtype([("file", "<u2"), ("line", "<u4"), ("start", "<i8"), ("length", "<u4")])
+"""A row in the index: number of its file, line from 1, first byte and number of bytes."""
+LINES_BETWEEN_REPORTS = 20_000
+
+Progress = Callable[[int], None]
+
+
+def no_progress(done: int) -> None:
+    """Show nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFiles:
+    """The rows of JSONL files by number, in the order of the files. Exact copies of an earlier line are left out.
+
+    It holds no row and no open file, and can be sent to another process.
+
+    Attributes:
+        names: of the files, as errors name them.
+        paths: of the files to read. A file that is not JSONL has a copy that is.
+        index: `.npy` file of `ROW` items.
+        duplicates: lines that were left out.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    index: str
+    duplicates: int
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the mapped index, which would be sent as a whole."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def entries(self) -> np.ndarray:
+        return np.load(self.index, mmap_mode="r")
+
+    def raw_rows(self, numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """Yield ("file:line", row) for these rows in order, as `cotgrpo.data.sources.raw_rows` does."""
+        lines = {}
+        for entry, number in sorted((self.entries[number].item(), number) for number in numbers):
+            file, line, start, length = entry
+            place = f"{self.names[file]}:{line}"
+            try:
+                with open(self.paths[file], "rb", buffering=0) as opened:
+                    opened.seek(start)
+                    text = opened.read(length)
+            except OSError as error:
+                raise DataError(f"{place}: cannot be read any more ({error}). Was the file moved?") from error
+            if len(text) < length:
+                raise DataError(f"{place}: the file has become shorter while it was read. Start again.")
+            lines[number] = place, text
+        for number in numbers:
+            place, text = lines[number]
+            copied_error = text.startswith(BAD_LINE)
+            yield place, DataError(text[len(BAD_LINE) :].decode()) if copied_error else parse_json_line(text, place)
+
+
+BAD_LINE = b"cannot be read: "
+"""Starts a line of a copy in place of a row that could not be read. The message follows. It is not JSON."""
+
+
+def index_rows(
+    names: Sequence[str | Path], folder: Path, *, split: str | None = None, progress: Progress = no_progress
+) -> RowFiles:
+    """Index the rows of these sources, or find the index that an earlier call has made.
+
+    A pass over a file takes about two seconds per GB. Files other than `.jsonl`, which have no lines to go to, are
+    copied as JSONL first.
+
+    Args:
+        names: as `read_triples` takes them.
+        folder: keeps the index and the copies. A file of another size or time gets a new index.
+        split: of hub ids, as in `read_triples`.
+        progress: called with the number of lines that were read.
+
+    Raises:
+        DataError: a file that is missing or cannot be read, or no row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [indexable_file(name, folder, split, progress) for name in names]
+    paths = tuple(str(path) for _, path in sources)
+    index = folder / f"{identity(paths)}.npy"
+    described = index.with_suffix(".json")
+    if not described.is_file():
+        entries, lines = index_lines(paths, progress)
+        if not len(entries):
+            raise DataError(f"No row in {', '.join(map(str, names))}.")
+        with whole_file(index) as temporary, open(temporary, "wb") as file:
+            np.save(file, entries)
+        write_json(described, {"files": paths, "rows": len(entries), "duplicates": lines - len(entries)})
+    return RowFiles(tuple(name for name, _ in sources), paths, str(index), int(read_json(described)["duplicates"]))
+
+
+def identity(paths: Sequence[str]) -> str:
+    """Return a name for the files as they are now: it depends on their paths, sizes and times."""
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in map(os.path.abspath, paths)]
+    return digest(repr(stats).encode()).hex()
+
+
+def digest(text: bytes) -> bytes:
+    """Return a hash of eight bytes."""
+    return hashlib.blake2b(text, digest_size=8).digest()
+
+
+def index_lines(paths: Sequence[str], progress: Progress = no_progress) -> tuple[np.ndarray, int]:
+    """Return the `ROW` items of all lines that are not blank, each text once, and the number of lines.
+
+    Two texts count as equal if a hash of 64 bits is.
+    """
+    numbers, starts, lengths, hashes, files = array("I"), array("q"), array("I"), bytearray(), []
+    for file, path in enumerate(paths):
+        before, start = len(numbers), 0
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.strip()
+                if number == 1 and text.startswith(b"\xef\xbb\xbf"):  # a byte order mark
+                    text = text[3:].lstrip()
+                if text:
+                    numbers.append(number)
+                    starts.append(start + line.index(text))
+                    lengths.append(len(text))
+                    hashes += digest(text)
+                start += len(line)
+                if not number % LINES_BETWEEN_REPORTS:
+                    progress(len(numbers))
+        files.append(np.full(len(numbers) - before, file, np.uint16))
+    progress(len(numbers))
+    entries = np.empty(len(numbers), ROW)
+    if files:
+        entries["file"] = np.concatenate(files)
+    entries["line"], entries["start"], entries["length"] = numbers, starts, lengths
+    first = np.unique(np.frombuffer(bytes(hashes), np.uint64), return_index=True)[1]
+    return entries[np.sort(first)], len(numbers)
+
+
+def indexable_file(name: str | Path, folder: Path, split: str | None, progress: Progress) -> tuple[str, Path]:
+    """Return the name for errors and a JSONL file of a source, copying it if it is not one.
+
+    Row n is line n of the copy, so that errors name the place in the source.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix == ".jsonl":
+        return str(path), path
+    copied = folder / f"{identity([str(path)]) if path.is_file() else digest(f'{name} {split}'.encode()).hex()}.jsonl"
+    if not copied.is_file():
+        with whole_file(copied) as temporary, open(temporary, "wb") as file:
+            written = 0
+            for done, (place, row) in enumerate(raw_rows([name], split), 1):
+                number = int(place.rpartition(":")[2])
+                file.write(b"\n" * (number - written - 1) + line_of(row) + b"\n")
+                written = number
+                if not done % LINES_BETWEEN_REPORTS:
+                    progress(done)
+    return str(name), copied
+
+
+def line_of(row: object) -> bytes:
+    """Return a raw row as a line of JSON; of a `DataError`, its message."""
+    if isinstance(row, DataError):
+        return BAD_LINE + " ".join(str(row).split()).encode()
+    return json.dumps(row, ensure_ascii=True, default=str).encode()
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedTriples:
+    """The triples of row files, by the rows' numbers.
+
+    Attributes:
+        files: the rows.
+        split, bad_rows, keep_incorrect: as in `read_triples`.
+        held_out: questions that are left out.
+    """
+
+    files: RowFiles
+    split: str | None = None
+    bad_rows: BadRows = "error"
+    keep_incorrect: bool = False
+    held_out: frozenset[str] = frozenset()
+
+    def parsed(self, numbers: Sequence[int]) -> Iterator[RowResult]:
+        """Yield these rows as `read_rows` does."""
+        yield from parse_rows(self.files.raw_rows(numbers), self.split)
+
+    def read(self, numbers: Sequence[int]) -> tuple[list[Triple], DropReport]:
+        """Return the triples of these rows, maybe none, and the report of what was left out."""
+        triples, report = triples_in(
+            self.parsed(numbers), bad_rows=self.bad_rows, keep_incorrect=self.keep_incorrect, deduplicate=False
+        )
+        for triple in triples:
+            if triple.question in self.held_out:
+                report.drop("question is in the test set", triple.source)
+        return [triple for triple in triples if triple.question not in self.held_out], report
+
+    def sample(self, seed: int, *, rows: int, characters: int) -> Iterator[Triple]:
+        """Yield triples in the order of the first epoch, up to so many rows and characters."""
+        order = epoch_order(len(self.files), seed)
+        read = 0
+        for start in range(0, min(rows, len(self.files)), WINDOW):
+            numbers = [int(order[i]) for i in range(start, min(start + WINDOW, rows, len(self.files)))]
+            for triple in self.read(numbers)[0]:
+                yield triple
+                read += len(triple.question) + len(triple.rationale) + len(triple.answer)
+                if read > characters:
+                    return
+
+    def draw_questions(self, count: int, seed: int, progress: Progress = no_progress) -> list[Question]:
+        """Draw questions that have a right answer, at most `count`, all different, in the order of the files."""
+        order = epoch_order(len(self.files), (seed + HELD_OUT) % 2**32)
+        found: dict[str, tuple[int, Question]] = {}
+        for i in range(len(self.files)):
+            number = int(order[i])
+            for question in questions_in(self.parsed([number]), bad_rows="drop")[0]:
+                found.setdefault(question.question, (number, question))
+            progress(len(found))
+            if len(found) == count:
+                break
+        return [question for _, question in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def epoch_order(rows: int, seed: int) -> grain.MapDataset[int]:
+    """Return the orders of all epochs, one after another, without holding them: `order[epoch * rows + i]`."""
+    import grain
+
+    return grain.MapDataset.range(rows).seed(seed).shuffle().repeat(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Documents that were packed together.
+
+    Attributes:
+        examples: the documents.
+        rows: packed rows, each of indices of documents, in the order of training.
+        report: what was left out.
+    """
+
+    examples: list[Example]
+    rows: list[tuple[int, ...]]
+    report: DropReport
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowReader:
+    """Reads, tokenizes and packs the rows of a window.
+
+    Attributes:
+        triples: the rows.
+        template, seq_len, too_long: as in `make_examples`.
+        packing: several documents a row.
+    """
+
+    triples: StreamedTriples
+    template: AnyTemplate
+    seq_len: int
+    too_long: Literal["error", "drop"] = "error"
+    packing: bool = True
+
+    def __call__(self, numbers: Sequence[int], seed: Sequence[int]) -> Window:
+        """Return the window of these rows; `seed` shuffles its packed rows."""
+        triples, report = self.triples.read(numbers)
+        examples, encoded = encode_fitting(triples, self.template, self.seq_len, too_long=self.too_long)
+        add_report(report, dataclasses.replace(encoded, read=0))
+        lengths = [len(example.tokens) - 1 for example in examples]
+        rows = packed_rows(lengths, self.seq_len) if self.packing else [(i,) for i in range(len(examples))]
+        order = np.random.default_rng(seed).permutation(len(rows))
+        return Window(examples, [rows[i] for i in order], report)
+
+
+def add_report(total: DropReport, more: DropReport) -> None:
+    """Add the counts of `more` to `total`."""
+    total.read += more.read
+    for name, counts in dataclasses.asdict(more).items():
+        own = getattr(total, name)
+        if name == "examples":
+            for what, places in counts.items():
+                own[what] = [*own.get(what, []), *places][:EXAMPLES_KEPT]
+        elif name != "read":
+            for what, count in counts.items():
+                own[what] = own.get(what, 0) + count
+
+
+class StreamedBatches:
+    """An iterator of `SftBatch`es as `make_batches` returns it, whose rows are read while it runs.
+
+    Every row of the files is read once an epoch. Documents are packed within a window of rows, and windows never cross
+    epochs. Batches depend neither on the number of workers nor on `only_rows`.
+
+    Args:
+        reader: reads windows.
+        batch_size, seed, num_epochs, only_rows: as in `make_batches`.
+        workers: processes that read and tokenize; 0: a thread of this process.
+        window: rows that are packed together.
+        report: counts what was read and left out, over all epochs; None: a report of its own.
+        on_epoch: called with the number of epochs that are done.
+
+    Raises:
+        DataError: from the first window, or from `next`: a bad row, a document that does not fit, or none in an epoch.
+    """
+
+    def __init__(
+        self,
+        reader: WindowReader,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_epochs: int | None = None,
+        only_rows: Sequence[int] | None = None,
+        workers: int = 0,
+        window: int = WINDOW,
+        report: DropReport | None = None,
+        on_epoch: Callable[[int], None] = no_progress,
+    ) -> None:
+        self.reader, self.batch_size, self.seed, self.window_size = reader, batch_size, seed, window
+        self.mine = set(range(batch_size) if only_rows is None else only_rows)
+        self.count = len(reader.triples.files)
+        self.order = epoch_order(self.count, seed)
+        self.windows = -(-self.count // window)  # of an epoch
+        self.end = None if num_epochs is None else num_epochs * self.windows
+        self.report, self.on_epoch = DropReport() if report is None else report, on_epoch
+        self.executor, self.work = start_workers(reader, workers)
+        self.close = weakref.finalize(self, self.executor.shutdown, wait=False, cancel_futures=True)
+        self.lookahead = max(workers, 1)
+        self.pending: dict[int, Future[Window]] = {}
+        self.next_window, self.row, self.empty = 0, 0, 0
+        self.current = Window([], [], DropReport())
+        self.entered = DropReport()
+        self.expect(0)
+        self.pending[0].result()  # an error of the first rows comes before the run begins
+
+    def __iter__(self) -> StreamedBatches:
+        return self
+
+    def __next__(self) -> SftBatch:
+        self.entered = DropReport()
+        batch: list[list[dict[str, np.ndarray]]] = []
+        while len(batch) < self.batch_size:
+            if self.row == len(self.current.rows):
+                if self.next_window == self.end:
+                    break
+                self.enter()
+            else:
+                documents = self.current.rows[self.row] if len(batch) in self.mine else ()
+                batch.append([shifted(self.current.examples[i]) for i in documents])
+                self.row += 1
+        if not batch:
+            raise StopIteration
+        return filled(batch, self.batch_size, self.reader.seq_len)
+
+    def enter(self) -> None:
+        """Go on with the next window, and count what was left out of it."""
+        self.current, self.row = self.take(self.next_window), 0
+        self.next_window += 1
+        for report in (self.entered, self.report):
+            add_report(report, self.current.report)
+        self.empty = 0 if self.current.rows else self.empty + 1
+        if self.empty == self.windows:
+            raise DataError(f"No document of an epoch is left to train on. {self.report}")
+        if not self.next_window % self.windows:
+            self.on_epoch(self.next_window // self.windows)
+
+    def expect(self, window: int) -> None:
+        """Start the work on a window and on those that follow."""
+        last = window + self.lookahead if self.end is None else min(window + self.lookahead, self.end - 1)
+        for number in range(window, last + 1):
+            if number not in self.pending:
+                epoch, place = divmod(number, self.windows)
+                start, end = place * self.window_size, min((place + 1) * self.window_size, self.count)
+                rows = [int(self.order[epoch * self.count + i]) for i in range(start, end)]
+                self.pending[number] = self.executor.submit(self.work, rows, (self.seed, number))
+
+    def take(self, window: int) -> Window:
+        """Return a window, and start the work on those that follow."""
+        self.expect(window)
+        try:
+            return self.pending.pop(window).result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that tokenizes rows has ended (out of memory?): lower data.num_workers."
+            ) from error
+
+    def observed(self) -> Metrics:
+        """Return the share of rows that were left out, of those read for the newest batch."""
+        read = self.entered.read
+        values = (np.asarray(value, np.float32) for value in (read - self.entered.kept, read))
+        return {"rows_left_out": Metric(*values)}
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position after the last batch taken, as JSON-able values."""
+        used_up = self.row == len(self.current.rows)
+        position = (
+            {"window": self.next_window, "row": 0} if used_up else {"window": self.next_window - 1, "row": self.row}
+        )
+        return position | {
+            "rows": self.count,
+            "window_size": self.window_size,
+            "report": dataclasses.asdict(self.report),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a position.
+
+        Raises:
+            DataError: the files have other rows now.
+        """
+        if (state["rows"], state["window_size"]) != (self.count, self.window_size):
+            raise DataError(
+                f"The run was saved with {state['rows']} rows in windows of {state['window_size']}, and data.train has "
+                f"{self.count} now, in windows of {self.window_size}: restore the files, or choose another run_dir."
+            )
+        for future in self.pending.values():
+            future.cancel()
+        self.pending.clear()
+        for name, value in dataclasses.asdict(DropReport(**state["report"])).items():
+            setattr(self.report, name, value)
+        self.next_window, self.row, self.empty = state["window"], state["row"], 0
+        self.current, self.entered = Window([], [], DropReport()), DropReport()
+        if self.row:
+            self.current = self.take(self.next_window)
+            self.next_window += 1
+
+
+Work = Callable[[list[int], tuple[int, int]], Window]
+
+
+def start_workers(reader: WindowReader, workers: int) -> tuple[Executor, Work]:
+    """Return an executor, and the function that it calls to read a window."""
+    if workers == 0:
+        # A copy: a tokenizer must not be used by two threads at once.
+        own: WindowReader = pickle.loads(pickle.dumps(reader))
+        return ThreadPoolExecutor(1, thread_name_prefix="rows"), own
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, start_worker, (pickle.dumps(reader),)), read_window
+
+
+READERS: collections.deque[WindowReader] = collections.deque(maxlen=1)
+"""The reader of a worker process."""
+
+
+def start_worker(reader: bytes) -> None:
+    """Set up a worker process. It leaves signals to its parent, and ends when the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    READERS.append(pickle.loads(reader))
+
+
+def read_window(numbers: list[int], seed: tuple[int, int]) -> Window:
+    """Read a window in a worker process."""
+    return READERS[0](numbers, seed)
