@@ -123,15 +123,22 @@ def extract_answer(text: str) -> str | None:
 def find_answer(text: str) -> Found | None:
     """Return the final answer in a text without a thought; the rules are those of `extract_answer`."""
     plain = same_length(text)
-    box, hashes = find_box(plain), find_hashes(plain)
-    if box is not None and hashes is not None and hashes.start > box.end:
-        starts_line = plain[: hashes.start].rpartition("\n")[2].strip() == ""
-        box = None if starts_line and begins_with_number(plain[hashes.start : hashes.end].lstrip("# \t")) else box
-    for found in (box, find_tag(plain), hashes):
-        if found is not None:
-            return written(found, text)
-    found = find_phrase(plain) or find_last_number(plain)
+    found = find_marked(plain)
+    question = NEXT_QUESTION.search(plain)
+    if question is not None:
+        before = plain[: question.start()]
+        found = find_marked(before) or find_phrase(before) or found
+    found = found or find_phrase(plain) or find_heading(plain) or find_last_number(plain)
     return None if found is None else written(found, text)
+
+
+def find_marked(text: str) -> Found | None:
+    """Find a box, an answer in tags, or a `####`: with a number after it, or with any text in the last line."""
+    box, hashes = find_box(text), find_hashes(text)
+    starts_line = hashes is not None and text[: hashes.start].rpartition("\n")[2].strip() == ""
+    if box is not None and not (hashes is not None and starts_line and hashes.start > box.end):
+        return box
+    return hashes or box or find_tag(text)
 
 
 def written(found: Found, text: str) -> Found:
@@ -196,20 +203,28 @@ def find_tag(text: str) -> Found | None:
 
 
 def find_hashes(text: str) -> Found | None:
-    """Find the first `####` with a number after it, else the last one with any text."""
+    """Find the first `####` with a number after it, else the last one if it is in the last line."""
     last = None
-    for match in HASHES.finditer(text):
-        last = Found(match[1].strip(), match.start(), match.end(), "hashes")
-        if LEADING_NUMBER.match(match[1]):
+    for last in find_headings(text):
+        if LEADING_NUMBER.match(last.answer):
             return last
-    return last
+    return last if last is not None and not text[last.end :].strip() else None
+
+
+def find_heading(text: str) -> Found | None:
+    """Find the last `####`, whatever follows."""
+    last = collections.deque(find_headings(text), 1)
+    return last.pop() if last else None
+
+
+def find_headings(text: str) -> Iterator[Found]:
+    """Yield every `####` with a text after it."""
+    for match in HASHES.finditer(text):
+        yield Found(match[1].strip(), match.start(), match.end(), "hashes")
 
 
 def find_phrase(text: str) -> Found | None:
     """Find the answer after the last phrase that announces a number, a choice or a formula, else a short text."""
-    question = NEXT_QUESTION.search(text)
-    if question is not None and PHRASE.search(text, 0, question.start()):
-        text = text[: question.start()]
     found = list(phrases(text))
     firm = [one for one in found if is_firm(one.answer)]
     short = [one for one in found if len(one.answer.split()) <= SHORT_ANSWER_WORDS and len(one.answer) <= 60]
@@ -341,4 +356,6 @@ def find_last_number(text: str) -> Found | None:
         return None
     last = numbers.pop()
     with_unit = quantity_at(text[last.start() : last.end() + LONGEST_UNIT])
-    return Found(last[0].strip(), last.start(), last.end(), "number", with_unit)
+    quantity = parse_quantity(with_unit)
+    has_unit = quantity is not None and quantity.unit is not None and quantity.unit.dimension != ""
+    return Found(with_unit if has_unit else last[0].strip(), last.start(), last.end() + LONGEST_UNIT, "number")

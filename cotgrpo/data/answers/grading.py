@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cotgrpo.data.answers.comparison import answers_match, bare_text
-from cotgrpo.data.answers.extraction import Found, find_answer
+from cotgrpo.data.answers.extraction import find_answer
 from cotgrpo.data.answers.formulas import may_be_formula
 from cotgrpo.data.answers.quantities import parse_quantity
 from cotgrpo.data.answers.replies import gold_answer
@@ -64,21 +64,12 @@ def grade(reply: str | None, gold: str) -> Grade:
         if found is None or found.answer == text or (found.kind == "number" and is_bare_answer(text)):
             break
         answer = found.answer
-        if any(answers_match(reading, right) for reading in readings(found)):
+        if answers_match(answer, right) or (found.whole and answers_match(found.whole, right)):
             return Grade(True, answer, "the extracted answer matches")
         text = answer
     if answer is None and len(text) <= LONGEST_ANSWER and is_bare_answer(text):
         answer = text
     return Grade(False, answer, f"{answer or reply!r:.80}, expected {gold!r:.80}")
-
-
-def readings(found: Found) -> list[str]:
-    """Return the texts that an extracted answer is compared as. A last number keeps its unit if that is known."""
-    if found.kind == "number":
-        quantity = parse_quantity(found.whole)
-        known = quantity is not None and quantity.unit is not None and quantity.unit.dimension
-        return [found.whole if known else found.answer]
-    return [found.answer, found.whole] if found.whole else [found.answer]
 
 
 def is_bare_answer(text: str) -> bool:
