@@ -7,19 +7,22 @@ rendered when the template is loaded, so an unusable template is an error before
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from cotgrpo.data.answers import split_thought
+from cotgrpo.data.answers.thoughts import MARKS
+from cotgrpo.data.chat_renderer import DAY as DAY
+from cotgrpo.data.chat_renderer import ChatRenderer, Message, lost_message, texts_in, with_text
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.sources import DataError
-from cotgrpo.data.template import AnyTemplate, Example, with_system
+from cotgrpo.data.template import AnyTemplate, Example, PromptRow, attempt, or_raise
 from cotgrpo.data.tokenizer import transformers
 from cotgrpo.data.triples import Triple
 
@@ -28,79 +31,30 @@ if TYPE_CHECKING:
 
 PROBE = Triple("probe question 7351", "probe rationale 7352", "probe answer 7353", source="the chat template")
 PROBE_WITH_SYSTEM = dataclasses.replace(PROBE, system="probe system 7350")
-DAY = datetime.date(2024, 7, 26)
-"""The date for templates that write today's, so a run resumed tomorrow reads the same tokens."""
-FIXED_DATE = "{% macro strftime_now(format) %}{{ cotgrpo_dates.get(format, cotgrpo_dates.iso) }}{% endmacro %}\n"
-"""Prepended to a template, it hides the clock that `transformers` offers; Jinja drops the newline there."""
-DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
-NO_THOUGHT = re.compile(r"\s*(<think>\s*)?</think>\s*")
-"""The empty thought that a template may write into a prompt, and not into an assistant's turn."""
+
+
+class Turn(NamedTuple):
+    """One reply of a chat, as text.
+
+    Attributes:
+        before: the prompt that a student reads.
+        reply: what the student is to write, its end-of-turn token included.
+    """
+
+    before: str
+    reply: str
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatRenderer:
-    """Renders messages as text with `tokenizer.chat_template`.
+class Chat:
+    """One sequence, as text: supervised turns of a triple. Each is a prefix of the next one's prompt."""
 
-    Attributes:
-        tokenizer: a `transformers` tokenizer with a chat template.
-        thinking: whether the template is to leave room for a thought.
-        system: the system message of chats without their own; empty: none, and the template's default stays.
-    """
+    triple: Triple
+    turns: tuple[Turn, ...]
 
-    tokenizer: PreTrainedTokenizerBase
-    thinking: bool = False
-    system: str = ""
-
-    def prompt_messages(self, question: str, system: str = "") -> list[dict[str, str]]:
-        """Return the messages before the reply.
-
-        A row's own system message replaces `self.system`. If the template takes none, it stands before the question.
-        """
-        if system and not self.takes_system:
-            return [{"role": "user", "content": with_system(question, system)}]
-        text = system or self.system
-        before = [{"role": "system", "content": text}] if text else []
-        return [*before, {"role": "user", "content": question}]
-
-    @functools.cached_property
-    def takes_system(self) -> bool:
-        """Whether the template writes a system message, and neither refuses nor drops it."""
-        text, question = PROBE_WITH_SYSTEM.system, PROBE.question
-        try:
-            return text in self.render(
-                [{"role": "system", "content": text}, {"role": "user", "content": question}], prompt=True
-            )
-        except DataError:
-            return False
-
-    def render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        """Return the chat as text; `prompt` adds the start of an assistant's turn.
-
-        Raises:
-            DataError: the template refuses the messages.
-        """
-        import jinja2
-
-        try:
-            source = self.tokenizer.get_chat_template()
-            formats = [match[1] for match in DATE_FORMAT.findall(source)]
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=FIXED_DATE + source if "strftime_now" in source else source,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                # Each template reads one of these two names.
-                enable_thinking=self.thinking,
-                thinking=self.thinking,
-                cotgrpo_dates={"iso": DAY.isoformat()} | {form: DAY.strftime(form) for form in formats},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            fix = " Leave data.system out, and put its text into the questions." if self.system else ""
-            raise DataError(
-                f"The chat template cannot render messages of {roles} ({type(error).__name__}: {error}).{fix}"
-            ) from error
-        return str(text)
+    @property
+    def text(self) -> str:
+        return self.turns[-1].before + self.turns[-1].reply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +65,23 @@ class ChatTemplate(AnyTemplate):
     token that the template writes after the reply. Text after that token (a newline in ChatML) is left out: a student
     that generates has stopped by then. A BOS is there if the template writes it, and is never added.
 
+    A triple with a `context` is a chat of several turns. Its earlier messages are rendered as they are. `turns="all"`
+    supervises every reply of the assistant. A reply and its prompt are always what a student reads and writes at that
+    turn. If the template renders an earlier turn in another way later on (it drops thoughts from the history, say), the
+    turns become several sequences.
+
     Attributes:
         tokenizer: a `transformers` tokenizer with a chat template.
-        reasoning: "plain": the reply is the rationale, a blank line and the answer in `answer_format`. "think": the
-            rationale is inside `<think>...</think>` (as `reasoning_content` if the template reads that), and the answer
-            follows in `answer_format`.
+        reasoning: "plain": the reply is the rationale, a blank line and the answer in `answer_format`. A template that
+            opens a thought in the prompt gets an empty one there. "think": the rationale is inside
+            `<think>...</think>`, or the template's own marks, and the answer follows in `answer_format`. If the
+            template drops the thought, it is put between the prompt and the answer.
         answer_format: text with `{answer}` in it, as in `ReplyFormat`.
         system: system message of rows without their own; empty: none, and the template's default stays.
-        loss_on: "sequence" supervises every token but the first; "completion" only the reply and its end-of-turn token.
+        loss_on: "sequence" supervises every token but the first; "completion" only the replies and their end-of-turn
+            tokens.
         more_stop_ids: further tokens that end a generated reply (of the model's generation config).
+        turns: "last": one sequence a triple, and "completion" supervises its last reply; "all": every reply.
 
     Raises:
         ValueError: a setting outside its range.
@@ -133,11 +95,14 @@ class ChatTemplate(AnyTemplate):
     system: str = ""
     loss_on: Literal["sequence", "completion"] = "sequence"
     more_stop_ids: tuple[int, ...] = ()
+    turns: Literal["last", "all"] = "last"
 
     def __post_init__(self) -> None:
         if self.loss_on not in ("sequence", "completion"):
             raise ValueError(f'loss_on must be "sequence" or "completion", got {self.loss_on!r}.')
-        _ = self.reply_format  # checks its settings
+        if self.turns not in ("last", "all"):
+            raise ValueError(f'turns must be "last" or "all", got {self.turns!r}.')
+        _ = ReplyFormat(self.reasoning, self.answer_format)  # checks its settings
         if not self.tokenizer.chat_template:
             raise DataError(
                 "The tokenizer has no chat template: take that of the instruction-tuned model and put its "
@@ -157,12 +122,419 @@ class ChatTemplate(AnyTemplate):
         self.encode(PROBE)
 
     @functools.cached_property
-    def reply_format(self) -> ReplyFormat:
-        return ReplyFormat(self.reasoning, self.answer_format)
-
-    @functools.cached_property
     def renderer(self) -> ChatRenderer:
         return ChatRenderer(self.tokenizer, self.reasoning == "think", self.system)
+
+    # Forms of a reply.
+
+    @functools.cached_property
+    def marks(self) -> tuple[str, str]:
+        """The marks of a thought that the template knows."""
+        source = self.renderer.source()
+        return next((marks for marks in MARKS if marks[0] in source), MARKS[0])
+
+    @functools.cached_property
+    def message_format(self) -> ReplyFormat:
+        """Writes replies as messages."""
+        return ReplyFormat(self.reasoning, self.answer_format, self.marks)
+
+    @functools.cached_property
+    def reply_format(self) -> ReplyFormat:
+        """Splits replies, with the marks that the template writes around a thought."""
+        if self.thought_form == "built":
+            return self.message_format
+        reply = self.texts(PROBE).reply
+        opening, _, rest = reply.partition(PROBE.rationale)
+        closing = rest.partition(self.message_format.write_answer(PROBE.answer))[0]
+        return dataclasses.replace(self.message_format, marks=(opening.strip() or self.marks[0], closing.strip()))
+
+    @functools.cached_property
+    def thought_form(self) -> Literal["none", "field", "inline", "built"]:
+        """How a reply's thought reaches the rendered text.
+
+        In the message's `reasoning_content`, or inside its content, or not at all, so it is built here.
+        """
+        if self.reasoning == "plain":
+            return "none"
+        before = self.prompt_text(PROBE.question)
+        opening, closing = map(re.escape, self.marks)
+        thought = re.compile(f"{opening}.*{PROBE.rationale}.*{closing}.*{PROBE.answer}", re.DOTALL)
+        for form in ("field", "inline"):
+            whole = attempt(self.renderer.render, self.messages(PROBE, as_field=form == "field"))
+            if isinstance(whole, str) and whole.startswith(before) and thought.search(whole):
+                return form
+        return "built"
+
+    @property
+    def reads_field(self) -> bool:
+        """Whether the template writes the `reasoning_content` of a message as its thought."""
+        return self.thought_form == "field"
+
+    @functools.cached_property
+    def lead(self) -> str:
+        """What the template writes before a plain reply, apart from white space (the channel of gpt-oss)."""
+        if self.reasoning == "think":
+            return ""
+        return self.texts(PROBE).reply.partition(PROBE.rationale)[0].strip()
+
+    def messages(self, triple: Triple, *, as_field: bool) -> list[dict[str, Any]]:
+        """Return the whole chat; `as_field` puts a thought into `reasoning_content`."""
+        reply = self.message_format.message(triple.rationale, triple.answer, as_field=as_field)
+        return [*self.renderer.row_messages(triple), dict(reply)]
+
+    def last_message(self, triple: Triple) -> dict[str, Any]:
+        """Return the message of a triple's last reply, without its thought if that is built here."""
+        if triple.verbatim:
+            return {"role": "assistant", "content": triple.answer}
+        if self.thought_form == "built":
+            return {"role": "assistant", "content": self.message_format.write_answer(triple.answer)}
+        return dict(self.message_format.message(triple.rationale, triple.answer, as_field=self.reads_field))
+
+    def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
+        """Split a generated reply, text or token ids up to a stop token, as `ReplyFormat.split` does."""
+        if isinstance(reply, str):
+            return self.reply_format.split(reply.strip().removeprefix(self.lead) if self.lead else reply)
+        cut_off = not set(self.stop_ids).intersection(map(int, reply))
+        text = self.decode(reply)
+        return self.reply_format.split(text.strip().removeprefix(self.lead) if self.lead else text, cut_off=cut_off)
+
+    # Prompts.
+
+    def prompt(self, question: str, system: str = "") -> np.ndarray:
+        """Return the int32 tokens of the chat before the reply; a row's own `system` replaces the template's."""
+        return np.asarray(self.ids(self.prompt_text(question, system)), np.int32)
+
+    def prompt_text(self, question: str, system: str = "") -> str:
+        """Return the chat up to the start of the reply."""
+        return or_raise(
+            self.prompt_end(self.renderer.render(self.renderer.prompt_messages(question, system), prompt=True))
+        )
+
+    def prompt_end(self, before: str | DataError) -> str | DataError:
+        """Close the thought that a prompt opens, if replies have none. An error stays."""
+        if isinstance(before, DataError) or self.reasoning == "think" or not before.rstrip().endswith(self.marks[0]):
+            return before
+        return before + self.built_thought(before, "")
+
+    def prompts_of(self, rows: Sequence[PromptRow]) -> list[np.ndarray | DataError]:
+        """Return the int32 tokens of each row's chat before the (last) reply, or the error."""
+        texts = self.prompt_texts(rows)
+        found = iter(self.ids_batch([text for text in texts if isinstance(text, str)]))
+        return [text if isinstance(text, DataError) else np.asarray(next(found), np.int32) for text in texts]
+
+    def prompt_texts(self, rows: Sequence[PromptRow]) -> list[str | DataError]:
+        """Return each row's chat up to the start of the (last) reply, or the error."""
+        single = [self.renderer.row_messages(row) for row in rows if not is_long(row)]
+        rendered = iter(self.renderer.render_all(single, prompt=True))
+        return [
+            placed(attempt(self.row_prompt, row) if is_long(row) else self.prompt_end(next(rendered)), row)
+            for row in rows
+        ]
+
+    def row_prompt(self, row: PromptRow) -> str | DataError:
+        """Return the chat of several turns or with tools up to the start of the last reply."""
+        return self.prompt_end(self.renderer.render(self.renderer.row_messages(row), prompt=True, tools=row.tools))
+
+    # Turns.
+
+    def encode_batch(
+        self, triples: Sequence[Triple], prompts: Sequence[np.ndarray | None] | None = None
+    ) -> list[list[Example] | DataError]:
+        """Return the tokens and masks of triples, as `AnyTemplate` says.
+
+        An error stands for a triple whose rationale and answer would not come back from the rendered text, whose text
+        holds a control token, which the template cannot render or drops a message of, or whose prompt is not a prefix
+        of the whole.
+        """
+        chats = self.chats(triples)
+        flat = [chat for found in chats if not isinstance(found, DataError) for chat in found]
+        tokens = iter(self.ids_batch([chat.text for chat in flat]))
+        slow = self.prompt_tail is None
+        before = iter(self.ids_batch([turn.before for chat in flat for turn in chat.turns]) if slow else [])
+        encoded: list[list[Example] | DataError] = []
+        for found in chats:
+            if isinstance(found, DataError):
+                encoded.append(found)
+                continue
+            ids = [next(tokens) for _ in found]
+            known = [[next(before) for _ in chat.turns] if slow else None for chat in found]
+            encoded.append(attempt(self.all_masked, found, ids, known))
+        return encoded
+
+    def chats(self, triples: Sequence[Triple]) -> list[list[Chat] | DataError]:
+        """Return the sequences of each triple as text, or the error."""
+        single = [triple for triple in triples if not is_long(triple)]
+        befores = iter(self.prompt_texts(single))
+        chats = ([*self.renderer.row_messages(triple), self.last_message(triple)] for triple in single)
+        wholes = iter(self.renderer.render_all(list(chats)))
+        return [
+            attempt(self.long_chats, triple)
+            if is_long(triple)
+            else attempt(self.single_chat, triple, next(befores), next(wholes))
+            for triple in triples
+        ]
+
+    def single_chat(self, triple: Triple, before: str | DataError, whole: str | DataError) -> list[Chat]:
+        """Return the sequence of a question and its reply. Raises DataError if the texts would not come back."""
+        turn = self.turn(triple, or_raise(before), or_raise(placed(whole, triple)))
+        self.check_texts(triple, turn)
+        return [Chat(triple, (turn,))]
+
+    def long_chats(self, triple: Triple) -> list[Chat]:
+        """Return the sequences of a chat of several turns or with tools.
+
+        A turn shares the sequence of the last turn whose prompt begins with it.
+
+        Raises:
+            DataError: the texts would not come back, or the template refuses or drops a message.
+        """
+        self.check_context(triple)
+        messages = self.renderer.row_messages(triple)
+        replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        turns = [self.turn_at(triple, messages[:i], messages[i]) for i in replies if self.turns == "all"]
+        last = self.turn_at(triple, messages, self.last_message(triple), last=True)
+        self.check_texts(triple, last)
+        sequences: list[list[Turn]] = []
+        for turn in [last, *reversed(turns)]:
+            begins = turn.before + turn.reply
+            shared = next((sequence for sequence in sequences if sequence[0].before.startswith(begins)), None)
+            if shared is None:
+                sequences.append([turn])
+            else:
+                shared.insert(0, turn)
+        return [Chat(triple, tuple(sequence)) for sequence in reversed(sequences)]
+
+    def turn_at(self, triple: Triple, messages: Sequence[Message], message: Message, *, last: bool = False) -> Turn:
+        """Return the turn of one message of the assistant after the others."""
+        rendered = self.prompt_end(attempt(self.renderer.render, messages, prompt=True, tools=triple.tools))
+        before = or_raise(placed(rendered, triple))
+        whole = attempt(self.renderer.render, [*messages, message], tools=triple.tools)
+        lost = lost_message(messages, before)
+        if lost is not None:
+            raise DataError(
+                f"{triple.source}: the chat template drops or changes a message of the {lost.get('role')}: "
+                f"{lost.get('content')!r:.100}. Leave the row out, or use a template that writes it."
+            )
+        turn = self.turn(
+            triple, before, or_raise(placed(whole, triple)), None if last and not triple.verbatim else message
+        )
+        if not last or triple.verbatim:
+            check_written(message, turn, triple.source)
+        return turn
+
+    def turn(self, triple: Triple, before: str, whole: str, message: Message | None = None) -> Turn:
+        """Return a turn from its rendered prompt and whole.
+
+        Args:
+            triple: the row.
+            before: the prompt.
+            whole: the chat with the reply.
+            message: the reply as it stands in the row; None: the triple's rationale and answer.
+        """
+        if message is None and not triple.verbatim:
+            thought = triple.rationale.strip() if self.thought_form == "built" else ""
+            reply = self.reply_after(before, whole, thought, triple.source)
+            tail, end = self.end[0], self.end_text
+            if reply.endswith(tail):
+                return Turn(before, reply.removesuffix(tail) + end)
+        else:
+            message = self.last_message(triple) if message is None else message
+            thought = thought_of(message) if self.reasoning == "think" else ""
+            reply = self.reply_after(before, whole, thought, triple.source)
+        found = self.stop_pattern.search(reply)
+        if found is None:
+            raise DataError(f"{triple.source}: the chat template does not end the assistant's turn: {reply!r:.200}.")
+        return Turn(before, reply[: found.end()])
+
+    def reply_after(self, before: str, whole: str, thought: str, source: str) -> str:
+        """Return what follows the prompt in the whole chat.
+
+        A prompt may open a thought, or close an empty one, and the template may leave the thought out of a reply. Then
+        the reply is built: the thought, its closing mark and the rest.
+
+        Args:
+            before: the prompt.
+            whole: the chat with the reply.
+            thought: the thought that the reply must have.
+            source: the row's place.
+
+        Raises:
+            DataError: the prompt is not a prefix of the whole in another way.
+        """
+        opening, closing = self.marks
+        bare = before.rstrip()
+        opened = bare.endswith(opening)
+        if whole.startswith(before):
+            reply = whole[len(before) :]
+            if closing in reply or not (thought or opened):
+                return reply
+            return self.built_thought(before, thought) + reply.lstrip()
+        closed = bare.endswith(closing)
+        header = bare.removesuffix(closing).rstrip().removesuffix(opening).rstrip()
+        if not (opened or (closed and self.reasoning == "plain")) or not whole.startswith(header):
+            raise self.not_a_prefix(before, whole, source)
+        reply = whole[len(header) :].lstrip()
+        if opened and reply.startswith(opening):
+            return reply.removeprefix(opening).lstrip()
+        if reply.startswith((opening, closing)):
+            reply = reply.partition(closing)[2].lstrip()
+        return self.built_thought(before, thought) + reply if opened else reply
+
+    def built_thought(self, before: str, thought: str) -> str:
+        """Return a thought and its closing mark, as they follow a prompt that may have opened it."""
+        opening, closing = self.marks
+        lead = opening + "\n"
+        if before.rstrip().endswith(opening):
+            lead = "" if before[-1:].isspace() else "\n"
+        return f"{lead}{thought}\n{closing}\n\n"
+
+    def not_a_prefix(self, before: str, whole: str, source: str) -> DataError:
+        """Return the error for a prompt that is another text than the start of the whole chat."""
+        same = next(i for i, (a, b) in enumerate(zip(before, whole + "\0", strict=False)) if a != b)
+        other = "think" if self.reasoning == "plain" else "plain"
+        return DataError(
+            f"{source}: the prompt is not a prefix of the whole chat, so the start of the reply is unknown: "
+            f"after {whole[max(same - 40, 0) : same]!r} the prompt continues with {before[same : same + 40]!r}, the "
+            f"whole with {whole[same : same + 40]!r}. Try data.reasoning: {other}, or fix the template."
+        )
+
+    def check_texts(self, triple: Triple, turn: Turn) -> None:
+        """Raise DataError unless every text of the triple comes back from the rendered chat."""
+        text = turn.reply.removesuffix(self.end_text)
+        if triple.verbatim:
+            check_written(self.last_message(triple), turn, triple.source)
+        elif text == turn.reply or self.split_reply(text) != (triple.rationale.strip(), triple.answer.strip()):
+            raise DataError(
+                f"{triple.source}: rationale and answer cannot be told apart in the assistant's turn, or the chat "
+                f"template changes them: {turn.reply!r:.200}. Remove the mark of the answer "
+                f"({self.reply_format.mark.strip() or 'a blank line'!r}) from the row's texts; an answer that begins "
+                "with a number must be one line."
+            )
+        for field in ("system", "question"):
+            if getattr(triple, field).strip() not in turn.before and not (triple.context and field == "question"):
+                raise DataError(
+                    f"{triple.source}: the chat template drops or changes the {field}: {turn.before!r:.200}."
+                )
+
+    # Tokens.
+
+    def all_masked(
+        self, chats: Sequence[Chat], ids: Sequence[list[int]], prompts: Sequence[list[list[int]] | None]
+    ) -> list[Example]:
+        """Return the examples of a triple's sequences."""
+        return [example for each in zip(chats, ids, prompts, strict=True) for example in self.masked(*each)]
+
+    def masked(self, chat: Chat, ids: list[int], prompts: list[list[int]] | None) -> list[Example]:
+        """Return the example of a sequence, or one for each turn if the tokenizer merges text across their borders.
+
+        Args:
+            chat: the sequence as text.
+            ids: its tokens.
+            prompts: the tokens of each turn's prompt, if they are known.
+        """
+        tokens = np.asarray(ids, np.int32)
+        spans = self.found_spans(chat, tokens) if prompts is None else None
+        if spans is None:
+            prompts = [self.ids(turn.before) for turn in chat.turns] if prompts is None else prompts
+            if len(chat.turns) > 1 and not self.turns_keep_apart(chat, ids, prompts):
+                apart = [Chat(chat.triple, (turn,)) for turn in chat.turns]
+                parts = zip(apart, prompts, strict=True)
+                return [e for one, prompt in parts for e in self.masked(one, self.ids(one.text), [prompt])]
+            *earlier, start = [len(prompt) for prompt in prompts]
+            ids = self.joined(prompts[-1], ids, chat.turns[-1], chat.triple.source)
+            tokens = np.asarray(ids, np.int32)
+            ends = [length + self.end_of_turn(ids[length:]) for length in earlier]
+            spans = [*zip(earlier, ends, strict=True), (start, len(ids))]
+        self.check_tokens(chat, tokens, spans)
+        *others, (start, _) = spans
+        return [self.example(tokens, start, chat.triple.source, [slice(*span) for span in others])]
+
+    def found_spans(self, chat: Chat, tokens: np.ndarray) -> list[tuple[int, int]] | None:
+        """Find each reply among the tokens of the sequence; None if only the prompt's own tokens can show it.
+
+        A tokenizer cuts text at its added tokens first, so the tokens on either side do not depend on each other. Each
+        prompt ends with the text of `prompt_tail`: an added token, and a few tokens that must be the same here.
+        """
+        if self.prompt_tail is None:
+            return None
+        tail, after = self.prompt_tail
+        text = chat.text
+        at = np.flatnonzero(self.is_added[np.minimum(tokens, len(self.is_added) - 1)])
+        places = {found.end(): number for number, found in enumerate(self.added_pattern.finditer(text))}
+        if len(places) != len(at):
+            return None
+        spans = []
+        for turn in chat.turns:
+            number = places.get(len(turn.before) - len(tail[1]))
+            last = places.get(len(turn.before) + len(turn.reply))
+            if number is None or last is None or not turn.before.endswith(tail[0] + tail[1]):
+                return None
+            start = int(at[number]) + 1 + len(after)
+            if tokens[start - len(after) : start].tolist() != after:
+                return None
+            spans.append((start, int(at[last]) + 1))
+        return spans if spans[-1][1] == len(tokens) else None
+
+    def turns_keep_apart(self, chat: Chat, ids: list[int], prompts: list[list[int]]) -> bool:
+        """Return whether each turn's prompt and reply, tokenized alone, are a prefix of the sequence."""
+        pairs = zip(chat.turns, prompts, strict=True)
+        return all(
+            ids[: len(prompt)] == prompt
+            and (turn is chat.turns[-1] or (whole := self.ids(turn.before + turn.reply)) == ids[: len(whole)])
+            for turn, prompt in pairs
+        )
+
+    def end_of_turn(self, ids: Sequence[int]) -> int:
+        """Return the number of tokens up to the first stop token, which is one of them."""
+        return next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+
+    def check_tokens(self, chat: Chat, tokens: np.ndarray, spans: Sequence[tuple[int, int]]) -> None:
+        """Raise DataError if a text holds a control token, or a reply a stop token before its end."""
+        triple = chat.triple
+        if not (is_long(triple) or triple.verbatim):
+            expected = self.controls_with_system if triple.system else self.expected_controls
+            if self.controls(tokens) != expected:
+                raise DataError(f"{triple.source}: {self.held_control(triple)}")
+        for start, end in spans:
+            early = set(self.stop_ids).intersection(tokens[start : end - 1].tolist())
+            if early:
+                token = self.tokenizer.convert_ids_to_tokens(min(early))
+                raise DataError(f"{triple.source}: {token!r} stands inside the reply, where generation would stop.")
+
+    def joined(self, prompt: list[int], tokens: list[int], turn: Turn, source: str) -> list[int]:
+        """Return the tokens of the whole chat, which start with the prompt's.
+
+        If the tokenizer merges text across the border (a prompt that ends in a blank, say), the reply is tokenized
+        alone: that is what a student that reads the prompt can write.
+
+        Args:
+            prompt: the prompt's tokens.
+            tokens: the whole's.
+            turn: the last turn, as text.
+            source: the row's place.
+
+        Raises:
+            DataError: the reply's own tokens spell another text.
+        """
+        if tokens[: len(prompt)] == prompt:
+            return tokens
+        apart = prompt + self.ids(turn.reply)
+        spelled, wanted = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (apart, tokens))
+        if spelled != wanted:
+            raise DataError(
+                f"{source}: the tokenizer merges the end of the prompt with the reply, and cannot write the reply "
+                f"apart: expected {wanted!r:.200}, got {spelled!r:.200}. End the template's generation prompt with a "
+                "token of the tokenizer's own."
+            )
+        return apart
+
+    # The template's own tokens, from a probe.
+
+    def texts(self, triple: Triple) -> Turn:
+        """Return the prompt and the reply of a triple without a context, unchecked."""
+        chat = [*self.renderer.row_messages(triple), self.last_message(triple)]
+        before = self.prompt_text(triple.question, triple.system)
+        return self.turn(triple, before, self.renderer.render(chat))
 
     @property
     def eos_id(self) -> int:
@@ -175,127 +547,6 @@ class ChatTemplate(AnyTemplate):
         eos = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys([self.eos_id, *([] if eos is None else [int(eos)]), *self.more_stop_ids]))
 
-    def encode(self, triple: Triple, prompt: np.ndarray | None = None) -> Example:
-        """Return the tokens and mask of a triple; `prompt` holds its prompt's tokens if they are known.
-
-        Raises:
-            DataError: rationale and answer would not come back from the rendered text, a text holds a control token, or
-                the prompt is not a prefix of the whole.
-        """
-        before, reply = self.texts(triple)
-        self.check_texts(triple, before, reply)
-        start = self.ids(before) if prompt is None else prompt.tolist()
-        tokens = self.joined(start, before, reply, triple.source)
-        if self.controls(tokens) != (self.controls_with_system if triple.system else self.expected_controls):
-            raise DataError(f"{triple.source}: {self.held_control(triple)}")
-        tokens = tokens[: tokens.index(self.eos_id, len(start)) + 1]
-        early = set(self.stop_ids).intersection(tokens[len(start) : -1])
-        if early:
-            token = self.tokenizer.convert_ids_to_tokens(min(early))
-            raise DataError(f"{triple.source}: {token!r} stands inside the reply, where generation would stop.")
-        return self.example(tokens, len(start), triple.source)
-
-    def check_texts(self, triple: Triple, before: str, reply: str) -> None:
-        """Raise DataError unless every text of the triple comes back from the rendered chat."""
-        text = reply.removesuffix(self.end[0])
-        if text == reply or self.split_reply(text) != (triple.rationale.strip(), triple.answer.strip()):
-            raise DataError(
-                f"{triple.source}: rationale and answer cannot be told apart in the assistant's turn, or the chat "
-                f"template changes them: {reply!r:.200}. Remove the mark of the answer "
-                f"({self.reply_format.mark.strip() or 'a blank line'!r}) from the row's texts; an answer that begins "
-                "with a number must be one line."
-            )
-        for field in ("system", "question"):
-            if getattr(triple, field).strip() not in before:
-                raise DataError(f"{triple.source}: the chat template drops or changes the {field}: {before!r:.200}.")
-
-    def prompt(self, question: str, system: str = "") -> np.ndarray:
-        """Return the int32 tokens of the chat before the reply; a row's own `system` replaces the template's."""
-        return np.asarray(self.ids(self.prompt_text(question, system)), np.int32)
-
-    def prompt_text(self, question: str, system: str = "") -> str:
-        """Return the chat up to the start of the reply."""
-        return self.renderer.render(self.renderer.prompt_messages(question, system), prompt=True)
-
-    def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
-        """Split a generated reply, text or token ids up to a stop token, as `ReplyFormat.split` does."""
-        if isinstance(reply, str):
-            return self.reply_format.split(reply)
-        cut_off = not set(self.stop_ids).intersection(map(int, reply))
-        return self.reply_format.split(self.decode(reply), cut_off=cut_off)
-
-    def messages(self, triple: Triple, *, as_field: bool) -> list[dict[str, str]]:
-        """Return the whole chat; `as_field` puts a thought into `reasoning_content`."""
-        reply = self.reply_format.message(triple.rationale, triple.answer, as_field=as_field)
-        return [*self.renderer.prompt_messages(triple.question, triple.system), reply]
-
-    def texts(self, triple: Triple) -> tuple[str, str]:
-        """Return the prompt and the reply with its end of turn, as text.
-
-        Some templates write an empty thought into a prompt but not into an assistant's turn. It stays in the prompt, as
-        in generation.
-
-        Raises:
-            DataError: the prompt is not a prefix of the whole in another way.
-        """
-        before = self.prompt_text(triple.question, triple.system)
-        messages = self.messages(triple, as_field=self.reads_field)
-        whole = self.renderer.render(messages)
-        if whole.startswith(before):
-            return before, whole[len(before) :]
-        start = whole.rfind(messages[-1]["content"].strip() + self.end[0])
-        header = whole[: max(start, 0)]
-        if self.reasoning == "plain" and before.startswith(header) and NO_THOUGHT.fullmatch(before[len(header) :]):
-            return before, whole[start:]
-        same = next(i for i, (a, b) in enumerate(zip(before, whole + "\0", strict=False)) if a != b)
-        other = "think" if self.reasoning == "plain" else "plain"
-        raise DataError(
-            f"{triple.source}: the prompt is not a prefix of the whole chat, so the start of the reply is unknown: "
-            f"after {whole[max(same - 40, 0) : same]!r} the prompt continues with {before[same : same + 40]!r}, the "
-            f"whole with {whole[same : same + 40]!r}. Try data.reasoning: {other}, or fix the template."
-        )
-
-    def joined(self, prompt: list[int], before: str, reply: str, source: str) -> list[int]:
-        """Return the tokens of the whole chat, which start with the prompt's.
-
-        If the tokenizer merges text across the border (a prompt that ends in a blank, say), the reply is tokenized
-        alone: that is what a student that reads the prompt can write.
-
-        Raises:
-            DataError: the reply's own tokens spell another text.
-        """
-        tokens = self.ids(before + reply)
-        if tokens[: len(prompt)] == prompt:
-            return tokens
-        apart = prompt + self.ids(reply)
-        spelled, wanted = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (apart, tokens))
-        if spelled != wanted:
-            raise DataError(
-                f"{source}: the tokenizer merges the end of the prompt with the reply, and cannot write the reply "
-                f"apart: expected {wanted!r:.200}, got {spelled!r:.200}. End the template's generation prompt with a "
-                "token of the tokenizer's own."
-            )
-        return apart
-
-    @functools.cached_property
-    def reads_field(self) -> bool:
-        """Whether the template writes a message's `reasoning_content`.
-
-        Raises:
-            DataError: it drops a thought in either form.
-        """
-        if self.reasoning == "plain":
-            return False
-        thought = re.compile(f"<think>.*{PROBE.rationale}.*</think>.*{PROBE.answer}", re.DOTALL)
-        for as_field in (True, False):
-            whole = self.renderer.render(self.messages(PROBE, as_field=as_field))
-            if thought.search(whole):
-                return as_field
-        raise DataError(
-            "The chat template drops <think> text (and reasoning_content) from an assistant's turn, or writes no "
-            f"<think>...</think> around it: {whole[-200:]!r}. Use data.reasoning: plain, or a template that keeps it."
-        )
-
     @functools.cached_property
     def end(self) -> tuple[str, int]:
         """The text that the template writes after a reply, and the end-of-turn token in it.
@@ -303,8 +554,8 @@ class ChatTemplate(AnyTemplate):
         Raises:
             DataError: the template drops the reply, or writes no special token after it.
         """
-        whole = self.renderer.render(self.messages(PROBE, as_field=self.reads_field))
-        _, found, tail = whole.rpartition(self.reply_format.write_answer(PROBE.answer).strip())
+        whole = self.renderer.render([*self.renderer.row_messages(PROBE), self.last_message(PROBE)])
+        _, found, tail = whole.rpartition(self.message_format.write_answer(PROBE.answer).strip())
         if not found:
             raise DataError(
                 "The chat template drops or changes the assistant's turn, so nothing would be supervised: "
@@ -322,10 +573,61 @@ class ChatTemplate(AnyTemplate):
         return tail, int(end)
 
     @functools.cached_property
+    def end_text(self) -> str:
+        """The text after a reply, up to and with the end-of-turn token."""
+        tail, end = self.end
+        name = str(self.tokenizer.convert_ids_to_tokens(end))
+        return tail.partition(name)[0] + name
+
+    @functools.cached_property
+    def prompt_tail(self) -> tuple[tuple[str, str], list[int]] | None:
+        """How every prompt ends: an added token and the text after it, and that text's tokens; None if they differ."""
+        before = self.prompt_text(PROBE.question)
+        found = [*self.added_pattern.finditer(before)]
+        if not found or PROBE.question in before[found[-1].start() :]:
+            return None
+        ids = self.ids(before)
+        places = [place for place, i in enumerate(ids) if self.is_added[min(i, len(self.is_added) - 1)]]
+        if len(places) != len(found):
+            return None
+        return (found[-1].group(), before[found[-1].end() :]), ids[places[-1] + 1 :]
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """The tokenizer's added tokens, without those of white space."""
+        return {i: str(t) for i, t in self.tokenizer.added_tokens_decoder.items() if str(t).strip()}
+
+    @functools.cached_property
+    def is_added(self) -> np.ndarray:
+        """Bool `[vocabulary + 1]`: whether a token is one of `added_tokens`. The last entry is False."""
+        table = np.zeros(max(self.added_tokens, default=0) + 2, bool)
+        table[list(self.added_tokens)] = True
+        return table
+
+    @functools.cached_property
+    def added_pattern(self) -> re.Pattern[str]:
+        return any_of(self.added_tokens.values())
+
+    @functools.cached_property
+    def stop_pattern(self) -> re.Pattern[str]:
+        return any_of(str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids)
+
+    @functools.cached_property
     def control_ids(self) -> frozenset[int]:
         """Tokens that only the template may write."""
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset({i for i, token in added if token.special} | set(self.stop_ids))
+
+    @functools.cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        return any_of(str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.control_ids)
+
+    @functools.cached_property
+    def is_control(self) -> np.ndarray:
+        """Bool `[vocabulary + 1]`: whether a token is one of `control_ids`. The last entry is False."""
+        table = np.zeros(max(self.control_ids) + 2, bool)
+        table[list(self.control_ids)] = True
+        return table
 
     @functools.cached_property
     def expected_controls(self) -> list[int]:
@@ -338,16 +640,19 @@ class ChatTemplate(AnyTemplate):
         return self.controls_of(PROBE_WITH_SYSTEM)
 
     def controls_of(self, triple: Triple) -> list[int]:
-        before, reply = self.texts(triple)
-        return self.controls(self.joined(self.ids(before), before, reply, triple.source))
+        turn = self.texts(triple)
+        tokens = self.joined(self.ids(turn.before), self.ids(turn.before + turn.reply), turn, triple.source)
+        return self.controls(np.asarray(tokens, np.int32))
 
-    def controls(self, tokens: Sequence[int]) -> list[int]:
-        return [i for i in tokens if i in self.control_ids]
+    def controls(self, tokens: np.ndarray) -> list[int]:
+        """Return the control tokens among the tokens."""
+        found: list[int] = tokens[self.is_control[np.minimum(tokens, len(self.is_control) - 1)]].tolist()
+        return found
 
     def held_control(self, triple: Triple) -> str:
         """Return an error message for a triple whose text holds control tokens."""
         for field in ("system", "question", "rationale", "answer"):
-            found = self.controls(self.ids(getattr(triple, field)))
+            found = self.controls(np.asarray(self.ids(getattr(triple, field)), np.int32))
             if found:
                 name = self.tokenizer.convert_ids_to_tokens(found[0])
                 return (
@@ -355,6 +660,58 @@ class ChatTemplate(AnyTemplate):
                     "Remove it from the row."
                 )
         return "the text and the chat template together spell a control token. Remove what looks like one from the row."
+
+    def check_context(self, triple: Triple) -> None:
+        """Raise DataError if a text of a chat of several turns holds a control token, apart from a thought's marks."""
+        parts = {"system": triple.system, "rationale": triple.rationale, "answer": triple.answer}
+        for field, value in {**parts, "context": triple.context, "tools": triple.tools}.items():
+            for text in texts_in(value):
+                bare = text
+                for mark in self.marks if field in ("context", "answer") else ():
+                    bare = bare.replace(mark, "")
+                found = self.control_pattern.search(bare)
+                if found:
+                    raise DataError(
+                        f"{triple.source}: the {field} holds the control token {found.group()!r}, which only the chat "
+                        "template may write. Remove it from the row."
+                    )
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds the longest of the texts at the first place where one of them stands."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def is_long(row: PromptRow) -> bool:
+    """Return whether a row is a chat of several turns or with tools."""
+    return bool(row.context or row.tools)
+
+
+def placed(text: str | DataError, row: PromptRow) -> str | DataError:
+    """Return the text, or an error with the row's place in front of it."""
+    return text if isinstance(text, str) or not row.source else DataError(f"{row.source}: {text}")
+
+
+def thought_of(message: Message) -> str:
+    """Return the thought of an assistant's message, from its own field or from marks in its content; maybe empty."""
+    field = next((message[name] for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)), None)
+    if field is None:
+        content = message.get("content")
+        field = split_thought(content).thought if isinstance(content, str) else ""
+    return str(field).strip()
+
+
+def check_written(message: Message, turn: Turn, source: str) -> None:
+    """Raise DataError if the template drops or changes what an assistant's message says, apart from its thought."""
+    content = with_text(message).get("content")
+    words = split_thought(content).text.strip() if isinstance(content, str) else ""
+    calls = message.get("tool_calls") or ()
+    names = [str((call.get("function") or call).get("name")) for call in calls if isinstance(call, Mapping)]
+    if not (words or names) or not all(text in turn.reply for text in (words, *names)):
+        raise DataError(
+            f"{source}: the chat template drops or changes a reply of the assistant, or it is empty: "
+            f"{turn.reply!r:.200}. Leave the row out, or use a template that writes it."
+        )
 
 
 def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ class ReplyFormat:
         reasoning: "plain": rationale, blank line, answer; "think": `<think>rationale</think>`, blank line, answer.
         answer_format: text around the answer with `{answer}` in it, such as `\boxed{{answer}}`; empty: `#### {answer}`
             for "plain", `{answer}` for "think".
+        marks: of a thought, before and after it.
 
     Raises:
         ValueError: a setting outside its range.
@@ -25,6 +26,7 @@ class ReplyFormat:
 
     reasoning: Literal["plain", "think"] = "plain"
     answer_format: str = ""
+    marks: tuple[str, str] = ("<think>", "</think>")
 
     def __post_init__(self) -> None:
         if self.reasoning not in ANSWER_FORMATS:
@@ -40,7 +42,7 @@ class ReplyFormat:
     @property
     def mark(self) -> str:
         """The text between rationale and answer."""
-        return "</think>" if self.reasoning == "think" else "\n\n" + self.phrase.partition("{answer}")[0]
+        return self.marks[1] if self.reasoning == "think" else "\n\n" + self.phrase.partition("{answer}")[0]
 
     def write_answer(self, answer: str) -> str:
         """Return the answer in `answer_format`."""
@@ -53,7 +55,7 @@ class ReplyFormat:
             return {"role": "assistant", "content": f"{rationale}\n\n{answer}"}
         if as_field:
             return {"role": "assistant", "content": answer, "reasoning_content": rationale}
-        return {"role": "assistant", "content": f"<think>\n{rationale}\n</think>\n\n{answer}"}
+        return {"role": "assistant", "content": f"{self.marks[0]}\n{rationale}\n{self.marks[1]}\n\n{answer}"}
 
     def split(self, text: str, *, cut_off: bool = False) -> tuple[str, str | None]:
         r"""Split a reply into rationale and answer.
@@ -80,9 +82,9 @@ class ReplyFormat:
         return rationale.strip(), answer.strip().removesuffix(self.phrase.partition("{answer}")[2].strip()).strip()
 
     def split_thought(self, text: str) -> tuple[str, str | None]:
-        """Split a reply at `</think>`."""
-        rationale, found, answer = text.partition("</think>")
-        rationale, answer = rationale.removeprefix("<think>").strip(), answer.strip()
+        """Split a reply at the closing mark of its thought. The opening mark may stand in the prompt."""
+        rationale, found, answer = text.partition(self.marks[1])
+        rationale, answer = rationale.removeprefix(self.marks[0]).strip(), answer.strip()
         within = self.within_phrase(answer)
         return rationale, (answer if within is None else within) if found else None
 
