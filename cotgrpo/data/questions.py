@@ -66,6 +66,7 @@ def read_questions(
     need_gold: bool = True,
     columns: Mapping[str, str] | None = None,
     row_function: str = "",
+    require_columns: bool = True,
 ) -> tuple[list[Question], DropReport]:
     """Read questions from the sources of `read_triples`, and from rows without a reply.
 
@@ -78,7 +79,8 @@ def read_questions(
         bad_rows: what happens to a row without a question or right answer, or with an unreadable field, as in
             `read_triples`.
         need_gold: False also accepts rows without a right answer.
-        columns, row_function: as in `read_triples`. Columns of the reply may be missing.
+        columns, row_function: as in `read_triples`. No row needs to have the columns of the reply.
+        require_columns: False: no row needs to have any of `columns`, as in test sets of another layout.
 
     Returns:
         The questions in order, and the report of the rows left out.
@@ -87,7 +89,8 @@ def read_questions(
         DataError: a file that is missing or cannot be read, a bad row, or no question.
     """
     names = as_list(sources)
-    rows = read_rows(names, split, columns=columns, row_function=row_function, optional=NOT_ASKED)
+    optional = NOT_ASKED if require_columns else tuple(columns or ())
+    rows = read_rows(names, split, columns=columns, row_function=row_function, optional=optional)
     questions, report = questions_in(rows, bad_rows=bad_rows, need_gold=need_gold)
     check_usable(questions, names, report)
     return questions, report

@@ -114,36 +114,44 @@ class Found:
 
     def __init__(self, row: Mapping[str, object]) -> None:
         self.row = row
-        self._found: dict[str, list[tuple[bool, int, Named]]] = {}
+        self._filled: dict[str, list[tuple[int, Named]]] = {}
+        self._blank: dict[str, str] = {}
         for name, value in row.items():
             folded = fold(str(name))
             self._add(folded, str(name), value)
             if folded in NESTED:
                 inner = dig(row, f"{name}.{NESTED[folded].partition('.')[2]}")
                 self._add(fold(NESTED[folded]), NESTED[folded], inner)
+        for found in self._filled.values():
+            found.sort(key=lambda ranked: ranked[0])
 
     def _add(self, folded: str, name: str, value: object) -> None:
-        for field, rank in FIELDS_OF.get(folded, ()) if value is not None else ():
-            self._found.setdefault(field, []).append((is_blank(value), rank, (name, value)))
+        if value is None:
+            return
+        blank = is_blank(value)
+        for field, rank in FIELDS_OF.get(folded, ()):
+            if blank:
+                self._blank[field] = name
+            else:
+                self._filled.setdefault(field, []).append((rank, (name, value)))
 
     def all(self, field: str) -> list[Named]:
         """Return the filled columns of a field, the first choice first."""
-        found = sorted(self._found.get(field, ()), key=lambda item: item[:2])
-        return [named for blank, _, named in found if not blank]
+        return [named for _, named in self._filled.get(field, ())]
 
     def first(self, field: str) -> Named | None:
         """Return the first choice of a field."""
-        return next(iter(self.all(field)), None)
+        found = self._filled.get(field)
+        return found[0][1] if found else None
 
     def value(self, field: str) -> object:
         """Return the value of the first choice of a field, or None."""
-        named = self.first(field)
-        return None if named is None else named[1]
+        found = self._filled.get(field)
+        return found[0][1][1] if found else None
 
     def blank(self, *fields: str) -> str:
         """Return the name of a column of these fields that is there and blank, or an empty text."""
-        found = (name for field in fields for blank, _, (name, _) in self._found.get(field, ()) if blank)
-        return next(found, "")
+        return next((self._blank[field] for field in fields if field in self._blank), "")
 
 
 def dig(row: Mapping[str, object], path: str) -> object:
@@ -176,10 +184,10 @@ def parse_json(text: str) -> object:
 def map_columns(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """Return the row with the columns that `data.columns` names under our names.
 
-    What the row has for the same meaning under other names is left out.
+    What the row has for the same meaning under other names is left out. A column that this row lacks changes nothing.
     """
-    mapped: dict[str, object] = {ours: dig(row, theirs) for ours, theirs in columns.items()}
-    replaced = set(columns).union(*(group for group in SAME_MEANING if not group.isdisjoint(columns)))
+    mapped = {ours: value for ours, theirs in columns.items() if (value := dig(row, theirs)) is not None}
+    replaced = set(mapped).union(*(group for group in SAME_MEANING if not group.isdisjoint(mapped)))
     return mapped | {name: value for name, value in kept_columns(row, replaced) if name not in mapped}
 
 

@@ -149,9 +149,10 @@ def read_options(found: Found) -> list[tuple[str, str]]:
         texts = [str(text).strip() for text in value]
         own = all(text[:1] == mark or text[1:2] == mark for mark, text in zip(LETTERS, texts, strict=False))
         return [("" if own else mark, text) for mark, text in zip(LETTERS, texts, strict=False)]
+    if is_blank(found.row.get("A")) or is_blank(found.row.get("B")):
+        return []
     columns = [(mark, found.row.get(mark)) for mark in LETTERS]
-    texts = [(mark, str(text).strip()) for mark, text in columns if not is_blank(text)]
-    return texts if texts[:2] and [mark for mark, _ in texts[:2]] == ["A", "B"] else []
+    return [(mark, str(text).strip()) for mark, text in columns if not is_blank(text)]
 
 
 def read_flag(found: Found, place: str) -> bool | None:
