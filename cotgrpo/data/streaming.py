@@ -7,6 +7,7 @@ function of the seed and its number, so the position in the data is two numbers.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import dataclasses
 import functools
@@ -19,7 +20,7 @@ import signal
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -29,9 +30,10 @@ import numpy as np
 
 from cotgrpo.atomic_files import read_json, whole_file, write_json
 from cotgrpo.data.batches import encode_fitting, filled, packed_rows, shifted
+from cotgrpo.data.layouts.own import OwnLayout
 from cotgrpo.data.questions import Question, questions_in
 from cotgrpo.data.rows import EXAMPLES_KEPT, BadRows, DropReport, RowResult, parse_rows
-from cotgrpo.data.sources import DataError, parse_json_line, raw_rows
+from cotgrpo.data.sources import DataError, encoding_of, files_of, parse_json_line, raw_rows
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import Triple, triples_in
 from cotgrpo.types import Metric, Metrics, SftBatch
@@ -46,6 +48,8 @@ HELD_OUT = 0x74657374
 ROW = np.dtype([("file", "<u2"), ("line", "<u4"), ("start", "<i8"), ("length", "<u4")])
 """A row in the index: number of its file, line from 1, first byte and number of bytes."""
 LINES_BETWEEN_REPORTS = 20_000
+ROWS_CHECKED = 16 * WINDOW
+"""Rows in which a column that `data.columns` names has to be found."""
 
 Progress = Callable[[int], None]
 
@@ -62,7 +66,7 @@ class RowFiles:
 
     Attributes:
         names: of the files, as errors name them.
-        paths: of the files to read. A file that is not JSONL has a copy that is.
+        paths: of the files to read. A file that is not JSONL has a copy with a row a line.
         index: `.npy` file of `ROW` items.
         duplicates: lines that were left out.
     """
@@ -104,6 +108,8 @@ class RowFiles:
             yield place, DataError(text[len(BAD_LINE) :].decode()) if copied_error else parse_json_line(text, place)
 
 
+COPY = ".rows"
+"""Ends the name of a copy."""
 BAD_LINE = b"cannot be read: "
 """Starts a line of a copy in place of a row that could not be read. The message follows. It is not JSON."""
 
@@ -113,21 +119,21 @@ def index_rows(
 ) -> RowFiles:
     """Index the rows of these sources, or find the index that an earlier call has made.
 
-    A pass over a file takes about two seconds per GB. Files other than `.jsonl`, which have no lines to go to, are
-    copied as JSONL first.
+    A pass over a file takes a few seconds per GB. Files other than `.jsonl` in UTF-8, which have no lines to go to, are
+    copied first, with a row a line.
 
     Args:
         names: as `read_triples` takes them.
         folder: keeps the index and the copies. A file of another size or time gets a new index.
-        split: of hub ids, as in `read_triples`.
+        split: of folders and hub ids, as in `read_triples`.
         progress: called with the number of lines that were read.
 
     Raises:
         DataError: a file that is missing or cannot be read, or no row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [indexable_file(name, folder, split, progress) for name in names]
-    paths = tuple(str(path) for _, path in sources)
+    sources = [source for name in names for source in files_of(name, split)]
+    paths = tuple(str(lines_of(source, folder, split, progress)) for source in sources)
     index = folder / f"{identity(paths)}.npy"
     described = index.with_suffix(".json")
     if not described.is_file():
@@ -137,7 +143,7 @@ def index_rows(
         with whole_file(index) as temporary, open(temporary, "wb") as file:
             np.save(file, entries)
         write_json(described, {"files": paths, "rows": len(entries), "duplicates": lines - len(entries)})
-    return RowFiles(tuple(name for name, _ in sources), paths, str(index), int(read_json(described)["duplicates"]))
+    return RowFiles(tuple(map(str, sources)), paths, str(index), int(read_json(described)["duplicates"]))
 
 
 def identity(paths: Sequence[str]) -> str:
@@ -156,51 +162,46 @@ def index_lines(paths: Sequence[str], progress: Progress = no_progress) -> tuple
 
     Two texts count as equal if a hash of 64 bits is.
     """
-    numbers, starts, lengths, hashes, files = array("I"), array("q"), array("I"), bytearray(), []
+    files, numbers, starts, lengths, hashes = array("H"), array("I"), array("q"), array("I"), bytearray()
     for file, path in enumerate(paths):
-        before, start = len(numbers), 0
+        copied, start = path.endswith(COPY), 0
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 text = line.strip()
-                if number == 1 and text.startswith(b"\xef\xbb\xbf"):  # a byte order mark
-                    text = text[3:].lstrip()
+                if copied:
+                    place, _, text = text.partition(b"\t")
+                    number = int(place)
+                elif number == 1 and text.startswith(codecs.BOM_UTF8):
+                    text = text.removeprefix(codecs.BOM_UTF8).lstrip()
                 if text:
+                    files.append(file)
                     numbers.append(number)
                     starts.append(start + line.index(text))
                     lengths.append(len(text))
                     hashes += digest(text)
                 start += len(line)
-                if not number % LINES_BETWEEN_REPORTS:
+                if not len(numbers) % LINES_BETWEEN_REPORTS:
                     progress(len(numbers))
-        files.append(np.full(len(numbers) - before, file, np.uint16))
     progress(len(numbers))
     entries = np.empty(len(numbers), ROW)
-    if files:
-        entries["file"] = np.concatenate(files)
-    entries["line"], entries["start"], entries["length"] = numbers, starts, lengths
+    entries["file"], entries["line"], entries["start"], entries["length"] = files, numbers, starts, lengths
     first = np.unique(np.frombuffer(bytes(hashes), np.uint64), return_index=True)[1]
     return entries[np.sort(first)], len(numbers)
 
 
-def indexable_file(name: str | Path, folder: Path, split: str | None, progress: Progress) -> tuple[str, Path]:
-    """Return the name for errors and a JSONL file of a source, copying it if it is not one.
-
-    Row n is line n of the copy, so that errors name the place in the source.
-    """
-    path = Path(name)
-    if path.is_file() and path.suffix == ".jsonl":
-        return str(path), path
-    copied = folder / f"{identity([str(path)]) if path.is_file() else digest(f'{name} {split}'.encode()).hex()}.jsonl"
+def lines_of(source: str | Path, folder: Path, split: str | None, progress: Progress) -> Path:
+    """Return a file with a row in each line: the source, or a copy with its line number in front."""
+    if isinstance(source, Path) and source.suffix == ".jsonl" and encoding_of(source) == "utf-8-sig":
+        return source
+    known = identity([str(source)]) if isinstance(source, Path) else digest(f"{source} {split}".encode()).hex()
+    copied = folder / f"{known}{COPY}"
     if not copied.is_file():
         with whole_file(copied) as temporary, open(temporary, "wb") as file:
-            written = 0
-            for done, (place, row) in enumerate(raw_rows([name], split), 1):
-                number = int(place.rpartition(":")[2])
-                file.write(b"\n" * (number - written - 1) + line_of(row) + b"\n")
-                written = number
+            for done, (place, row) in enumerate(raw_rows([source], split), 1):
+                file.write(place.rpartition(":")[2].encode() + b"\t" + line_of(row) + b"\n")
                 if not done % LINES_BETWEEN_REPORTS:
                     progress(done)
-    return str(name), copied
+    return copied
 
 
 def line_of(row: object) -> bytes:
@@ -216,7 +217,7 @@ class StreamedTriples:
 
     Attributes:
         files: the rows.
-        split, bad_rows, keep_incorrect: as in `read_triples`.
+        split, bad_rows, keep_incorrect, columns, row_function: as in `read_triples`.
         held_out: questions that are left out.
     """
 
@@ -224,11 +225,36 @@ class StreamedTriples:
     split: str | None = None
     bad_rows: BadRows = "error"
     keep_incorrect: bool = False
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    row_function: str = ""
     held_out: frozenset[str] = frozenset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes. A function of the user's own is imported again in another process."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def own(self) -> OwnLayout:
+        """The user's own layout."""
+        return OwnLayout(self.columns, self.row_function)
+
+    def check_columns(self, seed: int) -> None:
+        """Raise DataError if none of many rows has a column that `columns` names."""
+        for numbers in self.numbers(seed, ROWS_CHECKED):
+            if not self.own.unseen:
+                return
+            collections.deque(self.parsed(numbers), maxlen=0)
+        self.own.check_columns()
+
+    def numbers(self, seed: int, rows: int) -> Iterator[list[int]]:
+        """Yield the numbers of the first rows of the first epoch, a window at a time."""
+        order, rows = epoch_order(len(self.files), seed), min(rows, len(self.files))
+        for start in range(0, rows, WINDOW):
+            yield [int(order[i]) for i in range(start, min(start + WINDOW, rows))]
 
     def parsed(self, numbers: Sequence[int]) -> Iterator[RowResult]:
         """Yield these rows as `read_rows` does."""
-        yield from parse_rows(self.files.raw_rows(numbers), self.split)
+        yield from parse_rows(self.files.raw_rows(numbers), self.split, self.own)
 
     def read(self, numbers: Sequence[int]) -> tuple[list[Triple], DropReport]:
         """Return the triples of these rows, maybe none, and the report of what was left out."""
@@ -242,10 +268,8 @@ class StreamedTriples:
 
     def sample(self, seed: int, *, rows: int, characters: int) -> Iterator[Triple]:
         """Yield triples in the order of the first epoch, up to so many rows and characters."""
-        order = epoch_order(len(self.files), seed)
         read = 0
-        for start in range(0, min(rows, len(self.files)), WINDOW):
-            numbers = [int(order[i]) for i in range(start, min(start + WINDOW, rows, len(self.files)))]
+        for numbers in self.numbers(seed, rows):
             for triple in self.read(numbers)[0]:
                 yield triple
                 read += len(triple.question) + len(triple.rationale) + len(triple.answer)

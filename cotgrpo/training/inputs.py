@@ -244,10 +244,13 @@ def index_train_and_test(
     def index() -> StreamedTriples:
         with PhaseProgress("indexing rows", console) as progress:
             files = index_rows(names, folder, split=data.train_split, progress=progress)
-        return StreamedTriples(files, data.train_split, data.bad_rows, data.keep_incorrect)
+        return StreamedTriples(
+            files, data.train_split, data.bad_rows, data.keep_incorrect, data.columns, data.row_function
+        )
 
     on_process_0(lambda: len(index().files))
     rows = index()
+    rows.check_columns(config.seed)
     console.print(
         f"training rows: {len(rows.files)}, read while training, without {rows.files.duplicates} exact copies",
         highlight=False,

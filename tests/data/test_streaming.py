@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import inspect
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,26 +173,79 @@ def test_the_index_is_made_once_and_again_for_another_file(tmp_path: Path) -> No
     assert list(files.raw_rows([4])) == list(pickle.loads(pickle.dumps(files)).raw_rows([4]))
 
 
-def copies(tmp_path: Path) -> dict[str, Path]:
-    """The same rows in each kind of file that has no lines to go to."""
+def write_parquet(path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    lines = "".join(json.dumps(r) + "\n" for r in MANY)
-    (tmp_path / "rows.json").write_text(lines)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(MANY), tmp_path / "rows.parquet", row_group_size=5)
-    return {path.suffix: path for path in tmp_path.glob("rows.*")}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(MANY), path, row_group_size=5)
 
 
-def test_other_files_are_copied_once_and_give_the_same_rows(tmp_path: Path, many: Path) -> None:
-    for path in copies(tmp_path).values():
-        files, again = (index_rows([path], tmp_path / "index") for _ in range(2))
-        assert files == again
-        places = [(f"{path}:{number}", value) for number, value in enumerate(MANY, 1)]
-        assert list(files.raw_rows(range(37))) == places
-        stream, plain = batches(path, tmp_path / "index"), batches(many, tmp_path / "index")
-        for _ in range(12):
-            assert_equal(next(stream), next(plain))
+def write_csv(path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, MANY[0])
+        writer.writeheader()
+        writer.writerows(MANY)
+
+
+LINES = "".join(json.dumps(r) + "\n" for r in MANY)
+FORMS: dict[str, Callable[[Path], object]] = {
+    "rows.json": lambda path: path.write_text(LINES),
+    "array.json": lambda path: path.write_text(json.dumps(MANY)),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "utf-16.jsonl": lambda path: path.write_bytes(LINES.encode("utf-16")),
+    "rows.parquet": write_parquet,
+    "rows.csv": write_csv,
+}
+"""Files that have no lines to go to, or lines of another encoding."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_files_are_copied_once_and_give_the_same_rows(tmp_path: Path, many: Path, name: str) -> None:
+    """With the places that reading has, and the same batches as plain JSONL."""
+    path = tmp_path / name
+    FORMS[name](path)
+    files, again = (index_rows([path], tmp_path / "index") for _ in range(2))
+    assert files == again and len(files) == 37
+    assert list(files.raw_rows(range(37))) == list(raw_rows([path], None))
+    stream, plain = batches(path, tmp_path / "index"), batches(many, tmp_path / "index")
+    for _ in range(12):
+        assert_equal(next(stream), next(plain))
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "b.jsonl", MANY[:9])
+    write_rows(tmp_path / "data" / "a.json", MANY[9:20])
+    for source in (tmp_path / "data", tmp_path / "data" / "*.json*"):
+        files = index_rows([source], tmp_path / "index")
+        assert list(files.raw_rows(range(20))) == list(raw_rows([source], None))
+
+
+def exclaim(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row function: it leaves out every row that can be divided by 3."""
+    return row | {"q": row["q"] + "!"} if int(row["a"]) % 3 else None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_columns_and_a_row_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    rows = [{"q": r["question"], "why": r["rationale"], "a": r["answer"]} for r in MANY]
+    path, columns = write_rows(tmp_path / "rows.jsonl", rows), {"question": "q", "rationale": "why", "answer": "a"}
+    (tmp_path / "exclaiming.py").write_text("from typing import Any\n\n\n" + inspect.getsource(exclaim))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"columns": columns, "row_function": "exclaiming:exclaim"}
+    stream = batches(path, tmp_path / "index", options=options, num_epochs=1, workers=workers)
+    wanted = documents([r | {"question": r["question"] + "!"} for r in MANY if int(r["answer"]) % 3])
+    assert sorted(text for batch in stream for text in texts(batch)) == sorted(wanted)
+    assert stream.report.dropped == {"row_function returned None": 13}
+    stream.close()
+
+
+def test_a_column_that_no_row_has(tmp_path: Path, many: Path) -> None:
+    files = index_rows([many], tmp_path)
+    StreamedTriples(files, columns={"answer": "answer"}).check_columns(seed=0)
+    with pytest.raises(DataError, match=r"data.columns.gold: no row has a column 'answr'.* Did you mean 'answer'"):
+        StreamedTriples(files, columns={"gold": "answr"}).check_columns(seed=0)
 
 
 BAD = {
