@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from cotgrpo.data.answers import begins_with_number, extract_answer
+from cotgrpo.data.answers import begins_with_number
+from cotgrpo.data.answers.extraction import find_answer
 
 ANSWER_FORMATS = {"plain": "#### {answer}", "think": "{answer}"}
 
@@ -62,9 +63,9 @@ class ReplyFormat:
 
         "think": the answer is the text after `</think>`, without the words of `answer_format`; None without `</think>`.
         "plain": the first whole line in `answer_format` whose answer begins with a number (`#### 12`), so text after
-        it changes nothing. Without such a line, it is the text after the last blank line and the first words of
-        `answer_format`. Without those, `extract_answer` finds it (`\boxed{}`, `####`, the last number), so students
-        that were never trained on the format have answers too.
+        it changes nothing, unless a box follows it. Without such a line, it is the text after the last blank line and
+        the first words of `answer_format`. Without those, `extract_answer` finds it (a box, a phrase, the last number),
+        so students that were never trained on the format have answers too.
 
         Args:
             text: the reply.
@@ -75,10 +76,14 @@ class ReplyFormat:
         if (line := self.answer_line(text)) is not None:
             rationale, answer, rest = line
             return rationale.strip(), None if cut_off and not rest else answer
+        found = find_answer(text.rpartition("\n")[0] if cut_off else text)
+        if cut_off:
+            marked = found is not None and found.kind in ("box", "tag")
+            return text.strip(), found.answer if found is not None and marked else None
         text = text.strip()
-        rationale, found, answer = text.rpartition(self.mark)
-        if not found or cut_off:
-            return (rationale if found else text).strip(), None if cut_off else extract_answer(text)
+        rationale, mark, answer = text.rpartition(self.mark)
+        if not mark or (found is not None and found.kind in ("box", "tag") and found.end <= len(rationale)):
+            return text, None if found is None else found.answer
         return rationale.strip(), answer.strip().removesuffix(self.phrase.partition("{answer}")[2].strip()).strip()
 
     def split_thought(self, text: str) -> tuple[str, str | None]:

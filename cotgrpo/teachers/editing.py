@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,20 @@ from cotgrpo.data.sources import DataError, raw_rows
 from cotgrpo.data.triples import Triple
 
 
-def read_student_replies(path: Path) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class StudentReply:
+    """A student's reply.
+
+    Attributes:
+        text: the whole reply.
+        correct: the verdict of `cotgrpo eval`, which knows the template; None: not known.
+    """
+
+    text: str
+    correct: bool | None = None
+
+
+def read_student_replies(path: Path) -> dict[str, StudentReply]:
     """Return {question: reply} of a student, with white space in questions squeezed; a question's first reply counts.
 
     Args:
@@ -37,7 +51,7 @@ def read_student_replies(path: Path) -> dict[str, str]:
         found = [(str(path), row) for row in rows]
     else:
         found = list(raw_rows([path], None))
-    replies: dict[str, str] = {}
+    replies: dict[str, StudentReply] = {}
     for place, row in found:
         if isinstance(row, DataError):
             raise row
@@ -51,20 +65,27 @@ def read_student_replies(path: Path) -> dict[str, str]:
                 f"{place}: expected a question and the student's reply as text: the eval.json of `cotgrpo eval`, or "
                 "the replies.jsonl of `cotgrpo generate --teacher.path STUDENT`."
             )
-        replies.setdefault(squeeze(row["question"]), text)
+        correct = row.get("correct")
+        reply = StudentReply(text, correct if isinstance(correct, bool) else None)
+        replies.setdefault(squeeze(row["question"]), reply)
     return replies
 
 
 def write_pairs(
-    path: Path, ghosts: Iterable[Triple], replies: Mapping[str, str], *, rows: Literal["all", "wrong"] = "all"
+    path: Path,
+    ghosts: Iterable[Triple],
+    replies: Mapping[str, StudentReply | str],
+    *,
+    rows: Literal["all", "wrong"] = "all",
 ) -> DropReport:
     """Write the file to edit: `id, question, student, ghost, rationale, answer` a line, the last two from the ghost.
 
     Args:
         path: a new file; an existing one may hold edits and is never overwritten.
         ghosts: the teacher's triples.
-        replies: the student's, as `read_student_replies` returns them.
-        rows: "wrong" leaves out questions that the student answers correctly.
+        replies: the student's, as `read_student_replies` returns them, or as text.
+        rows: "wrong" leaves out questions that the student answers correctly: by the verdict of `cotgrpo eval`, or else
+            by the ghost's answer.
 
     Returns:
         The report of the ghosts left out.
@@ -78,18 +99,24 @@ def write_pairs(
     for ghost in ghosts:
         report.read += 1
         student = replies.get(squeeze(ghost.question))
+        student = StudentReply(student) if isinstance(student, str) else student
         if student is None:
             report.drop("no reply of the student", ghost.source)
-        elif rows == "wrong" and grade(student, ghost.answer).correct:
+        elif rows == "wrong" and is_right(student, ghost):
             report.drop("the student is right", ghost.source)
         else:
-            pair = {"id": ghost.id, "question": ghost.question, "student": student}
+            pair = {"id": ghost.id, "question": ghost.question, "student": student.text}
             reply = {"rationale": ghost.rationale, "answer": ghost.answer}
             lines.append(json.dumps(pair | {"ghost": reply} | reply, ensure_ascii=False) + "\n")
     if not lines:
         raise DataError(f"Nothing to edit. {report}")
     write_text(path, "".join(lines))
     return report
+
+
+def is_right(student: StudentReply, ghost: Triple) -> bool:
+    """Return whether a student's reply is right."""
+    return grade(student.text, ghost.answer).correct if student.correct is None else student.correct
 
 
 def read_edited(path: Path, *, rows: Literal["all", "edited"] = "all") -> tuple[list[Triple], DropReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from cotgrpo.data.answers.comparison import answers_match, bare_text
 from cotgrpo.data.answers.extraction import find_answer
@@ -13,6 +14,8 @@ from cotgrpo.data.answers.thoughts import split_thought
 
 LONGEST_ANSWER = 1000
 """Characters of a reply that may be an answer as a whole."""
+SHORT_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|log|ln|exp)\b)[^\W\d_]{2,}\s+[\w$]")
+"""A word before another one, or before a number: prose, however short: `it is 2`."""
 DEEPEST_MARKS = 3
 """An answer may hold a mark of its own: `#### The answer is \\boxed{42}`."""
 
@@ -75,4 +78,4 @@ def grade(reply: str | None, gold: str) -> Grade:
 def is_bare_answer(text: str) -> bool:
     """Return whether a text is an answer as a whole, so that its last number alone is not: `2x + 42`, `10 oranges`."""
     bare = bare_text(text)
-    return parse_quantity(bare) is not None or ("=" not in bare and may_be_formula(bare))
+    return parse_quantity(bare) is not None or ("=" not in bare and may_be_formula(bare) and not SHORT_WORD.search(bare))
