@@ -8,6 +8,7 @@ import string
 from typing import Literal
 
 from cotgrpo.config.sections import ConfigError, at_least
+from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.teachers.endpoint import EndpointSettings
 
 QUESTION_PROMPT = """Solve the problem. Think step by step, and write down every step.
@@ -22,14 +23,17 @@ class TeacherConfig(EndpointSettings):
 
     Attributes:
         path: a folder or hub id of a model that this library runs itself, instead of base_url and model.
-        input_price: price of a million prompt tokens, in any currency.
-        output_price: price of a million reply tokens.
+        batch: send all requests through the provider's batch API, which takes up to a day and costs less. Stopped and
+            run again, the command waits for the same batches.
+        input_price: price of a million prompt tokens that you pay, in any currency.
+        output_price: price of a million reply tokens that you pay.
         batch_size: replies decoded at a time, with path.
         dtype: storage and compute type, with path; null: as in the folder.
         seed: random seed, with path.
     """
 
     path: str | None = None
+    batch: bool = False
     input_price: float = 0.0
     output_price: float = 0.0
     batch_size: int = 16
@@ -82,7 +86,7 @@ class VerifyConfig:
         keep_at_most: number of replies of a question that shortest and diverse keep.
         test_sets: files or hub ids of test questions. Questions and replies that share an n-gram with one are dropped.
         ngram: words of an n-gram that must not be shared with a test question. A shorter test question must
-            be equal as a whole.
+            be equal as a whole. In scripts without spaces, an ideograph is a word, and so are two kana or letters.
     """
 
     check: str = ""
@@ -104,9 +108,13 @@ class GenerateConfig:
     """All settings of `cotgrpo generate`.
 
     Attributes:
-        questions: .jsonl or .parquet files (one or a list) or hub ids of questions. To verify against, a row needs gold
-            or answer.
-        split: keep only rows with this split field; for a hub id, the split to load.
+        questions: files, folders, patterns (one or a list) or hub ids of questions, as data.train takes them. To verify
+            against, a row needs gold or answer.
+        columns: our names of fields and the columns that hold them, such as {question: q, gold: meta.answer}; empty:
+            the columns are found by their names. Test sets may have other columns.
+        row_function: a function of your own, "package.module:function". It takes a row and returns one of a known
+            layout, or None to leave it out.
+        split: keep only rows with this split field; for a folder or a hub id, the split to load.
         max_questions: use the first questions only; 0: all.
         candidates: replies to each question.
         out: folder of everything that the command writes. Run again, the command resumes there.
@@ -117,6 +125,8 @@ class GenerateConfig:
     """
 
     questions: list[str] | str = dataclasses.field(default_factory=list)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    row_function: str = ""
     split: str | None = None
     max_questions: int = 0
     candidates: int = 1
@@ -129,6 +139,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "candidates")
         at_least(0, self, "max_questions")
+        if problem := columns_problem(self.columns) or row_function_problem(self.row_function):
+            raise ConfigError(problem)
         if self.candidates > 1 and self.teacher.temperature == 0:
             raise ConfigError(
                 f"candidates is {self.candidates}, but replies at teacher.temperature 0 are all the same: raise the "
@@ -155,5 +167,7 @@ class GenerateConfig:
             raise ConfigError(
                 "teacher.base_url does not apply to a model folder (teacher.path). Remove one of the two."
             )
+        if teacher.path is not None and teacher.batch:
+            raise ConfigError("teacher.batch does not apply to a model folder (teacher.path). Remove one of the two.")
         if teacher.path is not None and teacher.temperature is None:
             raise ConfigError("teacher.temperature must be a number for a model folder (teacher.path).")

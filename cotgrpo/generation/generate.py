@@ -6,15 +6,18 @@ replies, judges the others by the current settings, and rewrites the triples, th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -25,6 +28,8 @@ from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
 from cotgrpo.generation.progress import ReplyProgress
 from cotgrpo.generation.triple_files import write_card, write_rows
+from cotgrpo.logs.progress import PhaseProgress
+from cotgrpo.teachers.batches import BatchTeacher
 from cotgrpo.teachers.decontamination import TestQuestions
 from cotgrpo.teachers.endpoint import (
     MIN_SECRET_LENGTH,
@@ -53,9 +58,12 @@ from cotgrpo.training.loop import Interrupted
 
 REPLY_SETTINGS = ("model", "path", "temperature", "top_p", "max_tokens", "extra_body", "seed")
 """Settings of a teacher that change its replies: one folder holds the replies of one teacher."""
+JUDGED_AT_ONCE = 256
+"""Recorded replies that are judged between two writes to the disk."""
 REASONS_SHOWN = 10
 FAILURES_SHOWN = 5
 
+T = TypeVar("T")
 Filter = Callable[[list[Candidate]], list[Candidate]]
 """Selects some of the candidates for one question."""
 
@@ -71,19 +79,23 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
     config.check_complete()
     started = time.monotonic()
     console = console or Console()
-    questions, report, test = load_questions(config)
+    questions, report, test = load_questions(config, console)
     say(console, f"questions: {report}")
+    without = sum(not question.gold for question in questions)
+    if without and not config.verify.check:
+        say(console, f"{without} of them have no right answer (verify.without_gold: {config.verify.without_gold}).")
     out = Path(config.out)
     check_same_teacher(out, config)
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / "replies.jsonl") as journal:
-        judge = Judge(load_check(config.verify.check) if config.verify.check else None, test)
+        check = load_check(config.verify.check) if config.verify.check else None
+        judge = Judge(check, test, config.teacher.longest_reply)
         generation = Generation(config, questions, journal, judge, console)
-        generation.judge_again()
-        waiting = generation.waiting()
         try:
+            generation.judge_again()
+            waiting = generation.waiting()
             if waiting:
-                teacher = make_teacher(config)
+                teacher = make_teacher(config, console)
                 save_config(config, out / "config.yaml")
                 generation.ask(teacher, waiting)
         except KeyboardInterrupt:
@@ -95,24 +107,31 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
         return generation.finish(report, started)
 
 
-def load_questions(config: GenerateConfig) -> tuple[list[Question], DropReport, TestQuestions | None]:
+def load_questions(
+    config: GenerateConfig, console: Console | None = None
+) -> tuple[list[Question], DropReport, TestQuestions | None]:
     """Return the questions to ask, the report of those left out, and the test questions.
+
+    Args:
+        config: the settings.
+        console: where progress is shown, if anywhere.
 
     Raises:
         DataError: questions that cannot be used, or a missing right answer.
     """
     verify = config.verify
-    read, report = read_questions(config.questions, split=config.split, need_gold=False)
+    columns, row_function = config.columns, config.row_function
+    read, report = read_questions(
+        config.questions, split=config.split, need_gold=False, columns=columns, row_function=row_function
+    )
     questions = identify(read, report)
     test = None
     if verify.test_sets:
-        test_questions, _ = read_questions(verify.test_sets, need_gold=False)
+        test_questions, _ = read_questions(
+            verify.test_sets, need_gold=False, columns=columns, row_function=row_function, require_columns=False
+        )
         test = TestQuestions((question.question for question in test_questions), verify.ngram)
-        overlaps = [test.overlap(question.question) for question in questions]
-        for question, overlap in zip(questions, overlaps, strict=True):
-            if overlap is not None:
-                report.drop("contaminated", f"{question.source}: {overlap!r}")
-        questions = [q for q, overlap in zip(questions, overlaps, strict=True) if overlap is None]
+        questions = without_overlap(questions, test, report, console)
     for question in questions[config.max_questions :] if config.max_questions else []:
         report.drop("beyond max_questions", question.source)
     questions = questions[: config.max_questions or None]
@@ -120,15 +139,34 @@ def load_questions(config: GenerateConfig) -> tuple[list[Question], DropReport, 
         raise DataError(f"No question is left to ask. {report}")
     without = next((question for question in questions if not question.gold), None)
     if without is not None and not verify.check and verify.without_gold == "error":
+        what = (
+            without.no_gold or f"{without.source}: no right answer (gold or answer) to verify replies against. Add it."
+        )
         raise DataError(
-            f"{without.source}: no right answer (gold or answer) to verify replies against. Add it, or name a function "
-            "in verify.check, or set verify.without_gold to majority or unverified."
+            f"{what} Or name a function in verify.check, or set verify.without_gold to majority or unverified."
         )
     return questions, report, test
 
 
+def without_overlap(
+    questions: Sequence[Question], test: TestQuestions, report: DropReport, console: Console | None
+) -> list[Question]:
+    """Return the questions that share no n-gram with a test question, and report the others."""
+    kept = []
+    with PhaseProgress("comparing with test sets", console or Console(quiet=True), len(questions)) as phase:
+        for question in phase.over(questions):
+            overlap = test.overlap(question.question)
+            if overlap is None:
+                kept.append(question)
+            else:
+                report.drop("contaminated", f"{question.source}: {overlap!r}")
+    return kept
+
+
 def identify(questions: Sequence[Question], report: DropReport) -> list[Question]:
     """Return the questions with different texts, each with an id: the row's own, or else its number.
+
+    Chats with several turns are left out: triples hold one question and one reply.
 
     Raises:
         DataError: two questions share an id.
@@ -137,6 +175,9 @@ def identify(questions: Sequence[Question], report: DropReport) -> list[Question
     texts: set[str] = set()
     for question in questions:
         text = squeeze(question.question)
+        if len(question.context) > 1:
+            report.drop("several turns", question.source)
+            continue
         if text in texts:
             report.drop("duplicate", question.source)
             continue
@@ -176,11 +217,14 @@ def reply_settings(config: GenerateConfig) -> dict[str, Any]:
     return teacher | {f"prompt.{name}": value for name, value in dataclasses.asdict(config.prompt).items()}
 
 
-def make_teacher(config: GenerateConfig) -> Teacher:
-    """Return the teacher that the config names."""
+def make_teacher(config: GenerateConfig, console: Console | None = None) -> Teacher:
+    """Return the teacher that the config names. It prints notes for the user to `console`, if there is one."""
     settings = config.teacher
+    note = functools.partial(say, console or Console(quiet=True))
+    if settings.batch:
+        return BatchTeacher(settings, Path(config.out) / "batches.json", note)
     if settings.path is None:
-        return EndpointTeacher(settings)
+        return EndpointTeacher(settings, note)
     from cotgrpo.teachers.local import LocalTeacher
 
     assert settings.temperature is not None  # as check_complete has seen
@@ -222,16 +266,25 @@ class Generation:
         return [self.journal.records[key] for key in self.wanted if key in self.journal.records]
 
     def judge_again(self) -> None:
-        """Judge every recorded reply by the current settings, and append the verdicts that changed."""
+        """Judge recorded replies whose verdict depends on what has changed: a rule, a right answer, a test set."""
+        stale = [record for record in self.records() if self.is_stale(record)]
+        if not stale:
+            return
+        say(self.console, f"Judging {len(stale)} recorded replies.")
         changed = 0
-        for record in self.records():
-            if isinstance(record.outcome, TeacherReply):
-                judged = self.judged(record.key, record.outcome)
-                if (judged.accepted, judged.reason) != (record.accepted, record.reason):
-                    self.journal.append(judged)
-                    changed += 1
+        with PhaseProgress("replies judged", self.console, len(stale)) as phase:
+            for some in batched(phase.over(stale), JUDGED_AT_ONCE):
+                judged = [(record, self.judged(record.key, record.outcome)) for record in some]
+                # Syncs each batch, so that work on a long journal survives Ctrl-C.
+                self.journal.extend([new for record, new in judged if new != record])
+                changed += sum((new.accepted, new.reason) != (old.accepted, old.reason) for old, new in judged)
         if changed:
             say(self.console, f"{changed} replies get another verdict than before.")
+
+    def is_stale(self, record: Record) -> bool:
+        """Return whether a recorded reply must be judged again."""
+        fingerprint = self.judge.fingerprint(self.chats[record.prompt_hash][0])
+        return isinstance(record.outcome, TeacherReply) and (not fingerprint or record.judged_by != fingerprint)
 
     def waiting(self) -> list[Request]:
         """Return the requests without a reply: first those never sent, then those that failed."""
@@ -240,7 +293,7 @@ class Generation:
         failed = [
             Request(record.key, self.chats[record.prompt_hash][1], failed_before=True)
             for record in self.records()
-            if not isinstance(record.outcome, TeacherReply)
+            if not record.has_reply
         ]
         done = len(self.wanted) - len(new) - len(failed)
         if done or failed:
@@ -253,17 +306,25 @@ class Generation:
     def judged(self, key: tuple[str, int], outcome: Outcome) -> Record:
         """Return the outcome of a request with its verdict."""
         question = self.chats[key[0]][0]
+        judged_by = ""
         if isinstance(outcome, TeacherReply):
-            verdict = self.judge(question, outcome)
+            verdict, judged_by = self.judge(question, outcome), self.judge.fingerprint(question)
         else:
             verdict = Verdict(False, f"failed: {outcome.reason}", outcome.detail)
         return Record(
-            *key, str(question.id), question.question, outcome, verdict.accepted, verdict.reason, verdict.detail
+            *key,
+            question_id=str(question.id),
+            question=question.question,
+            outcome=outcome,
+            accepted=verdict.accepted,
+            reason=verdict.reason,
+            detail=verdict.detail,
+            judged_by=judged_by,
         )
 
     def ask(self, teacher: Teacher, waiting: list[Request]) -> None:
         """Send the missing requests; each outcome is on disk before the next one is looked at."""
-        there = [record for record in self.records() if isinstance(record.outcome, TeacherReply)]
+        there = [record for record in self.records() if record.has_reply]
         with ReplyProgress(len(self.wanted), there, self.cost, self.console) as progress:
 
             def done(request: Request, outcome: Outcome) -> None:
@@ -369,6 +430,7 @@ class Generation:
             "questions_with_triples": len({row["question"] for row in rows}),
             "rejected": {reason: count(reason) for reason in REJECTED},
             "not_chosen": count("not chosen"),
+            "finish_reasons": dict(collections.Counter(reply.finish_reason or "none" for reply in replies)),
             "failed": len(failures),
             "failures": [
                 {"question_id": r.question_id, "candidate": r.candidate, "reason": r.reason, "detail": r.detail}
@@ -383,6 +445,13 @@ class Generation:
             },
             "cost": round(self.cost(read, written), 6),
         }
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of this size; the last one may be shorter."""
+    left = iter(items)
+    while some := list(itertools.islice(left, size)):
+        yield some
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ letters, two do. So 13 words are 13 ideographs, or 26 letters of Thai.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import re
 import unicodedata
@@ -111,6 +112,9 @@ class TestQuestions:
         questions: texts. A text of fewer than n words matches only the same words and no others.
         n: words in an n-gram, >= 1. In a script without spaces, an ideograph is a word, and so are two other letters.
 
+    Attributes:
+        fingerprint: a hash of the questions and n.
+
     Example:
         >>> test = TestQuestions(["How many apples does Tom have left?"], n=4)
         >>> test.overlap("So, how many apples does Ann have?")
@@ -127,11 +131,15 @@ class TestQuestions:
         self.n = n
         self.known: set[tuple[str, ...]] = set()
         self.short: set[tuple[str, ...]] = set()
-        for tokens in map(words, questions):
+        digest = hashlib.sha256(str(n).encode())
+        for text in questions:
+            digest.update(text.encode("utf-8", "replace") + b"\0")
+            tokens = words(text)
             runs = set(counted_runs(tokens, n))
             self.known.update(runs)
             if not runs:
                 self.short.add(tuple(tokens))
+        self.fingerprint = digest.hexdigest()
 
     def overlap(self, text: str) -> str | None:
         """Return the first words that the text shares with a test question, or None."""

@@ -168,6 +168,12 @@ class EndpointSettings:
         """Return the body fields of each request in its first form, besides model and messages."""
         return self.fields_of(self.first_form())
 
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply in tokens, as `extra_body` may overwrite it."""
+        own = (self.extra_fields().get(name) for name in ("max_completion_tokens", "max_tokens"))
+        return next((value for value in own if isinstance(value, int)), self.max_tokens)
+
     def first_form(self) -> RequestForm:
         """Return the form of the first request."""
         return RequestForm(self.token_limit_field, self.stream is True)
@@ -422,7 +428,7 @@ class Session:
                 answer = await self.client.chat.completions.with_raw_response.create(
                     model=settings.model, messages=request.messages, extra_body=settings.fields_of(form)
                 )
-            return self.teacher.redact_reply(parse_reply(answer.http_response.content, settings.max_tokens))
+            return self.teacher.redact_reply(parse_reply(answer.http_response.content, settings.longest_reply))
         except AttemptFailed as failed:
             if failed.status is None:
                 raise
@@ -435,11 +441,13 @@ class Session:
             cause = error.__cause__ or error
             raise AttemptFailed("no connection", f"{type(cause).__name__}: {cause}") from None
 
-    def refused(self, error: ServerError, request: Request, form: RequestForm) -> Complaint:
-        """Return the complaint that another form may settle. Raises what any other error means."""
+    def refused(self, error: ServerError, request: Request, form: RequestForm) -> TeacherReply | Complaint:
+        """Return a refusal, or the complaint that another form may settle. Raises what any other error means."""
         complaint = self.teacher.complaint(error, request, form)
         if complaint is not None and complaint.form is not None:
             return complaint
+        if complaint is None and error.is_refusal:
+            return TeacherReply("", finish_reason="content_filter", refusal=self.teacher.shorten(error.message))
         raise self.teacher.meaning(error, complaint) from None
 
     def change_form(self, form: RequestForm, complaint: Complaint) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import hashlib
 import importlib
+import importlib.metadata
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from cotgrpo.data import answers
 from cotgrpo.data.answers import answers_match, begins_with_number, grade, split_reply, split_thought
 from cotgrpo.data.questions import Question
 from cotgrpo.data.rows import squeeze
@@ -146,6 +151,13 @@ class Judge:
             return Verdict(False, "contaminated", overlap)
         return self.correctness(question, whole, rationale, answer)
 
+    def fingerprint(self, question: Question) -> str:
+        """Return a hash of what a verdict depends on besides the reply; empty with a check, which may change unseen."""
+        if self.check is not None:
+            return ""
+        test = None if self.test is None else self.test.fingerprint
+        return hashlib.sha256(repr((rules_version(), question.gold, test, self.max_tokens)).encode()).hexdigest()[:16]
+
     def correctness(self, question: Question, whole: str, rationale: str, answer: str) -> Verdict:
         """Return whether the answer is right, by the check or the row's right answer."""
         if self.check is not None:
@@ -158,6 +170,16 @@ class Judge:
             return Verdict(True, "unverified")
         graded = grade(whole, question.gold)
         return Verdict(True, "correct") if graded.correct else Verdict(False, "wrong answer", graded.why)
+
+
+@functools.cache
+def rules_version() -> str:
+    """Return a hash of the code that judges replies."""
+    digest = hashlib.sha256(importlib.metadata.version("math-verify").encode())
+    own = (Path(__file__).with_name(f"{name}.py") for name in ("filtering", "completions", "decontamination"))
+    for path in (*sorted(Path(answers.__file__).parent.glob("*.py")), *own):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def parts_of(reply: TeacherReply) -> tuple[str, str | None]:

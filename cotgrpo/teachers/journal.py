@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from cotgrpo.data.sources import DataError
-from cotgrpo.teachers.endpoint import Failure, Outcome, TeacherReply
+from cotgrpo.teachers.completions import TeacherReply, ending
+from cotgrpo.teachers.endpoint import Failure, Outcome
 
 Key = tuple[str, int]
 """(hash of the prompt, number of the candidate)."""
@@ -32,6 +34,7 @@ class Record:
         accepted: whether the reply may become a triple.
         reason: the reason of the verdict or failure, in a few words.
         detail: details of this one.
+        judged_by: fingerprint of what the verdict depends on besides the reply; empty: judge it again.
     """
 
     prompt_hash: str
@@ -42,6 +45,12 @@ class Record:
     accepted: bool
     reason: str
     detail: str = ""
+    judged_by: str = ""
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether the outcome is a reply that the server did not break off."""
+        return isinstance(self.outcome, TeacherReply) and ending(self.outcome) != "broken off"
 
     @property
     def key(self) -> Key:
@@ -119,11 +128,17 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Write a record; it is on the disk when this returns."""
-        line = memoryview(record.to_json().encode("utf-8") + b"\n")
-        while line:
-            line = line[self.file.write(line) :]
+        self.extend([record])
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Write records, with one sync for all."""
+        if not records:
+            return
+        lines = memoryview(b"".join(record.to_json().encode("utf-8") + b"\n" for record in records))
+        while lines:
+            lines = lines[self.file.write(lines) :]
         os.fsync(self.file.fileno())
-        self.records[record.key] = record
+        self.records |= {record.key: record for record in records}
 
     def close(self) -> None:
         self.file.close()

@@ -25,6 +25,13 @@ NO_QUOTA = re.compile(
 )
 """Codes and messages of an account without money, in the languages of providers. Of rate limits, none."""
 
+CONTENT_FILTER = re.compile(
+    "content_?filter|content management policy|content_?policy|data_?inspection|inappropriate content|"
+    "content exists risk|sensitive_?content|moderation|敏感|不安全|违规",
+    re.IGNORECASE,
+)
+"""Codes and messages of a filter that takes no offence at the next question."""
+
 VERDICT = re.compile(
     "support|invalid|illegal|only|must|should|range|deprecat|extra|unknown|unrecogni[sz]ed|unexpected|permitted|"
     "allowed|enabled?|cannot|can't|instead|both|require|too (?:large|big|high|low|small)|"
@@ -77,6 +84,11 @@ class ServerError:
     def no_quota(self) -> bool:
         """Whether the account has no money left, so that no request can succeed."""
         return 400 <= self.status < 500 and NO_QUOTA.search(f"{self.codes} {self.message}") is not None
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether a content filter refuses this question."""
+        return self.status in (400, 403, 422, 451) and CONTENT_FILTER.search(f"{self.codes} {self.message}") is not None
 
     @property
     def retryable(self) -> bool:

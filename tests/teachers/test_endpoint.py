@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers.faulty_server import FAULTS, KEY, FaultyServer
+from helpers.faulty_server import FAULTS, KEY, FaultyServer, completion
+from helpers.loopback_server import Answer, Asked, LoopbackServer
 
 from cotgrpo.teachers.endpoint import (
     AttemptFailed,
@@ -231,3 +234,158 @@ def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TeacherError, match="an HTTP header cannot") as caught:
         EndpointTeacher(elsewhere)
     assert "1234567890" not in str(caught.value)
+
+
+STREAM_ONLY = "This model only support stream mode, please enable the stream parameter to access the model."
+NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+
+
+def refusal(message: str, status: int = 400, **error: object) -> Answer:
+    """An answer with an error."""
+    return Answer({"error": {"message": message} | error}, status)
+
+
+def events(*texts: str, end: bytes = b"data: [DONE]\n\n") -> Answer:
+    """A stream of pieces of a reply."""
+    choices = [{"index": 0, "delta": {"content": text}, "finish_reason": None} for text in texts]
+    body = b"".join(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n" for choice in choices)
+    return Answer(body + end, kind="text/event-stream")
+
+
+def streams_only(asked: Asked) -> Answer:
+    """Several Chinese providers' thinking models."""
+    return events("3 + 4 ", "= 7") if asked.json().get("stream") else refusal(STREAM_ONLY)
+
+
+def streams_without_counts(asked: Asked) -> Answer:
+    if "stream_options" in asked.json():
+        return refusal("Extra parameters ['stream_options'] are not allowed", 422)
+    return streams_only(asked)
+
+
+def wants_another_limit(asked: Asked) -> Answer:
+    """OpenAI's reasoning models."""
+    return refusal(NO_MAX_TOKENS) if "max_tokens" in asked.json() else Answer(completion("3 + 4 = 7"))
+
+
+def wants_the_old_limit(asked: Asked) -> Answer:
+    if "max_completion_tokens" in asked.json():
+        return refusal("Unrecognized request argument supplied: max_completion_tokens")
+    return Answer(completion("3 + 4 = 7"))
+
+
+def wants_both(asked: Asked) -> Answer:
+    return refusal(NO_MAX_TOKENS) if "max_tokens" in asked.json() else streams_only(asked)
+
+
+def error_in_a_good_answer(asked: Asked) -> Answer:
+    if asked.json().get("stream"):
+        return events("3 + 4 = 7")
+    return Answer({"choices": None, "error": {"code": 400, "message": STREAM_ONLY}})
+
+
+@pytest.mark.parametrize(
+    ("server", "more", "requests", "notes"),
+    [
+        (streams_only, {}, 4, 1),
+        (streams_only, {"stream": True}, 3, 0),
+        (streams_without_counts, {}, 5, 2),
+        (wants_another_limit, {}, 4, 1),
+        (wants_another_limit, {"token_limit_field": "max_completion_tokens"}, 3, 0),
+        (wants_the_old_limit, {"token_limit_field": "max_completion_tokens"}, 4, 1),
+        (wants_both, {}, 5, 2),
+        (error_in_a_good_answer, {}, 4, 1),
+        (lambda asked: events("3 + 4 ", "= 7"), {}, 3, 0),
+    ],
+)
+def test_the_form_of_requests_follows_the_server(
+    server: Callable[[Asked], Answer], more: dict[str, Any], requests: int, notes: int
+) -> None:
+    """A refused form is sent once in a session and said once; retries are not used for it."""
+    said: list[str] = []
+    with LoopbackServer(server) as running:
+        one_by_one = EndpointSettings(running.url, "m", concurrency=1, retries=0, **more)
+        teacher = EndpointTeacher(one_by_one, said.append)
+        replies = ask(teacher, *(f"What is {n} + 4?" for n in range(3)))
+    assert [reply.text for reply in replies.values() if isinstance(reply, TeacherReply)] == ["3 + 4 = 7"] * 3
+    assert len(running.asked) == requests and len(said) == notes
+    assert all(asked.json()["temperature"] == 0.7 for asked in running.asked)
+
+
+def test_many_requests_at_once_change_their_form_once() -> None:
+    said: list[str] = []
+    with LoopbackServer(wants_both) as running:
+        teacher = EndpointTeacher(EndpointSettings(running.url, "m", concurrency=8, retries=0), said.append)
+        replies = ask(teacher, *(f"What is {n} + 4?" for n in range(16)))
+    assert all(isinstance(reply, TeacherReply) for reply in replies.values()) and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "more", "facts"),
+    [
+        (refusal("invalid temperature: only 1 is allowed for this model"), {}, ("teacher.temperature: null", "only 1")),
+        (refusal("'top_p' is not supported", param="top_p"), {"top_p": 0.5}, ("teacher.top_p: null", "0.5")),
+        (refusal("Range of max_tokens should be [1, 512]"), {}, ("teacher.max_tokens", "[1, 512]")),
+        (refusal("Unknown parameter: 'top_k'"), {"extra_body": '{"top_k": 5}'}, ("teacher.extra_body", "top_k")),
+        (refusal(STREAM_ONLY), {"stream": False}, ("teacher.stream: auto", "only support stream")),
+        (refusal("max_tokens and max_completion_tokens are unsupported"), {}, ("every form", "token_limit_field")),
+        (refusal("您的账户已欠费", 429), {}, ("no quota",)),
+        (refusal("Access denied", code="Arrearage"), {}, ("no quota",)),
+        (Answer({"error": {"code": "401", "message": "bad key"}}), {}, ("HTTP 401", "teacher.api_key_env")),
+    ],
+)
+def test_a_setting_that_the_server_refuses_stops_at_once(
+    answer: Answer, more: dict[str, Any], facts: tuple[str, ...]
+) -> None:
+    with LoopbackServer(lambda asked: answer) as running, pytest.raises(TeacherError) as caught:
+        teacher = EndpointTeacher(EndpointSettings(running.url, "m", concurrency=1, retry_delay=0.01, **more))
+        ask(teacher, *(f"What is {n} + 4?" for n in range(9)))
+    assert all(fact in str(caught.value) for fact in (*facts, running.url)), caught.value
+    assert len(running.asked) <= 2
+
+
+def test_a_system_message_that_the_server_refuses() -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3 + 4?"}]
+    with LoopbackServer(lambda asked: refusal("System role not supported")) as running:
+        teacher = EndpointTeacher(EndpointSettings(running.url, "m"))
+        with pytest.raises(TeacherError, match=r"Leave prompt\.system empty"):
+            teacher.ask([Request(("q", 0), chat)], lambda request, outcome: None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ([events("3 +", end=b"")], "stream broke off"),
+        ([events("3 +", end=b'data: {"error": {"message": "lost"}}\n\n')], "error in the stream"),
+        ([dataclasses.replace(events("3 + 4 = 7"), cut=True)], "no connection"),
+        ([Answer(completion("3 + 4 = 7", word)) for word in ("abort", "error")], "reply broke off (error)"),
+        ([Answer(completion("3 + 4 = 7", "insufficient_system_resource"))], "reply broke off (insufficient"),
+        ([Answer({"error": {"message": "busy", "code": 503}})], "HTTP 503"),
+        ([Answer({"choices": None, "usage": None})], "reply has no choice"),
+        ([refusal("temperature: What is 3 + 4? I do not like it.")], "HTTP 400"),
+    ],
+)
+def test_an_attempt_that_brings_half_a_reply_fails(answers: list[Answer], reason: str) -> None:
+    """It is retried if that may help; the last failure is the outcome."""
+    left = [*answers]
+    with LoopbackServer(lambda asked: left.pop(0)) as running:
+        settings = EndpointSettings(running.url, "m", retry_delay=0.01, retries=len(answers) - 1)
+        (found,) = ask(EndpointTeacher(settings), "What is 3 + 4?").values()
+    assert isinstance(found, Failure) and found.reason.startswith(reason) and not left
+    assert found.attempts == len(answers)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal("Content Exists Risk"),
+        refusal("The response was filtered due to Azure's content management policy", code="content_filter"),
+        refusal("Input data may contain inappropriate content.", code="data_inspection_failed"),
+        refusal("系统检测到不安全或敏感内容", code="1301"),
+    ],
+)
+def test_a_content_filter_refuses_one_question(answer: Answer) -> None:
+    with LoopbackServer(lambda asked: answer) as running:
+        replies = ask(EndpointTeacher(EndpointSettings(running.url, "m", failures_in_a_row=1)), "a", "b", "c")
+    assert all(isinstance(reply, TeacherReply) and reply.refusal for reply in replies.values())
+    assert len(running.asked) == 3

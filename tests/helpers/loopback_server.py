@@ -1,0 +1,96 @@
+"""A server on loopback that answers with a function of the test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request.
+
+    Attributes:
+        method, path: as in HTTP.
+        data: the body.
+    """
+
+    method: str
+    path: str
+    data: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        body: an object becomes JSON.
+        status, kind: the HTTP status and the Content-Type.
+        cut: whether the connection closes before the length that was announced.
+    """
+
+    body: object
+    status: int = 200
+    kind: str = "application/json"
+    cut: bool = False
+
+
+class LoopbackServer:
+    """Answers each request with `answer(request)`. Use as a context manager; `url` is the endpoint.
+
+    Attributes:
+        asked: all requests, in order.
+    """
+
+    def __init__(self, answer: Callable[[Asked], Answer]) -> None:
+        self.answer, self.asked, self.lock = answer, list[Asked](), threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_request(self) -> None:
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                request = Asked(self.command, self.path, data)
+                with outer.lock:  # one at a time: tests count
+                    outer.asked.append(request)
+                    answer = outer.answer(request)
+                body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.kind)
+                self.send_header("Content-Length", str(len(body) + (10 if answer.cut else 0)))
+                self.end_headers()
+                self.wfile.write(body)
+                self.close_connection = answer.cut
+
+            do_GET = do_POST = handle_request
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:  # of clients that are killed
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+
+    def __enter__(self) -> LoopbackServer:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
