@@ -47,21 +47,8 @@ from cotgrpo.teachers.procedural_words import ENGLISH, WORDS, LanguageName, Word
 __all__ = ["KINDS", "ProceduralTeacher", "write_triples"]
 
 PLACES = (
-    "个",
-    "十",
-    "百",
-    "千",
-    "万",
-    "十万",
-    "百万",
-    "千万",
-    "亿",
-    "十亿",
-    "百亿",
-    "千亿",
-    "万亿",
-    "十万亿",
-    "百万亿",
+    *("个", "十", "百", "千", "万", "十万", "百万", "千万", "亿", "十亿", "百亿", "千亿", "万亿", "十万亿", "百万亿"),
+    *("千万亿", "亿亿"),
 )
 """Names of the places of a number in Chinese, ones first."""
 

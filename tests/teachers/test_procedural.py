@@ -179,6 +179,7 @@ def test_the_stream_does_not_end_and_does_not_hang(monkeypatch: pytest.MonkeyPat
         ({"digits": 16}, "digits must be at most 15, got 16"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out_fraction": 0.0}, r"held_out_fraction must be in \[0.001, 0.999\], got 0.0"),
+        ({"language": "de"}, "language must be one of en, zh, got 'de'"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0.001, 0.999\], got 1.0"),
     ],
 )
@@ -194,3 +195,103 @@ def test_written_triples_are_read_again(tmp_path: Path) -> None:
     assert report.dropped == {}
     for old, new in zip(triples, again, strict=True):
         assert (old.question, old.rationale, old.answer, old.id) == (new.question, new.rationale, new.answer, new.id)
+
+
+CHINESE_STEP = re.compile(
+    r"(?:(?P<place>[个十百千万亿]+)位)?(?P<left>\d[\d+×-]*)=(?P<right>\d+)(?:，(?P<moved>[进借]\d))?"
+)
+CHINESE_DIVISION = re.compile(r"(?P<left>\d+)÷(?P<by>\d)=(?P<right>\d)余(?P<rest>\d)")
+WEIGHTS = {"个": 0, "十": 1, "百": 2, "千": 3, "万": 4, "亿": 8}
+
+
+def chinese_answer_to(question: str) -> tuple[int, str]:
+    """What a reader who knows no more than the question answers, and its unit."""
+    n = [int(digits) for digits in re.findall(r"\d+", question)]
+    name = r"小[明红华丽军芳]"
+    if found := re.fullmatch(r"([\d+-]+)等于多少？", question):
+        return value(found[1]), ""
+    if found := re.fullmatch(rf"({name})有\d+(.)(.+?)((?:，..?.?\d+\2)+)。现在\1有多少\2\3？", question):
+        verbs = re.findall(r"，(\D+)\d", found[4])
+        signs = [{"又": 1}.get(verb[0], -1) for verb in verbs]
+        assert set(verbs) <= {"又找到", "又买来", "又得到", "卖掉", "弄丢", "送出"} and len(signs) == len(n) - 1
+        return n[0] + sum(sign * amount for sign, amount in zip(signs, n[1:], strict=True)), found[2]
+    if re.fullmatch(rf"{name}买了\d+(.).+，每\1\d+元，付了\d+元。应找回多少元？", question):
+        return n[2] - n[0] * n[1], "元"
+    if found := re.fullmatch(rf"({name})有\d+(.)(.+)，({name})比\1(多|少)\d+\2。两人一共有多少\2\3？", question):
+        assert found[1] != found[4]
+        return 2 * n[0] + (n[1] if found[5] == "多" else -n[1]), found[2]
+    if found := re.fullmatch(
+        rf"({name})有\d+(.)(.+)，({name})有\d+\2\3，平均装进\d个盒子。每个盒子里有多少\2\3？", question
+    ):
+        assert found[1] != found[4]
+        return value(f"{n[0] + n[1]}/{n[2]}"), found[2]
+    raise AssertionError(f"no such question: {question}")
+
+
+def check_chinese_rationale(triple: Triple) -> None:
+    """Every step is true, in its place, and moves what it says to the next; results are made of the steps' digits."""
+    known = set(re.findall(r"\d+", triple.question))
+    result, operations = "", re.findall(r"([先再])算(.+)：\n((?:.+\n)+?)得(\d+)。(?:\n|$)", triple.rationale)
+    assert "".join(f"{a}算{b}：\n{c}得{d}。\n" for a, b, c, d in operations) == triple.rationale + "\n"
+    assert [order for order, *_ in operations] == ["先", *"再" * (len(operations) - 1)]
+    for _, expression, lines, result in operations:
+        assert set(re.findall(r"\d+", expression)) <= known
+        assert value(expression.replace("×", "*").replace("÷", "/")) == int(result)
+        steps = [(CHINESE_DIVISION if "÷" in expression else CHINESE_STEP).fullmatch(line) for line in lines.split()]
+        digits = ""
+        for number, step in enumerate(steps):
+            assert step is not None, lines
+            if "÷" in expression:
+                assert divmod(int(step["left"]), int(step["by"])) == (int(step["right"]), int(step["rest"]))
+                digits += step["right"]
+                continue
+            assert value(step["left"].replace("×", "*")) == int(step["right"])
+            assert sum(WEIGHTS[letter] for letter in step["place"]) == number
+            last = number == len(steps) - 1
+            moved = step["moved"] or ""
+            used = steps[number + 1]["left"] if not last else ""
+            assert bool(moved) == (len(re.findall(r"\d+", used)) == 3), lines
+            assert not moved or (moved[1] == used[-1] and moved[0] == ("借" if "-" in expression else "进"))
+            digits = (step["right"] if last else step["right"][-1]) + digits
+        assert int(digits) == int(result)
+        known.add(result)
+
+
+@pytest.mark.parametrize(("digits", "steps"), SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chinese_problems_are_right_and_have_the_same_sums(kind: str, digits: int, steps: int) -> None:
+    english, chinese = (ProceduralTeacher(5, (kind,), digits, steps, language=language) for language in ("en", "zh"))
+    for one, other in itertools.islice(zip(english, chinese, strict=False), 100):
+        result, unit = chinese_answer_to(other.question)
+        assert (other.answer, one.answer, one.id) == (f"{result}{unit}", str(result), other.id)
+        check_chinese_rationale(other)
+        assert not re.search("[a-zA-Z?.,:;!*/]", other.question + other.rationale), other
+
+
+def test_chinese_operations_by_hand() -> None:
+    found = {
+        str(operation): operation.chinese_lines(first)
+        for first, operation in [
+            (True, Operation(47, "+", 85)),
+            (False, Operation(132, "-", 19)),
+            (False, Operation(3, "*", 14)),
+            (True, Operation(84, "/", 6)),
+        ]
+    }
+    assert found == {
+        "47+85": ["先算47+85：", "个位7+5=12，进1", "十位4+8+1=13", "得132。"],
+        "132-19": ["再算132-19：", "个位12-9=3，借1", "十位3-1-1=1", "百位1-0=1", "得113。"],
+        "3*14": ["再算3×14：", "个位3×4=12，进1", "十位3×1+1=4", "得42。"],
+        "84/6": ["先算84÷6：", "8÷6=1余2", "24÷6=4余0", "得14。"],
+    }
+
+
+def test_held_out_sums_are_held_out_in_both_languages() -> None:
+    english = {t.answer for t in ProceduralTeacher(3, ("column_addition",), held_out=True).draw(300)}
+    chinese = {t.answer for t in ProceduralTeacher(3, ("column_addition",), held_out=True, language="zh").draw(300)}
+    assert english == chinese
+
+
+def test_a_number_of_more_places_than_have_names() -> None:
+    *_, last, result = Operation(10**17, "+", 1).chinese_lines(first=True)
+    assert (last, result) == ("第18位1+0=1", f"得{10**17 + 1}。")
