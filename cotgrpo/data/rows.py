@@ -251,7 +251,7 @@ def parse_row(row: object, place: str, own: OwnLayout | None = None, split: str 
         raise LeftOut("row_function returned None", place)
     if known is not row:
         check_object(known, place, split)
-    found, notes = Found(known), list[Note]()
+    found, notes = Found(known, () if own is None else own.columns), list[Note]()
     chat = read_chat(found, place)
     question = read_question(found, chat, place, notes)
     correct = read_flag(found, place)
@@ -263,6 +263,8 @@ def parse_row(row: object, place: str, own: OwnLayout | None = None, split: str 
         reply = Reply(golds=tuple(found.all("gold")), problem=str(error))  # a known mistake may lack a reply
     gold, no_gold = read_gold(reply.golds, place, notes)
     system = parse_text(found.value("system"), "system", place)
+    if chat is not None and chat.system and squeeze(system) not in ("", squeeze(chat.system)):
+        notes.append(("two system messages in one row: that of the chat is used, the other is not", place))
     return Row(
         question=question,
         rationale=reply.rationale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Named = tuple[str, object]
 """A column's name and its value."""
@@ -45,7 +45,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         ),
         *("correct_option", "答案", "最终答案"),
     ),
-    "other_answer": ("target", "result", "label"),
+    "other_answer": ("target", "result"),
     "gold": (
         *("gold", "golden", "gold_answer", "expected_answer", "ground_truth", "reference_answer", "correct_answer"),
         *("reward_model.ground_truth", "extra_info.answer", "verification_info.ground_truth", "gold_standard_solution"),
@@ -53,7 +53,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "system": ("system", "system_prompt", "system_message", "系统", "系统提示"),
     "tools": ("tools", "functions"),
-    "correct": ("correct", "is_correct"),
+    "correct": ("correct", "is_correct", "label"),
     "split": ("split",),
     "id": ("id",),
 }
@@ -105,15 +105,14 @@ def is_blank(value: object) -> bool:
 class Found:
     """The columns of one row by field.
 
-    Args:
-        row: the row.
-
     Attributes:
         row: the row.
+        named: the fields whose column the user named.
     """
 
-    def __init__(self, row: Mapping[str, object]) -> None:
+    def __init__(self, row: Mapping[str, object], named: Iterable[str] = ()) -> None:
         self.row = row
+        self.named = frozenset(named)
         self._filled: dict[str, list[tuple[int, Named]]] = {}
         self._blank: dict[str, str] = {}
         for name, value in row.items():

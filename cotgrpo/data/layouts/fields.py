@@ -15,6 +15,8 @@ Note = tuple[str, str]
 """What is noted in the report of rows, and its place with details."""
 VERDICTS = ("correctness_math_verify", "correctness_llama")
 """Lists of whether each of a row's `generations` is right."""
+LONGEST_QUANTITY = 60
+"""Characters of an answer with its unit."""
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -68,7 +70,7 @@ def parse_text(value: object, name: str, place: str, *, numbers: bool = False) -
 
 def read_chat(found: Found, place: str) -> Chat | None:
     """Return the row's chat: `messages`, or a prompt and a completion that are lists of messages; None without one."""
-    named, asked, replied = found.first("messages"), found.first("question"), found.first("completion")
+    named, asked, replied = chat_column(found), found.first("question"), found.first("completion")
     if named is None and asked is not None and is_chat(asked[1]):
         named = asked
     tools = found.value("tools")
@@ -85,6 +87,15 @@ def read_chat(found: Found, place: str) -> Chat | None:
     return chat
 
 
+def chat_column(found: Found) -> Named | None:
+    """Return the column of the row's messages. One of another name than `messages` counts if it holds a list."""
+    for name, value in found.all("messages"):
+        is_list = isinstance(value, Sequence) and (not isinstance(value, str) or value.lstrip().startswith("["))
+        if is_list or fold(name) == "messages":
+            return name, value
+    return None
+
+
 def read_question(found: Found, chat: Chat | None, place: str, notes: list[Note]) -> str:
     """Return the question: that of the chat, else the first column that holds one, with its input and options.
 
@@ -92,6 +103,7 @@ def read_question(found: Found, chat: Chat | None, place: str, notes: list[Note]
         DataError: there is none, it is empty, or it is not text.
     """
     named = [column for column in found.all("question") if not is_chat(column[1]) and fold(column[0]) != "body"]
+    named = named or [column for column in found.all("question") if fold(column[0]) == "body"]
     if not named:
         others = found.all("other_question")
         named = [column for column in others if fold(column[0]) != "source" or "target" in found.row][:1]
@@ -127,7 +139,7 @@ def with_context(question: tuple[str, str], found: Found, place: str) -> str:
     """Return a question with what it is about: Alpaca's `input`, Dolly's `context`, the `Body` of SVAMP."""
     name, text = question
     body = next((value for column, value in found.all("question") if fold(column) == "body"), None)
-    if body is not None:
+    if body is not None and body != text:
         return f"{parse_text(body, 'body', place)} {text}"
     about = [(n, v) for n, v in found.all("context") if n != name and isinstance(v, str)]
     if fold(name) not in ("instruction", "指令"):
@@ -157,7 +169,8 @@ def read_options(found: Found) -> list[tuple[str, str]]:
 
 def read_flag(found: Found, place: str) -> bool | None:
     """Return the row's own flag of whether its reply is right. Raises DataError if it is neither true nor false."""
-    flag = found.first("correct")
+    flags = [flag for flag in found.all("correct") if fold(flag[0]) != "label" or isinstance(flag[1], bool)]
+    flag = next(iter(flags), None)  # `label` is a flag in TRL's unpaired preferences alone
     if flag is None or isinstance(flag[1], bool):
         return None if flag is None else bool(flag[1])
     if isinstance(flag[1], str) and read_options(found):  # AQuA-RAT: the right letter
@@ -175,7 +188,8 @@ def answer_columns(found: Found) -> list[Named]:
         for i, (name, value) in enumerate(answers):
             if type(value) is int and str(value) not in texts and 0 <= value < len(options):  # MMLU: its place
                 answers[i] = name, options[value][0] or LETTERS[value]
-    return answers or found.all("other_answer")[:1]
+    others = [column for column in found.all("other_answer") if type(column[1]) in (str, int, float)]
+    return answers or others[:1]
 
 
 def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -> Reply:
@@ -198,14 +212,16 @@ def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -
                     golds = [(other, unused)]
                 else:
                     notes.append((f"{name} and {other} in one row: {name} is the reply, {other} is not used", place))
-        golds = [*golds, *answers]
+        golds = golds if "gold" in found.named else [*golds, *answers]
         if chat is not None and chat.reply is not None and chat.context:
             return Reply("", with_thought(text, chat.thought), True, tuple(golds))
         thought = chat.thought if chat is not None and chat.thought else paired_thought(name, rationales, place)
+        if squeeze(thought) not in squeeze(with_thought(text, thought)):
+            notes.append((f"two thoughts in one row: that in {name} is used, the other is not", place))
         return dataclasses.replace(one_reply(with_thought(text, thought), name, place), golds=tuple(golds))
     steps = rationales or solutions
     if steps and answers:
-        return steps_and_answer(found, steps[0], answers, place, notes)
+        return steps_and_answer(found, [*rationales, *solutions], answers, place, notes)
     if rationales and solutions:
         text = with_thought(parse_text(solutions[0][1], solutions[0][0], place), first_text(rationales[0], place))
         return dataclasses.replace(one_reply(text, solutions[0][0], place), golds=tuple(golds))
@@ -221,7 +237,7 @@ def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -
 
 def whole_replies(found: Found, chat: Chat | None, place: str) -> list[tuple[str, str]]:
     """Return the whole replies of a row by column, the first choice first."""
-    in_chat = found.first("messages") or found.first("completion")
+    in_chat = chat_column(found) or found.first("completion")
     replies = [(in_chat[0], parse_text(chat.reply, in_chat[0], place))] if chat and chat.reply and in_chat else []
     columns = [column for column in found.all("completion") if not is_chat(column[1])]
     replies += [(name, parse_text(value, name, place)) for name, value in columns]
@@ -262,7 +278,7 @@ def one_reply(text: str, name: str, place: str) -> Reply:
     thought = split_thought(text)
     if answer is None and thought.marked:
         answer = thought.text or None
-    if answer and squeeze(rationale).strip(" .$*") == squeeze(answer).strip(" .$*"):
+    if answer and rationale == text.strip() and is_bare(text, answer):
         rationale = ""
     if rationale and answer:
         prose = "" if is_marked(thought.text) or squeeze(thought.text) == squeeze(answer) else thought.text
@@ -279,6 +295,13 @@ def one_reply(text: str, name: str, place: str) -> Reply:
     return Reply(rationale if answer is None else "", answer or "", problem=f"{place}: {problem}")
 
 
+def is_bare(text: str, answer: str) -> bool:
+    """Return whether a text is nothing but its answer, such as `42 apples`, and unlike `6 * 7 = 42`."""
+    bare = squeeze(text).strip(" .$*")
+    short = len(bare) <= LONGEST_QUANTITY and "=" not in bare
+    return bare == squeeze(answer).strip(" .$*") or (short and answers_match(bare, answer))
+
+
 def is_marked(text: str) -> bool:
     r"""Return whether a text marks its answer, in a box or after `####`."""
     return "####" in text or last_box(text) is not None
@@ -289,13 +312,19 @@ def states_answer(text: str) -> bool:
     return is_marked(text) or gold_answer(text) == text.strip()
 
 
-def steps_and_answer(found: Found, steps: Named, answers: list[Named], place: str, notes: list[Note]) -> Reply:
+def steps_and_answer(found: Found, steps: list[Named], answers: list[Named], place: str, notes: list[Note]) -> Reply:
     """Return the reply of a row with steps and an answer in columns of their own."""
-    rationale = first_text(steps, place)
+    rationale = first_text(steps[0], place)
+    for name, value in steps[1:]:
+        if isinstance(value, str) and squeeze(value) != squeeze(rationale):
+            first = steps[0][0]
+            notes.append((f"{first} and {name} in one row: {first} is the rationale, {name} is not used", place))
     answer = parse_text(answers[0][1], answers[0][0], place, numbers=True)
+    if is_marked(answer):  # a whole reply after the thought
+        answer = gold_answer(answer) or answer
     boxed = last_box(rationale)
     if boxed is not None and not answers_match(boxed, answer):
-        what = f"the box in {steps[0]} is not {answers[0][0]}, which is trained as the answer"
+        what = f"the box in {steps[0][0]} is not {answers[0][0]}, which is trained as the answer"
         notes.append((what, f"{place}: {boxed!r:.40}, {answer!r:.40}"))
     return Reply(rationale, answer, golds=(*found.all("gold"), *answers[1:]))
 
@@ -305,21 +334,29 @@ def answer_alone(found: Found, answers: list[Named], place: str) -> Reply:
     golds = (*found.all("gold"), *answers[1:])
     if not answers:
         blank = found.blank("answer", "completion")
-        text = empty(blank) if blank else describe_missing("answer", found.row)
+        text = no_reply(golds[0][0]) if golds else empty(blank) if blank else describe_missing("answer", found.row)
         return Reply(golds=golds, problem=f"{place}: {text}")
     name, value = answers[0]
     text = parse_text(value, name, place, numbers=True)
     reply = one_reply(text, name, place)
     equation = found.first("equation")
-    if reply.problem and equation is not None:
+    if equation is not None and "\n" not in text and not is_marked(text):
         return Reply(parse_text(equation[1], equation[0], place), text, golds=golds)
     if reply.problem and (blank := found.blank("rationale", "solution")):
         reply = dataclasses.replace(reply, problem=f"{place}: {empty(blank)}")
     if reply.problem:
         answer = gold_answer(text)
         no_gold = "" if answer else not_an_answer(name, text, place)
-        return dataclasses.replace(reply, answer=answer or "", golds=golds, no_gold=no_gold)
+        return dataclasses.replace(reply, rationale="", answer=answer or "", golds=golds, no_gold=no_gold)
     return dataclasses.replace(reply, golds=golds)
+
+
+def no_reply(gold: str) -> str:
+    """Return the complaint about a row that has a question and its right answer only."""
+    return (
+        f"no reply to train on: the row has a question and the right answer ({gold}) only. Let cotgrpo generate write "
+        "replies, or name the column of one: --data.columns '{completion: COLUMN}'."
+    )
 
 
 def not_an_answer(name: str, text: str, place: str) -> str:
