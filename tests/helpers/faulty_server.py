@@ -127,7 +127,7 @@ def send(
     http.wfile.write(data)
 
 
-def completion(content: str | None, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
+def completion(content: str | None, finish_reason: str | None = "stop", **message: Any) -> dict[str, Any]:
     """A chat completion, with the usage of 20 tokens read and 10 written."""
     return {
         "id": "1",

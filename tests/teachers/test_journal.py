@@ -41,3 +41,25 @@ def test_the_journal(tmp_path: Path) -> None:
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(DataError, match=r"replies.jsonl:1: not a record"):
         Journal(path)
+
+
+def test_many_records_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    reply = TeacherReply("7", finish_reason="stop")
+    records = [Record("a" * 64, n, "q", "what?", reply, True, "correct", judged_by="rules") for n in range(3)]
+    with Journal(path) as journal:
+        journal.extend(records)
+        journal.extend([])
+        assert list(journal.records.values()) == records
+    with Journal(path) as journal:
+        assert list(journal.records.values()) == records and path.read_bytes().count(b"\n") == 3
+
+
+def test_a_record_of_an_earlier_version(tmp_path: Path) -> None:
+    """Without a fingerprint; a reply that the server broke off is none."""
+    line = '{"prompt_hash": "a", "candidate": 0, "question_id": "q", "question": "?", "accepted": true, "reason": ""'
+    path = tmp_path / "replies.jsonl"
+    path.write_text(f'{line}, "reply": {{"text": "7", "finish_reason": "abort"}}}}\n')
+    with Journal(path) as journal:
+        (record,) = journal.records.values()
+        assert record.judged_by == "" and not record.has_reply
