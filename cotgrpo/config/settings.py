@@ -104,6 +104,8 @@ class DataConfig:
             else the answer alone.
         system: chat: system message before each question whose row has none; empty: that of the chat template.
         loss_on: supervised tokens: the whole sequence, or what follows the question.
+        turns: chat: replies that loss_on completion supervises in a chat of several turns: the last, or all. A chat
+            becomes several sequences if the template renders an earlier turn in another way later on.
         seq_len: positions of a packed row.
         packing: pack several documents into a row.
         too_long: what to do with a document that does not fit. A held-out question counts for exact match if its prompt
@@ -129,6 +131,7 @@ class DataConfig:
     answer_format: str = ""
     system: str = ""
     loss_on: Literal["sequence", "completion"] = "sequence"
+    turns: Literal["last", "all"] = "last"
     seq_len: int = 512
     packing: bool = True
     too_long: Literal["error", "drop"] = "error"
@@ -146,7 +149,7 @@ class DataConfig:
 
     def not_applicable(self) -> NotApplicable:
         """Return the settings of the other format."""
-        names = ("reasoning", "answer_format", "system") if self.format == "plain" else ("separator",)
+        names = ("reasoning", "answer_format", "system", "turns") if self.format == "plain" else ("separator",)
         return NotApplicable(names, "format", f"data.format {self.format}. Remove it, or choose the other format.")
 
 

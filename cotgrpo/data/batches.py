@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cotgrpo.data.rows import DropReport
+from cotgrpo.data.rows import BadRows, DropReport
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import Triple
@@ -16,22 +16,39 @@ from cotgrpo.types import SftBatch
 if TYPE_CHECKING:
     import grain
 
+ENCODED_AT_ONCE = 1_024
+"""Rows that a template renders and tokenizes together."""
+REFUSED = "refused by the template"
+"""The reason for rows left out because the template cannot write them."""
+
 
 def make_examples(
-    triples: Sequence[Triple], template: AnyTemplate, seq_len: int, *, too_long: Literal["error", "drop"] = "error"
+    triples: Sequence[Triple],
+    template: AnyTemplate,
+    seq_len: int,
+    *,
+    too_long: Literal["error", "drop"] = "error",
+    bad_rows: BadRows = "error",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Example], DropReport]:
     """Tokenize triples. A document of n tokens takes n - 1 of the `seq_len` positions: its last token is only a target.
+
+    A triple whose turns do not share a sequence gives several documents. They are kept or left out together.
 
     Args:
         triples: rows.
         template: renders and masks them.
         seq_len: the window, in positions.
         too_long: "error" stops at the first document that does not fit; "drop" counts it in the report.
+        bad_rows: "error" stops at the first row that the template refuses; "drop" counts it in the report.
+        progress: called with the number of triples that are done.
 
     Raises:
-        DataError: a document that does not fit, or none that does.
+        DataError: a document that does not fit, a row that the template refuses, or no document at all.
     """
-    examples, report = encode_fitting(triples, template, seq_len, too_long=too_long)
+    examples, report = encode_fitting(
+        triples, template, seq_len, too_long=too_long, bad_rows=bad_rows, progress=progress
+    )
     if not examples:
         raise DataError(f"No document fits into {seq_len} positions. {report}")
     return examples, report
@@ -44,14 +61,29 @@ def encode_fitting(
     *,
     too_long: Literal["error", "drop"],
     prompts: Sequence[np.ndarray | None] | None = None,
+    bad_rows: BadRows = "error",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Example], DropReport]:
     """Tokenize triples as `make_examples` does; there may be no example. `prompts` are the triples' prompt tokens."""
-    if too_long not in ("error", "drop"):
-        raise ValueError(f'too_long must be "error" or "drop", got {too_long!r}.')
+    for name, value in (("too_long", too_long), ("bad_rows", bad_rows)):
+        if value not in ("error", "drop"):
+            raise ValueError(f'{name} must be "error" or "drop", got {value!r}.')
     report = DropReport(read=len(triples))
-    prompts = [None] * len(triples) if prompts is None else prompts
-    examples = (template.encode(triple, prompt) for triple, prompt in zip(triples, prompts, strict=True))
-    return [e for e in examples if fits(e.source, len(e.tokens) - 1, seq_len, too_long, report)], report
+    examples: list[Example] = []
+    for start in range(0, len(triples), ENCODED_AT_ONCE):
+        rows = triples[start : start + ENCODED_AT_ONCE]
+        known = None if prompts is None else prompts[start : start + ENCODED_AT_ONCE]
+        for found in template.encode_batch(rows, known):
+            if not isinstance(found, DataError):
+                longest = max(found, key=lambda example: len(example.tokens))
+                if fits(longest.source, len(longest.tokens) - 1, seq_len, too_long, report):
+                    examples.extend(found)
+            elif bad_rows == "error":
+                raise found
+            else:
+                report.drop(REFUSED, str(found))
+        progress(min(start + ENCODED_AT_ONCE, len(triples)))
+    return examples, report
 
 
 def fits(
@@ -125,14 +157,13 @@ def make_batches(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
     check_examples(examples, seq_len)
-    documents = [shifted(e) for e in examples]
-    lengths = [len(document["tokens"]) for document in documents]
-    rows = packed_rows(lengths, seq_len) if packing else [(i,) for i in range(len(documents))]
+    lengths = [len(example.tokens) - 1 for example in examples]
+    rows = packed_rows(lengths, seq_len) if packing else [(i,) for i in range(len(examples))]
     mine = set(range(batch_size) if only_rows is None else only_rows)
 
     def fill(batch: Sequence[tuple[int, ...]]) -> SftBatch:
         rows_here = [row if b in mine else () for b, row in enumerate(batch)]
-        return filled([[documents[i] for i in row] for row in rows_here], batch_size, seq_len)
+        return filled([[shifted(examples[i]) for i in row] for row in rows_here], batch_size, seq_len)
 
     dataset = grain.MapDataset.source(rows).seed(seed)
     dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)

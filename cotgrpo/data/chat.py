@@ -217,10 +217,25 @@ class ChatTemplate(AnyTemplate):
         return before + self.built_thought(before, "")
 
     def prompts_of(self, rows: Sequence[PromptRow]) -> list[np.ndarray | DataError]:
-        """Return the int32 tokens of each row's chat before the (last) reply, or the error."""
+        """Return the int32 tokens of each row's chat before the (last) reply.
+
+        An error stands for a row that the template cannot render, or whose text holds a control token.
+        """
         texts = self.prompt_texts(rows)
         found = iter(self.ids_batch([text for text in texts if isinstance(text, str)]))
-        return [text if isinstance(text, DataError) else np.asarray(next(found), np.int32) for text in texts]
+        return [
+            text if isinstance(text, DataError) else attempt(self.checked_prompt, row, next(found))
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def checked_prompt(self, row: PromptRow, ids: list[int]) -> np.ndarray:
+        """Return a row's prompt. Raises DataError if the row's text holds a control token."""
+        tokens = np.asarray(ids, np.int32)
+        if is_long(row):
+            self.check_context(row)
+        elif self.controls(tokens) != self.expected_controls[bool(row.system)][0]:
+            raise DataError(f"{row.source}: {self.held_control(row)}")
+        return tokens
 
     def prompt_texts(self, rows: Sequence[PromptRow]) -> list[str | DataError]:
         """Return each row's chat up to the start of the (last) reply, or the error."""
@@ -250,7 +265,7 @@ class ChatTemplate(AnyTemplate):
         flat = [chat for found in chats if not isinstance(found, DataError) for chat in found]
         tokens = iter(self.ids_batch([chat.text for chat in flat]))
         slow = self.prompt_tail is None
-        before = iter(self.ids_batch([turn.before for chat in flat for turn in chat.turns]) if slow else [])
+        before = iter(self.ids_batch([turn.before for chat in flat for turn in chat.turns] if slow else []))
         encoded: list[list[Example] | DataError] = []
         for found in chats:
             if isinstance(found, DataError):
@@ -276,6 +291,8 @@ class ChatTemplate(AnyTemplate):
 
     def single_chat(self, triple: Triple, before: str | DataError, whole: str | DataError) -> list[Chat]:
         """Return the sequence of a question and its reply. Raises DataError if the texts would not come back."""
+        if triple.verbatim:
+            self.check_context(triple)
         turn = self.turn(triple, or_raise(before), or_raise(placed(whole, triple)))
         self.check_texts(triple, turn)
         return [Chat(triple, (turn,))]
@@ -491,10 +508,9 @@ class ChatTemplate(AnyTemplate):
     def check_tokens(self, chat: Chat, tokens: np.ndarray, spans: Sequence[tuple[int, int]]) -> None:
         """Raise DataError if a text holds a control token, or a reply a stop token before its end."""
         triple = chat.triple
-        if not (is_long(triple) or triple.verbatim):
-            expected = self.controls_with_system if triple.system else self.expected_controls
-            if self.controls(tokens) != expected:
-                raise DataError(f"{triple.source}: {self.held_control(triple)}")
+        usual = not (is_long(triple) or triple.verbatim)
+        if usual and self.controls(tokens) != self.expected_controls[bool(triple.system)][1]:
+            raise DataError(f"{triple.source}: {self.held_control(triple)}")
         for start, end in spans:
             early = set(self.stop_ids).intersection(tokens[start : end - 1].tolist())
             if early:
@@ -630,29 +646,26 @@ class ChatTemplate(AnyTemplate):
         return table
 
     @functools.cached_property
-    def expected_controls(self) -> list[int]:
-        """The control tokens, in order, of a chat whose row has no system message."""
-        return self.controls_of(PROBE)
+    def expected_controls(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+        """The control tokens, in order, of the prompt and of the sequence: without and with a row's system message."""
+        return self.controls_of(PROBE), self.controls_of(PROBE_WITH_SYSTEM)
 
-    @functools.cached_property
-    def controls_with_system(self) -> list[int]:
-        """The control tokens, in order, of a chat whose row has a system message."""
-        return self.controls_of(PROBE_WITH_SYSTEM)
-
-    def controls_of(self, triple: Triple) -> list[int]:
+    def controls_of(self, triple: Triple) -> tuple[list[int], list[int]]:
+        """Return the control tokens, in order, of a triple's prompt and sequence."""
         turn = self.texts(triple)
-        tokens = self.joined(self.ids(turn.before), self.ids(turn.before + turn.reply), turn, triple.source)
-        return self.controls(np.asarray(tokens, np.int32))
+        prompt = self.ids(turn.before)
+        tokens = self.joined(prompt, self.ids(turn.before + turn.reply), turn, triple.source)
+        return self.controls(np.asarray(prompt, np.int32)), self.controls(np.asarray(tokens, np.int32))
 
     def controls(self, tokens: np.ndarray) -> list[int]:
         """Return the control tokens among the tokens."""
         found: list[int] = tokens[self.is_control[np.minimum(tokens, len(self.is_control) - 1)]].tolist()
         return found
 
-    def held_control(self, triple: Triple) -> str:
-        """Return an error message for a triple whose text holds control tokens."""
+    def held_control(self, row: PromptRow) -> str:
+        """Return an error message for a row whose text holds control tokens."""
         for field in ("system", "question", "rationale", "answer"):
-            found = self.controls(np.asarray(self.ids(getattr(triple, field)), np.int32))
+            found = self.controls(np.asarray(self.ids(getattr(row, field, "")), np.int32))
             if found:
                 name = self.tokenizer.convert_ids_to_tokens(found[0])
                 return (
@@ -661,18 +674,16 @@ class ChatTemplate(AnyTemplate):
                 )
         return "the text and the chat template together spell a control token. Remove what looks like one from the row."
 
-    def check_context(self, triple: Triple) -> None:
+    def check_context(self, row: PromptRow) -> None:
         """Raise DataError if a text of a chat of several turns holds a control token, apart from a thought's marks."""
-        parts = {"system": triple.system, "rationale": triple.rationale, "answer": triple.answer}
-        for field, value in {**parts, "context": triple.context, "tools": triple.tools}.items():
-            for text in texts_in(value):
-                bare = text
-                for mark in self.marks if field in ("context", "answer") else ():
-                    bare = bare.replace(mark, "")
+        for field in ("system", "question", "context", "tools", "rationale", "answer"):
+            marks = self.marks if field in ("context", "answer") else ()
+            for text in texts_in(getattr(row, field, "")):
+                bare = functools.reduce(lambda left, mark: left.replace(mark, ""), marks, text)
                 found = self.control_pattern.search(bare)
                 if found:
                     raise DataError(
-                        f"{triple.source}: the {field} holds the control token {found.group()!r}, which only the chat "
+                        f"{row.source}: the {field} holds the control token {found.group()!r}, which only the chat "
                         "template may write. Remove it from the row."
                     )
 
@@ -702,7 +713,12 @@ def thought_of(message: Message) -> str:
 
 
 def check_written(message: Message, turn: Turn, source: str) -> None:
-    """Raise DataError if the template drops or changes what an assistant's message says, apart from its thought."""
+    """Raise DataError if the template drops or changes what an assistant's message says."""
+    if thought_of(message) not in turn.reply:
+        raise DataError(
+            f"{source}: a reply of the assistant has a thought, which the chat template leaves out. Remove the "
+            "thought, or set data.reasoning: think."
+        )
     content = with_text(message).get("content")
     words = split_thought(content).text.strip() if isinstance(content, str) else ""
     calls = message.get("tool_calls") or ()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cotgrpo.data.answers import gold_answer
-from cotgrpo.data.batches import encode_fitting, fits
+from cotgrpo.data.batches import REFUSED, encode_fitting, fits
 from cotgrpo.data.layouts.fields import Note, prose_note
 from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, read_rows
 from cotgrpo.data.sources import DataError, as_list
@@ -55,7 +55,7 @@ class Question:
 
     def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
         """Return `prompt`, or make it."""
-        return template.prompt(self.question, self.system) if self.prompt is None else self.prompt
+        return template.prompt_of(self) if self.prompt is None else self.prompt
 
 
 def read_questions(
@@ -144,31 +144,37 @@ def make_held_out(
     seq_len: int,
     *,
     too_long: Literal["error", "drop"] = "error",
+    bad_rows: BadRows = "error",
 ) -> tuple[list[Question], list[Example], dict[str, DropReport]]:
     """Return the questions for exact match and the examples for the held-out loss that fit into the window.
 
-    A question stays if its reference reply does not fit.
+    A question stays if its reference reply does not fit, or if the template refuses that reply.
 
     Args:
         questions: held-out rows.
         template: renders and masks them.
         seq_len: the window, in positions.
         too_long: "error" stops at the first prompt or reference reply that does not fit; "drop" counts it.
+        bad_rows: "error" stops at the first prompt or reference reply that the template refuses; "drop" counts it.
 
     Returns:
         The questions with their `prompt`, the tokenized reference replies (maybe none), and the reports of either, as
         "held-out questions" and "held-out replies".
 
     Raises:
-        DataError: a prompt or a reply that does not fit, or no prompt that does.
+        DataError: a prompt or a reply that does not fit or is refused, or no prompt that can be used.
     """
     asked = DropReport(read=len(questions))
-    prompts = [question.prompt_tokens(template) for question in questions]
-    fitting = [
-        dataclasses.replace(question, prompt=prompt)
-        for question, prompt in zip(questions, prompts, strict=True)
-        if fits(question.source, len(prompt), seq_len, too_long, asked, "prompt")
-    ]
+    unknown = iter(template.prompts_of([question for question in questions if question.prompt is None]))
+    fitting = []
+    for question in questions:
+        prompt = next(unknown) if question.prompt is None else question.prompt
+        if isinstance(prompt, DataError):
+            if bad_rows == "error":
+                raise prompt
+            asked.drop(REFUSED, str(prompt))
+        elif fits(question.source, len(prompt), seq_len, too_long, asked, "prompt"):
+            fitting.append(dataclasses.replace(question, prompt=prompt))
     if not fitting:
         raise DataError(f"No held-out question fits into {seq_len} positions. {asked}")
     answered = [question for question in fitting if question.reference is not None]
@@ -178,6 +184,7 @@ def make_held_out(
         seq_len,
         too_long=too_long,
         prompts=[question.prompt for question in answered],
+        bad_rows=bad_rows,
     )
     replies.read = len(fitting)
     for question in fitting:

@@ -73,6 +73,11 @@ class AnyTemplate(abc.ABC):
     tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["sequence", "completion"]
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return the settings alone, for another process."""
+        cached = functools.cached_property
+        return {name: v for name, v in vars(self).items() if not isinstance(getattr(type(self), name, None), cached)}
+
     @property
     @abc.abstractmethod
     def eos_id(self) -> int:
@@ -315,12 +320,18 @@ class Template(AnyTemplate):
 
     def prompts_of(self, rows: Sequence[PromptRow]) -> list[np.ndarray | DataError]:
         """Return the int32 tokens of `question <sep>` for each row, or the error."""
-        errors = [attempt(check_single_turn, row) for row in rows]
         found = self.ids_batch([with_system(row.question, row.system) + self.separator for row in rows])
-        return [
-            np.asarray(self.with_bos(ids), np.int32) if error is None else error
-            for ids, error in zip(found, errors, strict=True)
-        ]
+        return [attempt(self.checked_prompt, row, ids) for row, ids in zip(rows, found, strict=True)]
+
+    def checked_prompt(self, row: PromptRow, ids: list[int]) -> np.ndarray:
+        """Return a row's prompt. Raises DataError if its text holds the separator or eos, or for several turns."""
+        check_single_turn(row)
+        if self.separator in with_system(row.question, row.system) or self.eos_id in ids:
+            raise DataError(
+                f"{row.source}: the question holds the separator {self.separator!r} or the eos token "
+                f"{self.tokenizer.eos_token!r}. Remove it from the row, or choose another separator."
+            )
+        return np.asarray(self.with_bos(ids), np.int32)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
         """Split a generated reply, text or token ids up to eos, at the separator; without one the answer is None."""

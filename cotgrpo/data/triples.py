@@ -118,9 +118,31 @@ def triple_of(row: Row) -> Triple:
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
-    """Write triples as JSONL in UTF-8: `{id, question, rationale, answer}` a line, and `system` if there is one."""
+    """Write triples as JSONL in UTF-8: `{id, question, rationale, answer}` a line, and `system` if there is one.
+
+    A chat of several turns is written as `messages`, and its `tools` if it has any.
+    """
     with open(path, "w", encoding="utf-8") as file:
         for t in triples:
-            row = {"id": t.id, "question": t.question, "rationale": t.rationale, "answer": t.answer}
-            row |= {"system": t.system} if t.system else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row_of(t), ensure_ascii=False) + "\n")
+
+
+def row_of(triple: Triple) -> dict[str, Any]:
+    """Return a triple as a row that `read_triples` reads."""
+    if not triple.context:
+        row = {"id": triple.id, "question": triple.question, "rationale": triple.rationale, "answer": triple.answer}
+        return row | ({"system": triple.system} if triple.system else {})
+    system = [{"role": "system", "content": triple.system}] if triple.system else []
+    reply = {"role": "assistant", "content": triple.answer}
+    reply |= {"reasoning_content": triple.rationale} if triple.rationale else {}
+    chat: dict[str, Any] = {"id": triple.id, "messages": [*system, *triple.context, reply]}
+    return chat | ({"tools": list(triple.tools)} if triple.tools else {})
+
+
+def with_question(triple: Triple, question: str) -> Triple:
+    """Return the triple with another question; in a chat of several turns, another last message of the user."""
+    context = list(triple.context)
+    asked = [i for i, message in enumerate(context) if message.get("role") == "user"]
+    if asked:
+        context[asked[-1]] = {**context[asked[-1]], "content": question}
+    return dataclasses.replace(triple, question=question, context=tuple(context))

@@ -46,6 +46,8 @@ def best_reply(template: AnyTemplate, question: Triple, replies: Iterable[Sample
         rationale, answer = template.split_reply(reply.ids)
         if not reply.finished or answer is None or not grade(answer, question.answer).correct:
             continue
+        if question.context:  # rows of several turns are whole replies
+            rationale, answer = "", template.decode(reply.ids).strip()
         triple = dataclasses.replace(question, rationale=rationale, answer=answer)
         if can_render(template, triple):
             correct.append((reply.log_prob, triple))

@@ -16,7 +16,7 @@ import numpy as np
 from cotgrpo.atomic_files import whole_file
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.sources import DataError
-from cotgrpo.data.template import AnyTemplate
+from cotgrpo.data.template import AnyTemplate, or_raise
 from cotgrpo.data.triples import Triple, read_triples, write_triples
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.distributed.processes import fetch, on_process_0
@@ -82,8 +82,10 @@ class SelfReplyBatches:
         import grain
 
         self.samplers, self.template, self.settings, self.folder = list(samplers), template, settings, folder
-        unique = {(t.system, t.question): t for t in reversed(triples)}.values()
-        prompts = [(triple, template.prompt(triple.question, triple.system)) for triple in unique]
+        unique = {(t.system, str(t.context or t.question)): t for t in reversed(triples)}.values()
+        prompts = [
+            (triple, or_raise(prompt)) for triple, prompt in zip(unique, template.prompts_of(list(unique)), strict=True)
+        ]
         fitting = [(triple, prompt) for triple, prompt in prompts if len(prompt) <= settings.prompt_columns][::-1]
         self.questions, self.prompts = [triple for triple, _ in fitting], [prompt for _, prompt in fitting]
         if not self.questions:

@@ -25,11 +25,13 @@ from cotgrpo.config import (
     TeacherModel,
     VerifiedReward,
 )
-from cotgrpo.data.batches import fits, make_batches
+from cotgrpo.data.batches import REFUSED, fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport
+from cotgrpo.data.sources import DataError
 from cotgrpo.data.streaming import StreamedBatches
 from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.data.triples import with_question
 from cotgrpo.distributed.processes import process_rows
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.models.decoder import make_student
@@ -273,14 +275,24 @@ def rollout_prompts(ghosts: LiveGhosts | VerifiedReward, config: Config, inputs:
         questions = read_prompts(ghosts, config, inputs)
         return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
     found: dict[str, RolloutPrompt] = {}
-    for triple, example in zip(inputs.train_triples, inputs.train, strict=True):
+    prompts = {example.source: example.tokens[: example.prompt_length] for example in inputs.train}
+    for triple in inputs.train_triples:
         teacher_prompt = None
         if isinstance(ghosts, PrivilegedSelf):
             text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
-            teacher_prompt = template.prompt(text, triple.system)
-        question = Question(triple.question, triple.answer, triple, triple.source, triple.system)
-        prompt = example.tokens[: example.prompt_length]
-        found.setdefault(f"{triple.system}\n{triple.question}", RolloutPrompt(question, prompt, teacher_prompt))
+            row = with_question(triple, text)
+            teacher_prompt = template.prompt_of(row) if triple.context else template.prompt(text, triple.system)
+        question = Question(
+            triple.question,
+            triple.answer,
+            triple,
+            triple.source,
+            triple.system,
+            context=triple.context,
+            tools=triple.tools,
+        )
+        asked = f"{triple.system}\n{triple.context or triple.question}"
+        found.setdefault(asked, RolloutPrompt(question, prompts[triple.source], teacher_prompt))
     return list(found.values())
 
 
@@ -300,12 +312,14 @@ def read_prompts(ghosts: TeacherModel | VerifiedReward, config: Config, inputs: 
     inputs.reports["prompts"] = report
     columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in inputs.test_questions}
     kept = []
-    for question in questions:
+    for question, prompt in zip(questions, inputs.template.prompts_of(questions), strict=True):
         if question.question in held_out:
             report.drop("question is in the test set", question.source)
-            continue
-        prompt = question.prompt_tokens(inputs.template)
-        if fits(question.source, len(prompt), columns, data.too_long, report, "prompt"):
+        elif isinstance(prompt, DataError):
+            if data.bad_rows == "error":
+                raise prompt
+            report.drop(REFUSED, str(prompt))
+        elif fits(question.source, len(prompt), columns, data.too_long, report, "prompt"):
             kept.append(dataclasses.replace(question, prompt=prompt))
     return kept
 

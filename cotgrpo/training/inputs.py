@@ -17,7 +17,7 @@ from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
 from cotgrpo.data.reply_format import ReplyFormat
-from cotgrpo.data.rows import DropReport, check_usable, read_rows
+from cotgrpo.data.rows import DropReport, RowResult, check_usable, read_rows
 from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.streaming import StreamedTriples, WindowReader, index_rows
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
@@ -168,7 +168,9 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
     train, test, reports = read_train_and_test(config, console)
     model = model_of(config, folder, origin, train, console)
     template = model.template(data.loss_on)
-    examples, reports["training sequences"] = make_examples(train, template, data.seq_len, too_long=data.too_long)
+    examples, reports["training sequences"] = make_examples(
+        train, template, data.seq_len, too_long=data.too_long, bad_rows=data.bad_rows
+    )
     fitting = {example.source for example in examples}
     triples = [triple for triple in train if triple.source in fitting]
     return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test)
@@ -214,7 +216,7 @@ def with_test_rows(inputs: StageInputs, test: list[Question]) -> StageInputs:
     """Return the inputs with the held-out rows that fit into the window."""
     model, data = inputs.model, inputs.model.config.data
     questions, replies, reports = make_held_out(
-        test, model.template("completion"), data.seq_len, too_long=data.too_long
+        test, model.template("completion"), data.seq_len, too_long=data.too_long, bad_rows=data.bad_rows
     )
     return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=inputs.reports | reports)
 
@@ -279,16 +281,20 @@ def read_train_and_test(
     """Return training rows, held-out rows and reports. Without test files, the seed draws `test_rows` of the rows."""
     data = config.data
     names, split = as_list(train_files(config)), data.train_split
-    with PhaseProgress("reading rows", console) as progress:
-        rows = list(progress.over(read_rows(names, split, columns=data.columns, row_function=data.row_function)))
-    train, report = triples_in(rows, bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
+    rows: Iterable[RowResult] = read_rows(names, split, columns=data.columns, row_function=data.row_function)
+    if not data.test:  # the rows are needed twice
+        with PhaseProgress("reading rows", console) as progress:
+            rows = list(progress.over(rows))
+    with PhaseProgress("looking for duplicates" if not data.test else "reading rows", console) as progress:
+        train, report = triples_in(progress.over(rows), bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
     check_usable(train, names, report)
     reports = {"training rows": report}
     if data.test:
         test, reports["held-out rows"] = read_test_rows(config, console)
     else:
         # A bad row has raised an error by now. A row with a wrong reply may lack the right answer.
-        questions, _ = questions_in(rows, bad_rows="drop")
+        with PhaseProgress("drawing held-out rows", console) as progress:
+            questions, _ = questions_in(progress.over(rows), bad_rows="drop")
         test = draw_test_rows(questions, data.test_rows, config.seed)
         reports["held-out rows"] = DropReport(read=len(test))
         train = drop_known(train, {q.source for q in test}, lambda t: t.source, "held out for testing", report)
@@ -403,7 +409,7 @@ def template_of(config: Config, tokenizer: PreTrainedTokenizerBase, loss_on: Los
         return Template(tokenizer, data.separator, loss_on)
     path = config.student.path or config.tokenizer.path
     stops = () if path is None else generation_stop_ids(path)
-    return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops)
+    return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops, data.turns)
 
 
 def check_same_run(folder: Path, config: Config, stage: str) -> None:
