@@ -34,7 +34,7 @@ BLOCK = 1 << 20
 """Characters that are read at a time of a JSON array."""
 LONGEST_CELL = 2**31 - 1
 """Characters of a cell of a CSV file."""
-ARRAY_START, BETWEEN_ITEMS = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")
+ARRAY_START, BETWEEN_ITEMS, ITEM_ENDS = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*"), re.compile(r"\s*[],]")
 
 
 class DataError(ValueError):
@@ -301,8 +301,9 @@ def array_rows(path: Path) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     with open_text(path) as file:
         text, line, size = file.read(BLOCK), 1, BLOCK
-        position = 0
-        gap = ARRAY_START
+        while text.isspace():
+            line, text = line + text.count("\n"), file.read(BLOCK)
+        position, gap = 0, ARRAY_START
         while True:
             match = gap.match(text, position)
             after = position if match is None else match.end()
@@ -312,7 +313,8 @@ def array_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 break
             try:
                 item, end = decoder.raw_decode(text, position)
-                ended = end < len(text) or isinstance(item, dict | list | str)  # a number may go on
+                # A number may go on in the next block.
+                ended = isinstance(item, dict | list | str) or ITEM_ENDS.match(text, end) is not None
             except (ValueError, RecursionError) as error:
                 item, end, ended = error, position, isinstance(error, RecursionError)
             if not ended:
