@@ -16,7 +16,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -172,17 +172,15 @@ def file_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
 def open_bytes(path: Path) -> io.BufferedIOBase:
     """Open a file, decompressed."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)
-    if suffix == ".bz2":
-        return bz2.open(path)
-    if suffix == ".xz":
-        return lzma.open(path)
     if suffix == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+    if suffix == ".gz":
+        return gzip.open(path)
+    if suffix == ".bz2":
+        return bz2.open(path)
+    return lzma.open(path) if suffix == ".xz" else open(path, "rb")
 
 
 def encoding_of(path: Path) -> str:
@@ -196,7 +194,7 @@ def encoding_of(path: Path) -> str:
 
 def open_text(path: Path, newline: str | None = "") -> io.TextIOWrapper:
     """Open a file as text, decompressed."""
-    return io.TextIOWrapper(open_bytes(path), encoding=encoding_of(path), newline=newline)
+    return io.TextIOWrapper(cast(BinaryIO, open_bytes(path)), encoding=encoding_of(path), newline=newline)
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -231,10 +229,8 @@ def parse_json_line(line: bytes, place: str) -> Any:
 
 def guess_encoding(error: UnicodeError) -> str:
     """Return how to convert a text that is GB18030 and not UTF-8, or an empty text."""
-    text = error.object if isinstance(error, UnicodeDecodeError) else b""
-    if not isinstance(text, bytes | bytearray):
-        return ""
-    around = bytes(text[:4096]).rpartition(b"\n")[0] if len(text) > 4096 else bytes(text)
+    text = bytes(error.object) if isinstance(error, UnicodeDecodeError) else b""
+    around = text[:4096].rpartition(b"\n")[0] if len(text) > 4096 else text
     try:
         decoded = around.decode("gb18030")
     except UnicodeDecodeError:

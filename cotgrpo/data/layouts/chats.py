@@ -168,7 +168,7 @@ def call_in(text: str) -> dict[str, object]:
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
         return {"content": text}
-    return {"content": "", "tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
+    return {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
 def parse_tools(tools: object, place: str) -> tuple[Message, ...]:

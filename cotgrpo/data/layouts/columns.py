@@ -214,7 +214,7 @@ def suggest_columns(row: Mapping[str, object]) -> str:
         return " A row of one column 'text' does not say where the reply begins: split it with data.row_function."
     texts = [str(name) for name, value in row.items() if isinstance(value, str | int | float | dict) and value != ""]
     found = Found(row)
-    guesses = {}
+    guesses: dict[str, str] = {}
     for field in ("question", "answer"):
         known = found.first(field) or (found.first("completion") if field == "answer" else None)
         free = [name for name in texts if name not in guesses.values() and not FIELDS_OF.get(fold(name))]
