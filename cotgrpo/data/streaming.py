@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -89,21 +90,27 @@ class RowFiles:
 
     def raw_rows(self, numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """Yield ("file:line", row) for these rows in order, as `cotgrpo.data.sources.raw_rows` does."""
-        lines = {}
-        for entry, number in sorted((self.entries[number].item(), number) for number in numbers):
-            file, line, start, length = entry
-            place = f"{self.names[file]}:{line}"
-            try:
-                with open(self.paths[file], "rb", buffering=0) as opened:
-                    opened.seek(start)
-                    text = opened.read(length)
-            except OSError as error:
-                raise DataError(f"{place}: cannot be read any more ({error}). Was the file moved?") from error
-            if len(text) < length:
-                raise DataError(f"{place}: the file has become shorter while it was read. Start again.")
-            lines[number] = place, text
-        for number in numbers:
-            place, text = lines[number]
+        entries = self.entries[np.asarray(numbers, np.int64)]
+        order = np.lexsort((entries["start"], entries["file"])).tolist()
+        found: dict[int, tuple[str, bytes]] = {}
+        opened: dict[int, BinaryIO] = {}
+        with contextlib.ExitStack() as files:
+            for i in order:
+                file, line, start, length = entries[i].item()
+                place = f"{self.names[file]}:{line}"
+                try:
+                    if file not in opened:
+                        files.close()
+                        opened = {file: files.enter_context(open(self.paths[file], "rb", buffering=0))}
+                    opened[file].seek(start)
+                    text = opened[file].read(length)
+                except OSError as error:
+                    raise DataError(f"{place}: cannot be read any more ({error}). Was the file moved?") from error
+                if len(text) < length:
+                    raise DataError(f"{place}: the file has become shorter while it was read. Start again.")
+                found[i] = place, text
+        for i in range(len(numbers)):
+            place, text = found.pop(i)
             copied_error = text.startswith(BAD_LINE)
             yield place, DataError(text[len(BAD_LINE) :].decode()) if copied_error else parse_json_line(text, place)
 
@@ -330,13 +337,20 @@ class WindowReader:
 
     def __call__(self, numbers: Sequence[int], seed: Sequence[int]) -> Window:
         """Return the window of these rows; `seed` shuffles its packed rows."""
-        triples, report = self.triples.read(numbers)
-        examples, encoded = encode_fitting(triples, self.template, self.seq_len, too_long=self.too_long)
-        add_report(report, dataclasses.replace(encoded, read=0))
+        examples, _, report = self.encode(numbers)
         lengths = [len(example.tokens) - 1 for example in examples]
         rows = packed_rows(lengths, self.seq_len) if self.packing else [(i,) for i in range(len(examples))]
         order = np.random.default_rng(seed).permutation(len(rows))
         return Window(examples, [rows[i] for i in order], report)
+
+    def encode(self, numbers: Sequence[int]) -> tuple[list[Example], list[Triple], DropReport]:
+        """Return the documents of these rows that fit, the rows' triples, and the report of what was left out."""
+        triples, report = self.triples.read(numbers)
+        examples, encoded = encode_fitting(
+            triples, self.template, self.seq_len, too_long=self.too_long, bad_rows=self.triples.bad_rows
+        )
+        add_report(report, dataclasses.replace(encoded, read=0))
+        return examples, triples, report
 
 
 def add_report(total: DropReport, more: DropReport) -> None:

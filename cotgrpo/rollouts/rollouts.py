@@ -146,7 +146,8 @@ class Rollouts(abc.ABC):
 
     Args:
         template: splits replies into rationale and answer.
-        questions: what the student replies to.
+        questions: what the student replies to. A list is checked as a whole. Another sequence is read by index while
+            training, and checks what it reads.
         settings: sizes, and how often replies are used.
         seed: of the order of the questions, and of the draws.
         merged: returns the student's whole parameters for the trained ones (LoRA's adapters).
@@ -168,8 +169,9 @@ class Rollouts(abc.ABC):
     ) -> None:
         import grain
 
-        check_questions(questions, settings)
-        self.template, self.questions, self.settings = template, list(questions), settings
+        if isinstance(questions, list):
+            check_questions(questions, settings)
+        self.template, self.questions, self.settings = template, questions, settings
         self.merged, self.group = merged, group
         self.order = grain.MapDataset.range(len(questions)).seed(seed).shuffle().repeat(None)
         self.key = jax.random.fold_in(jax.random.key(seed), ROLLOUTS)
@@ -206,7 +208,8 @@ class Rollouts(abc.ABC):
         """Return the questions of batch `number`, one for each reply."""
         count = self.settings.replies // self.group
         first = number // self.settings.updates_per_rollout * count
-        return [self.questions[int(self.order[i])] for i in range(first, first + count) for _ in range(self.group)]
+        asked = [self.questions[int(self.order[i])] for i in range(first, first + count)]
+        return [question for question in asked for _ in range(self.group)]
 
     def padded(self, prompts: Sequence[RolloutPrompt]) -> Prompts:
         """Return what the student reads, padded."""

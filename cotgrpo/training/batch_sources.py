@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,9 @@ from cotgrpo.data.batches import REFUSED, fits, make_batches
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport
 from cotgrpo.data.sources import DataError
-from cotgrpo.data.streaming import StreamedBatches
+from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
 from cotgrpo.data.tokenizer import load_tokenizer
-from cotgrpo.data.triples import with_question
+from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import process_rows
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.models.decoder import make_student
@@ -90,13 +91,11 @@ def make_stage_batches(
 
 def check_streaming(config: Config, ghosts: Ghosts) -> None:
     """Raise ConfigError if the rows are streamed, and these ghosts need all of their questions in memory."""
-    prompts = isinstance(ghosts, TeacherModel | VerifiedReward) and bool(ghosts.prompts)
-    if config.data.streaming and not isinstance(ghosts, TeacherForced) and not prompts:
-        fix = " or name the files of the questions in grpo.ghosts.prompts"
+    if config.data.streaming and isinstance(ghosts, PrivilegedSelf | SelfReply):
         raise ConfigError(
             f"grpo.ghosts.source {ghosts.source} needs the questions of all training rows in memory, which "
-            "data.streaming leaves on disk: set data.streaming to false with fewer rows in data.train"
-            f"{fix if isinstance(ghosts, TeacherModel | VerifiedReward) else ''}."
+            "data.streaming leaves on disk. Set data.streaming to false, with fewer rows in data.train, or choose "
+            "another source."
         )
 
 
@@ -265,15 +264,20 @@ def completions_log(config: Config, folder: Path) -> CompletionsLog:
     return CompletionsLog(folder, config.grpo.log_every, COMPLETIONS_SHOWN)
 
 
-def rollout_prompts(ghosts: LiveGhosts | VerifiedReward, config: Config, inputs: StageInputs) -> list[RolloutPrompt]:
+def rollout_prompts(
+    ghosts: LiveGhosts | VerifiedReward, config: Config, inputs: StageInputs
+) -> Sequence[RolloutPrompt]:
     """Return what the student replies to: the rows of `grpo.ghosts.prompts`, or the training rows.
 
-    For `privileged_self` each also has the prompt that holds the solution.
+    For `privileged_self` each also has the prompt that holds the solution. Streamed rows are read by index.
     """
     template = inputs.template
     if isinstance(ghosts, TeacherModel | VerifiedReward) and ghosts.prompts:
         questions = read_prompts(ghosts, config, inputs)
         return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
+    if inputs.stream is not None:
+        report = inputs.reports["prompts"] = DropReport()
+        return StreamedPrompts(inputs.stream, config.data.seq_len - ghosts.max_new_tokens, report)
     found: dict[str, RolloutPrompt] = {}
     prompts = {example.source: example.tokens[: example.prompt_length] for example in inputs.train}
     for triple in inputs.train_triples:
@@ -282,18 +286,58 @@ def rollout_prompts(ghosts: LiveGhosts | VerifiedReward, config: Config, inputs:
             text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
             row = with_question(triple, text)
             teacher_prompt = template.prompt_of(row) if triple.context else template.prompt(text, triple.system)
-        question = Question(
-            triple.question,
-            triple.answer,
-            triple,
-            triple.source,
-            triple.system,
-            context=triple.context,
-            tools=triple.tools,
-        )
         asked = f"{triple.system}\n{triple.context or triple.question}"
-        found.setdefault(asked, RolloutPrompt(question, prompts[triple.source], teacher_prompt))
+        found.setdefault(asked, RolloutPrompt(asked_by(triple), prompts[triple.source], teacher_prompt))
     return list(found.values())
+
+
+def asked_by(triple: Triple) -> Question:
+    """Return the question of a training row, whose answer is the right one."""
+    return Question(
+        triple.question,
+        triple.answer,
+        triple,
+        triple.source,
+        triple.system,
+        context=triple.context,
+        tools=triple.tools,
+    )
+
+
+class StreamedPrompts(Sequence[RolloutPrompt]):
+    """What the student replies to, read by the row's number. In place of a row that is left out comes the next one.
+
+    Args:
+        stream: reads the rows.
+        columns: longest prompt.
+        report: counts the rows that were read and left out.
+
+    Raises:
+        DataError: from an index: a bad row, a document or prompt that does not fit, or no row that can be used.
+    """
+
+    def __init__(self, stream: WindowReader, columns: int, report: DropReport) -> None:
+        self.stream, self.columns, self.report = stream, columns, report
+        self[0]  # an error of the first row comes before the run begins
+
+    def __len__(self) -> int:
+        return len(self.stream.triples.files)
+
+    @overload
+    def __getitem__(self, number: int) -> RolloutPrompt: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[RolloutPrompt]: ...
+    def __getitem__(self, number: int | slice) -> RolloutPrompt | list[RolloutPrompt]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        for step in range(len(self)):
+            examples, triples, report = self.stream.encode([(number + step) % len(self)])
+            add_report(self.report, report)
+            for example, triple in zip(examples[-1:], triples, strict=False):
+                prompt = example.tokens[: example.prompt_length]
+                if fits(triple.source, len(prompt), self.columns, self.stream.too_long, self.report, "prompt"):
+                    return RolloutPrompt(asked_by(triple), prompt)
+        raise DataError(f"No training row can be used as a prompt. {self.report}")
 
 
 def read_prompts(ghosts: TeacherModel | VerifiedReward, config: Config, inputs: StageInputs) -> list[Question]:
