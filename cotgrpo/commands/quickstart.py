@@ -19,8 +19,8 @@ def add_options(parser: ArgumentParser) -> None:
         type=Literal["en", "zh"],
         default="en",
         metavar="{en,zh}",
-        help="language of the task: English, or Chinese with a chat student, whose defaults are format chat, "
-        "answer_format 答案是{answer}。, seq_len 208 and max_new_tokens 96 (default: en)",
+        help="language of the task: en for English, zh for Chinese with a chat student. In zh, these defaults differ: "
+        "data.format chat, data.answer_format, data.seq_len 208, sft.steps 1000, eval.max_new_tokens 96 (default: en)",
     )
     add_settings(parser, QUICKSTART, aliases={"run_dir": "--out"})
 
