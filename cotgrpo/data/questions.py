@@ -117,7 +117,7 @@ def questions_in(
 def notes_of(row: Row) -> tuple[Note, ...]:
     """Return the row's notes, and that its own answer was found in prose if that is the right answer."""
     own = row.prose if not row.gold and row.marked_correct is not False else ""
-    return (*row.notes, prose_note(row.source, row.answer, own)) if own else row.notes
+    return (*row.notes, prose_note("gold", row.source, row.answer, own)) if own else row.notes
 
 
 def question_of(row: Row) -> Question:

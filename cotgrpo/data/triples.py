@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cotgrpo.data.layouts.fields import Note, prose_note
 from cotgrpo.data.rows import BadRows, DropReport, LeftOut, Row, RowResult, check_usable, collect, read_rows
 from cotgrpo.data.sources import DataError, as_list
 
@@ -97,7 +98,11 @@ def triples_in(
             raise wrong
         return triple, (triple.system, str(triple.context or triple.question), triple.rationale, triple.answer)
 
-    return collect(rows, make, bad_rows=bad_rows, deduplicate=deduplicate)
+    def notes(row: Row) -> tuple[Note, ...]:
+        prose = prose_note("answer", row.source, row.answer, row.prose)
+        return (*row.notes, prose) if row.prose else row.notes
+
+    return collect(rows, make, bad_rows=bad_rows, deduplicate=deduplicate, notes=notes)
 
 
 def triple_of(row: Row) -> Triple:

@@ -385,10 +385,10 @@ def read_gold(golds: Sequence[Named], place: str, notes: list[Note]) -> tuple[st
                 f"Remove one, or name the right one: --data.columns '{{gold: {name}}}'."
             )
     if not states_answer(text):
-        notes.append(prose_note(place, gold, text))
+        notes.append(prose_note("gold", place, gold, text))
     return gold, ""
 
 
-def prose_note(place: str, gold: str, text: str) -> Note:
-    """Return the note of a right answer that was found in prose."""
-    return "gold read from prose", f"{place}: {gold!r} of {text!r:.60}"
+def prose_note(what: str, place: str, answer: str, text: str) -> Note:
+    """Return the note of an answer, or of a gold, that was found in prose."""
+    return f"{what} read from prose", f"{place}: {answer!r} of {text!r:.60}"
