@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from cotgrpo.data.answers import begins_with_number
+from cotgrpo.data.answers import begins_with_number, split_thought
 from cotgrpo.data.answers.extraction import find_answer
 
 ANSWER_FORMATS = {"plain": "#### {answer}", "think": "{answer}"}
@@ -73,6 +73,15 @@ class ReplyFormat:
         """
         if self.reasoning == "think":
             return self.split_thought(text.strip())
+        thought = split_thought(text)
+        rationale, answer = self.split_plain(text, cut_off=cut_off)
+        if thought.marked:
+            answer = None if thought.unclosed else self.split_plain(thought.text, cut_off=cut_off)[1]
+            rationale = rationale if self.mark in thought.text else thought.thought
+        return rationale, answer
+
+    def split_plain(self, text: str, *, cut_off: bool) -> tuple[str, str | None]:
+        """Split a reply without a thought in marks, as `split` does."""
         if (line := self.answer_line(text)) is not None:
             rationale, answer, rest = line
             return rationale.strip(), None if cut_off and not rest else answer

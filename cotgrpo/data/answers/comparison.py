@@ -11,6 +11,7 @@ from cotgrpo.data.answers.quantities import (
     number_in_base,
     parse_quantity,
     quantities_equal,
+    ratio,
     without_commands,
 )
 
@@ -116,11 +117,12 @@ def match_choices(left: str, right: str, depth: int) -> bool | None:
 def match_quantities(left: str, right: str, depth: int) -> bool | None:
     """Compare numbers with or without units, times of the day, and numbers in another base."""
     del depth
+    ratios = ratio(left), ratio(right)
     times = clock_time(left), clock_time(right)
-    if (times[0] is None) != (times[1] is None):
-        return False
     if times[0] is not None and times[1] is not None:
         return times[0][0] == times[1][0] and (not times[0][1] or not times[1][1] or times[0][1] == times[1][1])
+    if ratios != (None, None) or times != (None, None):
+        return ratios[0] == ratios[1] and None not in ratios
     if "_" in left + right:
         based = number_in_base(left), number_in_base(right)
         if based[0] is not None and based[1] is not None:
@@ -231,7 +233,8 @@ def equation_sides(text: str) -> tuple[str, str] | None:
     if match is None:
         return None
     last = match["right"].rpartition("=")[2].strip()
-    right = last if last and parse_quantity(last) is not None else match["right"].strip()
+    is_chain = "," not in match["right"] and parse_quantity(last) is not None
+    right = last if is_chain else match["right"].strip()
     return match["name"].strip(), right
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from cotgrpo.data.answers.characters import same_length
 from cotgrpo.data.answers.formulas import has_symbols, may_be_formula
-from cotgrpo.data.answers.numerals import LEADING_NUMBER, MULTIPLIER, NUMBER_IN_TEXT, SIGNED
+from cotgrpo.data.answers.numerals import LEADING_NUMBER, MULTIPLIER, NUMBER_IN_TEXT, SIGNED, WORDS_IN_TEXT
 from cotgrpo.data.answers.quantities import CURRENCY, parse_quantity
 from cotgrpo.data.answers.thoughts import split_thought
 
@@ -52,7 +52,23 @@ SENTENCE_END = re.compile(r"(?<![A-Z])(?<!Rs)(?<!approx)\.(?![0-9A-Za-z])|(?<=[A
 CLAUSE_END = re.compile(r"[,;]|\s[-—]\s|\s\(")
 ITEM_END = re.compile(r",(?![0-9]{3}(?![0-9]))\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|和|\s?\(")
 """After an item of a list in a sentence. A comma before three digits groups thousands."""
-REMARK = re.compile(r"\s*\((?=[^()\n]*[^\W\d_]{2})(?![^()]*=)[^()\n]{3,120}\)[.\s]*$")
+REMARK = re.compile(
+    r"(?:\s*\((?=[^()\n]*[^\W\d_]{2})(?![^()]*=)|(?<=[.!?])\s*\()[^()\n]{3,120}\)[.\s]*$"  # words, or its own sentence
+)
+REFERENCE = re.compile(
+    r"(?:\b(?:step|equation|part|case|figure|table|question|method|line|section|page|example)s? #?|第)$", re.I
+)
+"""Before a number that names a place in the reply."""
+TIME_OR_NUMBER = re.compile(
+    rf"(?<![0-9:])[0-9]{{1,3}}:[0-9]{{1,3}}(?::[0-9]{{2}})?(?: ?[apAP]\.?[mM]\b)?"
+    rf"|[0-9]{{4}}[-/.][0-9]{{1,2}}[-/.][0-9]{{1,2}}|{NUMBER_IN_TEXT.pattern}"
+)
+MATH = re.compile(
+    r"\$(?! )((?:(?![^\W\d_]{3,} )[^$\n]){1,200}?)(?<! )\$(?![0-9])|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\]"
+)
+"""A formula in a sentence: `$x = 2$`. `$5 and $` is none."""
+NAME_AND_NUMBER = re.compile(r"[A-Z]\w+ [0-9]{1,4}(?:, [0-9]{4})?")
+"""A date, such as `June 20`, or another name with a number in it."""
 STOP = re.compile(
     r"\s+(?:because|since|so|which|that|who|as|and|but|for|in|if|when|after|at|on|by|with|from|per|more|less|left|total|"
     r"altogether|remaining|each|every|he|she|they|we|it|is|are|was|were)\b",
@@ -63,6 +79,7 @@ GOES_ON = re.compile(r"\s*(?:[=+*/^_\\<>({:×÷-]|(?:times|plus|minus|divided|to
 """After a number that is the beginning of a formula or of a range."""
 LONGEST_SENTENCE = 2000
 LONGEST_UNIT = 40
+LONGEST_REMARK = LONGEST_MATH = 200
 SHORT_ANSWER_WORDS = 6
 
 
@@ -291,6 +308,8 @@ def leading_answer(sentence: str) -> str:
     items = leading_items(sentence)
     if items:
         return items
+    if NAME_AND_NUMBER.fullmatch(sentence):
+        return sentence
     clause = CLAUSE_END.split(sentence, maxsplit=1)[0].strip(" *_\"'$")
     if may_be_formula(clause) and has_symbols(clause) and not re.search(r"[^\W\d_]{3,} ", clause):
         return clause
@@ -346,15 +365,22 @@ def quantity_at(text: str) -> str:
 
 
 def find_last_number(text: str) -> Found | None:
-    """Find the last number, outside a remark in parentheses at the end."""
-    remark = REMARK.search(text[-200:])
+    """Find the last number, outside a remark in parentheses at the end; without digits, the last number in words."""
+    remark = REMARK.search(text[-LONGEST_REMARK:])
     if remark is not None:
-        shorter = text[: len(text) - len(text[-200:]) + remark.start()]
+        shorter = text[: max(len(text) - LONGEST_REMARK, 0) + remark.start()]
         text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
-    numbers = collections.deque(NUMBER_IN_TEXT.finditer(text), 1)
+    numbers = collections.deque(TIME_OR_NUMBER.finditer(text), 2)
     if not numbers:
-        return None
+        words = collections.deque(WORDS_IN_TEXT.finditer(text), 1)
+        return Found(words[0][0], words[0].start(), words[0].end(), "number") if words else None
     last = numbers.pop()
+    if numbers and REFERENCE.search(text[max(last.start() - 20, 0) : last.start()]):
+        last = numbers.pop()
+    for math in MATH.finditer(text, max(last.start() - LONGEST_MATH, 0)):
+        if math.start() < last.start() < math.end():
+            formula = next(part for part in math.groups() if part is not None).rpartition("=")[2].strip()
+            return Found(formula or last[0], math.start(), math.end(), "number")
     with_unit = quantity_at(text[last.start() : last.end() + LONGEST_UNIT])
     quantity = parse_quantity(with_unit)
     has_unit = quantity is not None and quantity.unit is not None and quantity.unit.dimension != ""

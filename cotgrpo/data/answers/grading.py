@@ -78,4 +78,6 @@ def grade(reply: str | None, gold: str) -> Grade:
 def is_bare_answer(text: str) -> bool:
     """Return whether a text is an answer as a whole, so that its last number alone is not: `2x + 42`, `10 oranges`."""
     bare = bare_text(text)
-    return parse_quantity(bare) is not None or ("=" not in bare and may_be_formula(bare) and not SHORT_WORD.search(bare))
+    return parse_quantity(bare) is not None or (
+        "=" not in bare and may_be_formula(bare) and not SHORT_WORD.search(bare)
+    )

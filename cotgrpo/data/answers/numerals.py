@@ -18,7 +18,7 @@ MIXED = r"[0-9]++ [0-9]++/[0-9]++(?![0-9/])"
 NOT_BINARY = r"(?<![0-9A-Za-z_\u0370-\u03ff.)\]}%$])(?<![0-9][^\W\da-zA-Z])(?<![0-9][^\W\da-zA-Z]{2})"
 """Before a sign: a minus after a number, a Latin letter, a closing bracket or a number with a unit is a subtraction."""
 SIGNED = (
-    rf"(?:{NOT_BINARY}[-+]\$?|\$-)?"
+    rf"(?:{NOT_BINARY}[-+]\$?|\$-|负|負|\bnegative )?"
     rf"(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
 )
 """Also `3/4` and `1 3/4`. A minus between two terms is not a sign: `5-3` ends in 3, `= -3` and `-$3` in -3."""
@@ -51,6 +51,7 @@ LATEX_FRACTION = re.compile(
     r"(?P<before>[0-9] *)?\\[dtc]?frac *(?:\{ *(?P<top>[-+]?[0-9.,]+) *\}|(?P<t>[0-9])) *"
     r"(?:\{ *(?P<bottom>[0-9.,]+) *\}|(?P<b>[0-9]))"
 )
+MINUS_WORD = re.compile(r"^(?:minus|negative|负|負|マイナス|минус|menos|moins) ?(?=[0-9.])", re.IGNORECASE)
 OTHER_GROUPS = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<spaces>[0-9]{1,3}(?: [0-9]{3}){1,9})|(?P<dots>[0-9]{1,3}(?:\.[0-9]{3}){2,9})"
     r"|(?P<quotes>[0-9]{1,3}(?:'[0-9]{3}){1,9})|(?P<indian>[0-9]{1,2}(?:,[0-9]{2}){1,5},[0-9]{3}))"
@@ -72,6 +73,13 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: value for value, word in enumerate(SMALL_NUMBERS.split())} | {
     word: 10 * ten for ten, word in enumerate(TENS.split(), 2)
 }
+NEXT_WORD = "|".join([*WORDS, "hundred", "thousand", "million"])
+WORDS_IN_TEXT = re.compile(
+    rf"\b(?:{'|'.join(list(WORDS)[2:])})(?:[ -](?:and |a )?(?:{NEXT_WORD}))*\b"
+    "|[零一二两三四五六七八九]*[十百千万亿][零一二两三四五六七八九十百千万亿]+",
+    re.IGNORECASE,
+)
+"""A number in words. `one` alone is a pronoun more often."""
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 
 
@@ -90,7 +98,7 @@ def numbers(text: str) -> tuple[Fraction, ...]:
     if len(text) > LONGEST_NUMBER:
         return ()
     text = LATEX_FRACTION.sub(write_fraction, text.replace("{,}", ",").replace("\\!", "").replace("\\,", ""))
-    text = " ".join(text.replace("\\%", "%").split())
+    text = MINUS_WORD.sub("-", " ".join(text.replace("\\%", "%").split()))
     match = WHOLE_NUMBER.fullmatch(text)
     if match is None:
         return other_numbers(text)

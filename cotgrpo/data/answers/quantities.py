@@ -30,6 +30,9 @@ NUMBER = (
 )
 NUMBER_FIRST = re.compile(rf"(?P<number>{NUMBER})(?P<space> ?)(?P<unit>.*)", re.DOTALL)
 NUMERAL_FIRST = re.compile(rf"(?P<number>{NUMERAL_ZH.pattern})(?P<space>)(?P<unit>.*)", re.DOTALL)
+COPULA = re.compile(r" ?(?:입니다|이에요|예요|です|である|だ|है|हैं)$")
+"""What ends a sentence in languages with the verb last."""
+RATIO = re.compile(r"[0-9.]{1,12}(?: ?: ?[0-9.]{1,12}){1,5}")
 CLOCK = re.compile(r"(?P<time>[0-9]{1,2}(?: ?: ?[0-9]{2}){1,2}) ?(?P<half>a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
 BASE = re.compile(r"(?P<digits>[0-9A-F]+)_ ?\{? ?(?P<base>[0-9]{1,2}) ?\}?")
 PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
@@ -100,7 +103,7 @@ def number_and_unit(text: str) -> Quantity | None:
         if match is None:
             continue
         values = numbers(match["number"].strip())
-        rest = match["unit"].strip(" .")
+        rest = COPULA.sub("", match["unit"].strip(" ."))
         if not values or not rest:
             return Quantity(values) if values else None
         currency = re.fullmatch(CURRENCY, rest)
@@ -122,6 +125,8 @@ def number_and_unit(text: str) -> Quantity | None:
 
 def quantities_equal(left: Quantity, right: Quantity) -> bool:
     """Return whether two quantities are equal. A unit on one side alone is ignored; two units must agree."""
+    if len(left.values) != len(right.values) and (left.unit or right.unit) is not None:
+        return False  # a percentage, and a quantity with a unit
     if left.unit is not None and right.unit is not None:
         if not units_agree(left.unit, right.unit):
             return False
@@ -130,6 +135,11 @@ def quantities_equal(left: Quantity, right: Quantity) -> bool:
     if len(left.values) == len(right.values):
         return left.values[0] == right.values[0]
     return not set(left.values).isdisjoint(right.values)
+
+
+def ratio(text: str) -> str | None:
+    """Return a ratio such as `3 : 4` without spaces; None if the text is none."""
+    return text.replace(" ", "") if RATIO.fullmatch(text) else None
 
 
 def clock_time(text: str) -> tuple[str, str] | None:

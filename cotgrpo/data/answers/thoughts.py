@@ -19,9 +19,10 @@ MARKS = (
 )
 """(opening, closing) marks. The opening one may be missing: many templates write it into the prompt."""
 AROUND_ANSWER = re.compile(
-    r"^\s*(?:<answer>|<\|begin_of_solution\|>|<\|START_RESPONSE\|>|<\|start\|>assistant)?"
+    r"^\s*(?:<answer>(?!.*</answer>)|<\|begin_of_solution\|>|<\|START_RESPONSE\|>|<\|start\|>assistant)?"
     r"\s*(?:<\|channel\|>final<\|message\|>)?"
-    r"|(?:</answer>|<\|end_of_solution\|>|<\|END_RESPONSE\|>|<\|return\|>)\s*$"
+    r"|(?:<\|end_of_solution\|>|<\|END_RESPONSE\|>|<\|return\|>)\s*$",
+    re.DOTALL,
 )
 """Marks around the text after the thought."""
 
@@ -56,18 +57,11 @@ def split_thought(text: str) -> Thought:
     """
     for opening, closing in MARKS:
         before, closed, after = text.rpartition(closing)
-        if closed and (opening in before or opening in MARKS[0]):
-            if opening in after:
-                return Thought(without(opening, text).strip(), "", marked=True, unclosed=True)
-            return Thought(without(opening, before).strip(), bare_reply(after), marked=True)
-        if text.lstrip().startswith(opening):
-            return Thought(text.strip().removeprefix(opening).strip(), "", marked=True, unclosed=True)
+        if closed and (opening in before or opening == MARKS[0][0]) and opening not in after:
+            return Thought(before.replace(opening, "").strip(), bare_reply(after), marked=True)
+        if opening in (after if closed else text):
+            return Thought(text.replace(opening, "").strip(), "", marked=True, unclosed=True)
     return Thought("", bare_reply(text))
-
-
-def without(mark: str, text: str) -> str:
-    """Return the text without a mark."""
-    return text.replace(mark, "")
 
 
 def bare_reply(text: str) -> str:

@@ -72,6 +72,11 @@ percent per pi tau phi theta alpha beta gamma delta lambda sigma omega sin cos t
 не или и y o und oder et ou
 """
 NOT_NOUNS = frozenset(NOT_NOUNS_TEXT.split())
+QUALIFIER = re.compile(
+    r" (?:old|long|tall|high|wide|deep|away|ago|each|apiece|left|more|less|remaining|altogether|together|(?:in )?total|"
+    r"in all|per person)$"
+)
+"""What may follow a unit without changing it."""
 MOST_WORDS = 5
 ATTACHED = frozenset(["m", "g", "s", "h", "L", "l", "t", "V", "W", "N", "J"])
 """Units of one letter that may stand right after the number; others there are variables: `2x`."""
@@ -115,9 +120,9 @@ def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
         text: without the number.
         attached: whether no space stands between the number and the text, as in `2x`.
     """
-    text = " ".join(text.split()).strip(" .")
+    text = QUALIFIER.sub("", " ".join(text.split()).strip(" ."))
     known = known_units()
-    for name in (text, text.lower(), text.lower().removesuffix(" each")):
+    for name in (text, text.lower()):
         if name in known and not (attached and len(name) == 1 and name.isascii() and name.isalpha()):
             return known[name]
     if text in ATTACHED:
