@@ -79,6 +79,7 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
     config.check_complete()
     started = time.monotonic()
     console = console or Console()
+    say(console, "reading the questions")
     questions, report, test = load_questions(config, console)
     say(console, f"questions: {report}")
     without = sum(not question.gold for question in questions)

@@ -210,7 +210,8 @@ def join_events(events: Sequence[object]) -> dict[str, Any]:
         for part in choices if isinstance(choices, list) else ():
             if not isinstance(part, dict) or part.get("index"):  # a second reply, which was not asked for
                 continue
-            delta = next((part[name] for name in ("delta", "message") if isinstance(part.get(name), dict)), {})
+            holders: list[dict[str, object]] = [part[n] for n in ("delta", "message") if isinstance(part.get(n), dict)]
+            delta = holders[0] if holders else {}
             for name, value in (delta | {"content": delta.get("content") or part.get("text")}).items():
                 pieces.setdefault(name, []).extend(value if isinstance(value, list) else [value])
             choice |= {name: part[name] for name in ("finish_reason", "usage") if part.get(name)}

@@ -34,7 +34,8 @@ CONTENT_FILTER = re.compile(
 
 VERDICT = re.compile(
     "support|invalid|illegal|only|must|should|range|deprecat|extra|unknown|unrecogni[sz]ed|unexpected|permitted|"
-    "allowed|enabled?|cannot|can't|instead|both|require|too (?:large|big|high|low|small)|"
+    "allowed|enabled?|cannot|can't|instead|both|require|too (?:large|big|high|low|small)|please|use |set |expect|wrong|"
+    "bad |reject|accept|"
     "支持|必须|必須|无效|非法|合法|范围|不能|"
     "请|错误|不正确|"  # Chinese
     "サポート|無効|必要|지원|유효",  # Japanese, Korean
@@ -48,7 +49,9 @@ WRONG_NAME = re.compile(
     "unsupport|(?:not|n't) support|unknown|unrecogni|unexpected|extra|deprecat|instead|permitted|不支持",
     re.IGNORECASE,
 )
-TOO_LARGE = re.compile("too (?:large|big|high|many)|exceed|range|at most|less than|maximum|范围|超过", re.I)
+OUT_OF_RANGE = re.compile(
+    "too (?:large|big|high|many)|exceed|range|at most|at least|less|greater|maximum|范围|超过", re.I
+)
 OF_PROMPT = re.compile("context|prompt|messages|input", re.IGNORECASE)
 SYSTEM = re.compile(
     r"system (?:role|message|prompt|instruction)|role.{0,40}system|['\"`]system['\"`]|developer instruction|"
@@ -150,27 +153,34 @@ def find_complaint(
         stream: `teacher.stream`.
         has_system: whether the request has a system message.
     """
-    words = error.message
-    if error.status not in COMPLAINT_STATUSES or not (error.param or VERDICT.search(words)):
+    if error.status not in COMPLAINT_STATUSES:
         return None
-    if form.stream and form.count_tokens and STREAM_OPTIONS.search(f"{error.param} {words}"):
-        return Complaint("The server refuses stream_options.", dataclasses.replace(form, count_tokens=False))
-    if LIMIT.search(f"{error.param} {words}"):
-        return limit_complaint(error, form)
-    if named := [name for name in sampling if re.search(rf"\b{name}\b", f"{error.param} {words}")]:
-        fixes = " or ".join(f"teacher.{name}: null" for name in named)
-        values = " and ".join(f"teacher.{name} {sampling[name]}" for name in named)
-        return Complaint(f"It refuses {values}. Set {fixes} to send none, or a value that the model takes.")
-    if has_system and SYSTEM.search(f"{error.param} {words}"):
-        return Complaint("It takes no system message. Leave prompt.system empty, and put its text in prompt.question.")
-    quoted = {error.param, *re.findall(r"['\"`]([\w.]+)['\"`]", words)}
-    if named := [name for name in extra if name in quoted]:
-        return Complaint(f"It refuses {named[0]}. Remove it from teacher.extra_body.")
-    if STREAM.search(f"{error.param} {words}"):
-        if stream == "auto":
-            return None if form.stream else Complaint("The server sends streams alone.", streaming(form))
-        return Complaint(f"It refuses teacher.stream {str(stream).lower()}. Set teacher.stream: auto.")
+    if not (error.param or VERDICT.search(error.message)):
+        return stream_complaint(form, stream) if stream == "auto" and STREAM.search(error.message) else None
+    for words in filter(None, (error.param, error.message)):  # a named field is a surer sign than the message
+        if form.stream and form.count_tokens and STREAM_OPTIONS.search(words):
+            return Complaint("The server refuses stream_options.", dataclasses.replace(form, count_tokens=False))
+        if LIMIT.search(words):
+            return limit_complaint(error, form)
+        if named := [name for name in sampling if re.search(rf"\b{name}\b", words)]:
+            fixes = " or ".join(f"teacher.{name}: null" for name in named)
+            values = " and ".join(f"teacher.{name} {sampling[name]}" for name in named)
+            return Complaint(f"It refuses {values}. Set {fixes} to send none, or a value that the model takes.")
+        if has_system and SYSTEM.search(words):
+            return Complaint("It takes no system message. Leave prompt.system empty, and use prompt.question alone.")
+        if STREAM.search(words):
+            return stream_complaint(form, stream)
+        quoted = re.findall(r"['\"`]([\w.]+)['\"`]", words)
+        if named := [name for name in extra if name in (words, *quoted)]:
+            return Complaint(f"It refuses {named[0]}. Remove it from teacher.extra_body.")
     return None
+
+
+def stream_complaint(form: RequestForm, stream: bool | Literal["auto"]) -> Complaint | None:
+    """Return the complaint about streams; None if `teacher.stream: auto` streams already."""
+    if stream == "auto":
+        return None if form.stream else Complaint("The server sends streams alone.", streaming(form))
+    return Complaint(f"It refuses teacher.stream {str(stream).lower()}. Set teacher.stream: auto.")
 
 
 def streaming(form: RequestForm) -> RequestForm:
@@ -180,7 +190,7 @@ def streaming(form: RequestForm) -> RequestForm:
 
 def limit_complaint(error: ServerError, form: RequestForm) -> Complaint | None:
     """Return the complaint about the longest reply: the other name of the field, or a smaller value."""
-    if TOO_LARGE.search(error.message) and not WRONG_NAME.search(error.message):
+    if OUT_OF_RANGE.search(error.message) and not WRONG_NAME.search(error.message):
         if OF_PROMPT.search(error.message):  # other prompts may be shorter
             return None
         return Complaint("It refuses the value of teacher.max_tokens. Set a value that the model takes.")

@@ -184,7 +184,7 @@ def test_questions_without_a_right_answer_are_named_before_the_first_request(tmp
             generate(server.url, tmp_path)
         assert not server.asked
         _, printed = generate(server.url, tmp_path, "--verify.without_gold", "unverified")
-    assert "have no right answer (verify.without_gold: unverified)" in printed.splitlines()[1]
+    assert "have no right answer (verify.without_gold: unverified)" in printed.splitlines()[2]
 
 
 TEST_QUESTION = "一个果园里有苹果树35棵，梨树比苹果树的2倍少8棵，这个果园一共有多少棵果树？"

@@ -33,6 +33,9 @@ def complaint_about(message: str, form: RequestForm = PLAIN, **more: Any) -> Any
         ("该模型仅支持流式输出", PLAIN, STREAM),
         ("stream must be true", PLAIN, STREAM),
         ("Non-streaming requests are not supported", PLAIN, STREAM),
+        ("no stream", PLAIN, STREAM),
+        ("请使用流式输出", PLAIN, STREAM),
+        ("Please use max_completion_tokens", PLAIN, RENAMED),
         (
             "Validation error at #/stream_options: Extra inputs are not permitted",
             STREAM,
@@ -60,6 +63,8 @@ def test_the_form_of_a_request_changes_by_itself(message: str, before: RequestFo
             "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default is supported.",
             "teacher.temperature: null",
         ),
+        ("temperature: bad value", "teacher.temperature: null"),
+        ("请将 temperature 设置为 1", "teacher.temperature: null"),
         ("invalid temperature: only 1 is allowed for this model", "teacher.temperature 0.7"),
         ("`temperature` is deprecated for this model.", "teacher.temperature: null"),
         ("`temperature` and `top_p` cannot both be specified for this model.", "teacher.top_p: null"),
@@ -101,6 +106,10 @@ def test_other_errors_are_no_complaints(message: str, more: dict[str, Any]) -> N
 def test_the_servers_own_field_name_is_enough() -> None:
     assert "teacher.temperature: null" in complaint_about("bad value", param="temperature").fix
     assert complaint_about("bad value", param="max_tokens").form == RENAMED
+    # The rest of the message may repeat the request.
+    assert complaint_about("stream must be true: {'max_tokens': 9}", param="stream").form == STREAM
+    assert "extra_body" in complaint_about("bad value", param="top_k").fix
+    assert "prompt.system" in complaint_about("bad value", param="messages[0].role").fix
 
 
 def test_a_stream_that_the_user_has_chosen() -> None:
