@@ -220,6 +220,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
     highest = max((row["high"] for _, _, row in rows if row), default=1.0)
     limit = min(1.0, axis(0.0, max(highest, 0.02), count=4)[1])
     left, right, each = 8, 20, 54
+    letters = (WIDTH - left) / LETTER  # of a line at full size
     bottom = 8 + each * len(rows)
     x = lambda fraction: left + (WIDTH - left - right) * fraction / limit
     parts, described = [], []
@@ -233,9 +234,11 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
         if row is not None:
             figures = f"{row['value']:.1%} ({row['low']:.1%} to {row['high']:.1%}, n = {row['n']:,})"
         described.append(f"{label}: {figures}")
-        name = escape_text(label)
+        name, length = escape_text(label), len(label) + len(figures)
+        smaller = f' style="font-size: {12 * letters / length:.1f}px"' if length > letters else ""
         parts.append(
-            f'<g style="{series_style(stage)}"><title>{name}: {figures}</title><text x="{left}" y="{top + 15}">'
+            f'<g style="{series_style(stage)}"><title>{name}: {figures}</title>'
+            f'<text x="{left}" y="{top + 15}"{smaller}>'
         )
         parts.append(f'<tspan class="name">{name}</tspan><tspan dx="8">{figures}</tspan></text>')
         box = f'x="{left}" y="{top + 23}" height="16" rx="3"'

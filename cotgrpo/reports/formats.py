@@ -13,8 +13,14 @@ UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 def printable(text: str) -> str:
     """Replace each character of `UNSHOWN` by a visible mark."""
-    mark = lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\N{REPLACEMENT CHARACTER}"
-    return UNSHOWN.sub(mark, text.replace("\r\n", "\n"))
+    return UNSHOWN.sub(lambda found: mark_of(ord(found[0])), text.replace("\r\n", "\n"))
+
+
+def mark_of(character: int) -> str:
+    """Return the visible mark of a character of `UNSHOWN`: the picture of a control, else U+FFFD."""
+    if character < 0x20:
+        return chr(0x2400 + character)
+    return "\N{SYMBOL FOR SUBSTITUTE FORM TWO}" if 0x80 <= character < 0xA0 else "\N{REPLACEMENT CHARACTER}"
 
 
 def escape_text(text: str) -> Markup:

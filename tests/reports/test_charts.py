@@ -117,6 +117,15 @@ def test_intervals_are_where_their_figures_are() -> None:
     )
 
 
+def test_a_long_line_of_text_is_smaller() -> None:
+    short, long = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}, {"value": 1.0, "low": 0.992, "high": 1.0, "n": 500}
+    root = drawn(interval_chart("", [("sft", "After SFT", short), ("on_policy", "After on-policy GRPO", long)]))
+    assert [text.get("style") for text in root.iter(f"{SVG}text") if text.find(f"{SVG}tspan") is not None] == [
+        None,
+        "font-size: 11.4px",
+    ]
+
+
 def test_a_chart_as_a_file_of_its_own() -> None:
     chart = interval_chart("A > B & \"C\" < 'D'", [("base", "<before>", None)])
     root = drawn(chart)
@@ -180,5 +189,6 @@ def test_marks_for_what_cannot_be_shown() -> None:
         escape_text("a\r\nb\tc\x00\x1b\ud800\u202e\ufffe<&\"'")
         == "a\nb\tc\u2400\u241b\ufffd\ufffd\ufffd&lt;&amp;&#34;&#39;"
     )
+    assert escape_text("\x80\x9f") == "\u2426\u2426"  # what an untrained student writes is often a C1 control
     for kept in ("\N{ZERO WIDTH JOINER}", "\u3000", "\N{NO-BREAK SPACE}", "\U0001f9d1\U0001f3fd"):
         assert escape_text(kept) == kept
