@@ -380,22 +380,28 @@ class ChatTemplate(AnyTemplate):
         """
         opening, closing = self.marks
         bare = before.rstrip()
-        opened = bare.endswith(opening)
+        opened, closed = bare.endswith(opening), bare.endswith(closing)
         if whole.startswith(before):
             reply = whole[len(before) :]
-            if closing in reply or not (thought or opened):
+            if not (thought or opened) or (closing in reply and thought in reply):
                 return reply
-            return self.built_thought(before, thought) + reply.lstrip()
-        closed = bare.endswith(closing)
-        header = bare.removesuffix(closing).rstrip().removesuffix(opening).rstrip()
-        if not (opened or (closed and self.reasoning == "plain")) or not whole.startswith(header):
-            raise self.not_a_prefix(before, whole, source)
-        reply = whole[len(header) :].lstrip()
-        if opened and reply.startswith(opening):
-            return reply.removeprefix(opening).lstrip()
-        if reply.startswith((opening, closing)):
-            reply = reply.partition(closing)[2].lstrip()
-        return self.built_thought(before, thought) + reply if opened else reply
+            if closed:
+                raise DataError(
+                    f"{source}: the prompt closes the thought ({before[-40:]!r}), so a reply cannot have one. "
+                    "Try data.reasoning: plain, or fix the template."
+                )
+        else:
+            header = bare.removesuffix(closing).rstrip().removesuffix(opening).rstrip()
+            if not (opened or (closed and self.reasoning == "plain")) or not whole.startswith(header):
+                raise self.not_a_prefix(before, whole, source)
+            reply = whole[len(header) :]
+        reply = reply.lstrip()
+        rest = reply.removeprefix(opening).lstrip()
+        if opened and closing in rest and not rest.startswith(closing) and rest != reply:
+            return rest  # the thought of the template, after other white space
+        if rest.startswith(closing) or (rest != reply and closing in rest):
+            rest = rest.partition(closing)[2].lstrip()
+        return self.built_thought(before, thought) + rest if opened or thought else rest
 
     def built_thought(self, before: str, thought: str) -> str:
         """Return a thought and its closing mark, as they follow a prompt that may have opened it."""
