@@ -121,7 +121,7 @@ BAD_ROWS = {
     "backwards": ({"messages": [{"role": r} for r in ("assistant", "user")]}, "'question' is empty"),
     "no reply": (
         {"messages": [{"role": r, "content": "hi"} for r in ("assistant", "user")]},
-        "missing field 'answer'.*the row has messages",
+        "the last message is the user.s: expected a reply",
     ),
     "no user": ({"messages": [{"role": "assistant", "content": "hi"}]}, "a user message.*got assistant"),
     "role": (

@@ -55,6 +55,17 @@ def is_chat(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
 
 
+def role_of(message: object) -> str | None:
+    """Return a message's role as chat templates name it; None if it has none that is known."""
+    said = next((message[key] for key in ROLE_KEYS if key in message), None) if isinstance(message, Mapping) else None
+    return ROLE_OF.get(fold(said)) if isinstance(said, str) else None
+
+
+def ends_in_reply(messages: object) -> bool:
+    """Return whether the last of some messages is the assistant's."""
+    return is_chat(messages) and isinstance(messages, Sequence) and role_of(messages[-1]) == "assistant"
+
+
 def parse_chat(messages: object, tools: object, place: str, name: str = "messages") -> Chat:
     """Parse a chat of one or several turns.
 
@@ -69,6 +80,9 @@ def parse_chat(messages: object, tools: object, place: str, name: str = "message
     """
     if isinstance(messages, str):
         messages = parse_json(messages)
+    if isinstance(messages, Mapping) and all(isinstance(column, list) for column in messages.values()):
+        names = list(messages)  # one list a field, as some Parquet files have them
+        messages = [dict(zip(names, values, strict=True)) for values in zip(*messages.values(), strict=False)]
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise bad_messages(place, name)
     if messages and all(isinstance(message, str) for message in messages):

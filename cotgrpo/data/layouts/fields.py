@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from cotgrpo.data.answers import answers_match, gold_answer, last_box, split_reply, split_thought
-from cotgrpo.data.layouts.chats import Chat, is_chat, parse_chat
+from cotgrpo.data.layouts.chats import Chat, ends_in_reply, is_chat, parse_chat, role_of
 from cotgrpo.data.layouts.columns import COLUMNS, Found, Named, describe_missing, fold, is_blank
 from cotgrpo.data.sources import DataError
 
@@ -58,8 +58,14 @@ def parse_text(value: object, name: str, place: str, *, numbers: bool = False) -
     if numbers and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
         value = str(value)
     if not isinstance(value, str):
+        nested = isinstance(value, Mapping)
         raise DataError(
-            f"{place}: field {name!r} must be text, got {type(value).__name__} {value!r:.40}. Make it a string."
+            f"{place}: field {name!r} must be text, got {type(value).__name__} {value!r:.40}. Make it a string"
+            + (
+                f", or name a value in it with data.columns, such as {name}.{next(iter(value), 'x')}."
+                if nested
+                else "."
+            )
         )
     try:
         value.encode("utf-8")
@@ -69,28 +75,41 @@ def parse_text(value: object, name: str, place: str, *, numbers: bool = False) -
 
 
 def read_chat(found: Found, place: str) -> Chat | None:
-    """Return the row's chat: `messages`, or a prompt and a completion that are lists of messages; None without one."""
-    named, asked, replied = chat_column(found), found.first("question"), found.first("completion")
-    if named is None and asked is not None and is_chat(asked[1]):
-        named = asked
-    tools = found.value("tools")
-    if replied is None or not is_chat(replied[1]) or not isinstance(replied[1], Sequence):
-        return None if named is None else parse_chat(named[1], tools, place, named[0])
-    if named is None or named is asked:
-        prompt = named[1] if named else [{"role": "user", "content": asked[1]}] if asked else []
-        whole = isinstance(prompt, Sequence) and list(replied[1][: len(prompt)]) == list(prompt)
-        messages = list(replied[1]) if whole or not isinstance(prompt, Sequence) else [*prompt, *replied[1]]
-        return parse_chat(messages, tools, place, replied[0])
-    chat = parse_chat(named[1], tools, place, named[0])
-    if chat.reply is None and isinstance(named[1], Sequence):
-        return parse_chat([*named[1], *replied[1]], tools, place, replied[0])
-    return chat
+    """Return the row's chat: `messages`, or a prompt and a completion that are lists of messages; None without one.
+
+    Raises:
+        DataError: messages that cannot be read.
+    """
+    asked, replied = found.first("question"), found.first("completion")
+    named = chat_column(found)
+    if named is None:
+        named = asked if asked is not None and is_chat(asked[1]) else history_column(found, place)
+    if replied is not None and is_chat(replied[1]) and (named is None or not ends_in_reply(named[1])):
+        prompt = list(named[1]) if named is not None and is_chat(named[1]) else []
+        if not prompt and asked is not None:
+            prompt = [{"role": "user", "content": asked[1]}]
+        whole = any(role_of(message) == "user" for message in replied[1])  # a preference that repeats the prompt
+        named = replied[0], [*([] if whole else prompt), *replied[1]]
+    return None if named is None else parse_chat(named[1], found.value("tools"), place, named[0])
+
+
+def history_column(found: Found, place: str) -> Named | None:
+    """Return the earlier turns of a row as a chat that ends in its question: `history`, pairs of user and assistant."""
+    history, asked = found.first("history"), found.first("question")
+    if history is None or asked is None or not isinstance(history[1], list) or not history[1]:
+        return None
+    turns = history[1]
+    if all(isinstance(pair, Sequence) and len(pair) == 2 for pair in turns):
+        roles = ("user", "assistant")
+        turns = [{"role": r, "content": text} for pair in turns for r, text in zip(roles, pair, strict=True)]
+    question = with_context((asked[0], parse_text(asked[1], asked[0], place)), found, place)
+    return history[0], [*turns, {"role": "user", "content": question}]
 
 
 def chat_column(found: Found) -> Named | None:
     """Return the column of the row's messages. One of another name than `messages` counts if it holds a list."""
     for name, value in found.all("messages"):
-        is_list = isinstance(value, Sequence) and (not isinstance(value, str) or value.lstrip().startswith("["))
+        is_list = value.lstrip().startswith("[") if isinstance(value, str) else isinstance(value, Sequence | Mapping)
         if is_list or fold(name) == "messages":
             return name, value
     return None
@@ -109,9 +128,9 @@ def read_question(found: Found, chat: Chat | None, place: str, notes: list[Note]
         named = [column for column in others if fold(column[0]) != "source" or "target" in found.row][:1]
     texts = [(name, parse_text(value, name, place)) for name, value in named]
     if chat is not None:
-        asked = {squeeze(text) for text in chat.asked}
+        asked = [squeeze(text) for text in chat.asked]
         for name, text in texts:
-            if squeeze(text) not in asked and asked:
+            if not any(squeeze(text) in turn for turn in asked):  # a message may have an instruction around it
                 notes.append((f"the chat and {name} in one row: the question is the chat's, {name} is not used", place))
         question = parse_text(chat.question, "question", place)
     else:
@@ -124,7 +143,7 @@ def read_question(found: Found, chat: Chat | None, place: str, notes: list[Note]
     if not question:
         blank = "question" if chat is not None else found.blank("question")
         raise DataError(f"{place}: {empty(blank) if blank else describe_missing('question', found.row)}")
-    options = read_options(found)
+    options = read_options(found) if chat is None else []
     if options and not all(option in question for _, option in options):
         question = "\n".join([question, *(f"{mark}. {option}" if mark else option for mark, option in options)])
     return question
@@ -153,7 +172,7 @@ def read_options(found: Found) -> list[tuple[str, str]]:
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         labels = value.get("label") or LETTERS
         return [(str(mark), str(text)) for mark, text in zip(labels, value["text"], strict=False)]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(len(str(mark)) <= 2 for mark in value):
         return [(str(mark), str(text)) for mark, text in value.items() if text is not None]
     if isinstance(value, str):
         return [("", value.strip())]
@@ -213,7 +232,7 @@ def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -
                 else:
                     notes.append((f"{name} and {other} in one row: {name} is the reply, {other} is not used", place))
         golds = golds if "gold" in found.named else [*golds, *answers]
-        if chat is not None and chat.reply is not None and chat.context:
+        if chat is not None and chat.context:
             return Reply("", with_thought(text, chat.thought), True, tuple(golds))
         thought = chat.thought if chat is not None and chat.thought else paired_thought(name, rationales, place)
         if squeeze(thought) not in squeeze(with_thought(text, thought)):
@@ -232,7 +251,7 @@ def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -
         blank = found.blank("answer")
         text = empty(blank) if blank else describe_missing("answer", found.row)
         return Reply(first_text(steps[0], place), "", golds=tuple(golds), problem=f"{place}: {text}")
-    return answer_alone(found, answers, place)
+    return answer_alone(found, chat, answers, place)
 
 
 def whole_replies(found: Found, chat: Chat | None, place: str) -> list[tuple[str, str]]:
@@ -273,22 +292,27 @@ def with_thought(text: str, thought: str) -> str:
 
 
 def one_reply(text: str, name: str, place: str) -> Reply:
-    """Return a reply in one text, split into steps and answer."""
+    """Return a reply in one text, split into steps and answer.
+
+    A number somewhere in prose or in code is not its answer. After a thought, the whole text then is.
+    """
     rationale, answer = split_reply(text)
     thought = split_thought(text)
+    marked = is_marked(thought.text)
+    if not marked and (gold_answer(thought.text) is None or "```" in thought.text):
+        answer = None
     if answer is None and thought.marked:
         answer = thought.text or None
     if answer and rationale == text.strip() and is_bare(text, answer):
         rationale = ""
     if rationale and answer:
-        prose = "" if is_marked(thought.text) or squeeze(thought.text) == squeeze(answer) else thought.text
-        return Reply(rationale, answer, prose=prose)
-    names = f"{' or '.join(COLUMNS['rationale'][:3])} or solution"
+        return Reply(rationale, answer, prose="" if marked or thought.text == answer else thought.text)
     if thought.unclosed:
         problem = f"the thought in {name!r} never ends. Remove the row."
     elif answer is None and text.endswith("####"):
         problem = f"field {name!r} is empty after '####'. Fill it in or remove the row."
     else:
+        names = f"{' or '.join(COLUMNS['rationale'][:3])} or solution"
         problem = (
             f"no rationale: expected a field {names}, or a reply with '#### answer' or '</think>' in it. Add the field."
         )
@@ -329,12 +353,17 @@ def steps_and_answer(found: Found, steps: list[Named], answers: list[Named], pla
     return Reply(rationale, answer, golds=(*found.all("gold"), *answers[1:]))
 
 
-def answer_alone(found: Found, answers: list[Named], place: str) -> Reply:
+def answer_alone(found: Found, chat: Chat | None, answers: list[Named], place: str) -> Reply:
     """Return the reply of a row without steps: `answer` may be a whole reply, or only the right answer."""
     golds = (*found.all("gold"), *answers[1:])
     if not answers:
         blank = found.blank("answer", "completion")
-        text = no_reply(golds[0][0]) if golds else empty(blank) if blank else describe_missing("answer", found.row)
+        text = empty(blank) if blank else describe_missing("answer", found.row)
+        if golds:
+            text = no_reply(golds[0][0])
+        elif chat is not None:
+            what = "is empty" if chat.reply == "" else "is the user's"
+            text = f"the last message {what}: expected a reply. Cut the chat before it."
         return Reply(golds=golds, problem=f"{place}: {text}")
     name, value = answers[0]
     text = parse_text(value, name, place, numbers=True)
