@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from cotgrpo.data.answers import split_reply
+from cotgrpo.data.answers import split_reply, split_thought
 
 Ending = Literal["whole", "cut off", "refused", "broken off"]
 
@@ -59,7 +59,7 @@ class TeacherReply:
     @property
     def whole_text(self) -> str:
         """The reply as one text, with the thought of a field in marks. A thought alone is the reply itself."""
-        if self.reasoning and self.text:
+        if self.reasoning and self.text and not split_thought(self.text).marked:  # some servers send it twice
             thought = self.reasoning.replace("<think>", "").replace("</think>", "").strip()
             return f"<think>\n{thought}\n</think>\n\n{self.text}"
         return self.text or self.reasoning

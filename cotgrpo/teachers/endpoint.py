@@ -43,6 +43,8 @@ NO_KEY = "none"
 """Sent if no key is needed: the client insists on one."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 VARIABLE_NAME = re.compile("[A-Z_][A-Z0-9_]*")
+LONG_TEXT = 12
+"""Characters of a message that a server may repeat in an error. Shorter ones may be the server's own words."""
 MOST_FORMS = 4
 """Forms of a request that are tried, one after the other."""
 
@@ -272,8 +274,9 @@ class EndpointTeacher:
     def complaint(self, error: ServerError, request: Request, form: RequestForm) -> Complaint | None:
         """Return the server's complaint about a field of the request, if it is one."""
         message = error.message
-        for turn in request.messages:  # words of a question that the server repeats are not the server's
-            message = message.replace(str(turn.get("content") or ""), "")
+        for text in (turn["content"] for turn in request.messages):
+            if len(text) >= LONG_TEXT:  # words of a question that the server repeats are not the server's
+                message = message.replace(text, "")
         settings, has_system = self.settings, any(turn["role"] == "system" for turn in request.messages)
         return find_complaint(
             dataclasses.replace(error, message=message),
@@ -296,6 +299,8 @@ class EndpointTeacher:
         if error.status in FATAL_STATUSES:
             status = f"HTTP {error.status}; model {settings.model!r}"
             return TeacherError(f"The teacher at {where} {FATAL_STATUSES[error.status]} ({status}). {fix}")
+        if complaint is not None and not complaint.of_every_request:
+            return AttemptFailed(f"HTTP {error.status}", f"{complaint.fix} {error.message}", retryable=False)
         if complaint is not None:
             return TeacherError(
                 f"The teacher at {where} refuses a setting (HTTP {error.status}; model {settings.model!r}). "

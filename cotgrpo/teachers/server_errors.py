@@ -35,7 +35,7 @@ CONTENT_FILTER = re.compile(
 VERDICT = re.compile(
     "support|invalid|illegal|only|must|should|range|deprecat|extra|unknown|unrecogni[sz]ed|unexpected|permitted|"
     "allowed|enabled?|cannot|can't|instead|both|require|too (?:large|big|high|low|small)|please|use |set |expect|wrong|"
-    "bad |reject|accept|"
+    "bad |reject|accept|exceed|maximum|minimum|larger|greater|"
     "支持|必须|必須|无效|非法|合法|范围|不能|"
     "请|错误|不正确|"  # Chinese
     "サポート|無効|必要|지원|유효",  # Japanese, Korean
@@ -52,6 +52,7 @@ WRONG_NAME = re.compile(
 OUT_OF_RANGE = re.compile(
     "too (?:large|big|high|many)|exceed|range|at most|at least|less|greater|maximum|范围|超过", re.I
 )
+CONTEXT = re.compile("context[ _](?:length|window|size)|上下文", re.IGNORECASE)
 OF_PROMPT = re.compile("context|prompt|messages|input", re.IGNORECASE)
 SYSTEM = re.compile(
     r"system (?:role|message|prompt|instruction)|role.{0,40}system|['\"`]system['\"`]|developer instruction|"
@@ -126,10 +127,12 @@ class Complaint:
     Attributes:
         fix: the setting that mends it, as a sentence.
         form: another form of the request that the server may take, or None: only the user can mend it.
+        of_every_request: whether every request would be refused.
     """
 
     fix: str
     form: RequestForm | None = None
+    of_every_request: bool = True
 
 
 def find_complaint(
@@ -160,7 +163,7 @@ def find_complaint(
     for words in filter(None, (error.param, error.message)):  # a named field is a surer sign than the message
         if form.stream and form.count_tokens and STREAM_OPTIONS.search(words):
             return Complaint("The server refuses stream_options.", dataclasses.replace(form, count_tokens=False))
-        if LIMIT.search(words):
+        if LIMIT.search(words) or CONTEXT.search(words):
             return limit_complaint(error, form)
         if named := [name for name in sampling if re.search(rf"\b{name}\b", words)]:
             fixes = " or ".join(f"teacher.{name}: null" for name in named)
@@ -188,11 +191,13 @@ def streaming(form: RequestForm) -> RequestForm:
     return dataclasses.replace(form, stream=True)
 
 
-def limit_complaint(error: ServerError, form: RequestForm) -> Complaint | None:
+def limit_complaint(error: ServerError, form: RequestForm) -> Complaint:
     """Return the complaint about the longest reply: the other name of the field, or a smaller value."""
-    if OUT_OF_RANGE.search(error.message) and not WRONG_NAME.search(error.message):
-        if OF_PROMPT.search(error.message):  # other prompts may be shorter
-            return None
+    is_context = CONTEXT.search(error.message) is not None
+    if is_context or (OUT_OF_RANGE.search(error.message) and not WRONG_NAME.search(error.message)):
+        if is_context or OF_PROMPT.search(error.message):  # other prompts may be shorter
+            fix = "Prompt and reply do not fit into the model's context. Set a smaller teacher.max_tokens."
+            return Complaint(fix, of_every_request=False)
         return Complaint("It refuses the value of teacher.max_tokens. Set a value that the model takes.")
     other: LimitField = "max_tokens" if form.limit_field == "max_completion_tokens" else "max_completion_tokens"
     fix = f"The server refuses {form.limit_field}. Set teacher.token_limit_field: {other}."

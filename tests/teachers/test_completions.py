@@ -99,6 +99,7 @@ def test_a_thought_in_any_field(message: dict[str, Any]) -> None:
         ({"content": "", "reasoning": f"{THOUGHT}</think>{TEXT}"}, f"{THOUGHT}</think>{TEXT}"),
         ({"reasoning_content": f"<think>{THOUGHT}</think>{TEXT}"}, f"<think>{THOUGHT}</think>{TEXT}"),
         ({"content": TEXT, "reasoning_content": THOUGHT}, f"<think>\n{THOUGHT}\n</think>\n\n{TEXT}"),
+        ({"content": f"<think>{THOUGHT}</think>{TEXT}", "reasoning": THOUGHT}, f"<think>{THOUGHT}</think>{TEXT}"),
         ({"content": TEXT}, TEXT),
     ],
 )

@@ -362,7 +362,8 @@ def test_a_system_message_that_the_server_refuses() -> None:
         ([Answer(completion("3 + 4 = 7", "insufficient_system_resource"))], "reply broke off (insufficient"),
         ([Answer({"error": {"message": "busy", "code": 503}})], "HTTP 503"),
         ([Answer({"choices": None, "usage": None})], "reply has no choice"),
-        ([refusal("temperature: What is 3 + 4? I do not like it.")], "HTTP 400"),
+        ([refusal("I should not answer: What is 3 + 4, the temperature?")], "HTTP 400"),
+        ([refusal("max_tokens is too large for the context")], "HTTP 400"),
     ],
 )
 def test_an_attempt_that_brings_half_a_reply_fails(answers: list[Answer], reason: str) -> None:
@@ -370,7 +371,7 @@ def test_an_attempt_that_brings_half_a_reply_fails(answers: list[Answer], reason
     left = [*answers]
     with LoopbackServer(lambda asked: left.pop(0)) as running:
         settings = EndpointSettings(running.url, "m", retry_delay=0.01, retries=len(answers) - 1)
-        (found,) = ask(EndpointTeacher(settings), "What is 3 + 4?").values()
+        (found,) = ask(EndpointTeacher(settings), "What is 3 + 4, the temperature?").values()
     assert isinstance(found, Failure) and found.reason.startswith(reason) and not left
     assert found.attempts == len(answers)
 

@@ -94,7 +94,6 @@ def test_a_setting_of_the_users_is_named(message: str, fix: str) -> None:
         ("The system is busy, only try again", {}),
         ("temperature: 3", {}),  # a question's words
         ("System role not supported", {"has_system": False}),
-        ("This model's maximum context length is 4096 tokens, max_tokens exceeds what the messages leave", {}),
         ("only 1 temperature is allowed", {"status": 500}),
         ("Unsupported value: 'stream' does not support true with this model.", {"form": STREAM}),
     ],
@@ -110,6 +109,20 @@ def test_the_servers_own_field_name_is_enough() -> None:
     assert complaint_about("stream must be true: {'max_tokens': 9}", param="stream").form == STREAM
     assert "extra_body" in complaint_about("bad value", param="top_k").fix
     assert "prompt.system" in complaint_about("bad value", param="messages[0].role").fix
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 4096 tokens, max_tokens exceeds what the messages leave",
+        "'max_tokens' or 'max_completion_tokens' is too large: 32000. The context has 16384, the input 900 tokens.",
+        "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.",
+        "输入超过模型的最大上下文长度，请缩短",
+    ],
+)
+def test_a_prompt_that_is_too_long_is_one_requests_fault(message: str) -> None:
+    found = complaint_about(message)
+    assert found.form is None and not found.of_every_request and "teacher.max_tokens" in found.fix
 
 
 def test_a_stream_that_the_user_has_chosen() -> None:
