@@ -20,7 +20,7 @@ def add_options(parser: ArgumentParser) -> None:
         default="en",
         metavar="{en,zh}",
         help="language of the task: en for English, zh for Chinese with a chat student. In zh, these defaults differ: "
-        "data.format chat, data.answer_format, data.seq_len 208, sft.steps 1000, eval.max_new_tokens 96 (default: en)",
+        "data.format chat, data.answer_format, data.seq_len 208, eval.max_new_tokens 96 (default: en)",
     )
     add_settings(parser, QUICKSTART, aliases={"run_dir": "--out"})
 

@@ -83,12 +83,11 @@ QUICKSTART = Config(
 
 QUICKSTARTS = {
     "en": QUICKSTART,
-    # A reply of sentences has more tokens, and is learned in fewer steps.
+    # A reply of sentences has more tokens.
     "zh": dataclasses.replace(
         QUICKSTART,
         tokenizer=TokenizerConfig(path=str(TEACHERS["zh"])),
         data=DataConfig(seq_len=208, loss_on="completion", format="chat", answer_format="答案是{answer}。"),
-        sft=dataclasses.replace(QUICKSTART.sft, steps=1_000, eval_every=250),
         eval=dataclasses.replace(QUICKSTART.eval, max_new_tokens=96),
     ),
 }
