@@ -26,15 +26,16 @@ NEXT_QUESTION = re.compile(
 NOUN = (
     r"(?:\banswers?\b(?: (?:choice|option|key))?|答案|(?<![解回问作应報])答(?=\s*[:,])|答え|解答|正解|정답|(?<!\w)답|"
     r"\b(?:ответ(?:ом)?|відповідь|відповіддю|respuesta|réponse|antwort|lösung|resposta|risposta|odpowied[źz]|cevap|yanıt|"
-    r"jawaban(?:nya)?|antwoord|svaret|svar|απάντηση|đáp án|đáp số)\b|คำตอบ|الإجابة|الجواب|الاجابة|पाठ|उत्तर|উত্তর|תשובה|"
+    r"jawaban(?:nya)?|antwoord|svaret|svar|απάντηση|đáp án|đáp số)\b|คำตอบ|الإجابة|الجواب|الاجابة|उत्तर|উত্তর|תשובה|"
     r"پاسخ|جواب)"
 )
 GAP = (
-    r"(?:\s*[\])*_]{1,4})?(?:\s+(?:to|for|of|in|the|as)\b[^\n.:=]{1,50}?|\s*\([^()\n]{1,30}\)|\s+(?:final[ea]?|correcta?|"
-    r"النهائية|الصحيحة|النهائي|choice|option|number))?"
+    r"(?:\s*[\])*_]{1,4})?(?:\s+(?:to|for|of|in|the|as)\b[^\n.:=]{1,50}?(?=\s(?:is|are|was|would|will|should|must)\b|\s?[:=])"
+    r"|\s*\([^()\n]{1,30}\)|\s+(?:final[ea]?|correcta?|النهائية|الصحيحة|النهائي|choice|option|number))?"
 )
+"""Between the noun and the verb: "to the first question", "(in dollars)"."""
 VERB = (
-    r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|to|là|"
+    r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|là|"
     r"adalah|равен|равно|это|будет|wynosi|är|είναι)\b|应该?[是为]|[是为為选選]|等于|는|은|이|は|が|คือ|هي|هو|है|হলো|היא|"
     r"است)(?: (?:therefore|thus|then|simply|just|clearly|exactly|approximately|about|option|choice)\b)*)?"
 )

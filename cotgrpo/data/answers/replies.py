@@ -6,7 +6,7 @@ import re
 
 from cotgrpo.data.answers.characters import same_length
 from cotgrpo.data.answers.extraction import SENTENCE_END, find_answer
-from cotgrpo.data.answers.numerals import NUMBER_IN_TEXT
+from cotgrpo.data.answers.numerals import NUMBER_IN_TEXT, WORDS_IN_TEXT
 from cotgrpo.data.answers.thoughts import split_thought
 
 LONGEST_BARE_ANSWER = 200
@@ -67,7 +67,9 @@ def gold_answer(text: str) -> str | None:
     if not is_prose(reply.text):
         return reply.text or None
     sentences = [part for part in SENTENCE_END.split(same_length(reply.text)) if part.strip()]
-    return found.answer if found is not None and sentences and NUMBER_IN_TEXT.search(sentences[-1]) else None
+    last = sentences[-1] if sentences else ""
+    has_number = NUMBER_IN_TEXT.search(last) is not None or WORDS_IN_TEXT.search(last) is not None
+    return found.answer if found is not None and has_number else None
 
 
 def is_prose(text: str) -> bool:
