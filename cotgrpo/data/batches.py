@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +27,14 @@ ENCODED_AT_ONCE = 1_024
 """Rows that a template renders and tokenizes together."""
 REFUSED = "refused by the template"
 """The reason for rows left out because the template cannot write them."""
+DOCUMENTS_BETWEEN_REPORTS = 16_384
+
+Progress = Callable[[int], None]
+"""Called with the number of rows that are done."""
+
+
+def no_progress(done: int) -> None:
+    """Show nothing."""
 
 
 def make_examples(
@@ -29,7 +44,8 @@ def make_examples(
     *,
     too_long: Literal["error", "drop"] = "error",
     bad_rows: BadRows = "error",
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = no_progress,
+    workers: int = 0,
 ) -> tuple[list[Example], DropReport]:
     """Tokenize triples. A document of n tokens takes n - 1 of the `seq_len` positions: its last token is only a target.
 
@@ -42,12 +58,13 @@ def make_examples(
         too_long: "error" stops at the first document that does not fit; "drop" counts it in the report.
         bad_rows: "error" stops at the first row that the template refuses; "drop" counts it in the report.
         progress: called with the number of triples that are done.
+        workers: processes that tokenize; 0: this one.
 
     Raises:
         DataError: a document that does not fit, a row that the template refuses, or no document at all.
     """
     examples, report = encode_fitting(
-        triples, template, seq_len, too_long=too_long, bad_rows=bad_rows, progress=progress
+        triples, template, seq_len, too_long=too_long, bad_rows=bad_rows, progress=progress, workers=workers
     )
     if not examples:
         raise DataError(f"No document fits into {seq_len} positions. {report}")
@@ -62,7 +79,8 @@ def encode_fitting(
     too_long: Literal["error", "drop"],
     prompts: Sequence[np.ndarray | None] | None = None,
     bad_rows: BadRows = "error",
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = no_progress,
+    workers: int = 0,
 ) -> tuple[list[Example], DropReport]:
     """Tokenize triples as `make_examples` does; there may be no example. `prompts` are the triples' prompt tokens."""
     for name, value in (("too_long", too_long), ("bad_rows", bad_rows)):
@@ -70,10 +88,9 @@ def encode_fitting(
             raise ValueError(f'{name} must be "error" or "drop", got {value!r}.')
     report = DropReport(read=len(triples))
     examples: list[Example] = []
-    for start in range(0, len(triples), ENCODED_AT_ONCE):
-        rows = triples[start : start + ENCODED_AT_ONCE]
-        known = None if prompts is None else prompts[start : start + ENCODED_AT_ONCE]
-        for found in template.encode_batch(rows, known):
+    done = 0
+    for encoded in encoded_rows(triples, template, prompts, workers):
+        for found in encoded:
             if not isinstance(found, DataError):
                 longest = max(found, key=lambda example: len(example.tokens))
                 if fits(longest.source, len(longest.tokens) - 1, seq_len, too_long, report):
@@ -82,8 +99,58 @@ def encode_fitting(
                 raise found
             else:
                 report.drop(REFUSED, str(found))
-        progress(min(start + ENCODED_AT_ONCE, len(triples)))
+        done += len(encoded)
+        progress(done)
     return examples, report
+
+
+def encoded_rows(
+    triples: Sequence[Triple], template: AnyTemplate, prompts: Sequence[np.ndarray | None] | None, workers: int
+) -> Iterator[list[list[Example] | DataError]]:
+    """Yield what the template's `encode_batch` returns for `ENCODED_AT_ONCE` triples at a time, in order."""
+    starts = range(0, len(triples), ENCODED_AT_ONCE)
+    rows = [triples[start : start + ENCODED_AT_ONCE] for start in starts]
+    known = [None if prompts is None else prompts[start : start + ENCODED_AT_ONCE] for start in starts]
+    if workers == 0 or len(starts) < 2:
+        yield from map(template.encode_batch, rows, known)
+        return
+    with worker_pool(template.encode_batch, workers) as pool:
+        try:
+            yield from pool.map(call_work, rows, known)
+        except BrokenProcessPool as error:
+            raise worker_ended() from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+WORK: list[Callable[..., Any]] = []
+"""In a worker process, the function that it calls."""
+
+
+def worker_pool(work: Callable[..., Any], workers: int) -> ProcessPoolExecutor:
+    """Return processes that call `work`, which is sent to each of them once, through `call_work`."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, start_worker, (pickle.dumps(work),))
+
+
+def start_worker(work: bytes) -> None:
+    """Set up a worker process. It leaves signals to its parent, and ends when the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    WORK.append(pickle.loads(work))
+
+
+def call_work(*arguments: Any) -> Any:
+    """Call the function of a worker process."""
+    return WORK[0](*arguments)
+
+
+def worker_ended() -> DataError:
+    """Return the error for a worker process that was killed."""
+    return DataError("A process that tokenizes rows has ended (out of memory?). Lower data.num_workers.")
 
 
 def fits(
@@ -122,6 +189,7 @@ def make_batches(
     shuffle: bool = True,
     num_epochs: int | None = None,
     only_rows: Sequence[int] | None = None,
+    progress: Progress = no_progress,
 ) -> grain.DatasetIterator[SftBatch]:
     """Return an iterator of `SftBatch`es of NumPy arrays, `[batch_size, seq_len]`.
 
@@ -139,6 +207,7 @@ def make_batches(
         num_epochs: at least 1, or None: endless.
         only_rows: the rows that this process needs of a batch shared by several processes; it leaves the others empty.
             None: all. The content of a row and the iterator's position do not depend on it.
+        progress: called with the number of documents that are packed.
 
     Returns:
         A `grain.DatasetIterator`. `get_state()` is a JSON-able dict of the position after the last batch taken.
@@ -158,7 +227,7 @@ def make_batches(
         raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
     check_examples(examples, seq_len)
     lengths = [len(example.tokens) - 1 for example in examples]
-    rows = packed_rows(lengths, seq_len) if packing else [(i,) for i in range(len(examples))]
+    rows = packed_rows(lengths, seq_len, progress) if packing else [(i,) for i in range(len(examples))]
     mine = set(range(batch_size) if only_rows is None else only_rows)
 
     def fill(batch: Sequence[tuple[int, ...]]) -> SftBatch:
@@ -186,12 +255,13 @@ def check_examples(examples: Sequence[Example], seq_len: int) -> None:
             raise DataError(f"{place}: no token is supervised (an all-zero loss mask). Leave it out.")
 
 
-def packed_rows(lengths: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
+def packed_rows(lengths: Sequence[int], seq_len: int, progress: Progress = no_progress) -> list[tuple[int, ...]]:
     """Choose the documents that share a row, by best fit decreasing: longest first, into the fullest row with room.
 
     Args:
         lengths: positions of each document, in [1, seq_len].
         seq_len: positions of a row.
+        progress: called with the number of documents that have a row.
 
     Returns:
         Indices of documents, ascending in a row, rows by their first. Every document is in one row.
@@ -199,7 +269,9 @@ def packed_rows(lengths: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
     rows: list[list[int]] = []
     with_room: list[list[list[int]]] = [[] for _ in range(seq_len + 1)]  # index n: the rows with n positions left
     rooms = 0  # bit n is set if with_room[n] has a row
-    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for done, document in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        if not done % DOCUMENTS_BETWEEN_REPORTS:
+            progress(done)
         length = lengths[document]
         enough = rooms >> length
         if enough:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cotgrpo.data.answers import gold_answer
-from cotgrpo.data.batches import REFUSED, encode_fitting, fits
+from cotgrpo.data.batches import REFUSED, Progress, encode_fitting, fits, no_progress
 from cotgrpo.data.layouts.fields import Note, prose_note
-from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, read_rows
+from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, counted, read_rows
 from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.template import AnyTemplate, Example
 from cotgrpo.data.triples import Triple, triple_of
@@ -67,6 +67,7 @@ def read_questions(
     columns: Mapping[str, str] | None = None,
     row_function: str = "",
     require_columns: bool = True,
+    progress: Progress = no_progress,
 ) -> tuple[list[Question], DropReport]:
     """Read questions from the sources of `read_triples`, and from rows without a reply.
 
@@ -81,6 +82,7 @@ def read_questions(
         need_gold: False also accepts rows without a right answer.
         columns, row_function: as in `read_triples`. No row needs to have the columns of the reply.
         require_columns: False: no row needs to have any of `columns`, as in test sets of another layout.
+        progress: called with the number of rows that were read.
 
     Returns:
         The questions in order, and the report of the rows left out.
@@ -91,7 +93,7 @@ def read_questions(
     names = as_list(sources)
     optional = NOT_ASKED if require_columns else tuple(columns or ())
     rows = read_rows(names, split, columns=columns, row_function=row_function, optional=optional)
-    questions, report = questions_in(rows, bad_rows=bad_rows, need_gold=need_gold)
+    questions, report = questions_in(counted(rows, progress), bad_rows=bad_rows, need_gold=need_gold)
     check_usable(questions, names, report)
     return questions, report
 
@@ -145,6 +147,7 @@ def make_held_out(
     *,
     too_long: Literal["error", "drop"] = "error",
     bad_rows: BadRows = "error",
+    progress: Progress = no_progress,
 ) -> tuple[list[Question], list[Example], dict[str, DropReport]]:
     """Return the questions for exact match and the examples for the held-out loss that fit into the window.
 
@@ -156,6 +159,7 @@ def make_held_out(
         seq_len: the window, in positions.
         too_long: "error" stops at the first prompt or reference reply that does not fit; "drop" counts it.
         bad_rows: "error" stops at the first prompt or reference reply that the template refuses; "drop" counts it.
+        progress: called with the number of reference replies that are done.
 
     Returns:
         The questions with their `prompt`, the tokenized reference replies (maybe none), and the reports of either, as
@@ -185,6 +189,7 @@ def make_held_out(
         too_long=too_long,
         prompts=[question.prompt for question in answered],
         bad_rows=bad_rows,
+        progress=progress,
     )
     replies.read = len(fitting)
     for question in fitting:

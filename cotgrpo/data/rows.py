@@ -29,6 +29,8 @@ from cotgrpo.data.layouts.fields import squeeze as squeeze
 from cotgrpo.data.layouts.own import OwnLayout
 from cotgrpo.data.sources import DataError, raw_rows
 
+ROWS_BETWEEN_REPORTS = 64
+"""Of progress."""
 EXAMPLES_KEPT = 3
 """Places that a `DropReport` keeps for each reason."""
 BadRows = Literal["error", "drop"]
@@ -174,6 +176,17 @@ def parse_rows(
             yield row if isinstance(row, DataError) else parse_row(row, place, own, split)
         except (DataError, LeftOut) as error:
             yield error
+
+
+def counted(rows: Iterable[T], progress: Callable[[int], None]) -> Iterator[T]:
+    """Yield the rows, and call `progress` now and then with the number of those that were used."""
+    done = 0
+    for row in rows:
+        yield row
+        done += 1
+        if not done % ROWS_BETWEEN_REPORTS:
+            progress(done)
+    progress(done)
 
 
 def collect(

@@ -14,15 +14,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -30,7 +27,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from cotgrpo.atomic_files import read_json, whole_file, write_json
-from cotgrpo.data.batches import encode_fitting, filled, packed_rows, shifted
+from cotgrpo.data.batches import (
+    Progress,
+    call_work,
+    encode_fitting,
+    filled,
+    no_progress,
+    packed_rows,
+    shifted,
+    worker_ended,
+    worker_pool,
+)
 from cotgrpo.data.layouts.own import OwnLayout
 from cotgrpo.data.questions import Question, questions_in
 from cotgrpo.data.rows import EXAMPLES_KEPT, BadRows, DropReport, RowResult, parse_rows
@@ -51,12 +58,6 @@ ROW = np.dtype([("file", "<u2"), ("line", "<u4"), ("start", "<i8"), ("length", "
 LINES_BETWEEN_REPORTS = 20_000
 ROWS_CHECKED = 16 * WINDOW
 """Rows in which a column that `data.columns` names has to be found."""
-
-Progress = Callable[[int], None]
-
-
-def no_progress(done: int) -> None:
-    """Show nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +405,13 @@ class StreamedBatches:
         self.windows = -(-self.count // window)  # of an epoch
         self.end = None if num_epochs is None else num_epochs * self.windows
         self.report, self.on_epoch = DropReport() if report is None else report, on_epoch
-        self.executor, self.work = start_workers(reader, workers)
+        self.executor: Executor
+        self.work: Callable[[list[int], tuple[int, int]], Window]
+        if workers:
+            self.executor, self.work = worker_pool(reader, workers), call_work
+        else:
+            # A copy: a tokenizer must not be used by two threads at once.
+            self.executor, self.work = ThreadPoolExecutor(1), pickle.loads(pickle.dumps(reader))
         self.close = weakref.finalize(self, self.executor.shutdown, wait=False, cancel_futures=True)
         self.lookahead = max(workers, 1)
         self.pending: dict[int, Future[Window]] = {}
@@ -461,9 +468,7 @@ class StreamedBatches:
         try:
             return self.pending.pop(window).result()
         except BrokenProcessPool as error:
-            raise DataError(
-                "A process that tokenizes rows has ended (out of memory?): lower data.num_workers."
-            ) from error
+            raise worker_ended() from error
 
     def observed(self) -> Metrics:
         """Return the share of rows that were left out, of those read for the newest batch."""
@@ -504,34 +509,3 @@ class StreamedBatches:
         if self.row:
             self.current = self.take(self.next_window)
             self.next_window += 1
-
-
-Work = Callable[[list[int], tuple[int, int]], Window]
-
-
-def start_workers(reader: WindowReader, workers: int) -> tuple[Executor, Work]:
-    """Return an executor, and the function that it calls to read a window."""
-    if workers == 0:
-        # A copy: a tokenizer must not be used by two threads at once.
-        own: WindowReader = pickle.loads(pickle.dumps(reader))
-        return ThreadPoolExecutor(1, thread_name_prefix="rows"), own
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, start_worker, (pickle.dumps(reader),)), read_window
-
-
-READERS: collections.deque[WindowReader] = collections.deque(maxlen=1)
-"""The reader of a worker process."""
-
-
-def start_worker(reader: bytes) -> None:
-    """Set up a worker process. It leaves signals to its parent, and ends when the parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    READERS.append(pickle.loads(reader))
-
-
-def read_window(numbers: list[int], seed: tuple[int, int]) -> Window:
-    """Read a window in a worker process."""
-    return READERS[0](numbers, seed)

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from cotgrpo.data.rows import counted
+
 SECONDS_BETWEEN_LINES = 15.0
 """In a log."""
 SECONDS_BEFORE_A_LINE = 2.0
 """A phase that takes less prints no line."""
 SECONDS_BETWEEN_UPDATES = 0.1
 """Of a bar. Work on a row may take less than an update."""
-ITEMS_BETWEEN_UPDATES = 64
 
 T = TypeVar("T")
 
@@ -123,14 +124,8 @@ class PhaseProgress(CountProgress):
         self.update(done)
 
     def over(self, rows: Iterable[T]) -> Iterator[T]:
-        """Yield the rows, and count those that were taken."""
-        done = self.done
-        for row in rows:
-            yield row
-            done += 1
-            if not done % ITEMS_BETWEEN_UPDATES:
-                self.update(done)
-        self.update(done)
+        """Yield the rows, and count those that were used."""
+        return counted(rows, self)
 
     def __exit__(self, *exception: Any) -> None:
         """Remove the bar. After a long phase, print a line."""

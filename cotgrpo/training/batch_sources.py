@@ -35,6 +35,7 @@ from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import process_rows
 from cotgrpo.logs.completions import CompletionsLog
+from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import open_folder
@@ -45,7 +46,7 @@ from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
-from cotgrpo.training.inputs import Model, StageInputs
+from cotgrpo.training.inputs import QUIET, Model, StageInputs
 from cotgrpo.training.loop import BatchSource
 from cotgrpo.training.mesh import check_model
 from cotgrpo.training.steps import StageName
@@ -62,7 +63,7 @@ def make_stage_batches(
     inputs: StageInputs,
     weights: StageWeights,
     folder: Path,
-    console: Console | None = None,
+    console: Console = QUIET,
 ) -> BatchSource:
     """Return what a stage learns from.
 
@@ -72,7 +73,7 @@ def make_stage_batches(
         inputs: rows and student.
         weights: the student's before the first step.
         folder: of the stage, for completions and replies.
-        console: where streamed rows print what was left out; None: nowhere.
+        console: where the progress goes.
 
     Raises:
         ConfigError: ghosts that need the training rows in memory, with `data.streaming`.
@@ -80,11 +81,11 @@ def make_stage_batches(
     ghosts = TeacherForced() if stage == "sft" else config.grpo.ghosts
     check_streaming(config, ghosts)
     if isinstance(ghosts, LiveGhosts):
-        return live_batches(ghosts, config, inputs, weights, folder)
+        return live_batches(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, SelfReply):
         return self_reply_batches(ghosts, config, inputs, weights, folder)
     if isinstance(ghosts, VerifiedReward):
-        return group_relative_batches(ghosts, config, inputs, weights, folder)
+        return group_relative_batches(ghosts, config, inputs, weights, folder, console)
     batch_size = getattr(config, stage).batch_size
     return text_batches(config, inputs, batch_size, own_rows(inputs.model, batch_size), console)
 
@@ -112,7 +113,7 @@ def text_batches(
     inputs: StageInputs,
     batch_size: int,
     only_rows: Sequence[int] | None = None,
-    console: Console | None = None,
+    console: Console = QUIET,
 ) -> BatchSource:
     """Return packed batches of the training rows. Each process fills only `only_rows`.
 
@@ -123,9 +124,8 @@ def text_batches(
         report = inputs.reports["training rows"] = DropReport()
 
         def on_epoch(epochs: int) -> None:
-            if console is not None:
-                text = f"epoch {epochs}: all rows are read. Rows of all epochs so far: {report}"
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
+            text = f"epoch {epochs}: all rows are read. Rows of all epochs so far: {report}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
         return StreamedBatches(
             inputs.stream,
@@ -136,18 +136,25 @@ def text_batches(
             report=report,
             on_epoch=on_epoch,
         )
-    return make_batches(
-        inputs.train,
-        batch_size=batch_size,
-        seq_len=data.seq_len,
-        seed=config.seed,
-        packing=data.packing,
-        only_rows=only_rows,
-    )
+    with PhaseProgress("packing rows", console, len(inputs.train)) as progress:
+        return make_batches(
+            inputs.train,
+            batch_size=batch_size,
+            seq_len=data.seq_len,
+            seed=config.seed,
+            packing=data.packing,
+            only_rows=only_rows,
+            progress=progress,
+        )
 
 
 def live_batches(
-    ghosts: LiveGhosts, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+    ghosts: LiveGhosts,
+    config: Config,
+    inputs: StageInputs,
+    weights: StageWeights,
+    folder: Path,
+    console: Console = QUIET,
 ) -> OnPolicyBatches:
     """Return the batches of a stage with live ghosts. `privileged_self` keeps a copy of `weights`.
 
@@ -185,18 +192,23 @@ def live_batches(
         teacher_params,
         model.student,
         inputs.template,
-        rollout_prompts(ghosts, config, inputs),
+        rollout_prompts(ghosts, config, inputs, console),
         settings,
         seed=config.seed,
         merged=weights.merged,
-        forced=text_batches(config, inputs, forced_rows) if forced_rows else None,
+        forced=text_batches(config, inputs, forced_rows, console=console) if forced_rows else None,
         completions=completions_log(config, folder),
         mesh=model.mesh,
     )
 
 
 def group_relative_batches(
-    ghosts: VerifiedReward, config: Config, inputs: StageInputs, weights: StageWeights, folder: Path
+    ghosts: VerifiedReward,
+    config: Config,
+    inputs: StageInputs,
+    weights: StageWeights,
+    folder: Path,
+    console: Console = QUIET,
 ) -> GroupRelativeBatches:
     """Return the batches for the objective group_relative. Raises DataError as `live_batches` does."""
     model = inputs.model
@@ -204,7 +216,7 @@ def group_relative_batches(
     return GroupRelativeBatches(
         jit_eval(sampler, model.mesh),
         inputs.template,
-        rollout_prompts(ghosts, config, inputs),
+        rollout_prompts(ghosts, config, inputs, console),
         RolloutSettings(
             config.grpo.batch_size,
             config.data.seq_len,
@@ -265,7 +277,7 @@ def completions_log(config: Config, folder: Path) -> CompletionsLog:
 
 
 def rollout_prompts(
-    ghosts: LiveGhosts | VerifiedReward, config: Config, inputs: StageInputs
+    ghosts: LiveGhosts | VerifiedReward, config: Config, inputs: StageInputs, console: Console
 ) -> Sequence[RolloutPrompt]:
     """Return what the student replies to: the rows of `grpo.ghosts.prompts`, or the training rows.
 
@@ -273,7 +285,7 @@ def rollout_prompts(
     """
     template = inputs.template
     if isinstance(ghosts, TeacherModel | VerifiedReward) and ghosts.prompts:
-        questions = read_prompts(ghosts, config, inputs)
+        questions = read_prompts(ghosts, config, inputs, console)
         return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
     if inputs.stream is not None:
         report = inputs.reports["prompts"] = DropReport()
@@ -340,19 +352,23 @@ class StreamedPrompts(Sequence[RolloutPrompt]):
         raise DataError(f"No training row can be used as a prompt. {self.report}")
 
 
-def read_prompts(ghosts: TeacherModel | VerifiedReward, config: Config, inputs: StageInputs) -> list[Question]:
+def read_prompts(
+    ghosts: TeacherModel | VerifiedReward, config: Config, inputs: StageInputs, console: Console
+) -> list[Question]:
     """Read and tokenize the questions of `grpo.ghosts.prompts`, without those of the test.
 
     What was left out is added to the reports of `inputs`.
     """
     data = config.data
-    questions, report = read_questions(
-        ghosts.prompts,
-        split=data.train_split,
-        bad_rows=data.bad_rows,
-        columns=data.columns,
-        row_function=data.row_function,
-    )
+    with PhaseProgress("reading questions", console) as progress:
+        questions, report = read_questions(
+            ghosts.prompts,
+            split=data.train_split,
+            bad_rows=data.bad_rows,
+            columns=data.columns,
+            row_function=data.row_function,
+            progress=progress,
+        )
     inputs.reports["prompts"] = report
     columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in inputs.test_questions}
     kept = []

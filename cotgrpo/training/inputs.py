@@ -163,17 +163,25 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
         DataError, ConfigError, ModelError: problems of the data, the settings or the pretrained student.
     """
     data = config.data
+    console.print(f"reading {', '.join(map(str, as_list(train_files(config))))}", highlight=False, soft_wrap=True)
     if data.streaming:
         return load_streamed_inputs(config, folder, origin, console)
     train, test, reports = read_train_and_test(config, console)
     model = model_of(config, folder, origin, train, console)
     template = model.template(data.loss_on)
-    examples, reports["training sequences"] = make_examples(
-        train, template, data.seq_len, too_long=data.too_long, bad_rows=data.bad_rows
-    )
+    with PhaseProgress("tokenizing rows", console, len(train)) as progress:
+        examples, reports["training sequences"] = make_examples(
+            train,
+            template,
+            data.seq_len,
+            too_long=data.too_long,
+            bad_rows=data.bad_rows,
+            progress=progress,
+            workers=data.num_workers,
+        )
     fitting = {example.source for example in examples}
     triples = [triple for triple in train if triple.source in fitting]
-    return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test)
+    return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test, console)
 
 
 def load_streamed_inputs(config: Config, folder: Path, origin: Path | None, console: Console) -> StageInputs:
@@ -187,13 +195,21 @@ def load_streamed_inputs(config: Config, folder: Path, origin: Path | None, cons
     model = model_of(config, folder, origin, sample, console)
     template = model.template(data.loss_on)
     stream = WindowReader(rows, template, data.seq_len, data.too_long, data.packing)
-    return with_test_rows(StageInputs(model, template, [], [], [], [], reports, stream), test)
+    return with_test_rows(StageInputs(model, template, [], [], [], [], reports, stream), test, console)
 
 
-def load_eval_inputs(config: Config, console: Console = QUIET) -> StageInputs:
-    """Read the held-out rows only, for the model at `student.path`.
+def load_eval_inputs(
+    config: Config, console: Console = QUIET, folder: Path | None = None, origin: Path | None = None
+) -> StageInputs:
+    """Read the held-out rows only, for the model at `student.path` or the student of a run.
 
     These are the rows of `data.test`, or those that a run would hold out.
+
+    Args:
+        config: the settings.
+        console: where the progress goes.
+        folder: the folder of a stage whose student is measured; None: the model at `student.path`.
+        origin: as in `load_inputs`.
 
     Raises:
         DataError, ConfigError, ModelError: as `load_inputs` does.
@@ -208,29 +224,38 @@ def load_eval_inputs(config: Config, console: Console = QUIET) -> StageInputs:
         raise ConfigError(
             "data.test is empty: name at least one .jsonl or .parquet file of held-out rows, or a hub id."
         )
-    model = pretrained_model(config)
-    return with_test_rows(StageInputs(model, model.template(config.data.loss_on), [], [], [], [], reports), test)
+    model = pretrained_model(config) if folder is None else model_of(config, folder, origin, [])
+    inputs = StageInputs(model, model.template(config.data.loss_on), [], [], [], [], reports)
+    return with_test_rows(inputs, test, console)
 
 
-def with_test_rows(inputs: StageInputs, test: list[Question]) -> StageInputs:
+def with_test_rows(inputs: StageInputs, test: list[Question], console: Console) -> StageInputs:
     """Return the inputs with the held-out rows that fit into the window."""
     model, data = inputs.model, inputs.model.config.data
-    questions, replies, reports = make_held_out(
-        test, model.template("completion"), data.seq_len, too_long=data.too_long, bad_rows=data.bad_rows
-    )
+    with PhaseProgress("tokenizing held-out rows", console, len(test)) as progress:
+        questions, replies, reports = make_held_out(
+            test,
+            model.template("completion"),
+            data.seq_len,
+            too_long=data.too_long,
+            bad_rows=data.bad_rows,
+            progress=progress,
+        )
     return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=inputs.reports | reports)
 
 
 def read_test_rows(config: Config, console: Console) -> tuple[list[Question], DropReport]:
     """Return the rows of `data.test`, and what was left out."""
     data = config.data
-    return read_questions(
-        data.test,
-        split=data.test_split,
-        bad_rows=data.bad_rows,
-        columns=data.columns,
-        row_function=data.row_function,
-    )
+    with PhaseProgress("reading held-out rows", console) as progress:
+        return read_questions(
+            data.test,
+            split=data.test_split,
+            bad_rows=data.bad_rows,
+            columns=data.columns,
+            row_function=data.row_function,
+            progress=progress,
+        )
 
 
 def index_train_and_test(
