@@ -326,6 +326,15 @@ def test_a_right_answer_that_is_prose(tmp_path: Path) -> None:
     (question,), report = read_questions(path)
     assert question.gold == "31" and report.noted == {"gold read from prose": 1}
     assert f"1 noted, gold read from prose: {path}:1: '31' of 'We add 11 and 20" in str(report)
+    for text, gold in (
+        ("A hen lays 12 eggs.", "12"),
+        ("It is 12 in all.", "12"),
+        ("Paris", "Paris"),
+        ("It is in Paris.", "It is in Paris."),
+    ):
+        jsonl(path, {"question": Q, "response": f"{S}\n#### {gold}", "answer": text})
+        (question,), _ = read_questions(path)
+        assert question.gold == gold and question.reference is not None
     proof = "Let the sum be even. " * 20 + "\nThen the claim follows."
     for row in ({"answer": proof}, {"gold": proof}, {"response": "r #### 12", "answer": proof}):
         jsonl(path, {"question": Q} | row)
@@ -337,6 +346,32 @@ def test_a_right_answer_that_is_prose(tmp_path: Path) -> None:
             read_questions(path)
         with pytest.raises(DataError, match=r"rows.jsonl:1: "):
             read_triples(path)
+
+
+def test_a_number_in_prose_or_code_is_not_the_answer() -> None:
+    code = "Use this:\n```python\nprint(7)\n```\nIt runs in O(n^2)."
+    advice = "There are 3 good reasons to do so.\nThey are cheap, they are quick and they last.\nTry them at once."
+    for text in (code, advice):
+        triple = triple_of(parse_row({"question": Q, "response": f"{THOUGHT}{text}"}, "f:1"))
+        assert (triple.rationale, triple.answer) == (S, text)
+        assert "f:1: no rationale" in parse_row({"question": Q, "response": text}, "f:1").not_a_triple
+
+
+def test_history_is_context() -> None:
+    row = {"instruction": "And in 5 days?", "input": "", "output": "15.", "system": "s", "history": [[Q, "12"]]}
+    triple = triple_of(parse_row(row, "f:1"))
+    assert triple.context == tuple(chat(Q, "12", "And in 5 days?")) and triple.verbatim and triple.system == "s"
+    assert parse_row(row | {"history": [], "output": "r #### 15"}, "f:1").context == ()
+
+
+def test_messages_in_other_forms() -> None:
+    """As JSON text, and as one list a field; a column of another kind with such a name is not a chat."""
+    said = chat(Q, f"{S}\n#### 12")
+    for messages in (json.dumps(said), {"role": ["user", "assistant"], "content": [m["content"] for m in said]}):
+        assert parse_row({"messages": messages}, "f:1").answer == "12"
+    assert (
+        parse_row(LAYOUTS["GSM8K"][0] | {"turns": 2, "chat": "no", "options": {"temperature": 1}}, "f:1").question == Q
+    )
 
 
 TURNS = chat("Hi", "Hello!", Q, f"{THOUGHT}12 eggs, I think.")

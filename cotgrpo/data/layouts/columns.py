@@ -121,7 +121,7 @@ class Found:
             self._add(folded, str(name), value)
             if folded in NESTED:
                 inner = dig(row, f"{name}.{NESTED[folded].partition('.')[2]}")
-                self._add(fold(NESTED[folded]), NESTED[folded], inner)
+                self._add(fold(NESTED[folded]), NESTED[folded], unwrap(inner))
         for found in self._filled.values():
             found.sort(key=lambda ranked: ranked[0])
 
@@ -170,6 +170,12 @@ def dig(row: Mapping[str, object], path: str) -> object:
         else:
             value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def unwrap(value: object) -> object:
+    """Return the item of a list of one, also of one that is written as JSON text; other values as they are."""
+    listed = parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    return listed[0] if isinstance(listed, list) and len(listed) == 1 else value
 
 
 def parse_json(text: str) -> object:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from cotgrpo.data.answers import answers_match, gold_answer, last_box, split_reply, split_thought
+from cotgrpo.data.answers import answers_match, extract_answer, gold_answer, grade, last_box, split_reply, split_thought
 from cotgrpo.data.layouts.chats import Chat, ends_in_reply, is_chat, parse_chat, role_of
 from cotgrpo.data.layouts.columns import COLUMNS, Found, Named, describe_missing, fold, is_blank
 from cotgrpo.data.sources import DataError
@@ -15,6 +15,8 @@ Note = tuple[str, str]
 """What is noted in the report of rows, and its place with details."""
 VERDICTS = ("correctness_math_verify", "correctness_llama")
 """Lists of whether each of a row's `generations` is right."""
+LEAST_WORDS = 3
+"""Words of a sentence."""
 LONGEST_QUANTITY = 60
 """Characters of an answer with its unit."""
 LETTERS = "ABCDEFGHIJ"
@@ -58,14 +60,11 @@ def parse_text(value: object, name: str, place: str, *, numbers: bool = False) -
     if numbers and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
         value = str(value)
     if not isinstance(value, str):
-        nested = isinstance(value, Mapping)
+        inner = next(iter(value), "0") if isinstance(value, Mapping) else 0
+        nested = isinstance(value, Mapping | Sequence)
+        hint = f", or name a value in it with data.columns, such as {name}.{inner}." if nested else "."
         raise DataError(
-            f"{place}: field {name!r} must be text, got {type(value).__name__} {value!r:.40}. Make it a string"
-            + (
-                f", or name a value in it with data.columns, such as {name}.{next(iter(value), 'x')}."
-                if nested
-                else "."
-            )
+            f"{place}: field {name!r} must be text, got {type(value).__name__} {value!r:.40}. Make it a string{hint}"
         )
     try:
         value.encode("utf-8")
@@ -322,6 +321,8 @@ def one_reply(text: str, name: str, place: str) -> Reply:
 def is_bare(text: str, answer: str) -> bool:
     """Return whether a text is nothing but its answer, such as `42 apples`, and unlike `6 * 7 = 42`."""
     bare = squeeze(text).strip(" .$*")
+    if is_marked(bare):
+        return bare.startswith("\\boxed{") and bare.endswith("}")
     short = len(bare) <= LONGEST_QUANTITY and "=" not in bare
     return bare == squeeze(answer).strip(" .$*") or (short and answers_match(bare, answer))
 
@@ -403,19 +404,27 @@ def read_gold(golds: Sequence[Named], place: str, notes: list[Note]) -> tuple[st
         DataError: a column that is not text, or two right answers that disagree.
     """
     texts = [(name, parse_text(value, name, place, numbers=True)) for name, value in golds]
-    read = [(name, text, answer) for name, text in texts if (answer := gold_answer(text)) is not None]
+    read = [(name, text, answer) for name, text in texts if (answer := read_answer(text)) is not None]
     if not read:
         return "", not_an_answer(*texts[0], place) if texts else ""
     name, text, gold = read[0]
-    for other, _, answer in read[1:]:
-        if squeeze(answer) != squeeze(gold) and not answers_match(answer, gold):
+    for other, other_text, answer in read[1:]:
+        if not (squeeze(answer) == squeeze(gold) or grade(other_text, gold).correct or grade(text, answer).correct):
             raise DataError(
                 f"{place}: two right answers disagree: {name!r} has {gold!r:.40}, {other!r} has {answer!r:.40}. "
                 f"Remove one, or name the right one: --data.columns '{{gold: {name}}}'."
             )
-    if not states_answer(text):
+    if gold != text and not is_marked(text):
         notes.append(prose_note("gold", place, gold, text))
     return gold, ""
+
+
+def read_answer(text: str) -> str | None:
+    """Return the answer in a right answer: as `gold_answer`; of a sentence such as `Tom has 7 apples.`, the number."""
+    answer = gold_answer(text)
+    words = sum(any(map(str.isalpha, word)) for word in text.split())
+    is_sentence = (text.endswith(".") and words >= LEAST_WORDS) or text.endswith("。")
+    return extract_answer(text) or answer if answer == text and is_sentence else answer
 
 
 def prose_note(what: str, place: str, answer: str, text: str) -> Note:
