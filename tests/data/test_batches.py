@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cotgrpo.data.batches import make_batches, make_examples, packed_rows, packing_efficiency
 from cotgrpo.data.template import Example, Template
 from cotgrpo.data.tokenizer import train_tokenizer
-from cotgrpo.data.triples import DataError, read_triples
+from cotgrpo.data.triples import DataError, Triple, read_triples
 from cotgrpo.types import SftBatch
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
@@ -203,6 +203,25 @@ def test_order_and_seeds() -> None:
     assert sorted(first) == sorted(second) and first != second != sorted(second)
     assert rows(0) == [first, second]
     assert rows(1)[0] != first
+
+
+def test_processes_tokenize_the_same_documents() -> None:
+    """In order, with the errors and counts of one process, and the progress of the rows."""
+    template = Template(train_tokenizer([], vocab_size=260))
+    triples = [Triple(f"{n}?", "<sep>" if n == 2050 else "r" * (n % 50), str(n), source=f"f:{n}") for n in range(2100)]
+    for workers in (0, 2):
+        done: list[int] = []
+        options: dict[str, Any] = {"too_long": "drop", "bad_rows": "drop", "workers": workers, "progress": done.append}
+        examples, report = make_examples(triples, template, 50, **options)
+        assert done == [1024, 2048, 2100]
+        if workers == 0:
+            expected, expected_report = examples, report
+            assert report.dropped["refused by the template"] == 1 and report.dropped["too long"] > 10
+    assert report == expected_report and len(examples) == len(expected) == report.kept
+    for one, other in zip(examples, expected, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.supervised, other.supervised)
+        assert (one.source, one.prompt_length) == (other.source, other.prompt_length)
 
 
 def test_bad_arguments() -> None:
