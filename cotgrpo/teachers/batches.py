@@ -36,6 +36,8 @@ WINDOW = "24h"
 """The only completion window that providers offer."""
 ENDED = ("completed", "failed", "expired", "cancelled", "canceled")
 """Statuses of a batch that will not change. Providers have different words for the others."""
+QUEUE_FULL = re.compile("enqueued|queue.{0,20}(?:limit|full)|token_limit_exceeded|too many batches", re.IGNORECASE)
+"""Errors of a batch that has too many others before it."""
 BATCHES_SEARCHED = 1000
 """Newest batches of the account that are searched for one whose creation was interrupted."""
 HASH_LENGTH = 40
@@ -93,7 +95,8 @@ class BatchTeacher:
                 self.start(client, batch, sent)
             there = {name for batch in sent for name in batch.requests}
             self.send(client, [request for name, request in wanted.items() if name not in there], sent)
-            self.wait(client, wanted, sent, done)
+            while postponed := self.wait(client, wanted, sent, done):
+                self.send(client, postponed, sent)
         if self.refusal is not None:
             raise self.refusal
 
@@ -191,52 +194,62 @@ class BatchTeacher:
         wanted: dict[str, Request],
         sent: list[SentBatch],
         done: Callable[[Request, Outcome], None],
-    ) -> None:
-        """Wait for the batches that hold wanted requests, and hand over their outcomes."""
+    ) -> list[Request]:
+        """Wait for the batches that hold wanted requests, and hand over their outcomes.
+
+        Returns:
+            The requests of batches that the account's queue had no room for, if others have brought replies.
+        """
         polls, shown = 0, ""
+        too_many: list[tuple[Request, Outcome]] = []
+        brought = 0
         while ours := [batch for batch in sent if not wanted.keys().isdisjoint(batch.requests)]:
             states = []
             for batch in ours:
                 state = self.call(client.batches.retrieve, batch.id)
-                if str(state.status).casefold() in ENDED:
-                    self.collect(client, state, batch, wanted, done)
-                    sent.remove(batch)
-                    self.save(sent)
-                else:
+                if str(state.status).casefold() not in ENDED:
                     states.append(state)
+                    continue
+                outcomes = self.outcomes(
+                    client, state, {name: wanted[name] for name in batch.requests if name in wanted}
+                )
+                is_full = QUEUE_FULL.search(errors_of(state)) is not None
+                for request, outcome in outcomes:
+                    if is_full:
+                        too_many.append((request, outcome))
+                    else:
+                        done(request, outcome)
+                        brought += isinstance(outcome, TeacherReply)
+                sent.remove(batch)
+                self.save(sent)
             if states:
-                counts = [state.request_counts for state in states if state.request_counts is not None]
-                line = f"{sum(count.completed for count in counts)} of {sum(count.total for count in counts)} requests"
-                line = f"batches under way: {len(states)} ({states[0].status}), {line} done"
+                line = progress_line(states)
                 if line != shown:
                     self.say(line)
                 shown = line
                 time.sleep(self.delay(polls))
                 polls += 1
+        if brought:
+            return [request for request, _ in too_many]
+        for request, outcome in too_many:
+            done(request, outcome)
+        return []
 
-    def collect(
-        self,
-        client: Any,
-        state: Any,
-        batch: SentBatch,
-        wanted: dict[str, Request],
-        done: Callable[[Request, Outcome], None],
-    ) -> None:
-        """Hand over the outcomes of a batch that has ended. Requests without a line have failed."""
-        left = {name: wanted[name] for name in batch.requests if name in wanted}
+    def outcomes(self, client: Any, state: Any, left: dict[str, Request]) -> Iterator[tuple[Request, Outcome]]:
+        """Yield the outcomes of a batch that has ended. Requests without a line have failed."""
         for file_id in (state.output_file_id, state.error_file_id):
             if not file_id:
                 continue
             for line in self.call(client.files.content, file_id).content.split(b"\n"):
                 name, outcome = self.outcome(line, left)
                 if name in left and outcome is not None:
-                    done(left.pop(name), outcome)
-        errors = [error.message or error.code for error in (state.errors.data if state.errors else None) or ()]
+                    yield left.pop(name), outcome
+        errors = errors_of(state)
         if left:
-            self.say(f"batch {batch.id} {state.status}: {len(left)} requests without a reply. {'; '.join(errors)}")
+            self.say(f"batch {state.id} {state.status}: {len(left)} requests without a reply. {errors}")
         for request in left.values():
-            detail = self.endpoint.shorten("; ".join(errors) or "the batch holds no line for it")
-            done(request, Failure(f"batch {state.status}", detail))
+            detail = self.endpoint.shorten(errors or "the batch holds no line for it")
+            yield request, Failure(f"batch {state.status}", detail)
 
     def outcome(self, line: bytes, asked: dict[str, Request]) -> tuple[str, Outcome | None]:
         """Return the id and the outcome in a line of a file of results; ("", None) for a line that is not one."""
@@ -297,6 +310,18 @@ class BatchTeacher:
         """Return the seconds before a retry or the next look at the batches."""
         settings = self.settings
         return min(settings.longest_delay, settings.retry_delay * 2 ** min(number, 20)) * random.uniform(0.5, 1)
+
+
+def errors_of(state: Any) -> str:
+    """Return why a batch failed, or ""."""
+    return "; ".join(str(error.message or error.code) for error in (state.errors.data if state.errors else None) or ())
+
+
+def progress_line(states: Sequence[Any]) -> str:
+    """Return what the batches under way have done, as a line."""
+    counts = [state.request_counts for state in states if state.request_counts is not None]
+    requests = f"{sum(count.completed for count in counts)} of {sum(count.total for count in counts)} requests done"
+    return f"batches under way: {len(states)} ({states[0].status}), {requests}"
 
 
 def request_id(request: Request) -> str:

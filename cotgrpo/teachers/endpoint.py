@@ -43,6 +43,7 @@ NO_KEY = "none"
 """Sent if no key is needed: the client insists on one."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 VARIABLE_NAME = re.compile("[A-Z_][A-Z0-9_]*")
+TAGS = re.compile(r"<(style|script)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 LONG_TEXT = 12
 """Characters of a message that a server may repeat in an error. Shorter ones may be the server's own words."""
 MOST_FORMS = 4
@@ -476,8 +477,13 @@ class Session:
 def server_error(error: Any) -> ServerError:
     """Return what an `openai.APIStatusError` holds."""
     codes = (error.code, getattr(error, "type", None), getattr(error, "body", None))
-    message, param = str(error.message), error.param if isinstance(error.param, str) else ""
+    message, param = without_tags(str(error.message)), error.param if isinstance(error.param, str) else ""
     return ServerError(error.status_code, message, param, " ".join(map(str, codes)), error.response.headers)
+
+
+def without_tags(message: str) -> str:
+    """Return the words of a page of HTML, as proxies send it; any other message as it is."""
+    return TAGS.sub(" ", message) if "<html" in message.lower() else message
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:

@@ -25,6 +25,8 @@ class BatchServer(LoopbackServer):
         files, batches: what was uploaded and created, by id.
         faults: answers to the next requests of "METHOD /path", before anything else happens.
         created_unseen: answer the next creation with an error, after the batch was created.
+        error: what a failed batch says.
+        refused: ids of batches that fail at once, whatever the status of the others.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class BatchServer(LoopbackServer):
         self.batches: dict[str, dict[str, Any]] = {}
         self.faults: dict[str, list[Answer]] = {}
         self.created_unseen = False
+        self.error, self.refused = "the model is unknown", set[str]()
 
     def paid(self) -> list[str]:
         """Return the ids of all requests in batches that were created."""
@@ -81,7 +84,10 @@ class BatchServer(LoopbackServer):
 
     def look(self, name: str) -> Answer:
         batch = self.batches[name]
-        if batch["looks"] < self.looks:
+        if name in self.refused:
+            error = {"code": "token_limit_exceeded", "message": self.error}
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [error]}}
+        elif batch["looks"] < self.looks:
             batch |= {"looks": batch["looks"] + 1, "status": "in_progress"}
         elif batch["status"] != self.status:
             self.end(name, batch)
@@ -97,7 +103,7 @@ class BatchServer(LoopbackServer):
                 results["output" if is_good else "error"].append(result)
         batch["status"] = self.status
         if self.status == "failed":
-            batch["errors"] = {"object": "list", "data": [{"code": "bad", "message": "the model is unknown"}]}
+            batch["errors"] = {"object": "list", "data": [{"code": "bad", "message": self.error}]}
         for kind, found in results.items():
             if found:
                 self.files[f"{name}-{kind}"] = b"".join(json.dumps(result).encode() + b"\n" for result in found[::-1])

@@ -113,6 +113,19 @@ def test_a_batch_that_ends_early_keeps_what_is_there(tmp_path: Path, status: str
         assert len(ask(teacher_of(server, tmp_path), REQUESTS[good:])) == 5 - good
 
 
+@pytest.mark.parametrize(("refused", "failed"), [(("batch-1", "batch-2"), 0), (("batch-0", "batch-1", "batch-2"), 5)])
+def test_batches_that_the_queue_has_no_room_for_are_sent_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...], failed: int
+) -> None:
+    """Once others have brought replies. If none has, the requests have failed."""
+    monkeypatch.setattr(batches, "MOST_REQUESTS", 2)
+    with BatchServer() as server:
+        server.error, server.refused = "Enqueued token limit reached for m", {*refused}
+        outcomes = ask(teacher_of(server, tmp_path))
+    assert sum(isinstance(outcome, Failure) for outcome in outcomes.values()) == failed and len(outcomes) == 5
+    assert len(server.batches) == (3 if failed else 5)
+
+
 def test_lines_are_read_as_replies_are(tmp_path: Path) -> None:
     """A refusal, a reply that was broken off, an error of the server and a line of no use."""
 

@@ -363,6 +363,7 @@ def test_a_system_message_that_the_server_refuses() -> None:
         ([Answer({"error": {"message": "busy", "code": 503}})], "HTTP 503"),
         ([Answer({"choices": None, "usage": None})], "reply has no choice"),
         ([refusal("I should not answer: What is 3 + 4, the temperature?")], "HTTP 400"),
+        ([Answer(b"<HTML><style>p {}</style><p>No temperature</p></HTML>", 403, "text/html")], "HTTP 403"),
         ([refusal("max_tokens is too large for the context")], "HTTP 400"),
     ],
 )
@@ -373,7 +374,7 @@ def test_an_attempt_that_brings_half_a_reply_fails(answers: list[Answer], reason
         settings = EndpointSettings(running.url, "m", retry_delay=0.01, retries=len(answers) - 1)
         (found,) = ask(EndpointTeacher(settings), "What is 3 + 4, the temperature?").values()
     assert isinstance(found, Failure) and found.reason.startswith(reason) and not left
-    assert found.attempts == len(answers)
+    assert found.attempts == len(answers) and "<" not in found.detail
 
 
 @pytest.mark.parametrize(
