@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from cotgrpo.data.answers.comparison import answers_match, bare_text
+from cotgrpo.data.answers.comparison import answers_match, bare_text, equation_sides
 from cotgrpo.data.answers.extraction import find_answer
 from cotgrpo.data.answers.formulas import may_be_formula
 from cotgrpo.data.answers.quantities import parse_quantity
@@ -78,6 +78,7 @@ def grade(reply: str | None, gold: str) -> Grade:
 def is_bare_answer(text: str) -> bool:
     """Return whether a text is an answer as a whole, so that its last number alone is not: `2x + 42`, `10 oranges`."""
     bare = bare_text(text)
-    return parse_quantity(bare) is not None or (
-        "=" not in bare and may_be_formula(bare) and not SHORT_WORD.search(bare)
-    )
+    sides = equation_sides(bare)
+    if parse_quantity(bare) is not None or (sides is not None and parse_quantity(sides[1]) is not None):
+        return True
+    return "=" not in bare and may_be_formula(bare) and SHORT_WORD.search(bare) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,11 @@ def test_one_verdict_in_every_command(tmp_path: Path) -> None:
             found["self-reply"] = chosen_as_ghost(plain, f"{STEPS}<sep>{reply}", gold) == grade(reply, gold).correct
         differing += [(command, gold, text, right) for command, agrees in found.items() if not agrees]
     assert not differing, "\n".join(map(str, [len(differing), *differing[:20]]))
+
+
+def test_the_table_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "answers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (equal|not equal) \|", text, re.MULTILINE)
+    assert len(rows) > 40
+    wrong = [row for row in rows if grade(row[1], row[0]).correct != (row[2] == "equal")]
+    assert not wrong
