@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from cotgrpo.data.layouts.columns import fold, is_blank, parse_json
 from cotgrpo.data.sources import DataError
@@ -50,7 +51,7 @@ class Chat:
     asked: tuple[str, ...] = ()
 
 
-def is_chat(value: object) -> bool:
+def is_chat(value: object) -> TypeGuard[Sequence[Message]]:
     """Return whether a value is a list of messages, by its first one."""
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
 
@@ -63,7 +64,7 @@ def role_of(message: object) -> str | None:
 
 def ends_in_reply(messages: object) -> bool:
     """Return whether the last of some messages is the assistant's."""
-    return is_chat(messages) and isinstance(messages, Sequence) and role_of(messages[-1]) == "assistant"
+    return is_chat(messages) and role_of(messages[-1]) == "assistant"
 
 
 def parse_chat(messages: object, tools: object, place: str, name: str = "messages") -> Chat:
