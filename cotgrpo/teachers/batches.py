@@ -206,15 +206,13 @@ class BatchTeacher:
         while ours := [batch for batch in sent if not wanted.keys().isdisjoint(batch.requests)]:
             states = []
             for batch in ours:
-                state = self.call(client.batches.retrieve, batch.id)
+                state = self.look(client, str(batch.id))
                 if str(state.status).casefold() not in ENDED:
                     states.append(state)
                     continue
-                outcomes = self.outcomes(
-                    client, state, {name: wanted[name] for name in batch.requests if name in wanted}
-                )
                 is_full = QUEUE_FULL.search(errors_of(state)) is not None
-                for request, outcome in outcomes:
+                left = {name: wanted[name] for name in batch.requests if name in wanted}
+                for request, outcome in self.outcomes(client, state, left):
                     if is_full:
                         too_many.append((request, outcome))
                     else:
@@ -234,6 +232,20 @@ class BatchTeacher:
         for request, outcome in too_many:
             done(request, outcome)
         return []
+
+    def look(self, client: Any, batch_id: str) -> Any:
+        """Return the state of a batch. A day has outages, so it takes several in a row to give up."""
+        import openai
+
+        for attempt in range(1, self.settings.failures_in_a_row + 1):
+            try:
+                return client.batches.retrieve(batch_id)
+            except openai.APIError as error:
+                passes = not isinstance(error, openai.APIStatusError) or server_error(error).retryable
+                if not passes or attempt == self.settings.failures_in_a_row:
+                    raise self.error(error) from None
+            time.sleep(self.delay(attempt))
+        raise AssertionError("the last attempt returns or raises")
 
     def outcomes(self, client: Any, state: Any, left: dict[str, Request]) -> Iterator[tuple[Request, Outcome]]:
         """Yield the outcomes of a batch that has ended. Requests without a line have failed."""
@@ -296,15 +308,15 @@ class BatchTeacher:
         if error.status_code in (404, 405, 501):
             words = self.endpoint.shorten(str(error.message))
             return TeacherError(
-                f"The teacher at {where} has no batch API, or not this batch (HTTP {error.status_code}). Set "
-                f"teacher.batch: false, or check teacher.base_url. The server's message: {words}"
+                f"The teacher at {where} has no batch API, or not this batch (HTTP {error.status_code}). Check "
+                f"teacher.base_url, or set teacher.batch: false. {self.path.name} in the output folder holds the "
+                f"batches under way: without it, their requests are sent again. The server's message: {words}"
             )
         meaning = self.endpoint.meaning(server_error(error))
         if isinstance(meaning, TeacherError):
             return meaning
-        return TeacherError(
-            f"The batch API at {where}: {meaning.reason}: {self.endpoint.shorten(meaning.detail)}. {again}"
-        )
+        words = self.endpoint.shorten(meaning.detail)
+        return TeacherError(f"The batch API at {where} answers {meaning.reason}: {words}. {again}")
 
     def delay(self, number: int) -> float:
         """Return the seconds before a retry or the next look at the batches."""

@@ -23,7 +23,8 @@ REQUESTS = [Request(("a" * 63 + str(n), n), [{"role": "user", "content": f"What 
 
 
 def teacher_of(server: BatchServer, folder: Path, said: list[str] | None = None, **more: Any) -> BatchTeacher:
-    settings = EndpointSettings(**{"base_url": server.url, "model": "m", "retry_delay": 0.01, "retries": 2} | more)
+    quick = {"base_url": server.url, "model": "m", "retry_delay": 0.01, "retries": 2, "failures_in_a_row": 1}
+    settings = EndpointSettings(**quick | more)
     return BatchTeacher(settings, folder / "batches.json", (said if said is not None else []).append)
 
 
@@ -84,6 +85,15 @@ def test_a_batch_whose_creation_was_not_heard_of_is_found(tmp_path: Path) -> Non
         server.created_unseen = True
         assert len(ask(teacher_of(server, tmp_path))) == 5
     assert len(server.batches) == 1
+
+
+def test_an_outage_while_a_batch_is_under_way(tmp_path: Path) -> None:
+    with BatchServer() as server:
+        server.faults["GET /batches/batch-0"] = [Answer({"error": {"message": "lost"}}, 500)] * 2
+        assert len(ask(teacher_of(server, tmp_path, retries=0, failures_in_a_row=3))) == 5
+        server.faults["GET /batches/batch-1"] = [Answer({"error": {"message": "unknown"}}, 404)]
+        with pytest.raises(TeacherError, match=r"not this batch .*batches\.json"):
+            ask(teacher_of(server, tmp_path, retries=0, failures_in_a_row=3))
 
 
 def test_new_requests_join_batches_under_way(tmp_path: Path) -> None:
