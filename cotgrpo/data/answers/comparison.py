@@ -221,7 +221,8 @@ def match_equations(left: str, right: str, depth: int) -> bool | None:
     if sides[0] is None and sides[1] is None:
         return None
     if sides[0] is not None and sides[1] is not None:
-        same_name = sides[0][0].casefold() == sides[1][0].casefold() or min(map(len, (sides[0][0], sides[1][0]))) > 2
+        names = [side[0].casefold().split()[-1] for side in sides if side is not None]
+        same_name = names[0] == names[1] or min(map(len, names)) > 2
         return bare_match(bare_text(sides[0][1]), bare_text(sides[1][1]), depth + 1) if same_name else None
     bare = [side[1] if side is not None else whole for side, whole in zip(sides, (left, right), strict=True)]
     return True if bare_match(bare_text(bare[0]), bare_text(bare[1]), depth + 1) else None
