@@ -29,8 +29,19 @@ def add_options(parser: ArgumentParser) -> None:
         help="eval.json of `cotgrpo eval`, or replies.jsonl of `cotgrpo generate`",
     )
     add(
-        "--ghosts", type=str, metavar="TRIPLES", help="the teacher's triples for the same questions: .jsonl or .parquet"
+        "--ghosts",
+        type=str,
+        metavar="TRIPLES",
+        help="the teacher's triples for the same questions: files of rows, as data.train",
     )
+    add(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        metavar="{FIELD: COLUMN,...}",
+        help="columns of --ghosts under other names, as data.columns of a run",
+    )
+    add("--row_function", type=str, default="", metavar="MODULE:FUNCTION", help="as data.row_function of a run")
     add("--edited", type=str, metavar="FILE", help="the file that was edited")
     add("--out", type=str, metavar="FILE", help="a new file")
     add(
@@ -56,6 +67,6 @@ def run(options: Options, console: Console) -> None:
         write_triples(out, triples)
     else:
         replies = read_student_replies(Path(student))
-        triples, _ = read_triples(ghosts)
+        triples, _ = read_triples(ghosts, columns=given.columns, row_function=given.row_function)
         report = write_pairs(Path(out), triples, replies, rows=rows)
     console.print(f"{report}\nwritten: {out}", highlight=False, markup=False, soft_wrap=True)

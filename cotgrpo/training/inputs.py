@@ -462,7 +462,9 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     whole = tree_of(config)
     own = {key: value for key, value in whole[stage].items() if key not in FREE_SETTINGS}
     data = {key: value for key, value in whole["data"].items() if key not in FREE_DATA_SETTINGS}
-    return dict(flat({name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}))
+    return dict(
+        flat({name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}, leaves=("data.columns",))
+    )
 
 
 def claim_folder(folder: Path, model: Model) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from cotgrpo.config import Config, ConfigError, GenerateConfig, parse_config, parse_settings, save_config
+from cotgrpo.cli import main
+from cotgrpo.config import Config, ConfigError, DataConfig, GenerateConfig, parse_config, parse_settings, save_config
 from cotgrpo.data.layouts.chats import parse_chat
 from cotgrpo.data.layouts.own import OwnLayout
 from cotgrpo.data.questions import question_of, read_questions
 from cotgrpo.data.rows import parse_row
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import read_triples, triple_of
+from cotgrpo.training.inputs import check_same_run
 
 Q, S = "A hen lays 3 eggs a day. How many in 4 days?", "3 eggs times 4 days is 3*4=12 eggs."
 BOX, THOUGHT = S + " So $\\boxed{12}$.", f"<think>\n{S}\n</think>\n\n"
@@ -542,3 +544,25 @@ def test_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             parse_config(arguments)
+
+
+def test_own_columns_are_part_of_a_run(tmp_path: Path) -> None:
+    """A mapping with a name less is another run too."""
+    columns = {"question": "q", "answer": "a"}
+    before, after = (Config(data=DataConfig(columns=given)) for given in (columns, {"question": "q"}))
+    (tmp_path / "sft").mkdir()
+    save_config(before, tmp_path / "sft" / "config.yaml")
+    check_same_run(tmp_path / "sft", before, "sft")
+    with pytest.raises(ConfigError, match=r"another config: data.columns \({'question': 'q', 'answer': 'a'} there"):
+        check_same_run(tmp_path / "sft", after, "sft")
+
+
+def test_gold_reads_own_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ghosts = jsonl(tmp_path / "ghosts.jsonl", UNKNOWN)
+    student = tmp_path / "eval.json"
+    student.write_text(json.dumps({"replies": [{"question": Q, "text": "it is 7"}]}), encoding="utf-8")
+    arguments = ["gold", "--student", str(student), "--ghosts", str(ghosts), "--out", str(tmp_path / "edit.jsonl")]
+    assert main(arguments) == 2 and "missing field 'question'" in capsys.readouterr().err
+    columns = "{question: q, rationale: meta.steps, answer: meta.results.1}"
+    assert main([*arguments, "--columns", columns]) == 0
+    assert json.loads((tmp_path / "edit.jsonl").read_text(encoding="utf-8"))["answer"] == "12"

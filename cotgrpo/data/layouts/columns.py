@@ -229,4 +229,4 @@ def suggest_columns(row: Mapping[str, object]) -> str:
         guess = [known[0]] if known else close or (free[:1] if field == "question" else free[-1:])
         guesses[field] = guess[0] if guess else "COLUMN"
     setting = f"--data.columns '{{question: {guesses['question']}, answer: {guesses['answer']}}}'"
-    return f" If it has another name, say so: {setting} (for generate: --columns)."
+    return f" If it has another name, say so: {setting} (for generate and gold: --columns)."
