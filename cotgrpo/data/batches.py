@@ -137,10 +137,16 @@ def start_worker(work: bytes) -> None:
     """Set up a worker process. It leaves signals to its parent, and ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    WORK.append(pickle.loads(work))
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the parent process, however it ends, and end this one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    WORK.append(pickle.loads(work))
+        parent.join()
+        os._exit(1)
 
 
 def call_work(*arguments: Any) -> Any:
