@@ -5,6 +5,7 @@ GRPO is GhostRespond Policy Optimization, not Group Relative.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -18,6 +19,7 @@ from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.atomic_files import read_json, write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state
+from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
@@ -48,10 +50,16 @@ def run_grpo(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 def run_stage(stage: StageName, config: Config, console: Console) -> dict[str, Any]:
     """Run a whole stage, or resume it. A finished one only returns its report."""
+    check_stage_batch(config, stage)
     run_dir = Path(config.run_dir)
+    with locked(run_dir) if is_process_0() else contextlib.nullcontext():
+        return run_locked_stage(stage, config, console, run_dir)
+
+
+def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir: Path) -> dict[str, Any]:
+    """Run a stage in a run folder that no other process writes."""
     folder, origin = run_dir / stage, origin_of(stage, config, run_dir)
     location = CheckpointLocation.resolve(folder, config)
-    check_stage_batch(config, stage)
     on_process_0(lambda: check_folders(folder, config, stage, location))
     if (done := on_process_0(lambda: finished_report(folder))) is not None:
         console.print(f"{folder} is complete: {folder / 'report.html'}", highlight=False, soft_wrap=True)
