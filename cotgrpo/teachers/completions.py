@@ -25,6 +25,7 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought", "thin
 """Fields of a message that hold its thought. Servers that fill two of them repeat the text, so the first one counts."""
 THOUGHT_PARTS = re.compile("think|reason|thought|summary", re.IGNORECASE)
 """Types of content parts that hold a thought."""
+FINISH_FIELDS = ("finish_reason", "finishReason", "stop_reason", "done_reason")
 TEXT_FIELDS = ("text", "thinking", "reasoning", "reasoning_text", "content", "parts", "summary", "reasoning_content")
 """Fields of a content part that may hold its text, in order. Signatures and encrypted data are in other fields."""
 LINE_END = re.compile(r"\r\n|\n|\r")
@@ -155,7 +156,7 @@ def parse_completion(answer: object, max_tokens: int | None = None) -> TeacherRe
         text=clean(text),
         reasoning=next((clean(found) for name in THOUGHT_FIELDS if (found := deep_text(message.get(name)))), "")
         or clean(thought),
-        finish_reason=clean(deep_text(choice.get("finish_reason"))),
+        finish_reason=clean(finish_word(choice)),
         refusal=clean(deep_text(message.get("refusal")) or refusal),
         prompt_tokens=count_in(usage.get("prompt_tokens", usage.get("input_tokens"))),
         completion_tokens=count_in(usage.get("completion_tokens", usage.get("output_tokens"))),
@@ -214,10 +215,20 @@ def join_events(events: Sequence[object]) -> dict[str, Any]:
             delta = holders[0] if holders else {}
             for name, value in (delta | {"content": delta.get("content") or part.get("text")}).items():
                 pieces.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-            choice |= {name: part[name] for name in ("finish_reason", "usage") if part.get(name)}
-    if "finish_reason" not in choice and "[DONE]" not in events:
+            choice |= {name: part[name] for name in (*FINISH_FIELDS, "usage") if part.get(name)}
+    if not finish_word(choice) and "[DONE]" not in events:
         raise AttemptFailed("stream broke off", f"{len(events)} events, and no end")
     return whole | {"choices": [choice | {"message": pieces}]}
+
+
+def finish_word(choice: Mapping[str, Any]) -> str:
+    """Return the finish reason of a choice, or "" without one."""
+    for name in FINISH_FIELDS:
+        value = choice.get(name)
+        value = value.get("type") if isinstance(value, dict) else value
+        if isinstance(value, str) and value:
+            return value
+    return ""
 
 
 def split_content(content: object) -> tuple[str, str, str]:

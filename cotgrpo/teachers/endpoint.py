@@ -105,7 +105,8 @@ class EndpointSettings:
         max_tokens: longest reply in tokens, reasoning included.
         token_limit_field: the endpoint's name of max_tokens; OpenAI's reasoning models want max_completion_tokens. If
             the server refuses one name, requests use the other.
-        stream: whether replies come as streams; auto: only if the server sends nothing else.
+        stream: whether replies come as streams; auto: only if the server sends nothing else. A stream also keeps
+            proxies from closing a connection that waits for a long reply.
         extra_body: a JSON object of further fields of each request, such as {"top_k": 20}.
         concurrency: requests in flight at a time.
         requests_per_minute: most requests started in a minute, retries included; 0: no limit.
