@@ -14,7 +14,8 @@ import numpy as np
 
 from cotgrpo.data.answers import gold_answer
 from cotgrpo.data.batches import REFUSED, Progress, encode_fitting, fits, no_progress
-from cotgrpo.data.layouts.fields import Note, prose_note
+from cotgrpo.data.layouts.golds import prose_note
+from cotgrpo.data.layouts.values import Note
 from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, counted, read_rows
 from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.template import AnyTemplate, Example

@@ -15,18 +15,12 @@ from typing import Any, Literal, TypeVar
 
 from cotgrpo.data.answers import Grade, grade
 from cotgrpo.data.layouts.columns import Found
-from cotgrpo.data.layouts.fields import (
-    Note,
-    Reply,
-    parse_text,
-    read_chat,
-    read_flag,
-    read_gold,
-    read_question,
-    read_reply,
-)
-from cotgrpo.data.layouts.fields import squeeze as squeeze
+from cotgrpo.data.layouts.golds import read_gold
 from cotgrpo.data.layouts.own import OwnLayout
+from cotgrpo.data.layouts.questions import read_chat, read_question
+from cotgrpo.data.layouts.replies import Reply, read_flag, read_reply
+from cotgrpo.data.layouts.values import Note, parse_text
+from cotgrpo.data.layouts.values import squeeze as squeeze
 from cotgrpo.data.sources import DataError, raw_rows
 
 ROWS_BETWEEN_REPORTS = 64
@@ -308,12 +302,3 @@ def check_object(row: object, place: str, split: str | None) -> None:
     own_split = row.get("split")
     if split is not None and own_split not in (None, split):
         raise LeftOut("other split", f"{place}: {own_split!r}")
-
-
-def split_reply(text: str) -> tuple[str, str] | None:
-    """Split `<think>...</think> answer`, or `... #### answer` in the last line; None for a text of neither form."""
-    for mark in ("</think>", "####"):
-        rationale, found, answer = text.strip().rpartition(mark)
-        if found and (mark == "</think>" or "\n" not in answer.strip()):  # `#### Step 1` may be a heading
-            return rationale.replace("<think>", "").strip(), answer.strip()
-    return None

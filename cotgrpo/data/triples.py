@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.data.layouts.fields import Note, prose_note
+from cotgrpo.data.layouts.golds import prose_note
+from cotgrpo.data.layouts.values import Note
 from cotgrpo.data.rows import BadRows, DropReport, LeftOut, Row, RowResult, check_usable, collect, read_rows
 from cotgrpo.data.sources import DataError, as_list
 
