@@ -20,7 +20,7 @@ import numpy as np
 
 from cotgrpo.checkpoints.integrity import COMMITTED, find_damage, write_checksums
 from cotgrpo.checkpoints.object_store_copy import ObjectStoreCopy
-from cotgrpo.checkpoints.object_stores import check_folder_works, is_remote, open_folder
+from cotgrpo.checkpoints.object_stores import check_folder_works, for_orbax, is_remote, open_folder
 from cotgrpo.disk_errors import CheckpointError as CheckpointError
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.distributed.processes import on_process_0
@@ -68,7 +68,7 @@ class Checkpoints:
             if copy is not None:
                 on_process_0(lambda: copy.pull(newest_only=False))
             self.losses = dict(on_process_0(lambda: losses_in(self.directory)))
-            self.manager = ocp.CheckpointManager(self.directory, options=options)
+            self.manager = ocp.CheckpointManager(for_orbax(self.directory), options=options)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any], loss: float | None = None) -> None:
         """Start to write the checkpoint of `step`. State and position are copied first, so they may change at once.
@@ -96,6 +96,7 @@ class Checkpoints:
         self.wait()
         self.saving = step
         with explain_disk_errors(self.directory):
+            for_orbax(self.directory)
             self.manager.save(step, args=items, force=True)
 
     def should_preserve(self, checkpoints: Sequence[Any], **context: Any) -> list[bool]:
@@ -213,7 +214,7 @@ def restore_params(directory: str | PurePath, like: Params) -> tuple[Params, int
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder / str(step) / "state", args=restore)["params"], step
+        return checkpointer.restore(for_orbax(folder) / str(step) / "state", args=restore)["params"], step
 
 
 def check_state(directory: str | PurePath, like: TrainState) -> None:

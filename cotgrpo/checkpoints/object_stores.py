@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import glob
+import hashlib
 import importlib.util
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -41,6 +47,29 @@ def open_folder(name: str | PurePath) -> Folder:
     from etils import epath
 
     return epath.Path(name)
+
+
+def for_orbax(folder: Folder) -> Folder:
+    """Return a path that Orbax may use for the folder, which must exist.
+
+    Orbax expands its paths as patterns when it saves. A folder with a character of a pattern in its name, such as
+    `runs/a[1]`, gets a symbolic link in this process's own temporary folder.
+    """
+    if is_remote(folder) or glob.escape(str(folder)) == str(folder):
+        return folder
+    link = link_folder() / hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    if not link.is_symlink():  # a long run's temporary files may be swept away
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    return link
+
+
+@functools.cache
+def link_folder() -> Path:
+    """Return this process's folder of symbolic links, which is removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="cotgrpo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def is_remote(path: str | PurePath) -> bool:

@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 import pytest
+from helpers.checkpoint_states import assert_same, latest, make_state
 from helpers.commands import SETTINGS, options, read
 
+from cotgrpo.checkpoints.manager import Checkpoints, restore_params
+from cotgrpo.checkpoints.object_stores import link_folder
 from cotgrpo.cli import main
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 
@@ -87,3 +90,25 @@ def test_what_is_wrong_is_told_before_anything_is_compiled(
     assert message in capsys.readouterr().err
     assert not [name for name in compiled if "step" in name or "sample" in name]
     assert not (tmp_path / "run" / "sft" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1]", "[[x]]", "a*b", "a?", "{a,b}", "sp ace", "~x", "a%20b", "\u00fc[\u65e5]", "a\nb", "'", "#"]
+)
+def test_any_name_of_a_folder(tmp_path: Path, name: str) -> None:
+    """Orbax expands paths as patterns: a sibling must not match either."""
+    for sibling in ("axb", "a1", "ab"):
+        (tmp_path / sibling).mkdir()
+    folder, state = tmp_path / name / "checkpoints", make_state(3)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(3, state, {"epoch": 1})
+    checkpoints.wait()
+    shutil.rmtree(link_folder(), ignore_errors=True)  # as a sweeper of temporary files does
+    checkpoints.save(4, make_state(4), {"epoch": 2})
+    checkpoints.close()
+    found = latest(folder)
+    assert found is not None and found[1] == {"epoch": 2}
+    assert_same(found[0], make_state(4))
+    params, step = restore_params(folder, state.params)
+    assert step == 4
+    assert_same(params, make_state(4).params)
