@@ -120,17 +120,17 @@ def load_questions(
     Raises:
         DataError: questions that cannot be used, or a missing right answer.
     """
-    verify = config.verify
-    columns, row_function = config.columns, config.row_function
-    read, report = read_questions(
-        config.questions, split=config.split, need_gold=False, columns=columns, row_function=row_function
+    verify, console = config.verify, console or Console(quiet=True)
+    read_rows = functools.partial(
+        read_questions, need_gold=False, columns=config.columns, row_function=config.row_function
     )
+    with PhaseProgress("reading questions", console) as phase:
+        read, report = read_rows(config.questions, split=config.split, progress=phase)
     questions = identify(read, report)
     test = None
     if verify.test_sets:
-        test_questions, _ = read_questions(
-            verify.test_sets, need_gold=False, columns=columns, row_function=row_function, require_columns=False
-        )
+        with PhaseProgress("reading test sets", console) as phase:
+            test_questions, _ = read_rows(verify.test_sets, require_columns=False, progress=phase)
         test = TestQuestions((question.question for question in test_questions), verify.ngram)
         questions = without_overlap(questions, test, report, console)
     for question in questions[config.max_questions :] if config.max_questions else []:
@@ -150,11 +150,11 @@ def load_questions(
 
 
 def without_overlap(
-    questions: Sequence[Question], test: TestQuestions, report: DropReport, console: Console | None
+    questions: Sequence[Question], test: TestQuestions, report: DropReport, console: Console
 ) -> list[Question]:
     """Return the questions that share no n-gram with a test question, and report the others."""
     kept = []
-    with PhaseProgress("comparing with test sets", console or Console(quiet=True), len(questions)) as phase:
+    with PhaseProgress("comparing with test sets", console, len(questions)) as phase:
         for question in phase.over(questions):
             overlap = test.overlap(question.question)
             if overlap is None:
@@ -370,24 +370,30 @@ class Generation:
         """
         rows: list[dict[str, Any]] = []
         verdicts: list[Verdict] = []
-        for chat, (question, _) in self.chats.items():
-            keys = [(chat, number) for number in range(self.config.candidates)]
-            records = {key[1]: self.journal.records[key] for key in keys if key in self.journal.records}
-            final = {number: Verdict(r.accepted, r.reason, r.detail) for number, r in records.items()}
-            candidates = []
-            for number, record in records.items():
-                if record.accepted and isinstance(record.outcome, TeacherReply):
-                    rationale, answer = parts_of(record.outcome)
-                    candidates.append(Candidate(number, rationale, answer or ""))
-            for reason, select in self.filters(list(final.values())):
-                selected = select(candidates)
-                for candidate in candidates:
-                    if candidate not in selected:
-                        final[candidate.number] = Verdict(False, reason, repr(candidate.answer)[:80])
-                candidates = selected
-            rows += [self.row(question, c, final[c.number].reason == "correct") for c in candidates]
-            verdicts += final.values()
+        with PhaseProgress("choosing replies", self.console, len(self.chats)) as phase:
+            for chat, (question, _) in phase.over(self.chats.items()):
+                chosen, final = self.choose_for(chat)
+                rows += [self.row(question, c, final[c.number].reason == "correct") for c in chosen]
+                verdicts += final.values()
         return rows, verdicts
+
+    def choose_for(self, chat: str) -> tuple[list[Candidate], dict[int, Verdict]]:
+        """Return the replies to one question that become triples, and the final verdict of each by number."""
+        keys = [(chat, number) for number in range(self.config.candidates)]
+        records = {key[1]: self.journal.records[key] for key in keys if key in self.journal.records}
+        final = {number: Verdict(r.accepted, r.reason, r.detail) for number, r in records.items()}
+        candidates = []
+        for number, record in records.items():
+            if record.accepted and isinstance(record.outcome, TeacherReply):
+                rationale, answer = parts_of(record.outcome)
+                candidates.append(Candidate(number, rationale, answer or ""))
+        for reason, select in self.filters(list(final.values())):
+            selected = select(candidates)
+            for candidate in candidates:
+                if candidate not in selected:
+                    final[candidate.number] = Verdict(False, reason, repr(candidate.answer)[:80])
+            candidates = selected
+        return candidates, final
 
     def filters(self, verdicts: Sequence[Verdict]) -> list[tuple[str, Filter]]:
         """Return the filters of a question's accepted replies, each with its reason, in order."""
