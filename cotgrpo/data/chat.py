@@ -262,19 +262,25 @@ class ChatTemplate(AnyTemplate):
         of the whole.
         """
         chats = self.chats(triples)
-        flat = [chat for found in chats if not isinstance(found, DataError) for chat in found]
-        tokens = iter(self.ids_batch([chat.text for chat in flat]))
-        slow = self.prompt_tail is None
-        before = iter(self.ids_batch([turn.before for chat in flat for turn in chat.turns] if slow else []))
-        encoded: list[list[Example] | DataError] = []
-        for found in chats:
-            if isinstance(found, DataError):
-                encoded.append(found)
-                continue
-            ids = [next(tokens) for _ in found]
-            known = [[next(before) for _ in chat.turns] if slow else None for chat in found]
-            encoded.append(attempt(self.all_masked, found, ids, known))
-        return encoded
+        tokenized = iter(
+            self.tokenized([chat for found in chats if not isinstance(found, DataError) for chat in found])
+        )
+        return [
+            found if isinstance(found, DataError) else attempt(self.all_masked, found, [next(tokenized) for _ in found])
+            for found in chats
+        ]
+
+    def tokenized(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[list[int]] | None]]:
+        """Return the tokens of each sequence, and of each turn's prompt; None if `found_spans` can tell them."""
+        if self.borders_merge:
+            prompts = self.ids_batch([chat.turns[0].before for chat in chats])
+            replies = self.ids_batch([chat.turns[0].reply for chat in chats])
+            return [(prompt + reply, [prompt]) for prompt, reply in zip(prompts, replies, strict=True)]
+        tokens = self.ids_batch([chat.text for chat in chats])
+        if self.prompt_tail is not None:
+            return [(ids, None) for ids in tokens]
+        before = iter(self.ids_batch([turn.before for chat in chats for turn in chat.turns]))
+        return [(ids, [next(before) for _ in chat.turns]) for ids, chat in zip(tokens, chats, strict=True)]
 
     def chats(self, triples: Sequence[Triple]) -> list[list[Chat] | DataError]:
         """Return the sequences of each triple as text, or the error."""
@@ -314,7 +320,8 @@ class ChatTemplate(AnyTemplate):
         sequences: list[list[Turn]] = []
         for turn in [last, *reversed(turns)]:
             begins = turn.before + turn.reply
-            shared = next((sequence for sequence in sequences if sequence[0].before.startswith(begins)), None)
+            may_share = [] if self.borders_merge else sequences
+            shared = next((sequence for sequence in may_share if sequence[0].before.startswith(begins)), None)
             if shared is None:
                 sequences.append([turn])
             else:
@@ -442,10 +449,10 @@ class ChatTemplate(AnyTemplate):
     # Tokens.
 
     def all_masked(
-        self, chats: Sequence[Chat], ids: Sequence[list[int]], prompts: Sequence[list[list[int]] | None]
+        self, chats: Sequence[Chat], tokenized: Sequence[tuple[list[int], list[list[int]] | None]]
     ) -> list[Example]:
         """Return the examples of a triple's sequences."""
-        return [example for each in zip(chats, ids, prompts, strict=True) for example in self.masked(*each)]
+        return [example for chat, found in zip(chats, tokenized, strict=True) for example in self.masked(chat, *found)]
 
     def masked(self, chat: Chat, ids: list[int], prompts: list[list[int]] | None) -> list[Example]:
         """Return the example of a sequence, or one for each turn if the tokenizer merges text across their borders.
@@ -480,23 +487,22 @@ class ChatTemplate(AnyTemplate):
         """
         if self.prompt_tail is None:
             return None
-        tail, after = self.prompt_tail
-        text = chat.text
-        at = np.flatnonzero(self.is_added[np.minimum(tokens, len(self.is_added) - 1)])
-        places = {found.end(): number for number, found in enumerate(self.added_pattern.finditer(text))}
-        if len(places) != len(at):
-            return None
-        spans = []
-        for turn in chat.turns:
-            number = places.get(len(turn.before) - len(tail[1]))
-            last = places.get(len(turn.before) + len(turn.reply))
-            if number is None or last is None or not turn.before.endswith(tail[0] + tail[1]):
+        (mark, words), after = self.prompt_tail
+        at = np.flatnonzero(self.is_added[np.minimum(tokens, len(self.is_added) - 1)]).tolist()
+        in_prompt, in_whole = self.expected_added[bool(chat.triple.system)]
+        if not is_long(chat.triple) and not chat.triple.verbatim and len(at) == in_whole:
+            numbers = [(in_prompt - 1, in_whole - 1)]  # no text of the row holds an added token
+        else:
+            ends = [found.end() for found in self.added_pattern.finditer(chat.text)]
+            places = {end: number for number, end in enumerate(ends)}
+            borders = [(len(turn.before) - len(words), len(turn.before) + len(turn.reply)) for turn in chat.turns]
+            if len(ends) != len(at) or not all(end in places for border in borders for end in border):
                 return None
-            start = int(at[number]) + 1 + len(after)
-            if tokens[start - len(after) : start].tolist() != after:
-                return None
-            spans.append((start, int(at[last]) + 1))
-        return spans if spans[-1][1] == len(tokens) else None
+            numbers = [(places[start], places[end]) for start, end in borders]
+        spans = [(at[first] + 1 + len(after), at[last] + 1) for first, last in numbers]
+        same = (tokens[start - len(after) : start].tolist() == after for start, _ in spans)
+        whole = spans[-1][1] == len(tokens) and all(turn.before.endswith(mark + words) for turn in chat.turns)
+        return spans if whole and all(same) else None
 
     def turns_keep_apart(self, chat: Chat, ids: list[int], prompts: list[list[int]]) -> bool:
         """Return whether each turn's prompt and reply, tokenized alone, are a prefix of the sequence."""
@@ -518,7 +524,7 @@ class ChatTemplate(AnyTemplate):
         if usual and self.controls(tokens) != self.expected_controls[bool(triple.system)][1]:
             raise DataError(f"{triple.source}: {self.held_control(triple)}")
         for start, end in spans:
-            early = set(self.stop_ids).intersection(tokens[start : end - 1].tolist())
+            early = set(self.stop_ids).intersection(self.controls(tokens[start : end - 1]))
             if early:
                 token = self.tokenizer.convert_ids_to_tokens(min(early))
                 raise DataError(f"{triple.source}: {token!r} stands inside the reply, where generation would stop.")
@@ -527,7 +533,7 @@ class ChatTemplate(AnyTemplate):
         """Return the tokens of the whole chat, which start with the prompt's.
 
         If the tokenizer merges text across the border (a prompt that ends in a blank, say), the reply is tokenized
-        alone: that is what a student that reads the prompt can write.
+        alone: that is what a student that reads the prompt can write. Then no turns share a sequence.
 
         Args:
             prompt: the prompt's tokens.
@@ -613,6 +619,24 @@ class ChatTemplate(AnyTemplate):
         if len(places) != len(found):
             return None
         return (found[-1].group(), before[found[-1].end() :]), ids[places[-1] + 1 :]
+
+    @functools.cached_property
+    def borders_merge(self) -> bool:
+        """Whether the tokenizer merges the end of a prompt with the reply, so that replies are tokenized alone."""
+        before, reply = self.texts(PROBE)
+        prompt = self.ids(before)
+        return self.ids(before + reply)[: len(prompt)] != prompt
+
+    @functools.cached_property
+    def expected_added(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How many of `added_tokens` a prompt and a sequence have: without and with a row's system message."""
+        counts = []
+        for probe in (PROBE, PROBE_WITH_SYSTEM):
+            before, reply = self.texts(probe)
+            prompt, whole = (np.asarray(self.ids(text), np.int32) for text in (before, before + reply))
+            prompt, whole = (np.minimum(ids, len(self.is_added) - 1) for ids in (prompt, whole))
+            counts.append((int(self.is_added[prompt].sum()), int(self.is_added[whole].sum())))
+        return counts[0], counts[1]
 
     @functools.cached_property
     def added_tokens(self) -> dict[int, str]:
