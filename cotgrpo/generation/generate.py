@@ -10,14 +10,13 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
@@ -63,7 +62,6 @@ JUDGED_AT_ONCE = 256
 REASONS_SHOWN = 10
 FAILURES_SHOWN = 5
 
-T = TypeVar("T")
 Filter = Callable[[list[Candidate]], list[Candidate]]
 """Selects some of the candidates for one question."""
 
@@ -274,10 +272,13 @@ class Generation:
         say(self.console, f"Judging {len(stale)} recorded replies.")
         changed = 0
         with PhaseProgress("replies judged", self.console, len(stale)) as phase:
-            for some in batched(phase.over(stale), JUDGED_AT_ONCE):
-                judged = [(record, self.judged(record.key, record.outcome)) for record in some]
-                # Syncs each batch, so that work on a long journal survives Ctrl-C.
-                self.journal.extend([new for record, new in judged if new != record])
+            for start in range(0, len(stale), JUDGED_AT_ONCE):
+                judged = []
+                for done, old in enumerate(stale[start : start + JUDGED_AT_ONCE], start + 1):
+                    judged.append((old, self.judged(old.key, old.outcome)))
+                    phase(done)
+                # A part at a time, so that work on a long journal survives Ctrl-C.
+                self.journal.extend([new for old, new in judged if new != old])
                 changed += sum((new.accepted, new.reason) != (old.accepted, old.reason) for old, new in judged)
         if changed:
             say(self.console, f"{changed} replies get another verdict than before.")
@@ -452,13 +453,6 @@ class Generation:
             },
             "cost": round(self.cost(read, written), 6),
         }
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of this size; the last one may be shorter."""
-    left = iter(items)
-    while some := list(itertools.islice(left, size)):
-        yield some
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
