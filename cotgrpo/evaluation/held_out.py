@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,8 @@ class HeldOut:
         eval_step: `eval_step(params, batch)`, from `make_eval_step`, compiled by `jit_eval`.
         reference_batches: makes batches that hold every correct reference reply once.
         num_references: how many replies these are, maybe 0.
-        console: where the progress goes.
+        console: where the result is printed.
+        phase: `with phase(title, rows) as progress` shows the progress; `progress` is called with the rows done.
     """
 
     exact_match: ExactMatch
@@ -29,12 +31,13 @@ class HeldOut:
     reference_batches: Callable[[], Iterable[SftBatch]]
     num_references: int
     console: Console
+    phase: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
-    def loss(self, params: Params) -> dict[str, float]:
+    def loss(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         """Return the mean NLL of the reference replies and its companion metrics; nothing if there are none."""
         if not self.num_references:
             return {}
-        metrics = mean_metrics(self.eval_step, params, self.reference_batches())
+        metrics = mean_metrics(self.eval_step, params, counted_batches(self.reference_batches(), progress))
         return {name: value for name, value in metrics.items() if not name.endswith("tokens")}
 
     def loss_and_accuracy(self, params: Params) -> dict[str, float]:
@@ -44,10 +47,10 @@ class HeldOut:
     def measure(self, params: Params, when: str) -> dict[str, Any]:
         """Return accuracy, loss (None without a correct reference) and replies, and print them with `when` in front."""
         asked = len(self.exact_match.questions)
-        with self.console.status(f"held-out accuracy {when}") as status:
-            show = lambda done: status.update(f"held-out accuracy {when}: {done} of {asked} rows")
-            accuracy: Accuracy = self.exact_match(params, show)
-        loss = self.loss(params).get("loss")
+        with self.phase(f"{when}: held-out accuracy", asked) as progress:
+            accuracy: Accuracy = self.exact_match(params, progress)
+        with self.phase(f"{when}: held-out loss", self.num_references) as progress:
+            loss = self.loss(params, progress).get("loss")
         shown = (
             f"loss {loss:.4f} on {self.num_references}"
             if loss is not None
@@ -62,3 +65,12 @@ class HeldOut:
             "loss_rows": self.num_references,
             "replies": [dataclasses.asdict(reply) for reply in accuracy.replies],
         }
+
+
+def counted_batches(batches: Iterable[SftBatch], progress: Callable[[int], None]) -> Iterator[SftBatch]:
+    """Yield the batches, and call `progress` with the number of documents in those that were used."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += int(batch.segment_ids.max(axis=1).sum())
+        progress(done)

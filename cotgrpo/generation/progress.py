@@ -33,6 +33,10 @@ class ReplyProgress(CountProgress):
         super().__init__("replies", console, total, len(there), speed_seconds=60)
         self.progress.update(self.task, status=self.status())
 
+    def __enter__(self) -> ReplyProgress:
+        super().__enter__()
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:

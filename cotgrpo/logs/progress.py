@@ -63,7 +63,7 @@ class CountProgress:
         )
         self.task = self.progress.add_task(title, total=total, completed=done, status="")
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> CountProgress:
         self.progress.start()
         return self
 
@@ -118,6 +118,10 @@ class PhaseProgress(CountProgress):
     def __init__(self, title: str, console: Console, total: int | None = None) -> None:
         super().__init__(title, console, total, transient=True)
         self.last_line += SECONDS_BEFORE_A_LINE - SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> PhaseProgress:
+        super().__enter__()
+        return self
 
     def __call__(self, done: int) -> None:
         """Show that so many rows are done."""

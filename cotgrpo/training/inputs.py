@@ -147,7 +147,8 @@ class StageInputs:
             num_epochs=1,
         )
         eval_step = jit_eval(make_eval_step(model.student), model.mesh)
-        return HeldOut(exact_match, eval_step, reference_batches, len(self.test), console)
+        phase = lambda title, rows: PhaseProgress(title, console, rows)
+        return HeldOut(exact_match, eval_step, reference_batches, len(self.test), console, phase)
 
 
 def load_inputs(config: Config, folder: Path, origin: Path | None, console: Console = QUIET) -> StageInputs:
