@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Optimizer = Literal["adamw", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
+LARGEST_RATE = 1e3
+"""A higher learning rate is a slip of the pen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,15 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.learning_rate > LARGEST_RATE:
+            raise ValueError(f"learning_rate must be at most {LARGEST_RATE:g}, got {self.learning_rate:g}.")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction must lie in [0, 1], got {self.final_fraction}.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps}.")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}.")
         if self.clip_norm is not None and not self.clip_norm > 0:

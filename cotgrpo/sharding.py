@@ -77,6 +77,12 @@ class MeshConfig:
     tensor: int = 1
     context: int = 1
 
+    def __post_init__(self) -> None:
+        for name in AXES:
+            size = getattr(self, name)
+            if size < 1 and size != -1:
+                raise ValueError(f"{name} must be at least 1, or -1 for all devices that are left, got {size}.")
+
 
 def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """Make a device mesh, as `make_mesh(data=2, fsdp=4)`. One size may be -1, for all devices that are left.

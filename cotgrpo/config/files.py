@@ -32,6 +32,7 @@ from cotgrpo.config.sections import (
 from cotgrpo.config.settings import Config
 
 if TYPE_CHECKING:
+    import yaml
     from jsonargparse import ArgumentParser, Namespace
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
@@ -270,14 +271,30 @@ def read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_keys_once(yaml.compose(text, yaml.SafeLoader), path)
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Check the path of --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
     return tree
+
+
+def check_keys_once(node: yaml.Node | None, path: Path, prefix: str = "") -> None:
+    """Raise ConfigError for a key that a mapping of a YAML file has twice: YAML would take the last one."""
+    seen: dict[str, int] = {}
+    for key, value in node.value if node is not None and node.id == "mapping" else ():
+        line = key.start_mark.line + 1
+        name = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
+        if name in seen:
+            raise ConfigError(f"{path}: {name} is set twice, in lines {seen[name]} and {line}. Remove one.")
+        seen[name] = line
+        check_keys_once(value, path, f"{name}.")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ else:
     DataclassInstance = object
 
 Section = TypeVar("Section", bound="DataclassInstance")
+
+LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 1e12
+"""Of a setting: what an int32 array, and the seed of a random key, can hold, and what is a slip of the pen."""
 
 
 class ConfigError(ValueError):
@@ -236,11 +240,25 @@ def build(default: Section, given: Given, prefix: str = "") -> Section:
 
 def construct(cls: type[Section], values: dict[str, Any], prefix: str) -> Section:
     """Return a section of these values; an error names the setting by its dotted key."""
+    for name, value in values.items():
+        check_number(value, f"{prefix}{name}")
     try:
         return cls(**values)
     except ValueError as error:
         names = "|".join(field.name for field in dataclasses.fields(cls)) or "$"
         raise ConfigError(re.sub(rf"^([A-Z]\w*\.)?(?=({names})\b)", prefix, str(error))) from error
+
+
+def check_number(value: object, key: str) -> None:
+    """Raise ConfigError for a number that no setting takes: one that is not finite, or too large for an array."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value}.")
+    largest = LARGEST_SEED if key.endswith("seed") else LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
+    if isinstance(value, int | float) and abs(value) > largest:
+        raise ConfigError(f"{key} must be at most {largest:,}, got {value:.3g}.")
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_number(item, key)
 
 
 def not_applicable(section: DataclassInstance) -> NotApplicable:

@@ -78,6 +78,9 @@ class TokenizerConfig:
     path: str | None = None
     vocab_size: int = 4_096
 
+    def __post_init__(self) -> None:
+        at_least(256, self, "vocab_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -141,7 +144,8 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, self, "num_workers")
+        at_least(1, self, "seq_len")
+        at_least(0, self, "test_rows", "num_workers")
         if problem := columns_problem(self.columns) or row_function_problem(self.row_function):
             raise ConfigError(problem)
         if self.answer_format and self.answer_format.count("{answer}") != 1:
@@ -316,6 +320,7 @@ class Config:
     def __post_init__(self) -> None:
         at_least(0, self, "seed")
         at_least(1, self, "max_skipped")
+        expect(bool(self.run_dir.strip()), self, "run_dir", "the name of a folder")
         if "://" in self.run_dir:
             raise ConfigError(
                 f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket "

@@ -64,6 +64,9 @@ class DecoderShape:
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DecoderConfig.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("rope_theta", "init_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"DecoderConfig.{name} must be positive, got {getattr(self, name)}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +376,41 @@ def test_settings_of_generate(tmp_path: Path) -> None:
 
 def test_flat() -> None:
     assert dict(flat({"a": {"b": 1, "c": {"d": []}}, "e": {}})) == {"a.b": 1, "a.c.d": [], "e": {}}
+
+
+NUMBERS = [
+    (cls, setting.key)
+    for cls in (Config, GenerateConfig)
+    for setting in settings_in(cls())
+    if {int, float} & (set(typing.get_args(setting.type)) or {setting.type})
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", str(10**30), "1e30", "-0.5", "-7"])
+@pytest.mark.parametrize(("cls", "key"), NUMBERS)
+def test_no_setting_takes_an_absurd_number(cls: type, key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings([f"--{key}", value], cls())
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2", "seed is set twice, in lines 1 and 2"),
+        ("sft: {steps: 1, steps: 2}", "sft.steps is set twice"),
+        ("sft:\n  optimizer: {b1: 0.9}\n  optimizer: {b2: 0.9}", "sft.optimizer is set twice, in lines 2 and 3"),
+        ("data: {columns: {question: a, question: b}}", "data.columns.question is set twice"),
+        ("sft: {optimizer: {b2: 1}}", r"sft.optimizer.b2 must lie in \[0, 1\)"),
+        ("sft: {optimizer: {b1: 1.0}}", r"sft.optimizer.b1 must lie in \[0, 1\)"),
+        ("sft: {optimizer: {eps: 0}}", "sft.optimizer.eps must be positive"),
+        ("run_dir: ''", "run_dir must be the name of a folder"),
+        ("run_dir: '  '", "run_dir must be the name of a folder"),
+        ("seed: 4294967296", "seed must be at most 4,294,967,295"),
+        ("sft: {optimizer: {learning_rate: .nan}}", "sft.optimizer.learning_rate must be a finite number, got nan"),
+        ("mesh: {fsdp: 0}", "mesh.fsdp must be at least 1, or -1"),
+    ],
+)
+def test_files_with_slips(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Path(write(tmp_path / "c.yaml", text)))
