@@ -259,7 +259,8 @@ def parse_row(row: object, place: str, own: OwnLayout | None = None, split: str 
         raise LeftOut("row_function returned None", place)
     if known is not row:
         check_object(known, place, split)
-    found, notes = Found(known, () if own is None else own.columns), list[Note]()
+    named = () if own is None else tuple(ours for ours in own.columns if known.get(ours) is not None)
+    found, notes = Found(known, named), list[Note]()
     chat = read_chat(found, place)
     question = read_question(found, chat, place, notes)
     correct = read_flag(found, place)
@@ -270,6 +271,10 @@ def parse_row(row: object, place: str, own: OwnLayout | None = None, split: str 
             raise
         reply = Reply(golds=tuple(found.all("gold")), problem=str(error))  # a known mistake may lack a reply
     gold, no_gold = read_gold(reply.golds, place, notes)
+    if reply.problem and reply.answer and gold and not grade(reply.answer, gold).correct:
+        notes.append(
+            ("answer and gold differ: gold is the right answer", f"{place}: {reply.answer!r:.40}, {gold!r:.40}")
+        )
     system = parse_text(found.value("system"), "system", place)
     if chat is not None and chat.system and squeeze(system) not in ("", squeeze(chat.system)):
         notes.append(("two system messages in one row: that of the chat is used, the other is not", place))

@@ -268,6 +268,7 @@ NOTED: list[tuple[dict[str, Any], str]] = [
     ({"question": Q, "reasoning": "Other.", "response": f"{THOUGHT}12"}, "two thoughts in one row: that in response"),
     ({"system": "a", "messages": [{"role": "system", "content": "b"}, *chat(Q, "r #### 1")]}, "two system messages"),
     ({"question": Q, "response": "r #### 12", "answer": f"{S}\nIt is 12 eggs."}, "gold read from prose"),
+    ({"question": Q, "response": f"{S} It is 12 eggs."}, "answer read from prose"),
 ]
 
 
@@ -279,6 +280,12 @@ def test_two_sources_of_one_field_are_counted_and_named(row: dict[str, Any], wha
     assert what in noted and report.noted[noted] == 2 and report.kept == 3
     assert [place.startswith(f"{path}:{line}") for place, line in zip(report.examples[noted], (1, 3), strict=True)]
     assert f"2 noted, {noted}: {path}:1" in str(report) and report.to_dict()["noted"] == report.noted
+
+
+def test_an_answer_that_is_not_the_gold_is_noted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"question": Q, "answer": "7", "gold": "12"})
+    (question,), report = read_questions(path)
+    assert question.gold == "12" and report.noted == {"answer and gold differ: gold is the right answer": 1}
 
 
 SILENT: list[dict[str, Any]] = [
@@ -374,6 +381,27 @@ def test_messages_in_other_forms() -> None:
     assert (
         parse_row(LAYOUTS["GSM8K"][0] | {"turns": 2, "chat": "no", "options": {"temperature": 1}}, "f:1").question == Q
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["Ants", "Bees"], "A. Ants\nB. Bees"),
+        (["A. ants", "B. bees"], "A. ants\nB. bees"),
+        (["(A) ants", "(B) bees"], "(A) ants\n(B) bees"),
+        ({"A": "ants", "B": "bees"}, "A. ants\nB. bees"),
+        ("A) ants B) bees", "A) ants B) bees"),
+        ([str(i) for i in range(12)], "\n".join(f"{mark}. {i}" for i, mark in enumerate("ABCDEFGHIJKL"))),
+    ],
+)
+def test_options_are_lines_of_the_question(options: Any, lines: str) -> None:
+    row = {"question": "Which?", "options": options, "answer": "B"}
+    assert parse_row(row, "f:1").question == f"Which?\n{lines}"
+    assert parse_row(row | {"question": f"Which?\n{lines}\n"}, "f:1").question == f"Which?\n{lines}"
+
+
+def test_steps_in_a_list_are_lines() -> None:
+    assert parse_row({"question": Q, "thoughts": ["3*4", "= 12"], "answer": "12"}, "f:1").rationale == "3*4\n= 12"
 
 
 TURNS = chat("Hi", "Hello!", Q, f"{THOUGHT}12 eggs, I think.")
@@ -485,7 +513,7 @@ def test_an_unknown_layout_shows_the_setting(tmp_path: Path) -> None:
     assert setting == "{question: my_q, answer: the_final}"
     (question,), _ = read_questions(path, columns=parse_config(["--data.columns", setting]).data.columns)
     assert (question.question, question.gold) == (Q, "12")
-    with pytest.raises(DataError, match=r"one column 'text' does not say where the reply begins.*data.row_function"):
+    with pytest.raises(DataError, match=r"One column 'text' does not say where the reply begins.*data.row_function"):
         read_triples(jsonl(path, {"text": f"{Q} {S}"}))
 
 

@@ -10,71 +10,42 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 Named = tuple[str, object]
 """A column's name and its value."""
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "对话"),
-    "question": (
-        *("question", "prompt", "problem", "query", "instruction", "body", "user_prompt"),
-        *("问题", "题目", "提问", "题干", "指令"),
-    ),
-    "other_question": ("input", "question_chinese", "question_zh", "original_text", "输入", "source"),
-    "context": ("input", "context", "passage", "输入"),
-    "options": ("options", "choices", "选项"),
-    "rationale": (
-        *("rationale", "reasoning", "reasoning_content", "thinking", "thinking_trajectories", "thought", "thoughts"),
-        *("deepseek_thinking_trajectory", "gemini_thinking_trajectory", "deepseek_reasoning", "complex_cot"),
-        *("chain_of_thought", "cot", "think", "推理过程", "思考过程", "推理", "思考"),
-    ),
-    "solution": ("solution", "explanation", "answer_analysis", "analysis", "解析", "解答", "解题过程", "解题思路"),
-    "equation": ("equation", "formula", "算式"),
-    "completion": (
-        *("completion", "response", "generated_solution", "output", "generation", "chosen", "llm_response"),
-        *("deepseek_attempt", "deepseek_solution", "gemini_attempt", "attempt", "model_output", "r1_solution_1"),
-        *("r1_solution_2", "r1_solution_3", "content", "回答", "回复", "输出"),
-    ),
-    "generations": ("generations",),
-    "answer": (
-        *(
-            "answer",
-            "final_answer",
-            "ans",
-            "answer_number",
-            "answer_only",
-            "short_answer",
-            "answer_value",
-            "answer_key",
-        ),
-        *("correct_option", "答案", "最终答案"),
-    ),
-    "other_answer": ("target", "result"),
-    "gold": (
-        *("gold", "golden", "gold_answer", "expected_answer", "ground_truth", "reference_answer", "correct_answer"),
-        *("reward_model.ground_truth", "extra_info.answer", "verification_info.ground_truth", "gold_standard_solution"),
-        *("answer_latex", "ground_truth_solution", "正确答案", "标准答案", "参考答案"),
-    ),
-    "system": ("system", "system_prompt", "system_message", "系统", "系统提示"),
-    "history": ("history", "历史"),
-    "tools": ("tools", "functions"),
-    "correct": ("correct", "is_correct", "label"),
-    "split": ("split",),
-    "id": ("id",),
+NAMES = {
+    "messages": "messages conversations conversation dialogue dialog chat turns 对话",
+    "question": "question prompt problem query instruction body user_prompt 问题 题目 提问 题干 指令",
+    "other_question": "input question_chinese question_zh original_text 输入 source",
+    "context": "input context passage 输入",
+    "options": "options choices 选项",
+    "rationale": "rationale reasoning reasoning_content thinking thinking_trajectories thought thoughts complex_cot "
+    "deepseek_thinking_trajectory gemini_thinking_trajectory deepseek_reasoning chain_of_thought cot think "
+    "推理过程 思考过程 推理 思考",
+    "solution": "solution explanation answer_analysis analysis 解析 解答 解题过程 解题思路",
+    "equation": "equation formula 算式",
+    "completion": "completion response generated_solution output generation chosen llm_response model_output "
+    "deepseek_attempt deepseek_solution gemini_attempt attempt r1_solution_1 r1_solution_2 r1_solution_3 content "
+    "回答 回复 输出",
+    "generations": "generations",
+    "answer": "answer final_answer ans answer_number answer_only short_answer answer_value answer_key correct_option "
+    "答案 最终答案",
+    "other_answer": "target result",
+    "gold": "gold golden gold_answer expected_answer ground_truth reference_answer correct_answer answer_latex "
+    "reward_model.ground_truth extra_info.answer verification_info.ground_truth gold_standard_solution "
+    "ground_truth_solution 正确答案 标准答案 参考答案",
+    "system": "system system_prompt system_message 系统 系统提示",
+    "history": "history 历史",
+    "tools": "tools functions",
+    "correct": "correct is_correct label",
+    "split": "split",
+    "id": "id",
 }
 """Field -> the columns that may hold it; the first one that is filled counts.
 
 Case, spaces, `-` and `_` in a name make no difference; a dot leads into an object. `completion` is a whole reply in one
 text, `rationale` the steps or the thought before it, `solution` a text that may be either.
 """
-OWN_NAMES = (
-    "id",
-    "question",
-    "rationale",
-    "answer",
-    "completion",
-    "gold",
-    "system",
-    "messages",
-    "tools",
-    "correct",
-    "split",
+COLUMNS = {field: tuple(names.split()) for field, names in NAMES.items()}
+OWN_NAMES = tuple(
+    ["question", "rationale", "answer", "completion", "gold", "system", "messages", "tools", "correct", "split", "id"]
 )
 """The fields that the setting `data.columns` may name."""
 SAME_MEANING = (
@@ -217,9 +188,9 @@ def describe_missing(field: str, row: Mapping[str, object]) -> str:
 
 def suggest_columns(row: Mapping[str, object]) -> str:
     """Return the setting that maps the text columns of a row of an unknown layout, as far as they can be guessed."""
-    if set(map(str, row)) == {"text"}:
-        return " A row of one column 'text' does not say where the reply begins: split it with data.row_function."
     texts = [str(name) for name, value in row.items() if isinstance(value, str | int | float | dict) and value != ""]
+    if texts == ["text"]:
+        return " One column 'text' does not say where the reply begins: split it with data.row_function."
     found = Found(row)
     guesses: dict[str, str] = {}
     for field in ("question", "answer"):

@@ -63,4 +63,4 @@ def not_an_answer(name: str, text: str, place: str) -> str:
 
 def prose_note(what: str, place: str, answer: str, text: str) -> Note:
     """Return the note of an answer, or of a gold, that was found in prose."""
-    return f"{what} read from prose", f"{place}: {answer!r} of {text!r:.60}"
+    return f"{what} read from prose", f"{place}: {answer!r} of {text[:60]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 
 from cotgrpo.data.layouts.chats import Chat, ends_in_reply, is_chat, parse_chat, role_of
@@ -9,7 +10,7 @@ from cotgrpo.data.layouts.columns import Found, Named, describe_missing, fold, i
 from cotgrpo.data.layouts.values import Note, empty, parse_text, squeeze
 from cotgrpo.data.sources import DataError
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 
 
 def read_chat(found: Found, place: str) -> Chat | None:
@@ -96,6 +97,7 @@ def with_context(question: tuple[str, str], found: Found, place: str) -> str:
     about = [(n, v) for n, v in found.all("context") if n != name and isinstance(v, str)]
     if fold(name) not in ("instruction", "指令"):
         about = [(n, v) for n, v in about if fold(n) in ("context", "passage")]
+    about = [(n, v) for n, v in about if squeeze(v) not in squeeze(text)]
     return f"{text}\n\n{parse_text(about[0][1], about[0][0], place)}" if about else text
 
 
@@ -111,7 +113,8 @@ def read_options(found: Found) -> list[tuple[str, str]]:
         return [("", value.strip())]
     if isinstance(value, Sequence):
         texts = [str(text).strip() for text in value]
-        own = all(text[:1] == mark or text[1:2] == mark for mark, text in zip(LETTERS, texts, strict=False))
+        own = all(text.lstrip("(")[:1] == mark for mark, text in zip(LETTERS, texts, strict=False))
+        own = own and not any(text.lstrip("(")[1:2].isalnum() for text in texts)
         return [("" if own else mark, text) for mark, text in zip(LETTERS, texts, strict=False)]
     if is_blank(found.row.get("A")) or is_blank(found.row.get("B")):
         return []

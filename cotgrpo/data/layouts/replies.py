@@ -83,13 +83,13 @@ def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -
         return steps_and_answer(found, [*rationales, *solutions], answers, place, notes)
     if solutions:
         name, value = solutions[0]
-        thought = first_text(rationales[0], place) if rationales else ""
+        thought = steps_text(rationales[0], place) if rationales else ""
         text = with_thought(parse_text(value, name, place, numbers=True), thought)
         return dataclasses.replace(one_reply(text, name, place), golds=golds)
     if rationales:
         blank = found.blank("answer")
         text = empty(blank) if blank else describe_missing("answer", found.row)
-        return Reply(first_text(rationales[0], place), "", golds=golds, problem=f"{place}: {text}")
+        return Reply(steps_text(rationales[0], place), "", golds=golds, problem=f"{place}: {text}")
     return answer_alone(found, chat, answers, place)
 
 
@@ -137,14 +137,14 @@ def paired_thought(name: str, rationales: Sequence[Named], place: str) -> str:
     for maker in ("deepseek", "gemini"):
         if fold(name).startswith(maker):
             rationales = [column for column in rationales if fold(column[0]).startswith(maker)] or rationales
-    return first_text(rationales[0], place) if rationales else ""
+    return steps_text(rationales[0], place) if rationales else ""
 
 
-def first_text(column: Named, place: str) -> str:
-    """Return a column's text; of a list of texts, the first one."""
+def steps_text(column: Named, place: str) -> str:
+    """Return a column's text; a list of steps is one text, a step a line."""
     name, value = column
-    if isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], str):
-        value = value[0]
+    if isinstance(value, list) and value and all(isinstance(step, str) for step in value):
+        value = "\n".join(value)
     return parse_text(value, name, place)
 
 
@@ -194,7 +194,7 @@ def is_bare(text: str, answer: str) -> bool:
 
 def steps_and_answer(found: Found, steps: list[Named], answers: list[Named], place: str, notes: list[Note]) -> Reply:
     """Return the reply of a row with steps and an answer in columns of their own."""
-    rationale = first_text(steps[0], place)
+    rationale = steps_text(steps[0], place)
     for name, value in steps[1:]:
         if isinstance(value, str) and squeeze(value) != squeeze(rationale):
             first = steps[0][0]
