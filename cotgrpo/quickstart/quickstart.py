@@ -114,13 +114,14 @@ def run_quickstart(
         console: where the lines are printed.
         language: "en" or "zh", the language of the teacher's text.
     """
-    config = QUICKSTARTS[language] if config is None else config
+    config = config or QUICKSTARTS[language]
+    seed = config.seed
     console = console or Console()
     folder = Path(config.run_dir)
     started = time.perf_counter()
     own_rows = bool(config.data.train)
     if not own_rows:
-        on_process_0(lambda: teach(folder, config.seed, language))
+        on_process_0(lambda: teach(folder, seed, language))
         console.print(
             f"teacher: {TRAIN_ROWS[language]} triples, {QUESTIONS} questions and {TEST_ROWS} held-out rows in {folder}",
             highlight=False,

@@ -126,7 +126,8 @@ def test_the_teachers_right_replies_are_kept(run: Path, questions: list[dict[str
 def test_the_tokenizer_keeps_digits_apart_and_renders_chats(run: Path) -> None:
     tokenizer = load_tokenizer(run / "run" / "sft" / "tokenizer")
     chat = [{"role": "user", "content": "１２+34等于多少？"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    prompt = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
     words = [tokenizer.decode([i]) for i in ids if "\ufffd" not in tokenizer.decode([i])]
     assert words[0] == "<|user|>" and words[-2:] == ["<eos>", "<|assistant|>"]
     assert not any(len(word) > 1 and any(c.isdecimal() for c in word) for word in words)
