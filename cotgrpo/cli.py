@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotgrpo.huge_pages import use_huge_pages
+from cotgrpo.terminal import complain
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except argparse.ArgumentError:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
-        print(f"cotgrpo: unknown command {command!r}. {hint}", file=sys.stderr)
+        complain(f"unknown command {command!r}. {hint}")
     return 2
 
 
@@ -181,7 +182,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
 
 def fail(error: Exception, code: int) -> int:
     """Print an error as one line, and return the exit code."""
-    print(f"cotgrpo: {' '.join(str(error).split())}", file=sys.stderr)
+    complain(str(error))
     return code
 
 

@@ -32,6 +32,7 @@ ROOMS = (
     "models",
     "sampling",
     "data",
+    "terminal",
     "ghosts",
     "teachers",
     "config",

@@ -36,7 +36,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds the lock, or the folder cannot be written.
     """
-    path = folder / LOCK_FILE
+    path, is_new = folder / LOCK_FILE, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -56,6 +56,9 @@ def locked(folder: Path) -> Iterator[None]:
             done.set()
             keeper.join()
             os.ftruncate(descriptor, 0)
+            if is_new and os.listdir(folder) == [LOCK_FILE]:  # nothing was written
+                path.unlink()
+                folder.rmdir()
     finally:
         os.close(descriptor)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from cotgrpo.bench.command import run_bench
 from cotgrpo.data.sources import DataError
+from cotgrpo.terminal import complain
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,6 +14,6 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_bench(arguments)
     except DataError as error:
-        print(f"cotgrpo: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     return 0

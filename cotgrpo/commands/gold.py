@@ -13,6 +13,7 @@ from cotgrpo.config import ConfigError
 from cotgrpo.config.files import Options
 from cotgrpo.data.triples import read_triples, write_triples
 from cotgrpo.teachers.editing import read_edited, read_student_replies, write_pairs
+from cotgrpo.terminal import say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -69,4 +70,4 @@ def run(options: Options, console: Console) -> None:
         replies = read_student_replies(Path(student))
         triples, _ = read_triples(ghosts, columns=given.columns, row_function=given.row_function)
         report = write_pairs(Path(out), triples, replies, rows=rows)
-    console.print(f"{report}\nwritten: {out}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{report}\nwritten: {out}")

@@ -13,6 +13,7 @@ from cotgrpo.config import Config, ConfigError
 from cotgrpo.planning.search import rank_candidates
 from cotgrpo.planning.stage_plan import StagePlan
 from cotgrpo.planning.tables import WIDTH, plan_table, search_table
+from cotgrpo.terminal import say
 from cotgrpo.training.steps import StageName
 
 
@@ -53,5 +54,5 @@ def run_plan(
     out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(line.rstrip() for line in page.export_text().splitlines())
     out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    say(console, f"written: {out}")
     return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from cotgrpo.config import ConfigError
 from cotgrpo.models.config import RematPolicy
 from cotgrpo.planning.stage_plan import StagePlan
 from cotgrpo.planning.tables import gib, mesh_line
+from cotgrpo.terminal import say
 
 COMPILED, RANKED = 6, 20
 """Number of candidates that are compiled for TPUs, and that are ranked for GPUs; arithmetic finds these fastest."""
@@ -47,10 +47,10 @@ def rank_candidates(plan: StagePlan, console: Console) -> list[dict[str, Any]]:
     near.sort(key=lambda pair: sum(pair[1]["seconds"]["step"]))
     if plan.topology.chip.platform != "tpu":
         return sorted((figures for _, figures in near[:RANKED]), key=middle)
-    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(
+        console,
         f"{len(estimates)} candidates by arithmetic; {len(near)} of them may fit. "
-        f"The {len(near[:COMPILED])} fastest of these are compiled."
+        f"The {len(near[:COMPILED])} fastest of these are compiled.",
     )
     found = []
     for number, (way, estimate) in enumerate(near[:COMPILED], start=1):
@@ -58,7 +58,7 @@ def rank_candidates(plan: StagePlan, console: Console) -> list[dict[str, Any]]:
         with console.status(f"compiling {what}"):
             figures = way.figures()
         verdict = "fits" if figures["fits"] else "does not fit"
-        say(f"{what}: {verdict}, compiled in {figures['compile_seconds']:.0f} s")
+        say(console, f"{what}: {verdict}, compiled in {figures['compile_seconds']:.0f} s")
         found.append(figures)
     return sorted(found, key=middle)
 

@@ -13,6 +13,7 @@ from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
 from cotgrpo.models.huggingface.weights import save_pretrained
+from cotgrpo.terminal import say
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.stages import newest_stage
 from cotgrpo.training.weights import StageWeights, restore_weights
@@ -51,7 +52,7 @@ def run_export(
         check_adapter(weights, folder, dtype)
         assert weights.lora is not None
         save_adapter(out, weights.trained, weights.lora, weights.base_name, card)
-        (console or Console()).print(f"adapter of {written}", highlight=False, soft_wrap=True)
+        say(console or Console(), f"adapter of {written}")
         return out
     stops = list(template.stop_ids)
     of_source = model.source is not None and config.tokenizer.path is None
@@ -66,7 +67,7 @@ def run_export(
         card=card,
         dtype=dtype,
     )
-    (console or Console()).print(written, highlight=False, soft_wrap=True)
+    say(console or Console(), written)
     return out
 
 

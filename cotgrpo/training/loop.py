@@ -37,6 +37,7 @@ from cotgrpo.distributed.processes import (
 from cotgrpo.logs.metrics_log import MetricsLog
 from cotgrpo.logs.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
+from cotgrpo.terminal import say
 from cotgrpo.training.hooks import CheckpointHook, EvaluationHook, Hook, LogHook, Pause, ProgressHook, Row, Schedule
 from cotgrpo.training.hooks import Interrupted as Interrupted
 from cotgrpo.training.hooks import TrainingStopped as TrainingStopped
@@ -209,7 +210,7 @@ def train(
         state, position = resume(checkpoints, state, batches, console)
         done = int(state.step)
         if done >= settings.total_steps:
-            console.print(f"{settings.title}: all {settings.total_steps} steps are done already.")
+            say(console, f"{settings.title}: all {settings.total_steps} steps are done already.")
             return state
         every_hook = list(hooks)
         if is_process_0():
@@ -245,9 +246,9 @@ def resume(
         return state, {"skipped_in_a_row": 0, "window": None}
     state, position, notes = found
     for note in notes:
-        console.print(f"[yellow]{note}[/yellow]", highlight=False)
+        say(console, note, style="yellow")
     batches.set_state(position["batches"])
-    console.print(f"Resuming after step {int(state.step)}.")
+    say(console, f"Resuming after step {int(state.step)}.")
     return state, position
 
 

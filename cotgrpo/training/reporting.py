@@ -20,6 +20,7 @@ from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.reports.report import write_report
+from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
 from cotgrpo.training.steps import StageName
 from cotgrpo.types import Params
@@ -98,7 +99,7 @@ class MeasurementCache:
 def print_reports(inputs: StageInputs, console: Console) -> None:
     """Print what was read, and what was left out."""
     for title, report in inputs.reports.items():
-        console.print(f"{title}: {report}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{title}: {report}")
 
 
 def write_stage_report(
@@ -136,7 +137,7 @@ def write_stage_report(
     if stage == "grpo" and isinstance(config.grpo.ghosts, VerifiedReward):
         report["notes"] = [GROUP_RELATIVE]
     write_json(folder / "report.json", report)
-    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    say(console, f"report: {write_report(folder)}")
     return report
 
 

@@ -24,6 +24,7 @@ from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.sharding import jit_step, state_sharding
+from cotgrpo.terminal import say
 from cotgrpo.training.batch_sources import make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
@@ -62,7 +63,7 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     location = CheckpointLocation.resolve(folder, config)
     on_process_0(lambda: check_folders(folder, config, stage, location))
     if (done := on_process_0(lambda: finished_report(folder))) is not None:
-        console.print(f"{folder} is complete: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        say(console, f"{folder} is complete: {folder / 'report.html'}")
         return done
 
     timer = Timer()
@@ -181,10 +182,10 @@ def train_stage(
 def print_student(model: Model, weights: StageWeights, start: str, console: Console) -> None:
     """Print the student's size, and where it comes from."""
     size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
-    console.print(f"student: {size}, from {start}", highlight=False, soft_wrap=True)
+    say(console, f"student: {size}, from {start}")
     if weights.lora is not None:
         count = sum(leaf.size for leaf in jax.tree.leaves(weights.trained)) / 1e6
-        console.print(f"LoRA: {count:.2f} M parameters are trained, in addition to the student's", highlight=False)
+        say(console, f"LoRA: {count:.2f} M parameters are trained, in addition to the student's")
 
 
 def newest_stage(run_dir: Path) -> StageName:
@@ -230,5 +231,5 @@ def write_eval(measured: dict[str, Any], folder: Path, console: Console) -> dict
     if is_process_0():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "eval.json", measured)
-    console.print(f"written: {folder / 'eval.json'}", highlight=False, soft_wrap=True)
+    say(console, f"written: {folder / 'eval.json'}")
     return measured

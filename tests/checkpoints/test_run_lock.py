@@ -42,7 +42,7 @@ def test_a_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with locked(folder):  # nothing is left of it
+    with locked(folder):
         pass
 
 
@@ -55,6 +55,15 @@ def test_it_is_given_back(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").write_text("")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.yaml"]
 
 
 def test_a_record_of_another_host_counts_while_it_is_renewed(tmp_path: Path) -> None:
