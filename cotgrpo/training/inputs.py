@@ -308,10 +308,12 @@ def read_train_and_test(
     data = config.data
     names, split = as_list(train_files(config)), data.train_split
     rows: Iterable[RowResult] = read_rows(names, split, columns=data.columns, row_function=data.row_function)
+    phase = PhaseProgress("reading rows", console)
     if not data.test:  # the rows are needed twice
-        with PhaseProgress("reading rows", console) as progress:
+        with phase as progress:
             rows = list(progress.over(rows))
-    with PhaseProgress("looking for duplicates" if not data.test else "reading rows", console) as progress:
+        phase = PhaseProgress("looking for duplicates", console, len(rows))
+    with phase as progress:
         train, report = triples_in(progress.over(rows), bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
     check_usable(train, names, report)
     reports = {"training rows": report}
@@ -319,7 +321,7 @@ def read_train_and_test(
         test, reports["held-out rows"] = read_test_rows(config, console)
     else:
         # A bad row has raised an error by now. A row with a wrong reply may lack the right answer.
-        with PhaseProgress("drawing held-out rows", console) as progress:
+        with PhaseProgress("drawing held-out rows", console, report.read) as progress:
             questions, _ = questions_in(progress.over(rows), bad_rows="drop")
         test = draw_test_rows(questions, data.test_rows, config.seed)
         reports["held-out rows"] = DropReport(read=len(test))
@@ -418,7 +420,8 @@ def tokenizer_of(
         chat, reply_format = config.data.format == "chat", ReplyFormat(config.data.reasoning, config.data.answer_format)
         answer = reply_format.write_answer if chat else str
         texts = (f"{with_system(t.question, t.system)}\n{t.rationale}\n{answer(t.answer)}" for t in train)
-        with PhaseProgress("training a tokenizer", console) as progress:
+        total = len(train) if isinstance(train, list) else None
+        with PhaseProgress("training a tokenizer", console, total) as progress:
             return train_tokenizer(progress.over(texts), vocab_size=config.tokenizer.vocab_size, chat=chat)
     if (origin / "tokenizer" / "tokenizer.json").is_file():
         return load_tokenizer(origin / "tokenizer")
