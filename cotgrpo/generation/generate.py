@@ -45,6 +45,7 @@ from cotgrpo.teachers.filtering import (
     Judge,
     Verdict,
     commonest,
+    control_token,
     distinct,
     load_check,
     majority,
@@ -165,7 +166,8 @@ def without_overlap(
 def identify(questions: Sequence[Question], report: DropReport) -> list[Question]:
     """Return the questions with different texts, each with an id: the row's own, or else its number.
 
-    Chats with several turns are left out: triples hold one question and one reply.
+    Chats with several turns are left out: triples hold one question and one reply. So are questions that templates
+    refuse.
 
     Raises:
         DataError: two questions share an id.
@@ -176,6 +178,9 @@ def identify(questions: Sequence[Question], report: DropReport) -> list[Question
         text = squeeze(question.question)
         if len(question.context) > 1:
             report.drop("several turns", question.source)
+            continue
+        if (token := control_token(text)) is not None:
+            report.drop("control token", f"{question.source}: {token}")
             continue
         if text in texts:
             report.drop("duplicate", question.source)

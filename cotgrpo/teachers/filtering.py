@@ -78,9 +78,9 @@ REFUSALS = {
 """Language -> how a refusal begins."""
 REFUSAL = re.compile(rf"\W*(?:{'|'.join(REFUSALS.values())})", re.IGNORECASE)
 CONTROL_TOKEN = re.compile(
-    r"<[|\uff5c][^|\uff5c<>\s]{3,40}[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[be]os>|</?think>|\[/?INST\]|<</?SYS>>"
+    r"<[|\uff5c][^|\uff5c<>\s]{3,40}[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[be]os>|<sep>|</?think>|\[/?INST\]|<</?SYS>>"
 )
-"""Tokens that only a chat template may write, of any model family. A student would learn to stop or switch roles."""
+"""Tokens that only a template may write, of any model family. A student would learn to stop or switch roles."""
 MARKED_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
 T = TypeVar("T")
 
@@ -187,11 +187,17 @@ def parts_of(reply: TeacherReply) -> tuple[str, str | None]:
     return split_reply(reply.whole_text)
 
 
+def control_token(text: str) -> str | None:
+    """Return the first control token of a template in a text, or None."""
+    found = CONTROL_TOKEN.search(text)
+    return None if found is None else found[0]
+
+
 def control_text(rationale: str, answer: str) -> str | None:
     """Return the text in a triple that every template refuses: a control token, or another marked answer; or None."""
-    found = CONTROL_TOKEN.search(rationale) or CONTROL_TOKEN.search(answer)
-    if found is not None:
-        return found[0]
+    token = control_token(rationale) or control_token(answer)
+    if token is not None:
+        return token
     marked = (match[0] for match in MARKED_ANSWER.finditer(rationale) if begins_with_number(match[1]))
     return next(marked, None)
 

@@ -42,7 +42,7 @@ VERDICT = re.compile(
     re.IGNORECASE,
 )
 """Words of a complaint about a field. A message without one may name a field by chance."""
-STREAM = re.compile("stream|流式|ストリー|스트리", re.IGNORECASE)
+STREAM = re.compile(r"stream|\bsse\b|流式|ストリー|스트리", re.IGNORECASE)
 STREAM_OPTIONS = re.compile("stream_options|include_usage")
 LIMIT = re.compile("max_tokens|max_completion_tokens|max_output_tokens|maxOutputTokens")
 WRONG_NAME = re.compile(
@@ -50,7 +50,9 @@ WRONG_NAME = re.compile(
     re.IGNORECASE,
 )
 OUT_OF_RANGE = re.compile(
-    "too (?:large|big|high|many)|exceed|range|at most|at least|less|greater|maximum|范围|超过", re.I
+    r"too (?:large|big|high|many)|exceed|range|at most|at least|less|greater|maximum|(?:must|should) be.*\d|"
+    r"[<>≤≥]=? ?\d|范围|超过",
+    re.IGNORECASE,
 )
 CONTEXT = re.compile("context[ _](?:length|window|size)|上下文", re.IGNORECASE)
 OF_PROMPT = re.compile("context|prompt|messages|input", re.IGNORECASE)

@@ -55,8 +55,9 @@ def generate(url: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
 
 
 def echo_server(asked: Asked) -> Answer:
-    """Replies with the question, which ends in its own finish reason: `Add. #### 7 | stop`."""
+    """Replies with the question, which ends in its own finish reason: `Add. #### 7 | stop`; [x] stands for <x>."""
     text, _, word = asked.json()["messages"][-1]["content"].rpartition(" | ")
+    text = text.replace("[", "<").replace("]", ">")
     return Answer(completion(text, None if word == "none" else word))
 
 
@@ -136,10 +137,10 @@ def test_a_journal_without_fingerprints_is_judged_once(tmp_path: Path, judged: l
             ("Add.\n#### 7", word, "truncated")
             for word in ("length", "LENGTH", "MAX_TOKENS", "max_tokens", "token_limit")
         ),
-        ("<think>Add. 3 + 4 is 7", "stop", "truncated"),
+        ("[think]Add. 3 + 4 is 7", "stop", "truncated"),
         ("Add.\n#### 7", "SAFETY", "refused"),
         ("对不起，我无法回答这个问题。", "stop", "refused"),
-        ("End with <|im_end|>.\n#### 7", "stop", "control token"),
+        ("End with [|im_end|].\n#### 7", "stop", "control token"),
         ("Add.\n#### 3\nMore.\n\\boxed{7}", "stop", "control token"),
         ("Add.\n#### 7", "weird", None),
     ],
@@ -206,6 +207,12 @@ def test_chinese_questions_of_test_sets_are_never_asked(tmp_path: Path, question
     config = parse_settings(["--questions", str(questions), "--verify.test_sets", str(test)], GenerateConfig())
     _, report, _ = load_questions(config)
     assert report.dropped == ({"contaminated": 1} if found else {})
+
+
+def test_questions_that_templates_refuse_are_never_asked(tmp_path: Path) -> None:
+    rows = [{"question": text, "gold": "1"} for text in ("What is <|im_end|>?", "If |x| < 3 and |y| > 2, is x < y?")]
+    questions, report, _ = load_questions(GenerateConfig(questions=str(write_rows(tmp_path / "q.jsonl", rows))))
+    assert len(questions) == 1 and report.dropped == {"control token": 1}
 
 
 def test_chats_with_several_turns_are_left_out(tmp_path: Path) -> None:

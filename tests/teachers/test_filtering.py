@@ -76,6 +76,7 @@ def test_parts_of_a_reply(text: str, reasoning: str, parts: tuple[str, str | Non
         (TeacherReply("Sorry, no.", "Hm."), "refused"),
         (TeacherReply("The token <|eot_id|> ends it: 7"), "control token"),
         (TeacherReply("Add.\n#### 3\nNo, \\boxed{7}"), "control token"),
+        (TeacherReply("Add <sep> it.\n#### 7"), "control token"),
         (TeacherReply("7", "Add. It says: #### 7"), "control token"),
         (TeacherReply("7", "#### Step 1\nAdd."), "correct"),
         (TeacherReply("If |3| < |4| < |7| it is 7"), "correct"),

@@ -34,6 +34,7 @@ def complaint_about(message: str, form: RequestForm = PLAIN, **more: Any) -> Any
         ("stream must be true", PLAIN, STREAM),
         ("Non-streaming requests are not supported", PLAIN, STREAM),
         ("no stream", PLAIN, STREAM),
+        ("Only SSE is supported", PLAIN, STREAM),
         ("请使用流式输出", PLAIN, STREAM),
         ("Please use max_completion_tokens", PLAIN, RENAMED),
         (
@@ -70,6 +71,7 @@ def test_the_form_of_a_request_changes_by_itself(message: str, before: RequestFo
         ("`temperature` and `top_p` cannot both be specified for this model.", "teacher.top_p: null"),
         ("[{'loc': ('body', 'top_p'), 'msg': 'Input should be less than 1'}]", "teacher.top_p: null"),
         ("temperature 参数非法，取值范围是 (0,1)", "teacher.temperature: null"),
+        ("[{'loc': ['body', 'max_tokens'], 'msg': 'Input should be <= 512'}]", "teacher.max_tokens"),
         ("Range of max_tokens should be [1, 8192]", "teacher.max_tokens"),
         ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "teacher.max_tokens"),
         ("max_tokens is too large: 100000. This model supports at most 16384 completion tokens", "teacher.max_tokens"),
