@@ -40,8 +40,8 @@ REFUSALS = {
     "English": "(?:i['\u2019]?m|i am) (?:very |really )?(?:sorry|afraid|unable|not able)|"
     "(?:very |so )?sorry\\b|"
     "(?:unfortunately,? |my apologies\\W+)?i (?:can['\u2019]?t|cannot|won['\u2019]?t|must decline) |"
-    "i apologi[sz]e|as an ai\\b",
-    "Chinese": "(?:您好|你好)?\\W*(?:很|非常|十分|真)?(?:对不起|對不起|抱歉|遗憾|遺憾|不好意思)|"
+    "(?:i |my |our )?apolog(?:i[sz]e|ies)|as an ai\\b|(?:unfortunately,? )?(?:i['\u2019]?m|i am) not able",
+    "Chinese": "(?:您好|你好)?\\W*我?(?:很|非常|十分|真|深感|感到)?(?:对不起|對不起|抱歉|遗憾|遺憾|不好意思)|"
     "我(?:暂时|目前)?(?:无法|無法|不能|没办法|沒辦法)|(?:作为|作為|身为)\\S{0,6}(?:ai|人工智能|人工智慧|语言模型)|"
     "\\S{0,12}(?:无法|無法|不能)(?:回答|提供|协助|協助|帮助|幫助|满足)",
     "Japanese": "(?:大変|誠に)?(?:申し訳|申訳|すみません|ごめん|恐れ入り|残念)|"
@@ -51,10 +51,10 @@ REFUSALS = {
     "(?:lamentablemente,? )?no (?:puedo|me es posible)\\b|como (?:ia|modelo|inteligencia)",
     "French": "(?:je suis )?(?:vraiment |sincèrement )?désolé|je (?:regrette|m['\u2019]excuse)|"
     "(?:malheureusement,? )?je ne (?:peux|suis|pourrai)|en tant qu",
-    "German": "(?:es )?tut mir (?:sehr )?leid|entschuldig|(?:leider )?(?:kann|darf) ich|"
+    "German": "(?:es )?tut mir (?:sehr )?leid|entschuldig|(?:leider |das )?(?:kann|darf) ich|"
     "ich (?:kann|darf) .{0,30}nicht|als (?:ki|sprachmodell)",
     "Russian": "(?:мне )?(?:очень )?жаль|извин|простите|прошу прощен|к сожалению|я не (?:могу|смогу|в сост)|"
-    "как (?:ии|языков)",
+    "как (?:ии|языков)|с сожалением|увы",
     "Ukrainian": "вибач|перепрош|на жаль|я не можу",
     "Portuguese": "(?:sinto|lamento) muito|lamento|(?:me )?desculp|infelizmente|"
     "(?:eu )?não (?:posso|consigo)\\b|como (?:um |uma )?(?:ia|modelo)",

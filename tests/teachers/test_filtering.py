@@ -92,7 +92,10 @@ def test_verdicts(reply: TeacherReply, reason: str) -> None:
     [
         "I'm sorry, but I can't help with that.",
         "Unfortunately, I cannot answer this question.",
+        "My apologies, but I can't help.",
+        "Unfortunately, I'm not able to help with that.",
         "对不起，我无法回答这个问题。",
+        "我很抱歉，但我无法继续。",
         "很抱歉，作为一个人工智能，我不能提供帮助。",
         "你好，这个问题我暂时无法回答，让我们换个话题吧。",
         "抱歉，我無法協助您。",
@@ -102,6 +105,7 @@ def test_verdicts(reply: TeacherReply, reason: str) -> None:
         "Lo siento, pero no puedo ayudarte con eso.",
         "Je suis désolé, mais je ne peux pas répondre.",
         "Es tut mir leid, dabei kann ich nicht helfen.",
+        "Das kann ich leider nicht beantworten.",
         "Ich kann diese Frage leider nicht beantworten.",
         "Извините, я не могу помочь с этим.",
         "К сожалению, я не могу ответить.",
