@@ -311,6 +311,15 @@ def test_nothing_measured(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_noted_of_rows_is_shown(tmp_path: Path) -> None:
+    report = results(("base",))
+    rows = {"read": 3, "kept": 3, "dropped": {}, "examples": {"two golds": ["a:1", "a:2"]}, "noted": {"two golds": 2}}
+    report["data"]["training rows"] = rows
+    write_run(tmp_path, report, {})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "2 noted: two golds<code>a:1\na:2</code>" in page and "Nothing was left out." in page
+
+
 def test_skipped_updates_stand_at_the_top(tmp_path: Path) -> None:
     stages = both_stages()
     stages["sft"][3]["train/skipped"] = 2
