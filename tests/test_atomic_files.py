@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from cotgrpo.atomic_files import read_json, whole_file, write_json, write_text
+from cotgrpo.atomic_files import find_json_object, read_json, whole_file, write_json, write_text
 
 
 def test_json_comes_back(tmp_path: Path) -> None:
@@ -30,3 +31,24 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "rows.txt", "other\n")
     write_text(path, "new\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.txt"] and path.read_text() == "new\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "[1]", "null", "\0", '"text"', "[" * 100_000, "\xff"])
+def test_a_json_file_that_can_be_made_again(tmp_path: Path, text: str) -> None:
+    """Missing, cut off and of another kind are one: there is nothing to use."""
+    path = tmp_path / "before.json"
+    assert find_json_object(path) is None
+    path.write_text(text, encoding="latin-1")
+    assert find_json_object(path) is None
+    write_json(path, {"a": 1})
+    assert find_json_object(path) == {"a": 1}
+
+
+def test_what_is_written_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data before the name, and the name before the block ends."""
+    order: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("replace"), replace(old, new)))
+    write_text(tmp_path / "a.txt", "text")
+    assert order == [str(tmp_path / "a.txt.tmp"), "replace", str(tmp_path)]

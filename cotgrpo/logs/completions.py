@@ -12,7 +12,7 @@ import numpy as np
 from cotgrpo.data.tokenizer import Piece, decode_text, joined_pieces
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.evaluation.accuracy import Reply
-from cotgrpo.logs.metrics_log import append, length_up_to, open_to_append, step_of
+from cotgrpo.logs.metrics_log import append, keep_rows, open_to_append, step_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,11 +76,12 @@ class CompletionsLog:
                 "rewards": [reward_of(reward_N, piece, summed=ghosts is not None) for piece in pieces],
             }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        with explain_disk_errors(self.path), open_to_append(self.path) as file:
+        with explain_disk_errors(self.path):
             if not self.started:
                 self.started = True
-                file.truncate(length_up_to(self.path, step - 1))
-            append(file, "".join(lines).encode())
+                keep_rows(self.path, step - 1)
+            with open_to_append(self.path) as file:
+                append(file, "".join(lines).encode())
 
 
 def ghost_of(tokenizer: PreTrainedTokenizerBase, own: np.ndarray, ghosts: np.ndarray, piece: Piece) -> str | None:

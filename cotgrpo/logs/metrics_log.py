@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cotgrpo.atomic_files import whole_file
 from cotgrpo.disk_errors import explain_disk_errors
 
 
 class MetricsLog:
     """Appends rows of numbers, `{"step": 10, "train/loss": ...}`, each on disk before the call returns.
 
-    Opening it at step k removes the rows of later steps, which the run will write again. It also removes a last line
-    that a crash cut off.
+    Opening it at step k removes the rows of later steps, which the run will write again. It also removes lines that are
+    no rows, such as a last one that a crash cut off.
 
     Args:
         folder: the run folder.
@@ -34,8 +35,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         with explain_disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
+            keep_rows(self.path, step)
             self.file = open_to_append(self.path)
-            self.file.truncate(length_up_to(self.path, step))
             self.events = EventFile(folder / "tensorboard", step + 1)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -101,22 +102,20 @@ def append(file: io.FileIO, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def length_up_to(path: Path, step: int) -> int:
-    """Return the number of bytes of the whole rows at the start of `path` that are not later than `step`."""
-    length = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or step_of(line) > step:
-                break
-            length += len(line)
-    return length
+def keep_rows(path: Path, step: int) -> None:
+    """Leave only the whole rows of a log that are not later than `step`. A bad row does not take others with it."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
+    if kept != lines:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
 
 def step_of(line: str | bytes) -> int | float:
     """Return the step of a row; infinity for a line that is not a whole row."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

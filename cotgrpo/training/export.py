@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.atomic_files import read_json
+from cotgrpo.atomic_files import find_json_object
 from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
@@ -86,8 +86,7 @@ def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> Non
 
 def model_card_facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
     """Return what the model card needs. It has the accuracy only if the report is that of this step."""
-    done = folder / "report.json"
-    report = read_json(done) if done.is_file() and step == getattr(config, stage).steps else None
+    report = find_json_object(folder / "report.json") if step == getattr(config, stage).steps else None
     sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
     settings = tree_of(config)
     if config.lora is None:

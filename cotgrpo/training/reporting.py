@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from cotgrpo.atomic_files import read_json, write_json
+from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.held_out import HeldOut
@@ -73,26 +73,25 @@ class MeasurementCache:
     def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any]:
         """Return the measurement in the file `name`. If there is none, measure `params()` and write it."""
         path = self.folder / name
-        known = on_process_0(lambda: self.find(path))
+        written = on_process_0(lambda: find_json_object(path))
+        known = written if written is not None else on_process_0(lambda: self.find_of_sft(name))
         if known is None:
             known = self.held_out.measure(params(), when)
-        if is_process_0() and not path.is_file():
+        if is_process_0() and written is None:
             write_json(path, known)
         return dict(known)
 
-    def find(self, path: Path) -> dict[str, Any] | None:
-        """Return what an earlier call, or the SFT stage, has measured."""
-        if path.is_file():
-            return dict(read_json(path))
-        return self.of_sft("after.json") if path.name == "before.json" else None
+    def find_of_sft(self, name: str) -> dict[str, Any] | None:
+        """Return what the SFT stage has measured after its end, which is before this stage."""
+        return self.of_sft("after.json") if name == "before.json" else None
 
     def of_sft(self, name: str) -> dict[str, Any] | None:
         """Return a measurement of the SFT stage, if it was made on the same rows."""
-        if self.sft_folder is None or not (self.sft_folder / name).is_file():
+        found = None if self.sft_folder is None else find_json_object(self.sft_folder / name)
+        if found is None:
             return None
-        found = dict(read_json(self.sft_folder / name))
         rows = [question.question for question in self.held_out.exact_match.questions], self.held_out.num_references
-        measured = [reply["question"] for reply in found["replies"]], found.get("loss_rows")
+        measured = [reply["question"] for reply in found.get("replies", ())], found.get("loss_rows")
         return found if measured == rows else None
 
 

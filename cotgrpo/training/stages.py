@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from cotgrpo.accelerators.mfu import StepFlops
-from cotgrpo.atomic_files import read_json, write_json
+from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.reports.report import write_report
 from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import say
 from cotgrpo.training.batch_sources import make_stage_batches
@@ -98,9 +99,11 @@ def check_folders(folder: Path, config: Config, stage: StageName, location: Chec
 
 
 def finished_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a finished stage, or None."""
-    path = folder / "report.json"
-    return dict(read_json(path)) if path.is_file() else None
+    """Return the report of a finished stage, or None. A page that is missing is written again."""
+    report = find_json_object(folder / "report.json")
+    if report is not None and not (folder / "report.html").is_file():
+        write_report(folder)
+    return report
 
 
 def initial_weights(
@@ -113,7 +116,7 @@ def initial_weights(
     """
     folder = Path(config.run_dir) / stage
     is_own_teacher = stage == "grpo" and isinstance(config.grpo.ghosts, PrivilegedSelf)
-    measured = on_process_0(lambda: (folder / "before.json").is_file())
+    measured = on_process_0(lambda: find_json_object(folder / "before.json") is not None)
     if measured and location.exists() and not (is_own_teacher or needs_reference(config, stage)):
         origin = folder
     if origin is None:

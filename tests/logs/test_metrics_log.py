@@ -153,3 +153,18 @@ def masked_crc32c(data: bytes) -> int:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
     yield from small_file_system(tmp_path / "disk")
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b"{", b"\0\0\0", b"[1]", b'{"step": "x"}', b'{"train/loss": 1}', b"\xff", b"null"]
+)
+def test_a_bad_row_takes_no_other_with_it(tmp_path: Path, bad: bytes) -> None:
+    """A disk error in the middle of the file, say."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step}).encode() for step in (1, 2, 3, 4)]
+    path.write_bytes(b"\n".join([rows[0], bad, rows[1], rows[2], rows[3]]) + b"\n" + b'{"step": 2, "cut')
+    log = MetricsLog(tmp_path, 3)
+    log.write(4, {"train/loss": 0.5})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert path.read_bytes().count(b"\n") == 4
