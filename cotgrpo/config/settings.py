@@ -94,7 +94,7 @@ class DataConfig:
             the loss.
         columns: our names of fields and the columns that hold them, such as {question: q, gold: meta.answer}; empty:
             the columns are found by their names.
-        row_function: a function of your own, "package.module:function". It takes a row and returns one of a known
+        row_function: a function of your own, "package.module:function", that takes a row and returns one of a known
             layout, or None to leave it out.
         train_split: keep only rows with this split field; for a folder or a hub id, the split to load.
         test_split: the same for the held-out rows.
