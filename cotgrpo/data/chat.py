@@ -10,16 +10,14 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cotgrpo.data.answers import split_thought
-from cotgrpo.data.answers.thoughts import MARKS
 from cotgrpo.data.chat_renderer import DAY as DAY
-from cotgrpo.data.chat_renderer import ChatRenderer, Message, lost_message, texts_in, with_text
+from cotgrpo.data.chat_renderer import PROBE, PROBE_WITH_SYSTEM, Turn, TurnRenderer, any_of, is_long, placed, texts_in
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate, Example, PromptRow, attempt, or_raise
@@ -28,21 +26,6 @@ from cotgrpo.data.triples import Triple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROBE = Triple("probe question 7351", "probe rationale 7352", "probe answer 7353", source="the chat template")
-PROBE_WITH_SYSTEM = dataclasses.replace(PROBE, system="probe system 7350")
-
-
-class Turn(NamedTuple):
-    """One reply of a chat, as text.
-
-    Attributes:
-        before: the prompt that a student reads.
-        reply: what the student is to write, its end-of-turn token included.
-    """
-
-    before: str
-    reply: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +97,7 @@ class ChatTemplate(AnyTemplate):
             raise DataError(
                 f"The chat template writes the BOS token {self.tokenizer.bos_token!r} twice. Remove one from it."
             )
-        if self.system.strip() not in self.prompt_text(PROBE.question):
+        if self.system.strip() not in self.renderer.prompt_text(PROBE.question):
             raise DataError(
                 "The chat template drops the system message. Leave data.system out, and put its text into the "
                 "questions."
@@ -122,106 +105,58 @@ class ChatTemplate(AnyTemplate):
         self.encode(PROBE)
 
     @functools.cached_property
-    def renderer(self) -> ChatRenderer:
-        return ChatRenderer(self.tokenizer, self.reasoning == "think", self.system)
+    def renderer(self) -> TurnRenderer:
+        """The text of prompts and replies."""
+        thinking = self.reasoning == "think"
+        return TurnRenderer(self.tokenizer, thinking, self.system, self.answer_format, self.more_stop_ids)
 
-    # Forms of a reply.
-
-    @functools.cached_property
-    def marks(self) -> tuple[str, str]:
-        """The marks of a thought that the template knows."""
-        source = self.renderer.source()
-        return next((marks for marks in MARKS if marks[0] in source), MARKS[0])
-
-    @functools.cached_property
-    def message_format(self) -> ReplyFormat:
-        """Writes replies as messages."""
-        return ReplyFormat(self.reasoning, self.answer_format, self.marks)
-
-    @functools.cached_property
+    @property
     def reply_format(self) -> ReplyFormat:
         """Splits replies, with the marks that the template writes around a thought."""
-        if self.thought_form == "built":
-            return self.message_format
-        reply = self.texts(PROBE).reply
-        opening, _, rest = reply.partition(PROBE.rationale)
-        closing = rest.partition(self.message_format.write_answer(PROBE.answer))[0]
-        return dataclasses.replace(self.message_format, marks=(opening.strip() or self.marks[0], closing.strip()))
-
-    @functools.cached_property
-    def thought_form(self) -> Literal["none", "field", "inline", "built"]:
-        """How a reply's thought reaches the rendered text.
-
-        In the message's `reasoning_content`, or inside its content, or not at all, so it is built here.
-        """
-        if self.reasoning == "plain":
-            return "none"
-        before = self.prompt_text(PROBE.question)
-        opening, closing = map(re.escape, self.marks)
-        thought = re.compile(f"{opening}.*{PROBE.rationale}.*{closing}.*{PROBE.answer}", re.DOTALL)
-        for form in ("field", "inline"):
-            whole = attempt(self.renderer.render, self.messages(PROBE, as_field=form == "field"))
-            if isinstance(whole, str) and whole.startswith(before) and thought.search(whole):
-                return form
-        return "built"
+        return self.renderer.reply_format
 
     @property
     def reads_field(self) -> bool:
         """Whether the template writes the `reasoning_content` of a message as its thought."""
-        return self.thought_form == "field"
+        return self.renderer.reads_field
 
-    @functools.cached_property
-    def lead(self) -> str:
-        """What the template writes before a plain reply, apart from white space (the channel of gpt-oss)."""
-        if self.reasoning == "think":
-            return ""
-        return self.texts(PROBE).reply.partition(PROBE.rationale)[0].strip()
+    @property
+    def eos_id(self) -> int:
+        """The end-of-turn token, which may differ from the tokenizer's eos."""
+        return self.renderer.end[1]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end-of-turn token, the tokenizer's eos if it has one, and `more_stop_ids`."""
+        return self.renderer.stop_ids
 
     def messages(self, triple: Triple, *, as_field: bool) -> list[dict[str, Any]]:
         """Return the whole chat; `as_field` puts a thought into `reasoning_content`."""
-        reply = self.message_format.message(triple.rationale, triple.answer, as_field=as_field)
-        return [*self.renderer.row_messages(triple), dict(reply)]
+        return self.renderer.messages(triple, as_field=as_field)
 
-    def last_message(self, triple: Triple) -> dict[str, Any]:
-        """Return the message of a triple's last reply, without its thought if that is built here."""
-        if triple.verbatim:
-            return {"role": "assistant", "content": triple.answer}
-        if self.thought_form == "built":
-            return {"role": "assistant", "content": self.message_format.write_answer(triple.answer)}
-        return dict(self.message_format.message(triple.rationale, triple.answer, as_field=self.reads_field))
+    def texts(self, triple: Triple) -> Turn:
+        """Return the prompt and the reply of a triple without a context, unchecked."""
+        return self.renderer.texts(triple)
 
     def split_reply(self, reply: str | Sequence[int] | np.ndarray) -> tuple[str, str | None]:
         """Split a generated reply, text or token ids up to a stop token, as `ReplyFormat.split` does."""
         if isinstance(reply, str):
-            return self.reply_format.split(reply.strip().removeprefix(self.lead) if self.lead else reply)
+            return self.renderer.split(reply)
         cut_off = not set(self.stop_ids).intersection(map(int, reply))
-        text = self.decode(reply)
-        return self.reply_format.split(text.strip().removeprefix(self.lead) if self.lead else text, cut_off=cut_off)
+        return self.renderer.split(self.decode(reply), cut_off=cut_off)
 
     # Prompts.
 
     def prompt(self, question: str, system: str = "") -> np.ndarray:
         """Return the int32 tokens of the chat before the reply; a row's own `system` replaces the template's."""
-        return np.asarray(self.ids(self.prompt_text(question, system)), np.int32)
-
-    def prompt_text(self, question: str, system: str = "") -> str:
-        """Return the chat up to the start of the reply."""
-        return or_raise(
-            self.prompt_end(self.renderer.render(self.renderer.prompt_messages(question, system), prompt=True))
-        )
-
-    def prompt_end(self, before: str | DataError) -> str | DataError:
-        """Close the thought that a prompt opens, if replies have none. An error stays."""
-        if isinstance(before, DataError) or self.reasoning == "think" or not before.rstrip().endswith(self.marks[0]):
-            return before
-        return before + self.built_thought(before, "")
+        return np.asarray(self.ids(self.renderer.prompt_text(question, system)), np.int32)
 
     def prompts_of(self, rows: Sequence[PromptRow]) -> list[np.ndarray | DataError]:
         """Return the int32 tokens of each row's chat before the (last) reply.
 
         An error stands for a row that the template cannot render, or whose text holds a control token.
         """
-        texts = self.prompt_texts(rows)
+        texts = self.renderer.prompts(rows)
         found = iter(self.ids_batch([text for text in texts if isinstance(text, str)]))
         return [
             text if isinstance(text, DataError) else attempt(self.checked_prompt, row, next(found))
@@ -236,19 +171,6 @@ class ChatTemplate(AnyTemplate):
         elif self.controls(tokens) != self.expected_controls[bool(row.system)][0]:
             raise DataError(f"{row.source}: {self.held_control(row)}")
         return tokens
-
-    def prompt_texts(self, rows: Sequence[PromptRow]) -> list[str | DataError]:
-        """Return each row's chat up to the start of the (last) reply, or the error."""
-        single = [self.renderer.row_messages(row) for row in rows if not is_long(row)]
-        rendered = iter(self.renderer.render_all(single, prompt=True))
-        return [
-            placed(attempt(self.row_prompt, row) if is_long(row) else self.prompt_end(next(rendered)), row)
-            for row in rows
-        ]
-
-    def row_prompt(self, row: PromptRow) -> str | DataError:
-        """Return the chat of several turns or with tools up to the start of the last reply."""
-        return self.prompt_end(self.renderer.render(self.renderer.row_messages(row), prompt=True, tools=row.tools))
 
     # Turns.
 
@@ -285,8 +207,8 @@ class ChatTemplate(AnyTemplate):
     def chats(self, triples: Sequence[Triple]) -> list[list[Chat] | DataError]:
         """Return the sequences of each triple as text, or the error."""
         single = [triple for triple in triples if not is_long(triple)]
-        befores = iter(self.prompt_texts(single))
-        chats = ([*self.renderer.row_messages(triple), self.last_message(triple)] for triple in single)
+        befores = iter(self.renderer.prompts(single))
+        chats = ([*self.renderer.row_messages(triple), self.renderer.last_message(triple)] for triple in single)
         wholes = iter(self.renderer.render_all(list(chats)))
         return [
             attempt(self.long_chats, triple)
@@ -299,8 +221,8 @@ class ChatTemplate(AnyTemplate):
         """Return the sequence of a question and its reply. Raises DataError if the texts would not come back."""
         if triple.verbatim:
             self.check_context(triple)
-        turn = self.turn(triple, or_raise(before), or_raise(placed(whole, triple)))
-        self.check_texts(triple, turn)
+        turn = self.renderer.turn(triple, or_raise(before), or_raise(placed(whole, triple)))
+        self.renderer.check_texts(triple, turn)
         return [Chat(triple, (turn,))]
 
     def long_chats(self, triple: Triple) -> list[Chat]:
@@ -314,9 +236,9 @@ class ChatTemplate(AnyTemplate):
         self.check_context(triple)
         messages = self.renderer.row_messages(triple)
         replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        turns = [self.turn_at(triple, messages[:i], messages[i]) for i in replies if self.turns == "all"]
-        last = self.turn_at(triple, messages, self.last_message(triple), last=True)
-        self.check_texts(triple, last)
+        turns = [self.renderer.turn_at(triple, messages[:i], messages[i]) for i in replies if self.turns == "all"]
+        last = self.renderer.turn_at(triple, messages, self.renderer.last_message(triple), last=True)
+        self.renderer.check_texts(triple, last)
         sequences: list[list[Turn]] = []
         for turn in [last, *reversed(turns)]:
             begins = turn.before + turn.reply
@@ -327,124 +249,6 @@ class ChatTemplate(AnyTemplate):
             else:
                 shared.insert(0, turn)
         return [Chat(triple, tuple(sequence)) for sequence in reversed(sequences)]
-
-    def turn_at(self, triple: Triple, messages: Sequence[Message], message: Message, *, last: bool = False) -> Turn:
-        """Return the turn of one message of the assistant after the others."""
-        rendered = self.prompt_end(attempt(self.renderer.render, messages, prompt=True, tools=triple.tools))
-        before = or_raise(placed(rendered, triple))
-        whole = attempt(self.renderer.render, [*messages, message], tools=triple.tools)
-        lost = lost_message(messages, before)
-        if lost is not None:
-            raise DataError(
-                f"{triple.source}: the chat template drops or changes a message of the {lost.get('role')}: "
-                f"{lost.get('content')!r:.100}. Leave the row out, or use a template that writes it."
-            )
-        turn = self.turn(
-            triple, before, or_raise(placed(whole, triple)), None if last and not triple.verbatim else message
-        )
-        if not last or triple.verbatim:
-            check_written(message, turn, triple.source)
-        return turn
-
-    def turn(self, triple: Triple, before: str, whole: str, message: Message | None = None) -> Turn:
-        """Return a turn from its rendered prompt and whole.
-
-        Args:
-            triple: the row.
-            before: the prompt.
-            whole: the chat with the reply.
-            message: the reply as it stands in the row; None: the triple's rationale and answer.
-        """
-        if message is None and not triple.verbatim:
-            thought = triple.rationale.strip() if self.thought_form == "built" else ""
-            reply = self.reply_after(before, whole, thought, triple.source)
-            tail, end = self.end[0], self.end_text
-            if reply.endswith(tail):
-                return Turn(before, reply.removesuffix(tail) + end)
-        else:
-            message = self.last_message(triple) if message is None else message
-            thought = thought_of(message) if self.reasoning == "think" else ""
-            reply = self.reply_after(before, whole, thought, triple.source)
-        found = self.stop_pattern.search(reply)
-        if found is None:
-            raise DataError(f"{triple.source}: the chat template does not end the assistant's turn: {reply!r:.200}.")
-        return Turn(before, reply[: found.end()])
-
-    def reply_after(self, before: str, whole: str, thought: str, source: str) -> str:
-        """Return what follows the prompt in the whole chat.
-
-        A prompt may open a thought, or close an empty one, and the template may leave the thought out of a reply. Then
-        the reply is built: the thought, its closing mark and the rest.
-
-        Args:
-            before: the prompt.
-            whole: the chat with the reply.
-            thought: the thought that the reply must have.
-            source: the row's place.
-
-        Raises:
-            DataError: the prompt is not a prefix of the whole in another way.
-        """
-        opening, closing = self.marks
-        bare = before.rstrip()
-        opened, closed = bare.endswith(opening), bare.endswith(closing)
-        if whole.startswith(before):
-            reply = whole[len(before) :]
-            if not (thought or opened) or (closing in reply and thought in reply):
-                return reply
-            if closed:
-                raise DataError(
-                    f"{source}: the prompt closes the thought ({before[-40:]!r}), so a reply cannot have one. "
-                    "Try data.reasoning: plain, or fix the template."
-                )
-        else:
-            header = bare.removesuffix(closing).rstrip().removesuffix(opening).rstrip()
-            if not (opened or (closed and self.reasoning == "plain")) or not whole.startswith(header):
-                raise self.not_a_prefix(before, whole, source)
-            reply = whole[len(header) :]
-        reply = reply.lstrip()
-        rest = reply.removeprefix(opening).lstrip()
-        if opened and closing in rest and not rest.startswith(closing) and rest != reply:
-            return rest  # the thought of the template, after other white space
-        if rest.startswith(closing) or (rest != reply and closing in rest):
-            rest = rest.partition(closing)[2].lstrip()
-        return self.built_thought(before, thought) + rest if opened or thought else rest
-
-    def built_thought(self, before: str, thought: str) -> str:
-        """Return a thought and its closing mark, as they follow a prompt that may have opened it."""
-        opening, closing = self.marks
-        lead = opening + "\n"
-        if before.rstrip().endswith(opening):
-            lead = "" if before[-1:].isspace() else "\n"
-        return f"{lead}{thought}\n{closing}\n\n"
-
-    def not_a_prefix(self, before: str, whole: str, source: str) -> DataError:
-        """Return the error for a prompt that is another text than the start of the whole chat."""
-        same = next(i for i, (a, b) in enumerate(zip(before, whole + "\0", strict=False)) if a != b)
-        other = "think" if self.reasoning == "plain" else "plain"
-        return DataError(
-            f"{source}: the prompt is not a prefix of the whole chat, so the start of the reply is unknown: "
-            f"after {whole[max(same - 40, 0) : same]!r} the prompt continues with {before[same : same + 40]!r}, the "
-            f"whole with {whole[same : same + 40]!r}. Try data.reasoning: {other}, or fix the template."
-        )
-
-    def check_texts(self, triple: Triple, turn: Turn) -> None:
-        """Raise DataError unless every text of the triple comes back from the rendered chat."""
-        text = turn.reply.removesuffix(self.end_text)
-        if triple.verbatim:
-            check_written(self.last_message(triple), turn, triple.source)
-        elif text == turn.reply or self.split_reply(text) != (triple.rationale.strip(), triple.answer.strip()):
-            raise DataError(
-                f"{triple.source}: rationale and answer cannot be told apart in the assistant's turn, or the chat "
-                f"template changes them: {turn.reply!r:.200}. Remove the mark of the answer "
-                f"({self.reply_format.mark.strip() or 'a blank line'!r}) from the row's texts; an answer that begins "
-                "with a number must be one line."
-            )
-        for field in ("system", "question"):
-            if getattr(triple, field).strip() not in turn.before and not (triple.context and field == "question"):
-                raise DataError(
-                    f"{triple.source}: the chat template drops or changes the {field}: {turn.before!r:.200}."
-                )
 
     # Tokens.
 
@@ -558,59 +362,10 @@ class ChatTemplate(AnyTemplate):
 
     # The template's own tokens, from a probe.
 
-    def texts(self, triple: Triple) -> Turn:
-        """Return the prompt and the reply of a triple without a context, unchecked."""
-        chat = [*self.renderer.row_messages(triple), self.last_message(triple)]
-        before = self.prompt_text(triple.question, triple.system)
-        return self.turn(triple, before, self.renderer.render(chat))
-
-    @property
-    def eos_id(self) -> int:
-        """The end-of-turn token, which may differ from the tokenizer's eos."""
-        return self.end[1]
-
-    @functools.cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The end-of-turn token, the tokenizer's eos if it has one, and `more_stop_ids`."""
-        eos = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys([self.eos_id, *([] if eos is None else [int(eos)]), *self.more_stop_ids]))
-
-    @functools.cached_property
-    def end(self) -> tuple[str, int]:
-        """The text that the template writes after a reply, and the end-of-turn token in it.
-
-        Raises:
-            DataError: the template drops the reply, or writes no special token after it.
-        """
-        whole = self.renderer.render([*self.renderer.row_messages(PROBE), self.last_message(PROBE)])
-        _, found, tail = whole.rpartition(self.message_format.write_answer(PROBE.answer).strip())
-        if not found:
-            raise DataError(
-                "The chat template drops or changes the assistant's turn, so nothing would be supervised: "
-                f"{whole!r:.200}."
-            )
-        own = {*self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id}
-        end = next((i for i in self.ids(tail) if i in own), None)
-        words = tail if end is None else tail.partition(str(self.tokenizer.convert_ids_to_tokens(end)))[0]
-        if end is None or words.strip():
-            raise DataError(
-                f"The chat template ends an assistant's turn with {tail!r}: expected a special token of the tokenizer "
-                "first, else a reply could never end. Write the eos token there "
-                f"({self.tokenizer.eos_token!r}), or add the template's token to the tokenizer."
-            )
-        return tail, int(end)
-
-    @functools.cached_property
-    def end_text(self) -> str:
-        """The text after a reply, up to and with the end-of-turn token."""
-        tail, end = self.end
-        name = str(self.tokenizer.convert_ids_to_tokens(end))
-        return tail.partition(name)[0] + name
-
     @functools.cached_property
     def prompt_tail(self) -> tuple[tuple[str, str], list[int]] | None:
         """How every prompt ends: an added token and the text after it, and that text's tokens; None if they differ."""
-        before = self.prompt_text(PROBE.question)
+        before = self.renderer.prompt_text(PROBE.question)
         found = [*self.added_pattern.finditer(before)]
         if not found or PROBE.question in before[found[-1].start() :]:
             return None
@@ -653,10 +408,6 @@ class ChatTemplate(AnyTemplate):
     @functools.cached_property
     def added_pattern(self) -> re.Pattern[str]:
         return any_of(self.added_tokens.values())
-
-    @functools.cached_property
-    def stop_pattern(self) -> re.Pattern[str]:
-        return any_of(str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids)
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
@@ -707,7 +458,7 @@ class ChatTemplate(AnyTemplate):
     def check_context(self, row: PromptRow) -> None:
         """Raise DataError if a text of a chat of several turns holds a control token, apart from a thought's marks."""
         for field in ("system", "question", "context", "tools", "rationale", "answer"):
-            marks = self.marks if field in ("context", "answer") else ()
+            marks = self.renderer.marks if field in ("context", "answer") else ()
             for text in texts_in(getattr(row, field, "")):
                 bare = functools.reduce(lambda left, mark: left.replace(mark, ""), marks, text)
                 found = self.control_pattern.search(bare)
@@ -716,48 +467,6 @@ class ChatTemplate(AnyTemplate):
                         f"{row.source}: the {field} holds the control token {found.group()!r}, which only the chat "
                         "template may write. Remove it from the row."
                     )
-
-
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds the longest of the texts at the first place where one of them stands."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
-
-
-def is_long(row: PromptRow) -> bool:
-    """Return whether a row is a chat of several turns or with tools."""
-    return bool(row.context or row.tools)
-
-
-def placed(text: str | DataError, row: PromptRow) -> str | DataError:
-    """Return the text, or an error with the row's place in front of it."""
-    return text if isinstance(text, str) or not row.source else DataError(f"{row.source}: {text}")
-
-
-def thought_of(message: Message) -> str:
-    """Return the thought of an assistant's message, from its own field or from marks in its content; maybe empty."""
-    field = next((message[name] for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)), None)
-    if field is None:
-        content = message.get("content")
-        field = split_thought(content).thought if isinstance(content, str) else ""
-    return str(field).strip()
-
-
-def check_written(message: Message, turn: Turn, source: str) -> None:
-    """Raise DataError if the template drops or changes what an assistant's message says."""
-    if thought_of(message) not in turn.reply:
-        raise DataError(
-            f"{source}: a reply of the assistant has a thought, which the chat template leaves out. Remove the "
-            "thought, or set data.reasoning: think."
-        )
-    content = with_text(message).get("content")
-    words = split_thought(content).text.strip() if isinstance(content, str) else ""
-    calls = message.get("tool_calls") or ()
-    names = [str((call.get("function") or call).get("name")) for call in calls if isinstance(call, Mapping)]
-    if not (words or names) or not all(text in turn.reply for text in (words, *names)):
-        raise DataError(
-            f"{source}: the chat template drops or changes a reply of the assistant, or it is empty: "
-            f"{turn.reply!r:.200}. Leave the row out, or use a template that writes it."
-        )
 
 
 def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:

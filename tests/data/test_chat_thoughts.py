@@ -78,7 +78,11 @@ def test_replies_of_each_family(name: str, reasoning: Any) -> None:
     assert prompt.tolist() == made.prompt(TRIPLE.question).tolist() == made.prompt_of(TRIPLE).tolist()
     ending, wanted = REPLIES[name][:2] if reasoning == "plain" else REPLIES[name][2:]
     assert made.tokenizer.decode(prompt).endswith(ending) and made.tokenizer.decode(reply) == wanted
-    assert made.split_reply(reply) == made.split_reply(wanted.removesuffix(made.end_text)) == ("2+0=2\n1+3=4", "42")
+    assert (
+        made.split_reply(reply)
+        == made.split_reply(wanted.removesuffix(made.renderer.end_text))
+        == ("2+0=2\n1+3=4", "42")
+    )
     assert made.split_reply(reply[:-1])[0].startswith("2+0=2")
 
 
@@ -126,7 +130,7 @@ def test_answer_formats_and_system_messages_of_thinking_templates() -> None:
         made = template(name, "think", answer_format=r"\boxed{{answer}}")
         encoded = made.encode(TRIPLE)
         assert made.tokenizer.decode(encoded.tokens[encoded.supervised]).endswith(
-            "</think>\n\n\\boxed{42}" + made.end_text
+            "</think>\n\n\\boxed{42}" + made.renderer.end_text
         )
         assert made.split_reply(encoded.tokens[encoded.prompt_length :]) == ("2+0=2\n1+3=4", "42")
         with_system = dataclasses.replace(TRIPLE, system="Be brief.")
