@@ -13,11 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import weakref
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -55,7 +55,8 @@ HELD_OUT = 0x74657374
 """Added to the seed for the order in which held-out rows are drawn, so that it is not the order of training."""
 ROW = np.dtype([("file", "<u2"), ("line", "<u4"), ("start", "<i8"), ("length", "<u4")])
 """A row in the index: number of its file, line from 1, first byte and number of bytes."""
-LINES_BETWEEN_REPORTS = 20_000
+HASH_BYTES = 8
+LINES_AT_ONCE = 16_384
 ROWS_CHECKED = 16 * WINDOW
 """Rows in which a column that `data.columns` names has to be found."""
 
@@ -145,12 +146,11 @@ def index_rows(
     index = folder / f"{identity(paths)}.npy"
     described = index.with_suffix(".json")
     if not described.is_file():
-        entries, lines = index_lines(paths, progress)
-        if not len(entries):
-            raise DataError(f"No row in {', '.join(map(str, names))}.")
-        with whole_file(index) as temporary, open(temporary, "wb") as file:
-            np.save(file, entries)
-        write_json(described, {"files": paths, "rows": len(entries), "duplicates": lines - len(entries)})
+        with whole_file(index) as temporary:
+            lines, rows = write_index(paths, temporary, progress)
+            if not rows:
+                raise DataError(f"No row in {', '.join(map(str, names))}.")
+        write_json(described, {"files": paths, "rows": rows, "duplicates": lines - rows})
     return RowFiles(tuple(map(str, sources)), paths, str(index), int(read_json(described)["duplicates"]))
 
 
@@ -161,40 +161,68 @@ def identity(paths: Sequence[str]) -> str:
 
 
 def digest(text: bytes) -> bytes:
-    """Return a hash of eight bytes."""
-    return hashlib.blake2b(text, digest_size=8).digest()
+    """Return a hash of `HASH_BYTES`."""
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
-def index_lines(paths: Sequence[str], progress: Progress = no_progress) -> tuple[np.ndarray, int]:
-    """Return the `ROW` items of all lines that are not blank, each text once, and the number of lines.
+def write_index(paths: Sequence[str], index: Path, progress: Progress = no_progress) -> tuple[int, int]:
+    """Write the `ROW` items of all lines that are not blank, each text once, as a `.npy` file, if there is one.
 
-    Two texts count as equal if a hash of 64 bits is.
+    Two texts count as equal if a hash of 64 bits is. It takes about 35 bytes of memory a row.
+
+    Returns:
+        The number of lines that are not blank, and of different ones.
     """
-    files, numbers, starts, lengths, hashes = array("H"), array("I"), array("q"), array("I"), bytearray()
+    lines, hashes = index.with_suffix(".lines"), bytearray()
+    with open(lines, "wb") as file:
+        for entries, digests in scan_lines(paths):
+            entries.tofile(file)
+            hashes += digests
+            progress(len(hashes) // HASH_BYTES)
+    again = is_again(np.frombuffer(hashes, np.uint64))
+    rows, written = int(np.count_nonzero(~again)), 0
+    if rows:
+        kept = np.lib.format.open_memmap(index, mode="w+", dtype=ROW, shape=(rows,))
+        for start in range(0, len(again), LINES_AT_ONCE):
+            entries = np.fromfile(lines, ROW, LINES_AT_ONCE, offset=start * ROW.itemsize)
+            some = entries[~again[start : start + len(entries)]]
+            kept[written : written + len(some)] = some
+            written += len(some)
+        kept.flush()
+    lines.unlink()
+    return len(again), rows
+
+
+def is_again(hashes: np.ndarray) -> np.ndarray:
+    """Return for each hash whether an earlier one is equal."""
+    order = np.argsort(hashes, kind="stable")
+    found = np.zeros(len(hashes), bool)
+    in_order = hashes[order]
+    found[order[1:][in_order[1:] == in_order[:-1]]] = True
+    return found
+
+
+def scan_lines(paths: Sequence[str]) -> Iterator[tuple[np.ndarray, bytes]]:
+    """Yield the `ROW` items and the hashes of the lines that are not blank, `LINES_AT_ONCE` or fewer at a time."""
     for file, path in enumerate(paths):
         copied, start = path.endswith(COPY), 0
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.strip()
-                if copied:
-                    place, _, text = text.partition(b"\t")
-                    number = int(place)
-                elif number == 1 and text.startswith(codecs.BOM_UTF8):
-                    text = text.removeprefix(codecs.BOM_UTF8).lstrip()
-                if text:
-                    files.append(file)
-                    numbers.append(number)
-                    starts.append(start + line.index(text))
-                    lengths.append(len(text))
-                    hashes += digest(text)
-                start += len(line)
-                if not len(numbers) % LINES_BETWEEN_REPORTS:
-                    progress(len(numbers))
-    progress(len(numbers))
-    entries = np.empty(len(numbers), ROW)
-    entries["file"], entries["line"], entries["start"], entries["length"] = files, numbers, starts, lengths
-    first = np.unique(np.frombuffer(bytes(hashes), np.uint64), return_index=True)[1]
-    return entries[np.sort(first)], len(numbers)
+            numbered = enumerate(lines, 1)
+            while some := list(itertools.islice(numbered, LINES_AT_ONCE)):
+                found: list[tuple[int, int, int, int]] = []
+                hashes = bytearray()
+                for number, line in some:
+                    text = line.strip()
+                    if copied:
+                        place, _, text = text.partition(b"\t")
+                        number = int(place)
+                    elif number == 1 and text.startswith(codecs.BOM_UTF8):
+                        text = text.removeprefix(codecs.BOM_UTF8).lstrip()
+                    if text:
+                        found.append((file, number, start + line.index(text), len(text)))
+                        hashes += digest(text)
+                    start += len(line)
+                yield np.array(found, ROW), bytes(hashes)
 
 
 def lines_of(source: str | Path, folder: Path, split: str | None, progress: Progress) -> Path:
@@ -207,7 +235,7 @@ def lines_of(source: str | Path, folder: Path, split: str | None, progress: Prog
         with whole_file(copied) as temporary, open(temporary, "wb") as file:
             for done, (place, row) in enumerate(raw_rows([source], split), 1):
                 file.write(place.rpartition(":")[2].encode() + b"\t" + line_of(row) + b"\n")
-                if not done % LINES_BETWEEN_REPORTS:
+                if not done % LINES_AT_ONCE:
                     progress(done)
     return copied
 
