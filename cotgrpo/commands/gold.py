@@ -64,6 +64,8 @@ def run(options: Options, console: Console) -> None:
     if rows not in choices:
         raise ConfigError(f"--rows must be {' or '.join(choices)}, got {rows!r}.")
     if edited is not None:
+        if Path(out).exists():
+            raise ConfigError(f"--out {out} exists, and may hold edits. Choose another --out, or remove it.")
         triples, report = read_edited(Path(edited), rows=rows)
         write_triples(out, triples)
     else:
