@@ -166,6 +166,36 @@ def test_a_reply_that_broke_off_is_a_failure(tmp_path: Path, word: str) -> None:
         assert summary["failures"][0]["reason"] == f"failed: reply broke off ({word})"
 
 
+def test_a_server_that_only_streams(tmp_path: Path) -> None:
+    """Its thought comes in a field of its own; a note is printed once."""
+
+    def streams_only(asked: Asked) -> Answer:
+        if not asked.json().get("stream"):
+            return Answer({"error": {"message": "该模型仅支持流式输出"}}, 400)
+        deltas = [
+            {"reasoning_content": "先算3"},
+            {"reasoning_content": "加4。"},
+            {"content": "答案是"},
+            {"content": "７。"},
+        ]
+        ends = [
+            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": {"completion_tokens": 9}},
+        ]
+        events = [*({"choices": [{"index": 0, "delta": delta}]} for delta in deltas), *ends]
+        data = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+        return Answer(f"{data}data: [DONE]\n\n".encode(), kind="text/event-stream")
+
+    rows = [{"question": f"{n}加4等于几？", "gold": "7"} for n in range(3)]
+    write_rows(tmp_path / "questions.jsonl", rows)
+    with LoopbackServer(streams_only) as server:
+        summary, printed = generate(server.url, tmp_path, "--teacher.concurrency", "1")
+    assert summary["kept"] == 3 and summary["usage"]["completion_tokens"] == 27 and len(server.asked) == 4
+    assert printed.count("The server sends streams alone.") == 1
+    row = lines(tmp_path / "out" / "triples.jsonl")[0]
+    assert row["rationale"] == "先算3加4。" and row["correct"]
+
+
 def test_an_unfinished_reply_without_a_finish_reason(tmp_path: Path) -> None:
     """The server counts 10 tokens."""
     write_rows(tmp_path / "questions.jsonl", [{"question": "Add.\n#### 7 | none", "gold": "7"}])
