@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from cotgrpo.config import ConfigError
 from cotgrpo.config.files import Options
+from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import read_triples, write_triples
-from cotgrpo.teachers.editing import read_edited, read_student_replies, write_pairs
+from cotgrpo.teachers.editing import holds_triples, read_edited, read_student_replies, write_pairs
 from cotgrpo.terminal import say
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def run(options: Options, console: Console) -> None:
     if rows not in choices:
         raise ConfigError(f"--rows must be {' or '.join(choices)}, got {rows!r}.")
     if edited is not None:
-        if Path(out).exists():
-            raise ConfigError(f"--out {out} exists, and may hold edits. Choose another --out, or remove it.")
+        if Path(out).exists() and not holds_triples(Path(out)):
+            raise DataError(f"{out} exists and may hold edits. Choose another --out, or remove it.")
         triples, report = read_edited(Path(edited), rows=rows)
         write_triples(out, triples)
     else:

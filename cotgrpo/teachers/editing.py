@@ -114,6 +114,16 @@ def write_pairs(
     return report
 
 
+def holds_triples(path: Path) -> bool:
+    """Return whether a file holds nothing but triples as this command writes them, so that it can be made again."""
+    try:
+        rows = [row for _, row in raw_rows([path], None)]
+    except DataError:
+        return False
+    names = {"id", "question", "rationale", "answer", "system"}
+    return all(isinstance(row, Mapping) and row.keys() <= names for row in rows)
+
+
 def is_right(student: StudentReply, ghost: Triple) -> bool:
     """Return whether a student's reply is right."""
     return grade(student.text, ghost.answer).correct if student.correct is None else student.correct

@@ -58,11 +58,13 @@ def test_gold_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write_rows(edit, *rows)
     assert main(["gold", "--edited", str(edit), "--out", str(gold), "--rows", "edited"]) == 0
     assert "1 dropped, not edited" in capsys.readouterr().out
-    before = gold.read_bytes()
-    for out in (gold, edit):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("my notes")
+    for out in (edit, mine, tmp_path):
+        before = None if out.is_dir() else out.read_bytes()
         assert main(["gold", "--edited", str(edit), "--out", str(out)]) == 2
         assert "may hold edits" in capsys.readouterr().err
-    assert gold.read_bytes() == before
+        assert out.is_dir() or out.read_bytes() == before
     triples, _ = read_triples(gold)
     assert [(t.id, t.question, t.rationale, t.answer) for t in triples] == [("a", "What is 3 + 4?", "3 + 4 = 7", "7")]
     rows[1] |= {"rationale": "", "answer": " "}
