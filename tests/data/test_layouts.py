@@ -263,6 +263,15 @@ NOTED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"question": Q, "prompt": "x", "answer": "r #### 1"}, "question and prompt in one row: question is the question"),
     ({"question": Q, "response": "r #### 1", "output": "s #### 2"}, "response is the reply, output is not used"),
+    (
+        {"messages": chat(Q, "r #### 1"), "conversations": [USER, {"from": "gpt", "value": "s #### 2"}]},
+        "messages and conversations in one row: messages is the reply",
+    ),
+    (
+        {"messages": chat(Q, "r #### 1"), "chosen": [{"role": "assistant", "content": "s #### 2"}]},
+        "messages and chosen in one row: messages is the reply",
+    ),
+    ({"question": Q, "answer": "r #### 1", "image": {"path": "x.png"}}, "an image in the row, which is not read"),
     ({"question": Q, "rationale": S, "solution": "t", "answer": "12"}, "rationale is the rationale, solution is not"),
     ({"question": Q, "solution": BOX, "answer": "13"}, "the box in solution is not answer, which is trained"),
     ({"question": Q, "reasoning": "Other.", "response": f"{THOUGHT}12"}, "two thoughts in one row: that in response"),
@@ -289,6 +298,8 @@ def test_an_answer_that_is_not_the_gold_is_noted(tmp_path: Path) -> None:
 
 
 SILENT: list[dict[str, Any]] = [
+    {"messages": chat(Q, "r #### 1"), "conversations": [USER, {"from": "gpt", "value": "r #### 1 "}], "images": []},
+    {"prompt": Q, "chosen": chat(Q, "r #### 1"), "messages": chat(Q, "r #### 1"), "rejected": chat(Q, "no")},
     LAYOUTS["NuminaMath-CoT"][0],
     {"prompt": Q, "messages": chat(Q, "12 it is", "And twice?", "24")},
     {"question": Q, "problem": f" {Q}", "answer": "r #### 1", "gold": "1.0"},

@@ -67,6 +67,12 @@ def ends_in_reply(messages: object) -> bool:
     return is_chat(messages) and role_of(messages[-1]) == "assistant"
 
 
+def last_reply(messages: Sequence[Message], name: str, place: str) -> str:
+    """Return the text of the last message if it is the assistant's, else an empty text."""
+    last = normalize(messages[-1], f"{place}: {name!r} message {len(messages)}", place, name)
+    return str(last["content"]).strip() if last["role"] == "assistant" else ""
+
+
 def parse_chat(messages: object, tools: object, place: str, name: str = "messages") -> Chat:
     """Parse a chat of one or several turns.
 

@@ -33,6 +33,7 @@ NAMES = {
     "ground_truth_solution 正确答案 标准答案 参考答案",
     "system": "system system_prompt system_message 系统 系统提示",
     "history": "history 历史",
+    "image": "image images",
     "tools": "tools functions",
     "correct": "correct is_correct label",
     "split": "split",

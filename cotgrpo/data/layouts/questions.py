@@ -82,6 +82,8 @@ def read_question(found: Found, chat: Chat | None, place: str, notes: list[Note]
     if not question:
         blank = "question" if chat is not None else found.blank("question")
         raise DataError(f"{place}: {empty(blank) if blank else describe_missing('question', found.row)}")
+    if found.value("image"):
+        notes.append(("an image in the row, which is not read", place))
     options = read_options(found) if chat is None else []
     if options and not all(option in question for _, option in options):
         question = "\n".join([question, *(f"{mark}. {option}" if mark else option for mark, option in options)])

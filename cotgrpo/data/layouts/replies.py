@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cotgrpo.data.answers import answers_match, gold_answer, last_box, split_reply, split_thought
-from cotgrpo.data.layouts.chats import Chat, is_chat
+from cotgrpo.data.layouts.chats import Chat, is_chat, last_reply
 from cotgrpo.data.layouts.columns import COLUMNS, Found, Named, describe_missing, fold
 from cotgrpo.data.layouts.golds import is_marked, not_an_answer, states_answer
 from cotgrpo.data.layouts.questions import LETTERS, chat_column, read_options
@@ -122,8 +122,12 @@ def whole_replies(found: Found, chat: Chat | None, place: str) -> list[tuple[str
     """Return the whole replies of a row by column, the first choice first."""
     in_chat = chat_column(found) or found.first("completion")
     replies = [(in_chat[0], parse_text(chat.reply, in_chat[0], place))] if chat and chat.reply and in_chat else []
-    columns = [column for column in found.all("completion") if not is_chat(column[1])]
-    replies += [(name, parse_text(value, name, place)) for name, value in columns]
+    for name, value in (*found.all("messages"), *found.all("completion")):
+        if is_chat(value):
+            other = last_reply(value, name, place)
+            replies += [(name, other)] if other and name not in dict(replies) else []
+        elif (name, value) in found.all("completion"):
+            replies.append((name, parse_text(value, name, place)))
     generations = found.value("generations")
     if not replies and isinstance(generations, Sequence) and generations and isinstance(generations[0], str):
         verdicts = next((v for name in VERDICTS if isinstance(v := found.row.get(name), Sequence)), ())
