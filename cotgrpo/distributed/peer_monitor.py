@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import selectors
@@ -26,9 +27,15 @@ import jax
 
 from cotgrpo.disk_errors import first_line
 from cotgrpo.distributed.processes import is_process_0, on_process_0
+from cotgrpo.terminal import complain
 
 OTHER_ENDED = 4
 """The exit code of a process that ended because another one did."""
+
+HELLO_SECONDS = 10.0
+"""A process introduces itself within this time."""
+LONGEST_MESSAGE = 4096
+"""Bytes."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """Seconds of silence before the first probe, seconds between probes, and probes without an answer.
@@ -59,11 +66,10 @@ class PeerMonitor:
         self.names[0] = meeting["name"]
         connection = connect(meeting["at"], meeting["port"])
         if connection is None:
-            print(
-                f"cotgrpo: process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. "
+            complain(
+                f"process {self.id} does not reach process 0 ({self.names[0]}) at port {meeting['port']}. "
                 "The run continues, but if a process ends, the others end later and without its name: open the ports "
-                "between the machines.",
-                file=sys.stderr,
+                "between the machines."
             )
             return
         self.peers[0] = connection
@@ -85,15 +91,7 @@ class PeerMonitor:
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is listener:
-                        connection, _ = listener.accept()
-                        connection.settimeout(10)
-                        hello = receive(connection)
-                        if hello.get("token") != token:
-                            connection.close()
-                            continue
-                        keep_alive(connection)
-                        self.peers[hello["id"]], self.names[hello["id"]] = connection, hello["name"]
-                        selector.register(connection, selectors.EVENT_READ, hello["id"])
+                        self.welcome(listener, token, selector)
                         continue
                     selector.unregister(key.fileobj)
                     assert isinstance(key.fileobj, socket.socket)
@@ -102,6 +100,23 @@ class PeerMonitor:
                         goodbye = receive(connection)
                     if not goodbye.get("done"):
                         self.end(key.data, goodbye.get("because"))
+
+    def welcome(self, listener: socket.socket, token: str, selector: selectors.BaseSelector) -> None:
+        """Accept one connection, and keep it if it is that of a process of this run. Anybody may connect."""
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # it was closed again at once
+            return
+        connection.settimeout(HELLO_SECONDS)
+        hello = receive(connection, time.monotonic() + HELLO_SECONDS)
+        who, name = hello.get("id"), hello.get("name")
+        known = hello.get("token") == token and isinstance(who, int) and 0 < who < self.count and who not in self.peers
+        if not known or not isinstance(name, str):
+            connection.close()
+            return
+        keep_alive(connection)
+        self.peers[who], self.names[who] = connection, name
+        selector.register(connection, selectors.EVENT_READ, who)
 
     def watch_process_0(self, connection: socket.socket) -> None:
         """Wait for a message from process 0, or for its end."""
@@ -119,12 +134,11 @@ class PeerMonitor:
         if self.id == 0:
             self.tell({"id": who, "name": self.names[who], "because": because})
         reason = because or "it was killed, or its machine is gone"
-        print(
-            f"cotgrpo: process {who} of {self.count} ({self.names[who]}) has ended: {reason}. "
-            "The others end with it. Start all of them again to resume from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
+        complain(
+            f"process {who} of {self.count} ({self.names[who]}) has ended: {reason}. "
+            "The others end with it. Start all of them again to resume from the last checkpoint."
         )
+        sys.stderr.flush()
         os._exit(OTHER_ENDED)
 
     def leave(self, because: str | None = None) -> None:
@@ -210,17 +224,23 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def receive(connection: socket.socket) -> dict[str, Any]:
-    """Return the next message; empty if the other side has ended."""
+def receive(connection: socket.socket, until: float = math.inf) -> dict[str, Any]:
+    """Return the next message; empty if the other side has ended, or sends anything but a message.
+
+    Args:
+        connection: to the other side.
+        until: the time, by `time.monotonic`, after which nothing more is read.
+    """
     data = b""
     try:
         while not data.endswith(b"\n"):
-            if not (byte := connection.recv(1)):
+            if len(data) > LONGEST_MESSAGE or time.monotonic() > until or not (byte := connection.recv(1)):
                 return {}
             data += byte
-        return dict(json.loads(data))
-    except (OSError, ValueError):
+        message = json.loads(data)
+    except (OSError, ValueError, RecursionError):
         return {}
+    return message if isinstance(message, dict) else {}
 
 
 def closed(connection: socket.socket) -> bool:

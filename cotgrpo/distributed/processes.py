@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +28,8 @@ from cotgrpo.config import ConfigError
 if TYPE_CHECKING:
     from cotgrpo.types import AnyArray, PyTree
 
+SHARED_SECONDS = 10.0
+"""How long a network file system may take to show a new file to another machine."""
 HEARTBEAT_SECONDS = 30
 """JAX ends the run after this time without a sign of a process, for one that hangs, or whose network does."""
 
@@ -101,6 +106,45 @@ def on_process_0(make: Callable[[], T]) -> T:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     whole = multihost_utils.broadcast_one_to_all(np.resize(data, size) if data.size else np.zeros(size, np.uint8))
     return json.loads(np.asarray(whole, np.uint8).tobytes())
+
+
+def check_shared(folder: Path) -> None:
+    """Check that every process sees the folder of process 0: each reads a random text that process 0 has written.
+
+    Raises:
+        ConfigError: on every process, if one of them does not.
+    """
+    if jax.process_count() == 1:
+        return
+    probe = folder / ".shared_by_all"
+
+    def write() -> str:
+        token = secrets.token_hex(8)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text(token, encoding="ascii")
+        return token
+
+    token, until = on_process_0(write), time.monotonic() + SHARED_SECONDS
+    while not (seen := holds(probe, token)) and time.monotonic() < until:
+        time.sleep(0.2)
+    all_seen = np.asarray(multihost_utils.process_allgather(np.asarray([seen]))).reshape(-1)
+    on_process_0(lambda: probe.unlink(missing_ok=True))
+    blind = [str(i) for i, sees in enumerate(all_seen) if not sees]
+    if blind:
+        raise ConfigError(
+            f"Process {', '.join(blind)} of {jax.process_count()} does not see the folder {folder} of process 0: all "
+            "machines write checkpoints there. Mount one folder on all of them and name it as run_dir, or set "
+            "checkpoint.folder to a bucket (gs://...). See docs/hosts.md."
+        )
+
+
+def holds(path: Path, text: str) -> bool:
+    """Return whether a file can be read and holds this text."""
+    try:
+        os.listdir(path.parent)  # network file systems look again
+        return path.read_text(encoding="ascii") == text
+    except (OSError, ValueError):
+        return False
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
-from cotgrpo.distributed.processes import is_process_0, on_process_0, put_on_mesh
+from cotgrpo.distributed.processes import check_shared, is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.reports.report import write_report
 from cotgrpo.sharding import jit_step, state_sharding
@@ -63,6 +63,8 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     folder, origin = run_dir / stage, origin_of(stage, config, run_dir)
     location = CheckpointLocation.resolve(folder, config)
     on_process_0(lambda: check_folders(folder, config, stage, location))
+    if isinstance(location.folder, Path):
+        check_shared(location.folder.parent)
     if (done := on_process_0(lambda: finished_report(folder))) is not None:
         say(console, f"{folder} is complete: {folder / 'report.html'}")
         return done

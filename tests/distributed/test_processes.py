@@ -25,6 +25,7 @@ from helpers.training_run import as_arrays, half_written, new_state
 
 from cotgrpo.checkpoints.manager import Checkpoints
 from cotgrpo.cli import main
+from cotgrpo.distributed.peer_monitor import OTHER_ENDED
 from cotgrpo.distributed.processes import on_a_cluster
 from cotgrpo.logs.completions import read_completions
 from cotgrpo.logs.metrics_log import read_metrics
@@ -375,3 +376,27 @@ sys.exit(run(work, sys.argv[1:]))
     assert "cotgrpo: rows.jsonl: no such file." in run.output(1)
     assert f"process 1 of 2 ({socket.gethostname()}" in run.output(0)
     assert "has ended: DataError: rows.jsonl: no such file." in run.output(0)
+
+
+def test_hosts_without_a_shared_folder_are_told_at_the_start(tmp_path: Path) -> None:
+    """Each has a disk of its own, under one name here and two there."""
+    program = """
+import sys
+from pathlib import Path
+import jax
+from cotgrpo.cli import run
+from cotgrpo.distributed.processes import check_shared
+
+def work(rest, console):
+    folder, shared = Path(rest[0]), rest[1] == "shared"
+    check_shared(folder if shared else folder / f"disk_of_{jax.process_index()}")
+    print("seen by all")
+
+sys.exit(run(work, sys.argv[1:]))
+"""
+    together = Run(tmp_path / "a", 2, command=[sys.executable, "-c", program, str(tmp_path / "run"), "shared"])
+    assert together.wait() == [0, 0] and "seen by all" in together.output(0) + together.output(1)
+    assert list((tmp_path / "run").iterdir()) == []
+    apart = Run(tmp_path / "b", 2, command=[sys.executable, "-c", program, str(tmp_path / "run"), "apart"])
+    assert set(apart.wait()) <= {2, OTHER_ENDED} and 2 in apart.wait()
+    assert "Process 1 of 2 does not see the folder" in apart.output(0) + apart.output(1)
