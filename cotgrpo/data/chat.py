@@ -45,8 +45,9 @@ class ChatTemplate(AnyTemplate):
     r"""Renders a triple as a user's turn (the question) and an assistant's turn (rationale and answer).
 
     A sequence is the prompt (`add_generation_prompt=True`), the reply, and the end-of-turn token: the first special
-    token that the template writes after the reply. Text after that token (a newline in ChatML) is left out: a student
-    that generates has stopped by then. A BOS is there if the template writes it, and is never added.
+    token that the template writes after the reply, or the first one of the next turn if generation stops there (GLM).
+    Text after that token (a newline in ChatML) is left out: a student that generates has stopped by then. A BOS is
+    there if the template writes it, and is never added.
 
     A triple with a `context` is a chat of several turns. Its earlier messages are rendered as they are. `turns="all"`
     supervises every reply of the assistant. A reply and its prompt are always what a student reads and writes at that

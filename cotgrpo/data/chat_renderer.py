@@ -301,6 +301,8 @@ class TurnRenderer(ChatRenderer):
             thought = thought_of(message) if self.thinking else ""
             reply = self.reply_after(before, whole, thought, triple.source)
         found = self.stop_pattern.search(reply)
+        if found is None and self.end_text not in self.end[0] and not (message and message.get("tool_calls")):
+            return Turn(before, reply.rstrip() + self.end_text)
         if found is None:
             raise DataError(f"{triple.source}: the chat template does not end the assistant's turn: {reply!r:.200}.")
         return Turn(before, reply[: found.end()])
@@ -395,23 +397,38 @@ class TurnRenderer(ChatRenderer):
                 "The chat template drops or changes the assistant's turn, so nothing would be supervised: "
                 f"{whole!r:.200}."
             )
-        own = {*self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id}
-        end = next((i for i in self.tokenizer.encode(tail, add_special_tokens=False) if i in own), None)
-        words = tail if end is None else tail.partition(str(self.tokenizer.convert_ids_to_tokens(end)))[0]
+        end, words = self.first_added(tail)
+        if end is None and not words.strip():
+            end = self.end_by_next_turn()
         if end is None or words.strip():
             raise DataError(
                 f"The chat template ends an assistant's turn with {tail!r}: expected a special token of the tokenizer "
                 "first, else a reply could never end. Write the eos token there "
                 f"({self.tokenizer.eos_token!r}), or add the template's token to the tokenizer."
             )
-        return tail, int(end)
+        return tail, end
+
+    def first_added(self, text: str) -> tuple[int | None, str]:
+        """Return the first of the tokenizer's added tokens in a text, or None, and the text before it."""
+        own = {*self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id}
+        found = next((int(i) for i in self.tokenizer.encode(text, add_special_tokens=False) if i in own), None)
+        name = None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
+        return found, text if name is None else text.partition(name)[0]
+
+    def end_by_next_turn(self) -> int | None:
+        """Return the token that starts the next turn of the user, if it ends replies too, as with GLM's templates."""
+        asked = {"role": "user", "content": PROBE.question}
+        whole = self.render([*self.row_messages(PROBE), self.last_message(PROBE), asked])
+        end, words = self.first_added(whole.rpartition(PROBE.answer)[2])
+        stops = (self.tokenizer.eos_token_id, *self.more_stop_ids)
+        return end if end in stops and not words.strip() else None
 
     @functools.cached_property
     def end_text(self) -> str:
         """The text after a reply, up to and with the end-of-turn token."""
         tail, end = self.end
         name = str(self.tokenizer.convert_ids_to_tokens(end))
-        return tail.partition(name)[0] + name
+        return (tail.partition(name)[0] if name in tail else "") + name
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

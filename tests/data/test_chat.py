@@ -275,6 +275,10 @@ def test_turns_that_never_end() -> None:
             DataError, match=r"ends an assistant's turn with .* a reply could never end. Write the eos token"
         ):
             chat(template)
+    next_turn = CHATML.replace("<|im_end|>", "")
+    with pytest.raises(DataError, match=r"ends an assistant's turn with .*expected a special token"):
+        chat(next_turn)  # the next turn's first token ends a reply only if generation stops there
+    assert shown(chat(next_turn, eos="<|im_start|>"))[1] == PLAIN + "<|im_start|>"
     with pytest.raises(DataError, match=r"with '<\|nobody_knows\|>.n': expected a special token"):
         chat(CHATML.replace("<|im_end|>", "<|nobody_knows|>"))
     with pytest.raises(DataError, match=r"with ' Over.<\|im_end\|>.n': expected a special token"):

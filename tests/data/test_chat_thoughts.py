@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.chat_templates import FAMILIES, QWEN3, R1, family_tokenizer, made_tokenizer
+from helpers.chat_templates import FAMILIES, QWEN3, R1, family_template, family_tokenizer, made_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
@@ -60,19 +60,21 @@ REPLIES = {  # family: (end of the plain prompt, plain reply, end of the thinkin
         "<|channel|>analysis<|message|>2+0=2\n1+3=4<|end|><|start|>assistant<|channel|>final<|message|>42<|return|>",
     ),
     "magistral": ("<|/head|>", PLAIN + "<eos>", "<|/head|>", "[THINK]\n2+0=2\n1+3=4\n[/THINK]\n\n42<eos>"),
+    "glm": (
+        "/nothink<|assistant|>\n<think></think>",
+        f"\n{PLAIN}<|user|>",
+        "<|user|>\nWhat is 12+30?<|assistant|>",
+        "\n<think>2+0=2\n1+3=4</think>\n42<|user|>",
+    ),
     "seed": ("assistant\n", PLAIN + "<eos>", "assistant\n", "<seed:think>2+0=2\n1+3=4</seed:think>42<eos>"),
 }
-
-
-def template(name: str, reasoning: Any, **settings_: Any) -> ChatTemplate:
-    return ChatTemplate(family_tokenizer(name), reasoning, loss_on="completion", **settings_)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("reasoning", ["plain", "think"])
 def test_replies_of_each_family(name: str, reasoning: Any) -> None:
     """The prompt is what a sampler reads, and what it would write there splits into the row's own texts."""
-    made = template(name, reasoning)
+    made = family_template(name, reasoning)
     encoded = made.encode(TRIPLE)
     prompt, reply = np.split(encoded.tokens, [encoded.prompt_length])
     assert prompt.tolist() == made.prompt(TRIPLE.question).tolist() == made.prompt_of(TRIPLE).tolist()
@@ -88,7 +90,7 @@ def test_replies_of_each_family(name: str, reasoning: Any) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thoughts_that_hold_the_mark_of_their_end(name: str) -> None:
-    made = template(name, "think")
+    made = family_template(name, "think")
     mark = made.reply_format.mark
     with pytest.raises(DataError, match=r"f:1: (rationale and answer cannot be told apart|the rationale holds the)"):
         made.encode(dataclasses.replace(TRIPLE, rationale=f"a{mark}b"))
@@ -127,7 +129,7 @@ def test_white_space_around_a_thought_of_the_template() -> None:
 
 def test_answer_formats_and_system_messages_of_thinking_templates() -> None:
     for name in ("r1", "qwen3", "v3.1"):
-        made = template(name, "think", answer_format=r"\boxed{{answer}}")
+        made = family_template(name, "think", answer_format=r"\boxed{{answer}}")
         encoded = made.encode(TRIPLE)
         assert made.tokenizer.decode(encoded.tokens[encoded.supervised]).endswith(
             "</think>\n\n\\boxed{42}" + made.renderer.end_text
@@ -177,7 +179,7 @@ def nasty_tokenizers() -> dict[str, Any]:
 
 
 MADE: list[AnyTemplate] = [
-    *(template(name, reasoning) for name in FAMILIES for reasoning in ("plain", "think")),
+    *(family_template(name, reasoning) for name in FAMILIES for reasoning in ("plain", "think")),
     *(ChatTemplate(made, loss_on="completion") for made in nasty_tokenizers().values()),
     Template(train_tokenizer([], vocab_size=259), loss_on="completion"),
     Template(family_tokenizer("chatml"), "\n###\n", loss_on="completion"),
@@ -229,7 +231,7 @@ def test_settings_of_the_rust_tokenizer_are_left_out() -> None:
 
 
 def test_a_template_goes_to_another_process() -> None:
-    for made in (template("r1", "think"), MADE[-1]):
+    for made in (family_template("r1", "think"), MADE[-1]):
         made.encode(TRIPLE)
         sent = pickle.loads(pickle.dumps(made))
         assert sent.encode(TRIPLE).tokens.tolist() == made.encode(TRIPLE).tokens.tolist()

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from cotgrpo.data.chat import ChatTemplate
 from cotgrpo.data.tokenizer import train_tokenizer
 
 SPECIAL = (
@@ -33,6 +34,9 @@ SPECIAL = (
     "<|return|>",
     "[THINK]",
     "[/THINK]",
+    "<sop>",
+    "<|user|>",
+    "<|assistant|>",
 )
 PLAIN_ADDED = ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", "<tool_call>", "</tool_call>")
 """Added tokens that are not special, as in R1's and Qwen3's tokenizers."""
@@ -163,6 +167,17 @@ SEED = (
 )
 
 
+GLM = (  # no token ends a turn: the next one's first token does; thoughts stay only after the last question
+    "{{ '<sop>' }}{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '<|user|>\n' + m.content + ('/nothink' if not enable_thinking else '') }}"
+    "{% elif m.role == 'assistant' %}{{ '<|assistant|>\n<think>' }}"
+    "{% if loop.index0 > ns.last and m.reasoning_content %}{{ m.reasoning_content.strip() }}{% endif %}"
+    "{{ '</think>\n' + m.content.split('</think>')[-1].strip() }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{{ '\n<think></think>' if not enable_thinking }}{% endif %}"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A template and what it can do.
@@ -173,12 +188,14 @@ class Family:
         tools: whether it writes calls and answers of tools.
         one_sequence: for "plain" and for "think", whether a later turn's prompt holds the earlier turns as the student
             read and wrote them.
+        stops: tokens that end a reply by the model's generation config.
     """
 
     template: str
     eos: str = "<|im_end|>"
     tools: bool = False
     one_sequence: tuple[bool, bool] = (True, True)
+    stops: tuple[str, ...] = ()
 
 
 FAMILIES = {
@@ -197,6 +214,7 @@ FAMILIES = {
     "gpt-oss": Family(GPT_OSS, "<|return|>", one_sequence=(False, False)),
     "magistral": Family(MAGISTRAL, "<eos>"),
     "seed": Family(SEED, "<eos>"),
+    "glm": Family(GLM, "<eos>", stops=("<|user|>",)),
 }
 
 
@@ -226,3 +244,10 @@ def made_tokenizer(template: str, eos: str = "<|im_end|>") -> Any:
 def family_tokenizer(name: str) -> Any:
     """Return a tokenizer of bytes with the template of a family."""
     return made_tokenizer(FAMILIES[name].template, FAMILIES[name].eos)
+
+
+def family_template(name: str, reasoning: Any, **settings: Any) -> ChatTemplate:
+    """Return the chat template of a family, with the loss on replies unless the settings say another."""
+    made = family_tokenizer(name)
+    stops = tuple(made.convert_tokens_to_ids(stop) for stop in FAMILIES[name].stops)
+    return ChatTemplate(made, reasoning, **{"loss_on": "completion", "more_stop_ids": stops} | settings)
