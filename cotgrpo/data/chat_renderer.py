@@ -504,18 +504,29 @@ def texts_in(value: object) -> Iterator[str]:
 
 
 def lost_message(messages: Sequence[Message], text: str) -> Message | None:
-    """Return the first message of the user or of a tool that the rendered text lacks; None if it has all.
+    """Return the first message that the rendered text lacks; None if it has all.
 
-    A template may write a tool's answer as JSON text.
+    A template may write a tool's answer as JSON text. Of the assistant's messages only calls of tools are looked for:
+    their thoughts may be left out.
     """
     for message in messages:
         content = with_text(message).get("content")
-        if message.get("role") == "assistant" or not isinstance(content, str):
-            continue
-        forms = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
-        if not any(form.strip() in text for form in forms):
+        if message.get("role") == "assistant":
+            found = all(name in text for name in called_tools(message))
+        elif isinstance(content, str):
+            forms = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+            found = any(form.strip() in text for form in forms)
+        else:
+            found = True
+        if not found:
             return message
     return None
+
+
+def called_tools(message: Message) -> list[str]:
+    """Return the names of the tools that a message calls."""
+    calls = message.get("tool_calls") or ()
+    return [str((call.get("function") or call).get("name")) for call in calls if isinstance(call, Mapping)]
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -551,8 +562,7 @@ def check_written(message: Message, turn: Turn, source: str) -> None:
         )
     content = with_text(message).get("content")
     words = split_thought(content).text.strip() if isinstance(content, str) else ""
-    calls = message.get("tool_calls") or ()
-    names = [str((call.get("function") or call).get("name")) for call in calls if isinstance(call, Mapping)]
+    names = called_tools(message)
     if not (words or names) or not all(text in turn.reply for text in (words, *names)):
         raise DataError(
             f"{source}: the chat template drops or changes a reply of the assistant, or it is empty: "
