@@ -6,13 +6,14 @@ A row with a wrong reply still gives a question: a test set without its hard que
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cotgrpo.data.answers import gold_answer
+from cotgrpo.data.answers import gold_answer, split_thought
 from cotgrpo.data.batches import REFUSED, Progress, encode_fitting, fits, no_progress
 from cotgrpo.data.layouts.golds import prose_note
 from cotgrpo.data.layouts.values import Note
@@ -106,6 +107,8 @@ def questions_in(
 
     def make(row: Row) -> tuple[Question, Sequence[str]]:
         question = question_of(row)
+        if need_gold and is_whole(row):
+            question = dataclasses.replace(question, gold=split_thought(row.answer).text)
         if need_gold and not question.gold:
             raise DataError(
                 row.no_gold
@@ -114,13 +117,22 @@ def questions_in(
         asked = str(question.context or question.question)
         return question, (question.system, asked, question.gold, row.rationale, row.answer)
 
-    return collect(rows, make, bad_rows=bad_rows, notes=notes_of)
+    return collect(rows, make, bad_rows=bad_rows, notes=functools.partial(notes_of, need_gold=need_gold))
 
 
-def notes_of(row: Row) -> tuple[Note, ...]:
-    """Return the row's notes, and that its own answer was found in prose if that is the right answer."""
-    own = row.prose if not row.gold and row.marked_correct is not False else ""
-    return (*row.notes, prose_note("gold", row.source, row.answer, own)) if own else row.notes
+def is_whole(row: Row) -> bool:
+    """Return whether the row's reply is the right one and has no final answer, so that only the whole reply is right."""
+    own = not (row.gold or row.no_gold or row.not_a_triple or row.marked_correct is False)
+    return own and gold_answer(row.answer) is None
+
+
+def notes_of(row: Row, need_gold: bool) -> tuple[Note, ...]:
+    """Return the row's notes, and how the right answer was found if that is not plain."""
+    if row.prose and not row.gold and row.marked_correct is not False:
+        return (*row.notes, prose_note("gold", row.source, row.answer, row.prose))
+    if need_gold and is_whole(row):
+        return (*row.notes, ("a reply without a final answer is compared as a whole", row.source))
+    return row.notes
 
 
 def question_of(row: Row) -> Question:

@@ -430,9 +430,31 @@ def test_chats_of_several_turns() -> None:
     assert (prompt.context, prompt.question, prompt.gold) == (triple.context, Q, "12")
 
 
-def test_a_thought_in_a_field_of_a_last_turn() -> None:
-    row = parse_row({"messages": chat("Hi", "Hello!", Q, "12", reasoning=S)}, "f:1")
-    assert row.answer == f"{THOUGHT}12" and row.verbatim
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "reasoning_details"])
+def test_a_thought_in_a_field_of_a_last_turn(field: str) -> None:
+    for thought in (S, [S], [{"type": "reasoning.text", "text": S}]):
+        row = parse_row({"messages": chat("Hi", "Hello!", Q, "12", **{field: thought})}, "f:1")
+        assert row.answer == f"{THOUGHT}12" and row.verbatim
+
+
+def test_a_last_turn_that_never_ends_its_thought(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": chat("Hi", "Hello!", Q, "<think>3 times")}, {"messages": TURNS})
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the thought in 'messages' never ends"):
+        read_triples(path)
+    assert len(read_triples(path, bad_rows="drop")[0]) == 1
+
+
+def test_a_last_turn_without_an_answer_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    """A corpus of chats can be trained: some of it is held out for the loss."""
+    talk = "You could take a walk in the park, since the weather is good. Or you read.\nTell me which you like more."
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": chat("Hi", "Hello!", "What now?", talk)})
+    (question,), report = read_questions(path)
+    assert question.gold == talk and question.reference is not None
+    assert report.noted == {"a reply without a final answer is compared as a whole": 1}
+    assert read_questions(path, need_gold=False)[0][0].gold == ""
+    jsonl(path, {"question": "What now?", "response": f"{THOUGHT}{talk}"})
+    (question,), report = read_questions(path)
+    assert question.gold == talk and len(report.noted) == 1
 
 
 def test_tools_are_context() -> None:

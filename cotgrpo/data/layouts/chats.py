@@ -22,7 +22,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 """Role of a chat template -> its names in data sets. A `call` is an assistant's message that calls a tool."""
 ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "reasoning_details")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning", "reasoning_content", "thought")
 ROLE_OF = {fold(name): role for role, names in ROLES.items() for name in names}
@@ -146,7 +146,7 @@ def normalize(message: object, where: str, place: str, name: str) -> dict[str, o
         raise DataError(f"{where}: unknown role {said!r:.40}: expected one of {known}. Rename it.")
     content_key = next((key for key in CONTENT_KEYS if key in fields), None)
     content = "" if content_key is None else fields.pop(content_key)
-    reasoning = next((fields.pop(key) for key in REASONING_KEYS if isinstance(fields.get(key), str)), "")
+    reasoning = next((texts_in(fields.pop(key)) for key in REASONING_KEYS if texts_in(fields.get(key))), "")
     text, thought = read_content(content, where)
     turn: dict[str, object] = {"role": role, "content": text, **fields}
     if role == "call":
@@ -154,6 +154,15 @@ def normalize(message: object, where: str, place: str, name: str) -> dict[str, o
     if not is_blank(reasoning) or not is_blank(thought):
         turn["reasoning_content"] = str(thought if is_blank(reasoning) else reasoning)
     return turn
+
+
+def texts_in(reasoning: object) -> str:
+    """Return the text of a field of reasoning: a text, or a list of texts or of parts with one."""
+    if isinstance(reasoning, str):
+        return reasoning
+    parts = reasoning if isinstance(reasoning, list) else []
+    found = [part.get("text") or part.get("thinking") if isinstance(part, Mapping) else part for part in parts]
+    return "\n".join(text for text in found if isinstance(text, str))
 
 
 def read_content(content: object, where: str) -> tuple[str, str]:

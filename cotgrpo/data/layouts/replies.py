@@ -111,7 +111,8 @@ def whole_reply(
             notes.append((f"{name} and {other} in one row: {name} is the reply, {other} is not used", place))
     golds = golds if "gold" in found.named else [*golds, *answers]
     if chat is not None and chat.context:
-        return Reply("", with_thought(text, chat.thought), True, tuple(golds))
+        problem = never_ends(name, place) if split_thought(text).unclosed else ""
+        return Reply("", with_thought(text, chat.thought), True, tuple(golds), problem=problem)
     thought = (chat.thought if chat is not None else "") or paired_thought(name, found.all("rationale"), place)
     if squeeze(thought) not in squeeze(with_thought(text, thought)):
         notes.append((f"two thoughts in one row: that in {name} is used, the other is not", place))
@@ -176,8 +177,8 @@ def one_reply(text: str, name: str, place: str) -> Reply:
     if rationale and answer:
         return Reply(rationale, answer, prose="" if marked or thought.text == answer else thought.text)
     if thought.unclosed:
-        problem = f"the thought in {name!r} never ends. Remove the row."
-    elif answer is None and text.endswith("####"):
+        return Reply(rationale, "", problem=never_ends(name, place))
+    if answer is None and text.endswith("####"):
         problem = f"field {name!r} is empty after '####'. Fill it in or remove the row."
     else:
         names = f"{' or '.join(COLUMNS['rationale'][:3])} or solution"
@@ -238,6 +239,11 @@ def answer_alone(found: Found, chat: Chat | None, answers: list[Named], place: s
         no_gold = "" if answer else not_an_answer(name, text, place)
         return dataclasses.replace(reply, rationale="", answer=answer or "", golds=golds, no_gold=no_gold)
     return dataclasses.replace(reply, golds=golds)
+
+
+def never_ends(name: str, place: str) -> str:
+    """Return the complaint about a reply that was cut off in its thought."""
+    return f"{place}: the thought in {name!r} never ends. Remove the row."
 
 
 def no_reply(gold: str) -> str:
