@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +31,9 @@ class HeldOut:
     reference_batches: Callable[[], Iterable[SftBatch]]
     num_references: int
     console: Console
-    phase: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+    phase: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = lambda title, rows: nullcontext(
+        lambda done: None
+    )
 
     def loss(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         """Return the mean NLL of the reference replies and its companion metrics; nothing if there are none."""

@@ -48,6 +48,7 @@ class CountProgress:
     ) -> None:
         self.title, self.console, self.total = title, console, total
         self.done = self.done_before = done
+        self.printed: int | None = None  # what the newest line says
         self.started = self.last_line = self.last_update = time.monotonic()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -89,7 +90,7 @@ class CountProgress:
 
     def line(self) -> None:
         """Print the counts as a line."""
-        self.last_line = time.monotonic()
+        self.last_line, self.printed = time.monotonic(), self.done
         spent, new = self.last_line - self.started, self.done - self.done_before
         left = ""
         if self.total is not None and new and self.done < self.total:
@@ -134,7 +135,7 @@ class PhaseProgress(CountProgress):
     def __exit__(self, *exception: Any) -> None:
         """Remove the bar. After a long phase, print a line."""
         super().__exit__(*exception)
-        if time.monotonic() - self.started > SECONDS_BEFORE_A_LINE:
+        if time.monotonic() - self.started > SECONDS_BEFORE_A_LINE and self.printed != self.done:
             self.line()
 
     def status(self) -> str:

@@ -169,7 +169,7 @@ class Rollouts(abc.ABC):
     ) -> None:
         import grain
 
-        if isinstance(questions, list):
+        if isinstance(questions, list | tuple):
             check_questions(questions, settings)
         self.template, self.questions, self.settings = template, questions, settings
         self.merged, self.group = merged, group

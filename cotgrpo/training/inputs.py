@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.rows import DropReport, RowResult, check_usable, read_rows
-from cotgrpo.data.sources import DataError, as_list
+from cotgrpo.data.sources import DataError, as_list, files_of
 from cotgrpo.data.streaming import StreamedTriples, WindowReader, index_rows
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
@@ -47,6 +48,8 @@ FREE_DATA_SETTINGS = ("num_workers",)
 """The same of its rows."""
 TOKENIZER_ROWS, TOKENIZER_CHARACTERS = 50_000, 10_000_000
 """Most rows and characters that a tokenizer is trained on if the rows are streamed."""
+MEMORY_OF_A_BYTE = 6
+"""Memory that a byte of a file of rows takes, about: as text and as tokens."""
 QUIET = Console(quiet=True)
 
 LossOn = Literal["sequence", "completion"]
@@ -167,6 +170,7 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
     console.print(f"reading {', '.join(map(str, as_list(train_files(config))))}", highlight=False, soft_wrap=True)
     if data.streaming:
         return load_streamed_inputs(config, folder, origin, console)
+    warn_of_memory(train_files(config), data.train_split, console)
     train, test, reports = read_train_and_test(config, console)
     model = model_of(config, folder, origin, train, console)
     template = model.template(data.loss_on)
@@ -183,6 +187,24 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
     fitting = {example.source for example in examples}
     triples = [triple for triple in train if triple.source in fitting]
     return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test, console)
+
+
+def warn_of_memory(names: list[str] | str, split: str | None, console: Console) -> None:
+    """Print that the files may not fit into this machine's memory, and what to do, if so."""
+    files = [file for name in as_list(names) for file in files_of(name, split) if isinstance(file, Path)]
+    needed, there = MEMORY_OF_A_BYTE * sum(file.stat().st_size for file in files), physical_memory()
+    if needed > there / 2:
+        console.print(
+            f"These rows may take {needed / 1e9:.1f} GB of memory, of {there / 1e9:.1f} GB: data.streaming true reads "
+            "them during the training instead.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_streamed_inputs(config: Config, folder: Path, origin: Path | None, console: Console) -> StageInputs:
