@@ -121,7 +121,7 @@ def questions_in(
 
 
 def is_whole(row: Row) -> bool:
-    """Return whether the row's reply is the right one and has no final answer, so that only the whole reply is right."""
+    """Return whether the row has a right reply without a final answer, so that only the whole reply is right."""
     own = not (row.gold or row.no_gold or row.not_a_triple or row.marked_correct is False)
     return own and gold_answer(row.answer) is None
 

@@ -121,8 +121,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
         ("Multiply.\n\n3 and 4", S, "12", ""),
     ),
     "MetaMathQA": (
-        {"type": "GSM_Rephrased", "query": Q, "original_question": "Hens?", "response": f"{S}\nThe answer is: 12"},
-        (Q, f"{S}\nThe answer is: 12", "12", ""),
+        {"type": "GSM_Rephrased", "query": Q, "original_question": "Hens?", "response": f"{S} The answer is: 12"},
+        (Q, f"{S} The answer is: 12", "12", ""),
     ),
     "Orca-Math": ({"question": Q, "answer": f"{S} The hen lays 12 eggs."}, (Q, f"{S} The hen lays 12 eggs.", "12", "")),
     "DAPO-Math": (
