@@ -55,6 +55,11 @@ class Question:
     tools: tuple[Mapping[str, Any], ...] = ()
     no_gold: str = ""
 
+    @property
+    def asked(self) -> str:
+        """What is asked, as one text: the whole chat before the reply, or the question."""
+        return str(self.context) if self.context else self.question
+
     def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
         """Return `prompt`, or make it."""
         return template.prompt_of(self) if self.prompt is None else self.prompt
@@ -114,8 +119,7 @@ def questions_in(
                 row.no_gold
                 or f"{row.source}: no right answer: expected a field gold, or an answer that is correct. Add it."
             )
-        asked = str(question.context or question.question)
-        return question, (question.system, asked, question.gold, row.rationale, row.answer)
+        return question, (question.system, question.asked, question.gold, row.rationale, row.answer)
 
     return collect(rows, make, bad_rows=bad_rows, notes=functools.partial(notes_of, need_gold=need_gold))
 
@@ -133,6 +137,16 @@ def notes_of(row: Row, need_gold: bool) -> tuple[Note, ...]:
     if need_gold and is_whole(row):
         return (*row.notes, ("a reply without a final answer is compared as a whole", row.source))
     return row.notes
+
+
+def note_rows(rows: Iterable[Row]) -> DropReport:
+    """Return the report of rows that are asked, all of them kept."""
+    report = DropReport()
+    for row in rows:
+        report.read += 1
+        for note in notes_of(row, need_gold=True):
+            report.note(*note)
+    return report
 
 
 def question_of(row: Row) -> Question:

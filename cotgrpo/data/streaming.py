@@ -298,9 +298,9 @@ class StreamedTriples:
             self.parsed(numbers), bad_rows=self.bad_rows, keep_incorrect=self.keep_incorrect, deduplicate=False
         )
         for triple in triples:
-            if triple.question in self.held_out:
+            if triple.asked in self.held_out:
                 report.drop("question is in the test set", triple.source)
-        return [triple for triple in triples if triple.question not in self.held_out], report
+        return [triple for triple in triples if triple.asked not in self.held_out], report
 
     def sample(self, seed: int, *, rows: int, characters: int) -> Iterator[Triple]:
         """Yield triples in the order of the first epoch, up to so many rows and characters."""
@@ -319,7 +319,7 @@ class StreamedTriples:
         for i in range(len(self.files)):
             number = int(order[i])
             for question in questions_in(self.parsed([number]), bad_rows="drop")[0]:
-                found.setdefault(question.question, (number, question))
+                found.setdefault(question.asked, (number, question))
             progress(len(found))
             if len(found) == count:
                 break

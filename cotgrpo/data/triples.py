@@ -41,6 +41,11 @@ class Triple:
     tools: tuple[Mapping[str, Any], ...] = ()
     verbatim: bool = False
 
+    @property
+    def asked(self) -> str:
+        """What is asked, as one text: the whole chat before the reply, or the question."""
+        return str(self.context) if self.context else self.question
+
 
 def read_triples(
     sources: str | Path | Sequence[str | Path],
@@ -97,7 +102,7 @@ def triples_in(
             raise DataError(row.no_gold)
         if not keep_incorrect and not row.grade.correct:
             raise wrong
-        return triple, (triple.system, str(triple.context or triple.question), triple.rationale, triple.answer)
+        return triple, (triple.system, triple.asked, triple.rationale, triple.answer)
 
     def notes(row: Row) -> tuple[Note, ...]:
         prose = prose_note("answer", row.source, row.answer, row.prose)

@@ -298,7 +298,7 @@ def rollout_prompts(
             text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
             row = with_question(triple, text)
             teacher_prompt = template.prompt_of(row) if triple.context else template.prompt(text, triple.system)
-        asked = f"{triple.system}\n{triple.context or triple.question}"
+        asked = f"{triple.system}\n{triple.asked}"
         found.setdefault(asked, RolloutPrompt(asked_by(triple), prompts[triple.source], teacher_prompt))
     return list(found.values())
 
@@ -370,10 +370,10 @@ def read_prompts(
             progress=progress,
         )
     inputs.reports["prompts"] = report
-    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.question for q in inputs.test_questions}
+    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.asked for q in inputs.test_questions}
     kept = []
     for question, prompt in zip(questions, inputs.template.prompts_of(questions), strict=True):
-        if question.question in held_out:
+        if question.asked in held_out:
             report.drop("question is in the test set", question.source)
         elif isinstance(prompt, DataError):
             if data.bad_rows == "error":

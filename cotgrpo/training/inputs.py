@@ -16,9 +16,9 @@ from rich.console import Console
 from cotgrpo.config import Config, ConfigError, differences, flat, load_config, save_config, tree_of
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
-from cotgrpo.data.questions import Question, make_held_out, questions_in, read_questions
+from cotgrpo.data.questions import Question, make_held_out, note_rows, questions_in, read_questions
 from cotgrpo.data.reply_format import ReplyFormat
-from cotgrpo.data.rows import DropReport, RowResult, check_usable, read_rows
+from cotgrpo.data.rows import DropReport, Row, RowResult, check_usable, read_rows
 from cotgrpo.data.sources import DataError, as_list, files_of
 from cotgrpo.data.streaming import StreamedTriples, WindowReader, index_rows
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
@@ -312,7 +312,7 @@ def index_train_and_test(
         with PhaseProgress("drawing held-out rows", console, data.test_rows) as progress:
             test = rows.draw_questions(data.test_rows, config.seed, progress)
         report = DropReport(read=len(test))
-    rows = dataclasses.replace(rows, held_out=frozenset(question.question for question in test))
+    rows = dataclasses.replace(rows, held_out=frozenset(question.asked for question in test))
     return rows, test[: config.eval.rows], {"held-out rows": report}
 
 
@@ -346,10 +346,11 @@ def read_train_and_test(
         with PhaseProgress("drawing held-out rows", console, report.read) as progress:
             questions, _ = questions_in(progress.over(rows), bad_rows="drop")
         test = draw_test_rows(questions, data.test_rows, config.seed)
-        reports["held-out rows"] = DropReport(read=len(test))
+        drawn = {question.source for question in test}
+        reports["held-out rows"] = note_rows(row for row in rows if isinstance(row, Row) and row.source in drawn)
         train = drop_known(train, {q.source for q in test}, lambda t: t.source, "held out for testing", report)
-    asked = {question.question for question in test}
-    train = drop_known(train, asked, lambda t: t.question, "question is in the test set", report)
+    asked = {question.asked for question in test}
+    train = drop_known(train, asked, lambda t: t.asked, "question is in the test set", report)
     if not train:
         raise DataError("No row is left to train on: every question is in the test set.")
     return train, test[: config.eval.rows], reports

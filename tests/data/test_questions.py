@@ -157,6 +157,31 @@ def test_held_out_of_the_training_file(tmp_path: Path) -> None:
     assert [question.question for question in test] == [f"q{i}" for i in sorted(order)]
 
 
+def test_what_is_noted_of_held_out_rows(tmp_path: Path) -> None:
+    """Of those that are drawn only. Chats that end in the same words are different questions."""
+    said = [("Hi", "Hello!"), ("Go on.", "It is 5, I think.")]
+    roles = ("user", "assistant")
+    rows = [
+        {
+            "messages": [
+                {"role": r, "content": f"{t} {i if n == 0 else ''}"}
+                for n, pair in enumerate(said)
+                for r, t in zip(roles, pair, strict=True)
+            ]
+        }
+        for i in range(6)
+    ]
+    rows += [
+        {"question": f"q{i}", "response": f"We add them up to {i} apples. In all there are {i}."} for i in range(6)
+    ]
+    config = Config(data=DataConfig(train=str(jsonl(tmp_path / "rows.jsonl", *rows)), test_rows=6))
+    train, test, reports = read_train_and_test(config)
+    assert len(train) == len(test) == 6 and reports["training rows"].dropped == {"held out for testing": 6}
+    prose = sum(not question.context for question in test)
+    assert 0 < prose < 6 and reports["held-out rows"].noted == {"gold read from prose": prose}
+    assert (reports["held-out rows"].read, reports["held-out rows"].kept) == (6, 6)
+
+
 @pytest.mark.skipif(not SVAMP.is_file(), reason=f"the real data set is not at {SVAMP}")
 def test_svamp() -> None:
     """200 questions, of which the teacher got 155 right; 7 wrong rows have no answer at all."""
