@@ -88,6 +88,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
         {"id": "1", "conversations": [USER, {"from": "gpt", "value": f"{THOUGHT}12"}]},
         (Q, S, "12", ""),
     ),
+    "Firefly": ({"conversation": [{"human": Q, "assistant": f"{S}\n#### 12"}]}, (Q, S, "12", "")),
     "LIMA": ({"conversations": [Q, f"{S}\n#### 12"]}, (Q, S, "12", "")),
     "OpenMathInstruct-1": (
         {"question": Q, "generated_solution": BOX, "expected_answer": "12", "is_correct": True, "dataset": "gsm8k"},
@@ -166,6 +167,19 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
     "C-Eval": (
         {"id": 0, "question": Q, "A": "7", "B": "12", "C": "34", "D": "43", "answer": "B", "explanation": S},
         (f"{Q}\nA. 7\nB. 12\nC. 34\nD. 43", S, "B", ""),
+    ),
+    "TAL-SCQ": (
+        {
+            "problem": Q,
+            "answer_option_list": [[{"aoVal": "A", "content": "7 "}], [{"aoVal": "B", "content": "12 "}]],
+            "answer_analysis": [S],
+            "answer_value": "B",
+        },
+        (f"{Q}\nA. 7\nB. 12", S, "B", ""),
+    ),
+    "GAOKAO-Bench": (
+        {"question": f"{Q}\nA. 7 B. 12", "answer": ["B"], "analysis": S, "score": 5},
+        (f"{Q}\nA. 7 B. 12", S, "B", ""),
     ),
     "AQuA-RAT": (
         {"question": Q, "options": ["A)7", "B)12", "C)34"], "rationale": S, "correct": "B"},

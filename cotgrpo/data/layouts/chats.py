@@ -67,9 +67,17 @@ def ends_in_reply(messages: object) -> bool:
     return is_chat(messages) and role_of(messages[-1]) == "assistant"
 
 
+def split_turn(message: object) -> list[object]:
+    """Return the messages in a pair such as {"human": ..., "assistant": ...}; another message as it is."""
+    if not isinstance(message, Mapping) or any(key in message for key in ROLE_KEYS):
+        return [message]
+    named = [(str(key), value) for key, value in message.items() if fold(str(key)) in ROLE_OF and value]
+    return [{"role": name, "content": value} for name, value in named] or [message]
+
+
 def last_reply(messages: Sequence[Message], name: str, place: str) -> str:
     """Return the text of the last message if it is the assistant's, else an empty text."""
-    last = normalize(messages[-1], f"{place}: {name!r} message {len(messages)}", place, name)
+    last = normalize(split_turn(messages[-1])[-1], f"{place}: {name!r} message {len(messages)}", place, name)
     return str(last["content"]).strip() if last["role"] == "assistant" else ""
 
 
@@ -94,6 +102,7 @@ def parse_chat(messages: object, tools: object, place: str, name: str = "message
         raise bad_messages(place, name)
     if messages and all(isinstance(message, str) for message in messages):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+    messages = [turn for message in messages for turn in split_turn(message)]
     turns = [normalize(message, f"{place}: {name!r} message {i}", place, name) for i, message in enumerate(messages, 1)]
     start = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
     system = "\n\n".join(text for turn in turns[:start] if (text := str(turn["content"]).strip()))

@@ -15,7 +15,7 @@ NAMES = {
     "question": "question prompt problem query instruction body user_prompt 问题 题目 提问 题干 指令",
     "other_question": "input question_chinese question_zh original_text 输入 source",
     "context": "input context passage 输入",
-    "options": "options choices 选项",
+    "options": "options choices answer_option_list 选项",
     "rationale": "rationale reasoning reasoning_content thinking thinking_trajectories thought thoughts complex_cot "
     "deepseek_thinking_trajectory gemini_thinking_trajectory deepseek_reasoning chain_of_thought cot think "
     "推理过程 思考过程 推理 思考",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 
-from cotgrpo.data.layouts.chats import Chat, ends_in_reply, is_chat, parse_chat, role_of
+from cotgrpo.data.layouts.chats import CONTENT_KEYS, Chat, ends_in_reply, is_chat, parse_chat, role_of
 from cotgrpo.data.layouts.columns import Found, Named, describe_missing, fold, is_blank
 from cotgrpo.data.layouts.values import Note, empty, parse_text, squeeze
 from cotgrpo.data.sources import DataError
@@ -114,6 +114,10 @@ def read_options(found: Found) -> list[tuple[str, str]]:
     if isinstance(value, str):
         return [("", value.strip())]
     if isinstance(value, Sequence):
+        value = [item[0] if isinstance(item, list) and len(item) == 1 else item for item in value]
+        if value and all(isinstance(item, Mapping) for item in value):  # TAL-SCQ: {"aoVal": "A", "content": ...}
+            texts = [next((item[key] for key in CONTENT_KEYS if key in item), item) for item in value]
+            return [(mark, str(text).strip()) for mark, text in zip(LETTERS, texts, strict=False)]
         texts = [str(text).strip() for text in value]
         own = all(text.lstrip("(")[:1] == mark for mark, text in zip(LETTERS, texts, strict=False))
         own = own and not any(text.lstrip("(")[1:2].isalnum() for text in texts)

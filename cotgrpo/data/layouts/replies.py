@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from cotgrpo.data.answers import answers_match, gold_answer, last_box, split_reply, split_thought
 from cotgrpo.data.layouts.chats import Chat, is_chat, last_reply
@@ -55,6 +56,7 @@ def read_flag(found: Found, place: str) -> bool | None:
 def answer_columns(found: Found) -> list[Named]:
     """Return the columns of the answer, which is the reply's own, or the right one where there is a whole reply."""
     options, answers = read_options(found), found.all("answer")
+    answers = [(name, "".join(value) if is_choice(value) else value) for name, value in answers]
     if options:
         letter = found.first("correct")
         answers += [letter] if letter is not None and isinstance(letter[1], str) else []
@@ -64,6 +66,11 @@ def answer_columns(found: Found) -> list[Named]:
                 answers[i] = name, options[value][0] or LETTERS[value]
     others = [column for column in found.all("other_answer") if type(column[1]) in (str, int, float)]
     return answers or others[:1]
+
+
+def is_choice(value: object) -> TypeGuard[list[str]]:
+    """Return whether an answer is a list of letters, such as ["B"] or ["A", "C"]."""
+    return isinstance(value, list) and bool(value) and all(letter in tuple(LETTERS) for letter in value)
 
 
 def read_reply(found: Found, chat: Chat | None, place: str, notes: list[Note]) -> Reply:
