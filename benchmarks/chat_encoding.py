@@ -13,7 +13,7 @@ import argparse
 import functools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from cotgrpo.data.chat import ChatTemplate
@@ -68,13 +68,13 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
     return best
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokenizer")
+    parser.add_argument("tokenizer", help="folder of a tokenizer with a chat template")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=1)
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest run of each counts")
+    parser.add_argument("--turns", type=int, default=1, help="of each chat")
+    args = parser.parse_args(argv)
     tokenizer, rows = load_tokenizer(args.tokenizer), make_rows(args.rows, args.turns)
     several: tuple[Literal["last", "all"], ...] = ("last",) if args.turns == 1 else ("last", "all")
     forms: tuple[Literal["plain", "think"], ...] = ("plain", "think")
