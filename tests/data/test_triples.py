@@ -301,6 +301,9 @@ def test_drop_report() -> None:
         "examples": {"too long": ["f:0", "f:1", "f:2"], "duplicate": ["f:7"]},
     }
     assert str(report) == "3 of 9 rows kept\n  5 dropped, too long: f:0; f:1; f:2\n  1 dropped, duplicate: f:7"
+    report.note("gold read from prose", "f:8: '3'")
+    assert report.kept == 3 and report.to_dict()["noted"] == {"gold read from prose": 1}
+    assert str(report).endswith("duplicate: f:7\n  1 noted, gold read from prose: f:8: '3'")
 
 
 def test_written_triples_are_read_again(tmp_path: Path) -> None:
