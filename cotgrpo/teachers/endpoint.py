@@ -10,8 +10,10 @@ it is cut out.
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import email.utils
+import functools
 import json
 import math
 import os
@@ -42,6 +44,8 @@ MIN_SECRET_LENGTH = 8
 NO_KEY = "none"
 """Sent if no key is needed: the client insists on one."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+CREDENTIALS = re.compile(r"(\b(?:Bearer|Basic)\s+|://)(?:[\w.~+/=-]{8,}(?!@)|[^\s/@:]*:[^\s/@]*(?=@))", re.IGNORECASE)
+"""What a server may echo of other keys: `Authorization: Basic ...`, and `https://user:password@host`."""
 VARIABLE_NAME = re.compile("[A-Z_][A-Z0-9_]*")
 TAGS = re.compile(r"<(style|script)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 LONG_TEXT = 12
@@ -198,7 +202,14 @@ class EndpointSettings:
             TeacherError: a key is needed and missing, or cannot be sent.
         """
         key = os.environ.get(self.api_key_env, "").strip()
-        host = urlsplit(self.base_url or os.environ.get("OPENAI_BASE_URL", "")).hostname
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        if url:
+            try:
+                check_url(url)
+            except ValueError as error:
+                where = "teacher.base_url" if self.base_url else "OPENAI_BASE_URL"
+                raise TeacherError(f"{where} cannot be used: {error}") from None
+        host = urlsplit(url).hostname
         if not key and host not in LOOPBACK:
             raise TeacherError(
                 f"The environment variable {self.api_key_env} is not set: expected the teacher's key in it. Export it, "
@@ -256,16 +267,26 @@ class EndpointTeacher:
         asyncio.run(Session(self).run(iter(requests), done))
 
     def redact(self, text: str) -> str:
-        """Return the text without the key."""
+        """Return the text without the key, and without any part of it of `MIN_SECRET_LENGTH` letters."""
+        return text if self.key_parts is None else cut_out(text, self.key_parts)
+
+    @functools.cached_property
+    def key_parts(self) -> re.Pattern[str] | None:
+        """A pattern that matches where a part of the key begins, in any form that it may have; None: no secret."""
         if len(self.api_key) < MIN_SECRET_LENGTH:
-            return text
-        for form in (self.api_key, quote(self.api_key, safe="")):
-            text = text.replace(form, "[key]")
-        return text
+            return None
+        # Base64 of a text that ends in the key has one of three forms, by the length of what is before it.
+        in_base64 = [base64.b64encode(b"x" * before + self.api_key.encode()).decode()[4:] for before in range(3)]
+        forms = [self.api_key, quote(self.api_key, safe=""), json.dumps(self.api_key)[1:-1], *in_base64]
+        size = MIN_SECRET_LENGTH
+        parts = {form[i : i + size] for form in forms for i in range(len(form) - size + 1)}
+        return re.compile(f"(?=({'|'.join(map(re.escape, sorted(parts)))}))")
 
     def shorten(self, text: str) -> str:
-        """Return the text on one line, without the key, cut to `DETAIL_LENGTH`."""
-        text = " ".join(self.redact(text).encode("utf-8", "replace").decode("utf-8").split())
+        """Return the text of an error on one line, cut to `DETAIL_LENGTH`, without the key and other credentials."""
+        text = " ".join(
+            self.redact(CREDENTIALS.sub(r"\1[key]", text)).encode("utf-8", "replace").decode("utf-8").split()
+        )
         return text if len(text) <= DETAIL_LENGTH else text[: DETAIL_LENGTH - 1] + "…"
 
     def redact_reply(self, reply: TeacherReply) -> TeacherReply:
@@ -330,6 +351,20 @@ class EndpointTeacher:
             raise TeacherError('A teacher behind an endpoint needs openai: pip install "cotgrpo[teacher]".') from error
         settings = self.settings
         return AsyncOpenAI(api_key=self.api_key, base_url=settings.base_url, max_retries=0, timeout=settings.timeout)
+
+
+def cut_out(text: str, parts: re.Pattern[str]) -> str:
+    """Return the text with "[key]" for every run that parts of a key cover."""
+    spans: list[list[int]] = []
+    for match in parts.finditer(text):
+        end = match.start() + len(match[1])
+        if spans and match.start() <= spans[-1][1]:
+            spans[-1][1] = end
+        else:
+            spans.append([match.start(), end])
+    for start, end in reversed(spans):
+        text = f"{text[:start]}[key]{text[end:]}"
+    return text
 
 
 class RateLimiter:

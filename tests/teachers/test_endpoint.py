@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
+import re
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +222,63 @@ def test_short_keys_are_no_secrets(server: FaultyServer, monkeypatch: pytest.Mon
     ):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         assert EndpointTeacher(settings).redact(text) == expected
+
+
+SECRET = "sk-Ab1/cd2+Ef3=gh4.ij5"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        SECRET,
+        SECRET[3:],
+        SECRET[:-4],
+        SECRET[5:14],
+        urllib.parse.quote(SECRET, safe=""),
+        json.dumps({"headers": {"authorization": f"Bearer {SECRET}"}}),
+        base64.b64encode(f"user:{SECRET}".encode()).decode(),
+        base64.b64encode(f"u:{SECRET}".encode()).decode(),
+        base64.b64encode(f":{SECRET}".encode()).decode(),
+        "x" * 290 + SECRET + "y" * 300,
+        "x" * 280 + SECRET[:9] + " " + SECRET[9:],
+        f"{SECRET}{SECRET}",
+    ],
+)
+def test_no_part_of_the_key_is_kept(monkeypatch: pytest.MonkeyPatch, echo: str) -> None:
+    """Wherever a text is cut: the key is cut out first."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    teacher = EndpointTeacher(EndpointSettings("http://localhost:1/v1", "m"))
+    forms = [SECRET, urllib.parse.quote(SECRET, safe="")]
+    for text in (teacher.redact(f"before {echo} after"), teacher.shorten(f"before {echo} after")):
+        assert not [form[i : i + 8] for form in forms for i in range(len(form) - 7) if form[i : i + 8] in text]
+        assert base64.b64encode(SECRET.encode()).decode()[8:16] not in text
+    assert teacher.redact(f"before {echo} after").startswith("before ")
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        "Authorization: Basic dXNlcjpwYXNzd29yZA==",
+        "authorization: bearer eyJhbGciOi.abc-def_ghi",
+        "proxy https://me:hunter2secret@proxy.example:8080 refused",
+    ],
+)
+def test_credentials_of_others_in_errors(monkeypatch: pytest.MonkeyPatch, detail: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    teacher = EndpointTeacher(EndpointSettings("http://localhost:1/v1", "m"))
+    shown = teacher.shorten(detail)
+    assert "[key]" in shown and not re.search("dXNlcjpw|eyJhbGciOi|hunter2|abc-def", shown)
+    assert teacher.redact("Basic arithmetic: see https://a.example/b") == "Basic arithmetic: see https://a.example/b"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret123@localhost:1/v1", "http://localhost:1/v1?key=secret123", "localhost"]
+)
+def test_an_address_in_the_environment_is_checked_too(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(TeacherError, match="OPENAI_BASE_URL cannot be used") as caught:
+        EndpointTeacher(EndpointSettings(model="m"))
+    assert "secret123" not in str(caught.value)
 
 
 def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def bare_text(text: str) -> str:
         before = text
         text = re.sub(r"^\\[(\[]|\\[)\]]$", "", text)
         text = re.sub(r"^\$\$?([^$]*)\$?\$$", r"\1", text.strip()).strip()
-        text = re.sub(r"(?<![.\\])\.$|(?<=[^\x00-\x7f])[!?;,]$", "", text).strip("\"'`* ")
+        text = re.sub(r"(?<![.\\])\.$|(?<=[^\x00-\x7f])[!?]$|(?<=.)[:;,]$", "", text).strip("\"'`* ")
         text = re.sub(
             r"^\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|fbox|mbox) *\{([^{}]*)\}$", r"\1", text
         ).strip()

@@ -12,7 +12,7 @@ from cotgrpo.data.answers.units import Unit, known_units, parse_unit, units_agre
 CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|RMB|CNY|JPY|INR|Rs\.?)"
 PREFIX = re.compile(
     r"(?:\\approx|\\simeq|\\sim|~|=|:|≃|≅|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only)\b"
-    r"|equals?\b|大约|大概|约|共|一共|等于|是|为|около|примерно|etwa|約)\s*",
+    r"|equals?\b|(?:大约|大概|约|約)(?:是|为|等于)?|共|一共|等于|是|为|около|примерно|etwa)\s*",
     re.IGNORECASE,
 )
 CURRENCY_FIRST = re.compile(rf"(?P<sign>[-+]?)\s*(?P<unit>\\?{CURRENCY})\s*(?P<rest>[-+]?[0-9.].*)", re.DOTALL)
@@ -36,6 +36,13 @@ RATIO = re.compile(r"[0-9.]{1,12}(?: ?: ?[0-9.]{1,12}){1,5}")
 CLOCK = re.compile(r"(?P<time>[0-9]{1,2}(?: ?: ?[0-9]{2}){1,2}) ?(?P<half>a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
 BASE = re.compile(r"(?P<digits>[0-9A-F]+)_ ?\{? ?(?P<base>[0-9]{1,2}) ?\}?")
 PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
+PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([^\W\d_]{1,12})\.?,?\s*(?:and\b\s*|零)?")
+CHINESE_MINUTES = {
+    ("time", "分"): Unit("time", Fraction(60), ""),
+    ("money:yuan", "分"): Unit("money:yuan", Fraction(1, 100), ""),
+}
+"""分 after another unit; alone it may also be a point of an exam."""
+MOST_PARTS = 4
 LONGEST_QUANTITY = 200
 MOST_NUMERAL_WORDS = 8
 
@@ -81,7 +88,9 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(found)
     if len(text) > LONGEST_QUANTITY:
         return None
-    text = PREFIX.sub("", without_commands(text), count=1).strip() if text else ""
+    text = without_commands(text)
+    prefix = PREFIX.match(text)
+    text = text[prefix.end() :].strip() if prefix is not None else text
     text = PERCENT.sub("%", text)
     found = numbers(text)
     if found:
@@ -93,7 +102,22 @@ def parse_quantity(text: str) -> Quantity | None:
         if inner is None or (inner.unit is not None and currency is not None and inner.unit != currency):
             return inner
         return Quantity(inner.values, currency)
-    return number_and_unit(text)
+    return number_and_unit(text) or compound(text)
+
+
+def compound(text: str) -> Quantity | None:
+    """Return the sum of a quantity in several units of one dimension: `2 hours 30 minutes`, `5 ft 6 in`, `3元5角`."""
+    parts = [match.groups() for match in PART.finditer(text)]
+    first = known_units().get(parts[0][1]) if parts else None
+    if first is None or first.worth is None or not 2 <= len(parts) <= MOST_PARTS or PART.sub("", text).strip():
+        return None
+    total = Fraction(0)
+    for number, name in parts:
+        unit = known_units().get(name) or CHINESE_MINUTES.get((first.dimension, name))
+        if unit is None or unit.worth is None or unit.dimension != first.dimension:
+            return None
+        total += Fraction(number) * unit.worth
+    return Quantity((total / first.worth,), first)
 
 
 def number_and_unit(text: str) -> Quantity | None:

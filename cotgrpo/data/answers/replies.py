@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cotgrpo.data.answers.characters import same_length
-from cotgrpo.data.answers.extraction import SENTENCE_END, find_answer
+from cotgrpo.data.answers.extraction import PHRASE, SENTENCE_END, Found, find_answer
 from cotgrpo.data.answers.numerals import NUMBER_IN_TEXT, WORDS_IN_TEXT
 from cotgrpo.data.answers.thoughts import split_thought
 
@@ -13,6 +13,8 @@ LONGEST_BARE_ANSWER = 200
 """Characters of a text in one line that may be an answer as a whole."""
 MOST_WORDS, MOST_IDEOGRAPHS = 12, 30
 """A longer text without a mark of its answer is prose."""
+MOST_MARK_WORDS = 6
+"""Words before the answer in a line that says nothing else: `So, the final answer is`."""
 IDEOGRAPH = re.compile("[\u2e80-\u9fff\u3040-\u30ff\uac00-\ud7af]")
 
 
@@ -31,7 +33,7 @@ def split_reply(text: str) -> tuple[str, str | None]:
 
     Example:
         >>> split_reply("2 + 3 = 5\n#### 5"), split_reply("<think>2 + 3 = 5</think>Five."), split_reply("5")
-        (('2 + 3 = 5', '5'), ('2 + 3 = 5', 'Five.'), ('', '5'))
+        (('2 + 3 = 5', '5'), ('2 + 3 = 5', 'Five'), ('', '5'))
     """
     reply = split_thought(text)
     if reply.unclosed:
@@ -43,7 +45,19 @@ def split_reply(text: str) -> tuple[str, str | None]:
         return reply.thought, answer or bare or None
     if found is not None and found.kind == "hashes":
         return reply.text[: found.start].strip(), answer
+    if found is not None and found.kind in ("box", "tag", "phrase"):
+        steps, _, last = reply.text.rstrip().rpartition("\n")
+        if steps.strip() and found.start > len(steps) and is_bare_line(last, found):
+            return steps.strip(), answer
     return ("" if answer == reply.text.strip(" .*$\n") else reply.text), answer
+
+
+def is_bare_line(line: str, found: Found) -> bool:
+    r"""Return whether a line is nothing but an answer and its mark: `The answer is 7.`, `\boxed{7}`."""
+    before, _, after = same_length(line).rpartition(same_length(found.answer))
+    words = re.findall(r"\w+", before.replace("\\boxed", ""))
+    announced = not words or (PHRASE.search(before) is not None and len(words) <= MOST_MARK_WORDS)
+    return announced and not re.search(r"\w", after) and not re.search("[0-9]", before)
 
 
 def gold_answer(text: str) -> str | None:
