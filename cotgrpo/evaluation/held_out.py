@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from cotgrpo.evaluation.accuracy import Accuracy, ExactMatch, mean_metrics
+from cotgrpo.terminal import say
 from cotgrpo.types import Metrics, Params, SftBatch
 
 
@@ -58,7 +59,7 @@ class HeldOut:
             if loss is not None
             else ("no loss: no row has a correct reply that fits")
         )
-        self.console.print(f"{when}: held-out accuracy {accuracy}, {shown}", highlight=False, soft_wrap=True)
+        say(self.console, f"{when}: held-out accuracy {accuracy}, {shown}")
         return {
             "accuracy": accuracy.figures(),
             "truncated": accuracy.truncated,

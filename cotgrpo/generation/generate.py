@@ -54,6 +54,7 @@ from cotgrpo.teachers.filtering import (
     shortest,
 )
 from cotgrpo.teachers.journal import Journal, Record
+from cotgrpo.terminal import say
 from cotgrpo.training.loop import Interrupted
 
 REPLY_SETTINGS = ("model", "path", "temperature", "top_p", "max_tokens", "extra_body", "seed")
@@ -478,8 +479,3 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     unknown = f" ({usage['replies_without_count']} replies have no count)" if usage["replies_without_count"] else ""
     lines.append(f"tokens: {usage['prompt_tokens']:,} read, {usage['completion_tokens']:,} written{unknown}{cost}")
     return lines
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line without markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from cotgrpo.data.rows import counted
+from cotgrpo.terminal import say
 
 SECONDS_BETWEEN_LINES = 15.0
 """In a log."""
@@ -51,10 +52,10 @@ class CountProgress:
         self.printed: int | None = None  # what the newest line says
         self.started = self.last_line = self.last_update = time.monotonic()
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
@@ -97,12 +98,7 @@ class CountProgress:
             minutes, seconds = divmod(round(spent / new * (self.total - self.done)), 60)
             left = f"  {minutes}:{seconds:02d} left"
         of_total = "" if self.total is None else f"/{self.total}"
-        self.console.print(
-            f"{self.title} {self.done}{of_total}  {self.status()}{left}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(self.console, f"{self.title} {self.done}{of_total}  {self.status()}{left}")
 
 
 class PhaseProgress(CountProgress):
@@ -187,7 +183,7 @@ class ProgressLine:
 
     def say(self, message: str) -> None:
         """Print one line, above the bar if there is one."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, message)
 
 
 class StatusColumn(ProgressColumn):

@@ -42,6 +42,7 @@ from cotgrpo.reports.charts import interval_chart, standalone
 from cotgrpo.reports.report import write_report
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.teachers.procedural_words import LanguageName
+from cotgrpo.terminal import say
 from cotgrpo.training import run_grpo, run_sft
 from cotgrpo.training.reporting import merge_samples
 
@@ -122,10 +123,9 @@ def run_quickstart(
     own_rows = bool(config.data.train)
     if not own_rows:
         on_process_0(lambda: teach(folder, seed, language))
-        console.print(
+        say(
+            console,
             f"teacher: {TRAIN_ROWS[language]} triples, {QUESTIONS} questions and {TEST_ROWS} held-out rows in {folder}",
-            highlight=False,
-            soft_wrap=True,
         )
         data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
         config = dataclasses.replace(config, data=data)
@@ -138,13 +138,12 @@ def run_quickstart(
     report = combined(config, reports, stages, language)
     page = on_process_0(lambda: str(write_combined(folder, report)))
     for name, row in report["accuracy"].items():
-        console.print(
+        say(
+            console,
             f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} held-out questions "
             f"(95 % interval {row['low']:.1%} to {row['high']:.1%})",
-            highlight=False,
-            soft_wrap=True,
         )
-    console.print(f"{report['wall_seconds']['total']:.0f} s in all; open {page}", highlight=False, soft_wrap=True)
+    say(console, f"{report['wall_seconds']['total']:.0f} s in all; open {page}")
     return report
 
 

@@ -46,6 +46,7 @@ from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
+from cotgrpo.terminal import say
 from cotgrpo.training.inputs import QUIET, Model, StageInputs
 from cotgrpo.training.loop import BatchSource
 from cotgrpo.training.mesh import check_model
@@ -125,7 +126,7 @@ def text_batches(
 
         def on_epoch(epochs: int) -> None:
             text = f"epoch {epochs}: all rows are read. Rows of all epochs so far: {report}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(console, text)
 
         return StreamedBatches(
             inputs.stream,

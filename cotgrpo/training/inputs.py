@@ -33,6 +33,7 @@ from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
 from cotgrpo.models.huggingface.weights import load_pretrained
 from cotgrpo.sharding import jit_eval
+from cotgrpo.terminal import say
 from cotgrpo.train_steps import make_eval_step
 from cotgrpo.training.mesh import abstract_on_mesh, check_model, init_on_mesh, run_mesh
 from cotgrpo.types import Params, Student
@@ -167,7 +168,7 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
         DataError, ConfigError, ModelError: problems of the data, the settings or the pretrained student.
     """
     data = config.data
-    console.print(f"reading {', '.join(map(str, as_list(train_files(config))))}", highlight=False, soft_wrap=True)
+    say(console, f"reading {', '.join(map(str, as_list(train_files(config))))}")
     if data.streaming:
         return load_streamed_inputs(config, folder, origin, console)
     warn_of_memory(train_files(config), data.train_split, console)
@@ -194,11 +195,10 @@ def warn_of_memory(names: list[str] | str, split: str | None, console: Console) 
     files = [file for name in as_list(names) for file in files_of(name, split) if isinstance(file, Path)]
     needed, there = MEMORY_OF_A_BYTE * sum(file.stat().st_size for file in files), physical_memory()
     if needed > there / 2:
-        console.print(
+        say(
+            console,
             f"These rows may take {needed / 1e9:.1f} GB of memory, of {there / 1e9:.1f} GB: data.streaming true reads "
             "them during the training instead.",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -301,9 +301,9 @@ def index_train_and_test(
     on_process_0(lambda: len(index().files))
     rows = index()
     rows.check_columns(config.seed)
-    console.print(
+    say(
+        console,
         f"training rows: {len(rows.files)}, read while training, without {rows.files.duplicates} exact copies",
-        highlight=False,
     )
     if data.test:
         test, report = read_test_rows(config, console)
