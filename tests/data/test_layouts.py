@@ -425,6 +425,28 @@ def test_options_are_lines_of_the_question(options: Any, lines: str) -> None:
     assert parse_row(row | {"question": f"Which?\n{lines}\n"}, "f:1").question == f"Which?\n{lines}"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"reasoning": S, "answer": "<think>Again.</think>12"},
+        {"rationale": f"<think>{S}</think>", "answer": "12"},
+        {"solution": f"{THOUGHT}So \\boxed{{12}}", "answer": "12"},
+        {"reasoning": S, "solution": "So \\boxed{12}."},
+        {"reasoning": S, "response": f"{THOUGHT}12"},
+    ],
+)
+def test_marks_of_a_thought_are_never_trained_as_text(row: dict[str, Any]) -> None:
+    triple = triple_of(parse_row({"question": Q} | row, "f:1"))
+    assert (triple.rationale, triple.answer) == (S, "12")
+
+
+def test_half_a_character_in_an_earlier_turn(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl")
+    path.write_text(json.dumps({"messages": chat("a\ud83d", "b", Q, "12")}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'messages' holds half a surrogate pair"):
+        read_triples(path)
+
+
 def test_steps_in_a_list_are_lines() -> None:
     assert parse_row({"question": Q, "thoughts": ["3*4", "= 12"], "answer": "12"}, "f:1").rationale == "3*4\n= 12"
 

@@ -119,6 +119,10 @@ def parse_chat(messages: object, tools: object, place: str, name: str = "message
             f"{place}: the last message of {name!r} calls a tool: expected the assistant's text. Cut the chat there."
         )
     schemas = parse_tools(tools, place)
+    try:
+        json.dumps([turns, schemas], ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: {name!r} holds half a surrogate pair. Remove it.") from None
     return Chat(
         question=asked[-1],
         reply=None if last is None else str(last["content"]),

@@ -26,9 +26,9 @@ NAMES = {
     "回答 回复 输出",
     "generations": "generations",
     "answer": "answer final_answer ans answer_number answer_only short_answer answer_value answer_key correct_option "
-    "答案 最终答案",
+    "答案 最终答案 answer_latex",
     "other_answer": "target result",
-    "gold": "gold golden gold_answer expected_answer ground_truth reference_answer correct_answer answer_latex "
+    "gold": "gold golden gold_answer expected_answer ground_truth reference_answer correct_answer "
     "reward_model.ground_truth extra_info.answer verification_info.ground_truth gold_standard_solution "
     "ground_truth_solution 正确答案 标准答案 参考答案",
     "system": "system system_prompt system_message 系统 系统提示",
@@ -145,9 +145,9 @@ def dig(row: Mapping[str, object], path: str) -> object:
 
 
 def unwrap(value: object) -> object:
-    """Return the item of a list of one, also of one that is written as JSON text; other values as they are."""
+    """Return the text in a list of one text, also of a list that is written as JSON; other values as they are."""
     listed = parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    return listed[0] if isinstance(listed, list) and len(listed) == 1 else value
+    return listed[0] if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], str) else value
 
 
 def parse_json(text: str) -> object:

@@ -207,12 +207,17 @@ def is_bare(text: str, answer: str) -> bool:
 def steps_and_answer(found: Found, steps: list[Named], answers: list[Named], place: str, notes: list[Note]) -> Reply:
     """Return the reply of a row with steps and an answer in columns of their own."""
     rationale = steps_text(steps[0], place)
+    thought = split_thought(rationale)
+    if thought.marked and thought.text:  # a whole reply
+        reply = one_reply(rationale, steps[0][0], place)
+        return dataclasses.replace(reply, golds=(*found.all("gold"), *answers))
+    rationale = thought.thought if thought.marked else rationale
     for name, value in steps[1:]:
         if isinstance(value, str) and squeeze(value) != squeeze(rationale):
             first = steps[0][0]
             notes.append((f"{first} and {name} in one row: {first} is the rationale, {name} is not used", place))
     answer = parse_text(answers[0][1], answers[0][0], place, numbers=True)
-    if is_marked(answer):  # a whole reply after the thought
+    if is_marked(answer) or split_thought(answer).marked:  # a whole reply after the thought
         answer = gold_answer(answer) or answer
     boxed = last_box(rationale)
     if boxed is not None and not answers_match(boxed, answer):
