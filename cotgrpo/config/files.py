@@ -287,8 +287,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check_keys_once(node: yaml.Node | None, path: Path, prefix: str = "") -> None:
     """Raise ConfigError for a key that a mapping of a YAML file has twice: YAML would take the last one."""
+    import yaml
+
     seen: dict[str, int] = {}
-    for key, value in node.value if node is not None and node.id == "mapping" else ():
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         line = key.start_mark.line + 1
         name = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
         if name in seen:

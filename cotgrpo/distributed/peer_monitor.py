@@ -110,8 +110,10 @@ class PeerMonitor:
         connection.settimeout(HELLO_SECONDS)
         hello = receive(connection, time.monotonic() + HELLO_SECONDS)
         who, name = hello.get("id"), hello.get("name")
-        known = hello.get("token") == token and isinstance(who, int) and 0 < who < self.count and who not in self.peers
-        if not known or not isinstance(name, str):
+        if hello.get("token") != token or not isinstance(who, int) or not isinstance(name, str):
+            connection.close()
+            return
+        if not 0 < who < self.count or who in self.peers:
             connection.close()
             return
         keep_alive(connection)
