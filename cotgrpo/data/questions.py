@@ -74,6 +74,7 @@ def read_questions(
     columns: Mapping[str, str] | None = None,
     row_function: str = "",
     require_columns: bool = True,
+    folder_split: str = "train",
     progress: Progress = no_progress,
 ) -> tuple[list[Question], DropReport]:
     """Read questions from the sources of `read_triples`, and from rows without a reply.
@@ -89,6 +90,7 @@ def read_questions(
         need_gold: False also accepts rows without a right answer.
         columns, row_function: as in `read_triples`. No row needs to have the columns of the reply.
         require_columns: False: no row needs to have any of `columns`, as in test sets of another layout.
+        folder_split: split of a folder whose files name splits, if `split` is None.
         progress: called with the number of rows that were read.
 
     Returns:
@@ -99,7 +101,9 @@ def read_questions(
     """
     names = as_list(sources)
     optional = NOT_ASKED if require_columns else tuple(columns or ())
-    rows = read_rows(names, split, columns=columns, row_function=row_function, optional=optional)
+    rows = read_rows(
+        names, split, columns=columns, row_function=row_function, optional=optional, folder_split=folder_split
+    )
     questions, report = questions_in(counted(rows, progress), bad_rows=bad_rows, need_gold=need_gold)
     check_usable(questions, names, report)
     return questions, report

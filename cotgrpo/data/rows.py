@@ -143,6 +143,7 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     row_function: str = "",
     optional: tuple[str, ...] = (),
+    folder_split: str = "train",
 ) -> Iterator[RowResult]:
     """Yield every row of these files and hub data sets, parsed; in place of a bad row, the error.
 
@@ -152,12 +153,13 @@ def read_rows(
         columns: our names of fields -> the rows' columns; a dot leads into an object.
         row_function: "package.module:function", which takes a row and returns one of a known layout, or None.
         optional: fields whose columns no row needs to have.
+        folder_split: split of a folder whose files name splits, if `split` is None.
 
     Raises:
         DataError: a file that is missing or cannot be read, or `columns` names a column that no row has.
     """
     own = OwnLayout(columns, row_function)
-    yield from parse_rows(raw_rows(names, split), split, own)
+    yield from parse_rows(raw_rows(names, split, folder_split), split, own)
     own.check_columns(optional)
 
 

@@ -49,20 +49,21 @@ def as_list(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return names
 
 
-def raw_rows(names: Sequence[str | Path], split: str | None) -> Iterator[tuple[str, Any]]:
+def raw_rows(names: Sequence[str | Path], split: str | None, folder_split: str = "train") -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", row) for every row; for a line that is not JSON, the `DataError` in place of the row.
 
     Args:
         names: files of `FORMATS`, maybe compressed; folders; patterns such as `data/*.jsonl`; or hub ids.
-        split: of a folder whose files name splits, and of a hub id; None: "train".
+        split: of a folder whose files name splits, of a JSON object of splits, and of a hub id; None: "train".
+        folder_split: split of such a folder or object if `split` is None.
 
     Raises:
         DataError: a file that is missing, empty or cut off, or that cannot be read.
     """
     for name in names:
-        for path in files_of(name, split):
+        for path in files_of(name, split or folder_split if Path(name).is_dir() else split):
             if isinstance(path, Path):
-                yield from file_rows(path, split)
+                yield from file_rows(path, split or folder_split)
             else:
                 yield from hub_rows(path, split or "train")
 

@@ -277,6 +277,7 @@ def read_test_rows(config: Config, console: Console) -> tuple[list[Question], Dr
             bad_rows=data.bad_rows,
             columns=data.columns,
             row_function=data.row_function,
+            folder_split="test",
             progress=progress,
         )
 

@@ -15,10 +15,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 import cotgrpo.data.sources
+from cotgrpo.config import Config, DataConfig
 from cotgrpo.data.sources import DataError, raw_rows
 from cotgrpo.data.triples import read_triples
+from cotgrpo.training.inputs import read_test_rows
 
 ROWS: list[dict[str, Any]] = [
     {"question": "1+2?", "rationale": '1+2=3,\nso "3"', "answer": "3"},
@@ -182,6 +185,9 @@ def test_folders_with_splits(train: str, test: str, dev: str, tmp_path: Path) ->
     write(tmp_path, train, test, dev, "README.jsonl")
     assert questions(tmp_path) == questions(tmp_path, "train") == [train]
     assert questions(tmp_path, "test") == [test] and questions(tmp_path, "validation") == [dev]
+    assert [row["question"] for _, row in raw_rows([tmp_path], None, folder_split="test")] == [test]
+    held_out, _ = read_test_rows(Config(data=DataConfig(test=str(tmp_path))), Console(quiet=True))
+    assert [question.question for question in held_out] == [test]
     (tmp_path / test).unlink()
     with pytest.raises(DataError, match=r"expected files of the split 'test', but by their names .* train, validation"):
         questions(tmp_path, "test")
