@@ -112,8 +112,8 @@ class GenerateConfig:
             against, a row needs gold or answer.
         columns: our names of fields and the columns that hold them, such as {question: q, gold: meta.answer}; empty:
             the columns are found by their names. Test sets may have other columns.
-        row_function: a function of your own, "package.module:function", that takes a row and returns one of a known
-            layout, or None to leave it out.
+        row_function: a function of your own, "package.module:function", that turns a row into one of a known layout.
+            It returns None to leave the row out.
         split: keep only rows with this split field; for a folder or a hub id, the split to load.
         max_questions: use the first questions only; 0: all.
         candidates: replies to each question.

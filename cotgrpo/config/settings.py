@@ -94,8 +94,8 @@ class DataConfig:
             the loss.
         columns: our names of fields and the columns that hold them, such as {question: q, gold: meta.answer}; empty:
             the columns are found by their names.
-        row_function: a function of your own, "package.module:function", that takes a row and returns one of a known
-            layout, or None to leave it out.
+        row_function: a function of your own, "package.module:function", that turns a row into one of a known layout.
+            It returns None to leave the row out.
         train_split: keep only rows with this split field; for a folder or a hub id, the split to load.
         test_split: the same for the held-out rows.
         test_rows: rows to hold out if test is empty. The seed draws them from all rows that have a right answer, even

@@ -130,7 +130,7 @@ def load_questions(
     test = None
     if verify.test_sets:
         with PhaseProgress("reading test sets", console) as phase:
-            test_questions, _ = read_rows(verify.test_sets, require_columns=False, progress=phase)
+            test_questions, _ = read_rows(verify.test_sets, require_columns=False, folder_split="test", progress=phase)
         test = TestQuestions((question.question for question in test_questions), verify.ngram)
         questions = without_overlap(questions, test, report, console)
     for question in questions[config.max_questions :] if config.max_questions else []:
