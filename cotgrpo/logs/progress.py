@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from cotgrpo.data.rows import counted
-from cotgrpo.terminal import say
+from cotgrpo.terminal import clean, say
 
 SECONDS_BETWEEN_LINES = 15.0
 """In a log."""
@@ -47,15 +47,15 @@ class CountProgress:
         transient: bool = False,
         speed_seconds: float = 30,
     ) -> None:
-        self.title, self.console, self.total = title, console, total
+        self.title, self.console, self.total = clean(title), console, total
         self.done = self.done_before = done
         self.printed: int | None = None  # what the newest line says
         self.started = self.last_line = self.last_update = time.monotonic()
         self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
@@ -63,7 +63,7 @@ class CountProgress:
             transient=transient,
             speed_estimate_period=speed_seconds,
         )
-        self.task = self.progress.add_task(title, total=total, completed=done, status="")
+        self.task = self.progress.add_task(self.title, total=total, completed=done, status="")
 
     def __enter__(self) -> CountProgress:
         self.progress.start()

@@ -49,6 +49,22 @@ def test_a_log_has_a_line_now_and_then(clock: Clock) -> None:
     assert counts == [64, 256, 448, 640]
 
 
+def test_a_title_is_shown_as_it_is_and_fits(clock: Clock) -> None:
+    """A folder's name may hold markup and control sequences, and be long."""
+    title = "runs/[red]a[/] \x1b[31m" + "long/" * 20
+    for terminal in (True, False):
+        to, file = console(terminal)
+        with PhaseProgress(title, to, 10) as phase:
+            phase.progress.live.auto_refresh = False
+            clock.now += 3
+            phase(5)
+            phase.progress.refresh()
+        shown = file.getvalue()
+        assert "runs/[red]a[/] \\x1b[31m" in shown and "5/10" in shown and "\x1b[31m" not in shown
+        bars = [line for line in re.split(r"[\r\n]|\x1b\[[?\d]*[A-Za-z]", shown) if "runs/" in line]
+        assert not terminal or (len(bars) > 2 and all(len(line) <= 80 for line in bars[:-1]))
+
+
 def test_without_a_total(clock: Clock) -> None:
     to, file = console()
     with PhaseProgress("indexing rows", to) as phase:
