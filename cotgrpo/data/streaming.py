@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -204,25 +203,26 @@ def is_again(hashes: np.ndarray) -> np.ndarray:
 
 def scan_lines(paths: Sequence[str]) -> Iterator[tuple[np.ndarray, bytes]]:
     """Yield the `ROW` items and the hashes of the lines that are not blank, `LINES_AT_ONCE` or fewer at a time."""
+    found: list[tuple[int, int, int, int]] = []
+    hashes = bytearray()
     for file, path in enumerate(paths):
         copied, start = path.endswith(COPY), 0
         with open(path, "rb") as lines:
-            numbered = enumerate(lines, 1)
-            while some := list(itertools.islice(numbered, LINES_AT_ONCE)):
-                found: list[tuple[int, int, int, int]] = []
-                hashes = bytearray()
-                for number, line in some:
-                    text = line.strip()
-                    if copied:
-                        place, _, text = text.partition(b"\t")
-                        number = int(place)
-                    elif number == 1 and text.startswith(codecs.BOM_UTF8):
-                        text = text.removeprefix(codecs.BOM_UTF8).lstrip()
-                    if text:
-                        found.append((file, number, start + line.index(text), len(text)))
-                        hashes += digest(text)
-                    start += len(line)
-                yield np.array(found, ROW), bytes(hashes)
+            for number, line in enumerate(lines, 1):
+                text = line.strip()
+                if copied:
+                    place, _, text = text.partition(b"\t")
+                    number = int(place)
+                elif number == 1 and text.startswith(codecs.BOM_UTF8):
+                    text = text.removeprefix(codecs.BOM_UTF8).lstrip()
+                if text:
+                    found.append((file, number, start + line.index(text), len(text)))
+                    hashes += digest(text)
+                start += len(line)
+                if len(found) == LINES_AT_ONCE:
+                    yield np.array(found, ROW), bytes(hashes)
+                    found, hashes = [], bytearray()
+    yield np.array(found, ROW), bytes(hashes)
 
 
 def lines_of(source: str | Path, folder: Path, split: str | None, progress: Progress) -> Path:
