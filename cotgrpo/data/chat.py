@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +65,8 @@ class ChatTemplate(AnyTemplate):
         loss_on: "sequence" supervises every token but the first; "completion" only the replies and their end-of-turn
             tokens.
         more_stop_ids: further tokens that end a generated reply (of the model's generation config).
-        turns: "last": one sequence a triple, and "completion" supervises its last reply; "all": every reply.
+        turns: "last": one sequence a triple, and "completion" supervises its last reply; "all": every reply, apart
+            from a greeting before the first message of the user, and from earlier ones with `weight: 0`.
 
     Raises:
         ValueError: a setting outside its range.
@@ -92,16 +93,22 @@ class ChatTemplate(AnyTemplate):
                 "The tokenizer has no chat template: take that of the instruction-tuned model and put its "
                 "chat_template.jinja next to tokenizer.json, or use the plain format (data.format: plain)."
             )
-        prompt = self.prompt(PROBE.question).tolist()
+        prompt_text = self.renderer.prompt_text(PROBE.question)
+        prompt = self.ids(prompt_text)
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt[:2] == [bos, bos]:
             raise DataError(
                 f"The chat template writes the BOS token {self.tokenizer.bos_token!r} twice. Remove one from it."
             )
-        if self.system.strip() not in self.renderer.prompt_text(PROBE.question):
+        if self.system.strip() not in prompt_text:
             raise DataError(
                 "The chat template drops the system message. Leave data.system out, and put its text into the "
                 "questions."
+            )
+        if self.system and not self.renderer.takes_system:
+            raise DataError(
+                "The chat template moves the system message into the last message of the user, so a prompt would not "
+                "be the start of the whole chat. Leave data.system out, and put its text into the questions."
             )
         self.encode(PROBE)
 
@@ -236,8 +243,8 @@ class ChatTemplate(AnyTemplate):
         """
         self.check_context(triple)
         messages = self.renderer.row_messages(triple)
-        replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        turns = [self.renderer.turn_at(triple, messages[:i], messages[i]) for i in replies if self.turns == "all"]
+        replies = supervised_replies(messages) if self.turns == "all" else []
+        turns = [self.renderer.turn_at(triple, messages[:i], messages[i]) for i in replies]
         last = self.renderer.turn_at(triple, messages, self.renderer.last_message(triple), last=True)
         self.renderer.check_texts(triple, last)
         sequences: list[list[Turn]] = []
@@ -468,6 +475,20 @@ class ChatTemplate(AnyTemplate):
                         f"{row.source}: the {field} holds the control token {found.group()!r}, which only the chat "
                         "template may write. Remove it from the row."
                     )
+
+
+def supervised_replies(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the places of the earlier replies that are supervised.
+
+    A greeting before the first message of the user answers nothing. A message with `weight: 0` is not to be trained.
+    """
+    roles = [message.get("role") for message in messages]
+    first = roles.index("user") if "user" in roles else len(roles)
+    return [
+        i
+        for i, (role, message) in enumerate(zip(roles, messages, strict=True))
+        if role == "assistant" and i > first and message.get("weight", 1) != 0
+    ]
 
 
 def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:

@@ -76,18 +76,25 @@ class ChatRenderer:
         text = system or self.system
         return [{"role": "system", "content": text}, *chat] if text else chat
 
-    def row_messages(self, row: PromptRow) -> list[dict[str, Any]]:
-        """Return the messages before a row's reply."""
-        return self.prompt_messages(row.question, row.system, row.context)
-
     @functools.cached_property
     def takes_system(self) -> bool:
-        """Whether the template writes a system message, and neither refuses nor drops it."""
-        probe = {"role": "system", "content": PROBE_WITH_SYSTEM.system}
+        """Whether the template writes a system message, and neither refuses nor drops it.
+
+        Some write it into the last message of the user: then it is in a prompt, and not in the whole chat.
+        """
+        system, asked, said = (
+            {"role": role, "content": text}
+            for role, text in (
+                ("system", PROBE_WITH_SYSTEM.system),
+                ("user", PROBE.question),
+                ("assistant", PROBE.answer),
+            )
+        )
         try:
-            return probe["content"] in self.render([probe, {"role": "user", "content": PROBE.question}], prompt=True)
+            prompt, whole = self.render([system, asked], prompt=True), self.render([system, asked, said])
         except DataError:
             return False
+        return system["content"] in prompt and system["content"] in whole
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Sequence[Message] = ()) -> str:
         """Return the chat as text.
@@ -173,6 +180,23 @@ class TurnRenderer(ChatRenderer):
         source = self.source()
         return next((marks for marks in MARKS if marks[0] in source), MARKS[0])
 
+    def row_messages(self, row: PromptRow) -> list[dict[str, Any]]:
+        """Return the messages before a row's reply."""
+        return [self.in_own_marks(m) for m in self.prompt_messages(row.question, row.system, row.context)]
+
+    def in_own_marks(self, message: Message) -> dict[str, Any]:
+        """Return the message with its thought as the template reads it, if it has the marks of another model."""
+        content = with_text(message).get("content")
+        if message.get("role") != "assistant" or not isinstance(content, str):
+            return dict(message)
+        thought = split_thought(content)
+        if not thought.marked or thought.unclosed or self.marks[1] in content:
+            return dict(message)
+        opening, closing = self.marks
+        if "<|channel|>" in opening:  # gpt-oss: marks that only the template may write
+            return {**message, "content": thought.text, "reasoning_content": thought.thought}
+        return {**message, "content": f"{opening}\n{thought.thought}\n{closing}\n\n{thought.text}"}
+
     @functools.cached_property
     def message_format(self) -> ReplyFormat:
         """Writes replies as messages."""
@@ -225,7 +249,7 @@ class TurnRenderer(ChatRenderer):
     def last_message(self, triple: Triple) -> dict[str, Any]:
         """Return the message of a triple's last reply, without its thought if that is built here."""
         if triple.verbatim:
-            return {"role": "assistant", "content": triple.answer}
+            return self.in_own_marks({"role": "assistant", "content": triple.answer})
         if self.thought_form == "built":
             return {"role": "assistant", "content": self.message_format.write_answer(triple.answer)}
         return dict(self.message_format.message(triple.rationale, triple.answer, as_field=self.reads_field))

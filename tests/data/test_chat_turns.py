@@ -237,6 +237,77 @@ def test_a_system_message_that_the_template_does_not_take() -> None:
     )
 
 
+MOVED = (  # Mistral-Nemo: the system message is in the last message of the user, so only a prompt has it
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST]' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_message_that_the_template_moves() -> None:
+    tokenizer = made_tokenizer(MOVED, "<eos>")
+    made = ChatTemplate(tokenizer, loss_on="completion", turns="all")
+    (example,) = made.encode_all(dataclasses.replace(CHAT, system="Be brief."))
+    text = tokenizer.decode(example.tokens)
+    assert text.startswith("<bos>[INST]Be brief.\n\nWhat is 1+1?[/INST]It is 2.<eos>[INST]And")
+    single = made.encode(Triple("What is 1+1?", "1+1=2", "2", system="Be brief."))
+    assert tokenizer.decode(single.tokens) == "<bos>[INST]Be brief.\n\nWhat is 1+1?[/INST]1+1=2\n\n#### 2<eos>"
+    with pytest.raises(DataError, match=r"moves the system message .*\. Leave data.system out"):
+        ChatTemplate(tokenizer, system="Be brief.")
+
+
+OTHER_MARKS = {
+    "OpenThoughts": "<|begin_of_thought|>{}<|end_of_thought|>\n\n<|begin_of_solution|>{}<|end_of_solution|>",
+    "words": "<thought>\n{}\n</thought>\n{}",
+    "triangles": "\u25c1think\u25b7{}\u25c1/think\u25b7{}",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "magistral"])
+@pytest.mark.parametrize("marks", OTHER_MARKS)
+def test_thoughts_in_marks_of_another_model(name: str, marks: str) -> None:
+    """They are written as those in the template's own marks are."""
+    made, form = template(name, "think"), OTHER_MARKS[marks]
+    opening, closing = made.renderer.marks
+
+    def row(form: str) -> Triple:
+        first, _, second, _ = FIRST
+        said = [{"role": "assistant", "content": form.format(f"thought {i}", f"It is {i}.")} for i in (2, 4)]
+        context = (first, said[0], second, said[1], CHAT.context[-1])
+        return dataclasses.replace(
+            CHAT, context=context, rationale="", answer=form.format("thought 6", "It is 6."), verbatim=True
+        )
+
+    found = made.encode_all(row(form))
+    written = "".join(made.tokenizer.decode(e.tokens[e.supervised]) for e in found)
+    assert all(written.count(f"thought {i}") == 1 and written.count(f"It is {i}.") == 1 for i in (2, 4, 6))
+    assert "begin_of" not in written and "\u25c1" not in written
+    if name != "gpt-oss":  # its own marks are channels, which no content may hold
+        expected = made.encode_all(row(f"{opening}\n{{}}\n{closing}\n\n{{}}"))
+        assert [e.tokens.tolist() for e in found] == [e.tokens.tolist() for e in expected]
+
+
+@pytest.mark.parametrize("name", ["chatml", "r1", "qwen3"])
+def test_earlier_replies_that_are_not_supervised(name: str) -> None:
+    """A greeting answers nothing, and `weight: 0` is the user's word."""
+    context = (
+        {"role": "assistant", "content": "Good day."},
+        FIRST[0],
+        {"role": "assistant", "content": "It is 3.", "weight": 0},
+        FIRST[2],
+        {"role": "assistant", "content": "It is 4.", "weight": 1},
+        CHAT.context[-1],
+    )
+    made = template(name, "plain")
+    examples = made.encode_all(dataclasses.replace(CHAT, context=context))
+    written = "".join(made.tokenizer.decode(e.tokens[e.supervised]) for e in examples)
+    read = made.tokenizer.decode(examples[-1].tokens)
+    for text, is_written in (("Good day.", False), ("It is 3.", False), ("It is 4.", True), ("3+3=6", True)):
+        assert (text in written) == is_written and text in read
+
+
 def test_content_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
     row = dataclasses.replace(CHAT, context=({"role": "user", "content": parts}, *CHAT.context[1:]))
