@@ -258,8 +258,9 @@ def deep_text(value: object) -> str:
 
 
 def clean(text: str) -> str:
-    """Strip a text. Half a surrogate pair, which a file cannot hold, becomes `?`."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
+    """Strip a text. The halves of a surrogate pair, which a stream may part, are joined; half a pair becomes `?`."""
+    joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    return joined.encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def count_in(value: object) -> int | None:

@@ -513,7 +513,11 @@ class Session:
 def server_error(error: Any) -> ServerError:
     """Return what an `openai.APIStatusError` holds."""
     codes = (error.code, getattr(error, "type", None), getattr(error, "body", None))
-    message, param = without_tags(str(error.message)), error.param if isinstance(error.param, str) else ""
+    message, param = str(error.message), error.param if isinstance(error.param, str) else ""
+    body = getattr(error, "body", None)
+    if isinstance(body, str) and body not in message:  # the client leaves out a body that is not JSON
+        message = f"{message} - {body}"
+    message = without_tags(message)
     return ServerError(error.status_code, message, param, " ".join(map(str, codes)), error.response.headers)
 
 

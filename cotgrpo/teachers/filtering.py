@@ -81,6 +81,8 @@ CONTROL_TOKEN = re.compile(
     r"<[|\uff5c][^|\uff5c<>\s]{3,40}[|\uff5c]>|<(?:start|end)_of_turn>|</?s>|<[be]os>|<sep>|</?think>|\[/?INST\]|<</?SYS>>"
 )
 """Tokens that only a template may write, of any model family. A student would learn to stop or switch roles."""
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that are no text."""
 MARKED_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
 T = TypeVar("T")
 
@@ -143,6 +145,8 @@ class Judge:
             return Verdict(False, "refused", f"{reply.refusal or thought.text:.80}")
         if answer is None or not rationale:
             return Verdict(False, "unparsable", "no answer found" if answer is None else "no rationale")
+        if REPLACEMENT in whole and REPLACEMENT not in question.question:
+            return Verdict(False, "unparsable", "a character that the server broke (U+FFFD)")
         control = control_text(rationale, answer)
         if control is not None:
             return Verdict(False, "control token", control)

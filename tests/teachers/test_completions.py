@@ -122,6 +122,9 @@ def test_deltas_make_a_reply() -> None:
     assert parse_reply(stream(*events)) == expected
     assert parse_reply(stream(*events, end=b"")) == expected  # a finish reason is an end, too
     assert parse_reply(stream(*events).replace(b"\n", b"\r\n")) == expected
+    halves = [piece(content="\ud83d"), piece("stop", content="\ude00 7")]  # one character in two events
+    lines = (b"data: " + json.dumps(event).encode() + b"\n\n" for event in halves)
+    assert parse_reply(b"".join(lines)).text == "\U0001f600 7"
     texts = [{"choices": [{"text": "7", "finish_reason": end}]} for end in (None, "eos")]
     assert parse_reply(stream(*texts)) == TeacherReply("77", finish_reason="eos")
     with_usage = [

@@ -317,6 +317,11 @@ def streams_only(asked: Asked) -> Answer:
     return events("3 + 4 ", "= 7") if asked.json().get("stream") else refusal(STREAM_ONLY)
 
 
+def streams_only_in_words(asked: Asked) -> Answer:
+    """Its errors are no JSON."""
+    return streams_only(asked) if asked.json().get("stream") else Answer(STREAM_ONLY.encode(), 400, "text/plain")
+
+
 def streams_without_counts(asked: Asked) -> Answer:
     if "stream_options" in asked.json():
         return refusal("Extra parameters ['stream_options'] are not allowed", 422)
@@ -349,6 +354,7 @@ def error_in_a_good_answer(asked: Asked) -> Answer:
     [
         (streams_only, {}, 4, 1),
         (streams_only, {"stream": True}, 3, 0),
+        (streams_only_in_words, {}, 4, 1),
         (streams_without_counts, {}, 5, 2),
         (wants_another_limit, {}, 4, 1),
         (wants_another_limit, {"token_limit_field": "max_completion_tokens"}, 3, 0),
@@ -425,6 +431,7 @@ def test_a_system_message_that_the_server_refuses() -> None:
         ([refusal("I should not answer: What is 3 + 4, the temperature?")], "HTTP 400"),
         ([Answer(b"<HTML><style>p {}</style><p>No temperature</p></HTML>", 403, "text/html")], "HTTP 403"),
         ([refusal("max_tokens is too large for the context")], "HTTP 400"),
+        ([Answer(b"Bad request: try later", 400, "text/plain")], "HTTP 400"),
     ],
 )
 def test_an_attempt_that_brings_half_a_reply_fails(answers: list[Answer], reason: str) -> None:

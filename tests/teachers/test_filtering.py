@@ -61,6 +61,8 @@ def test_parts_of_a_reply(text: str, reasoning: str, parts: tuple[str, str | Non
         (TeacherReply("7", finish_reason="content_filter"), "refused"),
         (TeacherReply("No idea"), "unparsable"),
         (TeacherReply("#### 7"), "unparsable"),
+        (TeacherReply("Add 3 \ufffd 4: 7"), "unparsable"),
+        (TeacherReply("The answer is 7.", "Add \ufffd."), "unparsable"),
         (TeacherReply("Take three apples and add four apples: 7"), "contaminated"),
         *((TeacherReply("Add: 7", finish_reason=word), "truncated") for word in ("MAX_TOKENS", "LENGTH", "max_tokens")),
         *((TeacherReply("Add: 7", finish_reason=word), "truncated") for word in ("abort", "error", "token_limit")),
