@@ -26,8 +26,8 @@ else:
 
 Section = TypeVar("Section", bound="DataclassInstance")
 
-LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 1e12
-"""Of a setting: what an int32 array, and the seed of a random key, can hold, and what is a slip of the pen."""
+LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3.4e38
+"""Of a setting: what an int32 array, the seed of a random key and a float32 array can hold."""
 
 
 class ConfigError(ValueError):
@@ -255,7 +255,8 @@ def check_number(value: object, key: str) -> None:
         raise ConfigError(f"{key} must be a finite number, got {value}.")
     largest = LARGEST_SEED if key.endswith("seed") else LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
     if isinstance(value, int | float) and abs(value) > largest:
-        raise ConfigError(f"{key} must be at most {largest:,}, got {value:.3g}.")
+        shown = f"{largest:,}" if isinstance(largest, int) else f"{largest:g}"
+        raise ConfigError(f"{key} must be at most {shown}, got {value:.3g}.")
     if isinstance(value, list | tuple):
         for item in value:
             check_number(item, key)

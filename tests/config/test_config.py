@@ -386,7 +386,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", str(10**30), "1e30", "-0.5", "-7"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", str(10**39), "-0.5", "-7"])
 @pytest.mark.parametrize(("cls", "key"), NUMBERS)
 def test_no_setting_takes_an_absurd_number(cls: type, key: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
