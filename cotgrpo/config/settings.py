@@ -79,7 +79,7 @@ class TokenizerConfig:
     vocab_size: int = 4_096
 
     def __post_init__(self) -> None:
-        at_least(256, self, "vocab_size")
+        at_least(1, self, "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)

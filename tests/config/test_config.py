@@ -378,20 +378,20 @@ def test_flat() -> None:
     assert dict(flat({"a": {"b": 1, "c": {"d": []}}, "e": {}})) == {"a.b": 1, "a.c.d": [], "e": {}}
 
 
-NUMBERS = [
-    (cls, setting.key)
-    for cls in (Config, GenerateConfig)
-    for setting in settings_in(cls())
-    if {int, float} & (set(typing.get_args(setting.type)) or {setting.type})
-]
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", str(10**39), "-0.5", "-7"])
-@pytest.mark.parametrize(("cls", "key"), NUMBERS)
-def test_no_setting_takes_an_absurd_number(cls: type, key: str, value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_settings([f"--{key}", value], cls())
-    assert key in str(caught.value)
+@pytest.mark.parametrize("cls", [Config, GenerateConfig])
+def test_no_setting_takes_an_absurd_number(cls: type) -> None:
+    """The whole table of settings: each takes numbers, and none of these."""
+    keys = [s.key for s in settings_in(cls()) if {int, float} & (set(typing.get_args(s.type)) or {s.type})]
+    taken = []
+    for key in keys:
+        for value in ("nan", "inf", "-inf", "1e400", str(10**39), "-0.5", "-7"):
+            try:
+                parse_settings([f"--{key}", value], cls())
+                taken.append((key, value))
+            except ConfigError as error:
+                if key not in str(error):
+                    taken.append((key, str(error)))
+    assert len(keys) > 10 and not taken
 
 
 @pytest.mark.parametrize(
