@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from cotgrpo.data.answers import begins_with_number, split_thought
+from cotgrpo.data.answers import begins_with_number, split_reply, split_thought
 from cotgrpo.data.answers.extraction import find_answer
 
 ANSWER_FORMATS = {"plain": "#### {answer}", "think": "{answer}"}
@@ -77,6 +77,7 @@ class ReplyFormat:
         rationale, answer = self.split_plain(text, cut_off=cut_off)
         if thought.marked:
             answer = None if thought.unclosed else self.split_plain(thought.text, cut_off=cut_off)[1]
+            answer = answer if answer is not None or cut_off else split_reply(text)[1]  # one line without a mark
             rationale = rationale if self.mark in thought.text else thought.thought
         return rationale, answer
 

@@ -6,8 +6,8 @@ import re
 
 from cotgrpo.data.answers.characters import plain
 from cotgrpo.data.answers.formulas import formulas_equal, has_symbols, may_be_formula
+from cotgrpo.data.answers.moments import clock_time, date, times_equal
 from cotgrpo.data.answers.quantities import (
-    clock_time,
     number_in_base,
     parse_quantity,
     quantities_equal,
@@ -22,16 +22,26 @@ CHOICE = re.compile(
     r"[(\[]?(?P<letter>[A-J])(?:[)\]]|[.):,]+(?=\s|$|[^\x00-\x7f])|[.)\]:]+ ?(?=[\w\\$-]))\s*(?P<rest>.*)", re.DOTALL
 )
 WRAPPED = re.compile(r"^\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|fbox|mbox) *\{([^{}]*)\}$")
-CHOICES = re.compile(r"[A-J](?:(?:[\s,;&/]|and|和|与)*[A-J])*")
+"""A whole text in a command that changes only its look."""
+CHOICES = re.compile(r"[(\[]?[A-J](?:(?:[\s,;&/()\[\]]|and|和|与)*[A-J])*[)\]]?")
 YES_OR_NO_WORD = r"yes|no|true|false|correct|incorrect|是的?|不是|否|对|错|正确|错误|да|нет|sí|si|oui|non|ja|nein"
-YES_OR_NO = re.compile(rf"({YES_OR_NO_WORD})\b[.,;:! ]", re.IGNORECASE)
+YES_OR_NO = re.compile(
+    rf"[*_\"']*({YES_OR_NO_WORD})\b[*_\"']*(?:[.,;:!]| (?!(?:and|or|/|&) ?(?:{YES_OR_NO_WORD})\b))", re.IGNORECASE
+)
 BOOLEAN = re.compile(YES_OR_NO_WORD, re.IGNORECASE)
 LEFT_SIDE = re.compile(
     r"\s*(?P<name>(?:\\?[A-Za-z]+|[^\W\d_]{1,12})(?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|:=)\s*(?P<right>.+)",
     re.DOTALL,
 )
 WORDS_SIDE = re.compile(r"(?P<name>[A-Za-z][A-Za-z ]{1,40}|[^\W\d_]{1,12})\s*[=:]\s*(?P<right>.+)", re.DOTALL)
-SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:\band\b|\bor\b|和|或)?|\band\b|\bor\b|和|或|与|以及|\by\b|\bund\b|\bet\b)\s*")
+SEPARATOR = re.compile(
+    r"\s*(?:[,;]\s*(?:\band\b|\bor\b|和|或)?|\band\b|\bor\b|和|或|与|以及|(?<=[0-9] )y(?= [-0-9])|\bund\b|\bet\b)\s*"
+)
+RESIDUE = re.compile(
+    r"(?:[a-z] ?(?:\\equiv|=) ?)?(?P<value>[^=\\]{1,40}?)"
+    r" ?(?:\\pmod|\(?(?:\\b)?mod)(?![a-z]) ?\{?(?P<modulus>[0-9a-z]+)\}?\)?"
+)
+BETWEEN = re.compile(r"([^<>=,;]{1,40}?)(<|\\le(?![a-z])) *([a-z]) *(<|\\le(?![a-z]))([^<>=,;]{1,40})")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -67,7 +77,8 @@ def bare_match(left: str, right: str, depth: int) -> bool:
         return False
     if left.casefold() == right.casefold():
         return "\\" not in left + right  # case matters in LaTeX, and Math-Verify ignores it: \Delta, \delta
-    for compare in (match_choices, match_quantities, match_lists, match_equations, match_words):
+    left, right = interval(left), interval(right)
+    for compare in (match_choices, match_residues, match_quantities, match_lists, match_equations, match_words):
         verdict = compare(left, right, depth)
         if verdict is not None:
             return verdict
@@ -87,9 +98,7 @@ def bare_text(text: str) -> str:
         text = re.sub(r"^\\[(\[]|\\[)\]]$", "", text)
         text = re.sub(r"^\$\$?([^$]*)\$?\$$", r"\1", text.strip()).strip()
         text = re.sub(r"(?<![.\\])\.$|(?<=[^\x00-\x7f])[!?]$|(?<=.)[:;,]$", "", text).strip("\"'`* ")
-        text = re.sub(
-            r"^\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|fbox|mbox) *\{([^{}]*)\}$", r"\1", text
-        ).strip()
+        text = WRAPPED.sub(r"\1", text).strip()
         text = re.sub(r"^[(\[]?([A-Za-z])[)\]]$", r"\1", text)
         if text == before:
             break
@@ -120,7 +129,10 @@ def match_quantities(left: str, right: str, depth: int) -> bool | None:
     ratios = ratio(left), ratio(right)
     times = clock_time(left), clock_time(right)
     if times[0] is not None and times[1] is not None:
-        return times[0][0] == times[1][0] and (not times[0][1] or not times[1][1] or times[0][1] == times[1][1])
+        return times_equal(times[0], times[1])
+    dates = date(left), date(right)
+    if dates[0] is not None and dates[1] is not None:
+        return dates[0][:2] == dates[1][:2] and (None in (dates[0][2], dates[1][2]) or dates[0][2] == dates[1][2])
     if ratios != (None, None) or times != (None, None):
         return ratios[0] == ratios[1] and None not in ratios
     if "_" in left + right:
@@ -135,6 +147,18 @@ def match_quantities(left: str, right: str, depth: int) -> bool | None:
         if comma[0] is not None and comma[1] is not None and "." in left + right:
             return quantities_equal(comma[0], comma[1])
     return None
+
+
+def match_residues(left: str, right: str, depth: int) -> bool | None:
+    r"""Compare residues: `x \equiv 7 \pmod{11}` with 7, and with another residue of the same modulus."""
+    residues = [RESIDUE.fullmatch(side) for side in (left, right)]
+    if residues == [None, None] or depth > 1:
+        return None
+    moduli = {residue["modulus"] for residue in residues if residue is not None}
+    one, other = (
+        side if residue is None else residue["value"] for side, residue in zip((left, right), residues, strict=True)
+    )
+    return len(moduli) == 1 and bare_match(bare_text(one), bare_text(other), depth + 1)
 
 
 def decimal_comma(text: str) -> str:
@@ -203,6 +227,15 @@ def split_items(text: str) -> tuple[str, list[str]]:
     return ("", [text]) if not items or len(items) > MOST_ITEMS else (kind, items)
 
 
+def interval(text: str) -> str:
+    r"""Return `-1 < x \le 3` as (-1, 3], and \varnothing as \emptyset; other texts as they are."""
+    between = BETWEEN.fullmatch(text.replace("<=", r"\le ").replace("\\leq", "\\le"))
+    if between is None:
+        return text.replace(r"\varnothing", r"\emptyset")
+    left, right = "(" if between[2] == "<" else "[", ")" if between[4] == "<" else "]"
+    return f"{left}{between[1].strip()}, {between[5].strip()}{right}"
+
+
 def closes_at_end(text: str) -> bool:
     """Return whether the bracket that opens a text is the one that its last character closes."""
     level = 0
@@ -222,8 +255,10 @@ def match_equations(left: str, right: str, depth: int) -> bool | None:
         return None
     if sides[0] is not None and sides[1] is not None:
         names = [side[0].casefold().split()[-1] for side in sides if side is not None]
-        same_name = names[0] == names[1] or min(map(len, names)) > 2
-        return bare_match(bare_text(sides[0][1]), bare_text(sides[1][1]), depth + 1) if same_name else None
+        one, other = (bare_text(side[1]) for side in sides if side is not None)
+        if names[0] == names[1] or min(map(len, names)) > 2:
+            return bare_match(one, other, depth + 1)
+        return False if parse_quantity(one) and parse_quantity(other) else None  # `x = 2y` may be the equation y = x/2
     bare = [side[1] if side is not None else whole for side, whole in zip(sides, (left, right), strict=True)]
     return True if bare_match(bare_text(bare[0]), bare_text(bare[1]), depth + 1) else None
 
@@ -242,9 +277,11 @@ def equation_sides(text: str) -> tuple[str, str] | None:
 def match_words(left: str, right: str, depth: int) -> bool | None:
     """Compare yes and no, which may go on: `Yes, he can.`; and words without regard to punctuation."""
     del depth
+    if {left, right} == {"是", "是的"}:
+        return True
     for one, other in ((left, right), (right, left)):
         if BOOLEAN.fullmatch(other) and (match := YES_OR_NO.match(one)) is not None:
-            return match[1].casefold() == other.casefold()
+            return match[1].casefold().rstrip("的") == other.casefold().rstrip("的")
     if not has_symbols(left + right):
         words = [re.sub(r"^(?:the|a|an) (?=\w)|[^\w\s]", "", side.casefold()).split() for side in (left, right)]
         return True if words[0] and words[0] == words[1] else None

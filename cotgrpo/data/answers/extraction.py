@@ -10,8 +10,9 @@ from typing import Literal
 
 from cotgrpo.data.answers.characters import same_length
 from cotgrpo.data.answers.formulas import has_symbols, may_be_formula
+from cotgrpo.data.answers.moments import DATE_FIRST
 from cotgrpo.data.answers.numerals import LEADING_NUMBER, MULTIPLIER, NUMBER_IN_TEXT, SIGNED, WORDS_IN_TEXT
-from cotgrpo.data.answers.quantities import CURRENCY, parse_quantity
+from cotgrpo.data.answers.quantities import COPULA, CURRENCY, parse_quantity
 from cotgrpo.data.answers.thoughts import split_thought
 
 BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
@@ -29,10 +30,11 @@ NOUN = (
     r"jawaban(?:nya)?|antwoord|svaret|svar|απάντηση|đáp án|đáp số)\b|คำตอบ|الإجابة|الجواب|الاجابة|उत्तर|উত্তর|תשובה|"
     r"پاسخ|جواب)"
 )
-GAP = (
-    r"(?:\s*[\])*_]{1,4})?(?:\s+(?:to|for|of|in|the|as)\b[^\n.:=]{1,50}?(?=\s(?:is|are|was|would|will|should|must)\b|\s?[:=])"
-    r"|\s*\([^()\n]{1,30}\)|\s+(?:final[ea]?|correcta?|النهائية|الصحيحة|النهائي|choice|option|number))?"
+PURPOSE = (  # up to the verb or the mark
+    r"\s+(?:to|for|of|in|the|as)\b[^\n.:=]{1,50}?(?=\s(?:is|are|was|would|will|should|must)\b|\s?[:=])"
 )
+KIND = r"\s+(?:final[ea]?|correcta?|النهائية|الصحيحة|النهائي|choice|option|number)"
+GAP = rf"(?:\s*[\])*_]{{1,4}})?(?:{PURPOSE}|\s*\([^()\n]{{1,30}}\)|{KIND})?"
 """Between the noun and the verb: "to the first question", "(in dollars)"."""
 VERB = (
     r"(?:\s*(?:\b(?:is|are|was|be|would be|will be|should be|must be|equals?|es|est|ist|lautet|beträgt|é|è|là|"
@@ -44,11 +46,12 @@ PHRASE = re.compile(
     rf"{NOUN}(?P<gap>{GAP})(?P<verb>{VERB})(?P<mark>{MARK})[ \t*_]*(?P<line>\n{{1,2}}[ \t*_]*)?", re.IGNORECASE
 )
 HEADING = re.compile(r"(?:^|\n)[#*_ \t]*[^\n]{0,20}$")
-CHOSEN = re.compile(
-    r"(?:故选|应选|故答案选|选择?|選擇?|选项(?:是|为)?|\b(?:[Oo]ption|[Cc]hoice)\b(?: is)?)\s*:?\s*"
-    r"(?P<letters>[(\[]?[A-J]{1,5}(?![A-Za-z])[)\]]?)"
-    r"|(?P<correct>[(\[]?\b[A-J]\b[)\]]?)(?= is (?:the )?(?:correct|right)\b)"
-)
+CHOOSE_ZH = r"故选|应选|故答案选|(?<!不)选择?|選擇?|选项(?:是|为)?|正确的[是有为]"
+CHOOSE = rf"(?:{CHOOSE_ZH}|\b(?:[Oo]ption|[Cc]hoice)\b(?: is)?)\s*:?\s*"
+LETTERS = r"(?:[A-J]{1,5}(?![A-Za-z])|[甲乙丙丁]|[①-⑩]{1,6})"
+IS_CORRECT = r"(?= is (?:the )?(?:correct|right)\b)"
+CHOSEN = re.compile(rf"{CHOOSE}(?P<letters>[(\[]?{LETTERS}[)\]]?)|(?P<correct>[(\[]?\b[A-J]\b[)\]]?){IS_CORRECT}")
+"""`故选A`, `Option (B)`, `C is correct`."""
 SENTENCE_END = re.compile(r"(?<![A-Z])(?<!Rs)(?<!approx)\.(?![0-9A-Za-z])|(?<=[A-Z])\.(?=\s|$)|[!?\n]")
 CLAUSE_END = re.compile(r"[,;]|\s[-—]\s|\s\(")
 ITEM_END = re.compile(r",(?![0-9]{3}(?![0-9]))\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|和|\s?\(")
@@ -75,9 +78,29 @@ STOP = re.compile(
     r"altogether|remaining|each|every|he|she|they|we|it|is|are|was|were)\b",
     re.IGNORECASE,
 )
+NOT = re.compile(
+    r"(?:\b(?:not|never|cannot|kein\w?|nicht|не|no es)|n't|不是|不等于|并非|ليس)(?: (?:be|equal(?: to)?))?[ *$\"']*$",
+    re.IGNORECASE,
+)
+"""Before a number that is not the answer."""
+COMPARED = re.compile(r"(?<!no )(?<!not )\b(?:less|more|fewer|greater|larger|smaller) than[ *$]*$", re.IGNORECASE)
+RANGE = re.compile(r"\bbetween \\?[$€£]?[0-9.,]{1,15} and[ *$]*$", re.IGNORECASE)
+REASON = re.compile(
+    r",? (?:since|because)\b(?=[^.=]*\.?\s*$)(?![^.]*\b(?:so|then|therefore|thus|has|have|left)\b)", re.IGNORECASE
+)
+"""A reason at the end of the last sentence."""
+BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
+BOLD_NAME = re.compile(r"(?:\b(?:is|are|was|be)|[是为])[ :]*\*\*([^*\n0-9:]{1,60})\*\*[^*0-9\n]{0,30}$")
+"""A name at the end that is bold: `The winner is **Elizabeth**.`"""
 LEADING_AMOUNT = re.compile(rf"(?:{CURRENCY} ?)?{SIGNED}(?:{MULTIPLIER})?")
-GOES_ON = re.compile(r"\s*(?:[=+*/^_\\<>({:×÷-]|(?:times|plus|minus|divided|to|or)\b)")
+OPERATOR = re.compile(r"\s*[=+*/^×÷<>-]")
+GOES_ON = re.compile(r"\s*(?:[=+*/^_\\<>({:×÷-]|\w)")
 """After a number that is the beginning of a formula or of a range."""
+PROSE = re.compile(r"\s+(?!(?:times|plus|minus|divided)\b)[^\W\d_]{3,}")
+"""After a number in a sentence."""
+WORKED_OUT = re.compile(r"=|\b(?:and|so|then|plus|total|altogether|in all|now)\b|所以|因此|共", re.IGNORECASE)
+MOST_SKIPPED = 4
+"""Numbers at the end that may not count: after "step", after "not"."""
 LONGEST_SENTENCE = 2000
 LONGEST_UNIT = 40
 LONGEST_REMARK = LONGEST_MATH = 200
@@ -299,7 +322,9 @@ def first_sentence(text: str) -> str:
 
 def leading_answer(sentence: str) -> str:
     """Return the answer at the beginning of a sentence, without the reasons and remarks after it."""
-    sentence = sentence.strip().strip("*_").strip()
+    sentence = COPULA.sub("", sentence.strip().strip("*_").strip())
+    if (date := DATE_FIRST.match(sentence)) is not None:
+        return date[0]
     math = re.match(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
     if math is not None and not re.match(r"\s*[0-9=+*/<>^-]", sentence[math.end() :]):
         return next(part for part in math.groups() if part is not None).strip().rstrip(".")
@@ -315,6 +340,9 @@ def leading_answer(sentence: str) -> str:
     if may_be_formula(clause) and has_symbols(clause) and not re.search(r"[^\W\d_]{3,} ", clause):
         return clause
     numbers = [match[0] for match in NUMBER_IN_TEXT.finditer(sentence)]
+    first = NUMBER_IN_TEXT.search(sentence)
+    if first is not None and len(numbers) == 1 and is_denied(sentence, first):
+        return clause
     if numbers and "=" not in clause:
         return numbers[-1].strip()
     if numbers:
@@ -346,23 +374,13 @@ def quantity_at(text: str) -> str:
     text = text.strip(" *_")
     for cut in [*(match.start() for match in STOP.finditer(text)), len(text)]:
         start = text[:cut].rstrip(" *_")
-        if (
-            re.search("[0-9]", start)
-            and parse_quantity(start) is not None
-            and not re.match(r"\s*[=+*/^×÷<>-]", text[cut:])
-        ):
+        if re.search("[0-9]", start) and parse_quantity(start) is not None and not OPERATOR.match(text[cut:]):
             return start
-    number = re.match(rf"(?:{CURRENCY} ?)?{SIGNED}(?:{MULTIPLIER})?", text)
-    if (
-        number is None
-        or re.match(r"\s*(?:[=+*/^_\\<>({{:-]|×|÷|times\b|plus\b|minus\b|to\b|or\b|\w)", text[number.end() :]) is None
-    ):
-        return number[0] if number is not None else ""
-    rest = text[number.end() :]
-    is_prose = (
-        re.match(r"\s+[^\W\d_]{3,}", rest) is not None and re.match(r"\s*(?:times|plus|minus|divided)\b", rest) is None
-    )
-    return number[0] if is_prose else ""
+    amount = LEADING_AMOUNT.match(text)
+    if amount is None:
+        return ""
+    rest = text[amount.end() :]
+    return "" if GOES_ON.match(rest) is not None and PROSE.match(rest) is None else amount[0]
 
 
 def find_last_number(text: str) -> Found | None:
@@ -371,18 +389,78 @@ def find_last_number(text: str) -> Found | None:
     if remark is not None:
         shorter = text[: max(len(text) - LONGEST_REMARK, 0) + remark.start()]
         text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
-    numbers = collections.deque(TIME_OR_NUMBER.finditer(text), 2)
+    text = without_reason(text)
+    bold = find_bold(text)
+    if bold is not None:
+        return bold
+    name = BOLD_NAME.search(text, text.rstrip().rfind("\n") + 1)
+    if name is not None:
+        return Found(name[1].strip(), name.start(), name.end(), "phrase")
+    numbers = collections.deque(TIME_OR_NUMBER.finditer(text), MOST_SKIPPED)
     if not numbers:
         words = collections.deque(WORDS_IN_TEXT.finditer(text), 1)
         return Found(words[0][0], words[0].start(), words[0].end(), "number") if words else None
     last = numbers.pop()
-    if numbers and REFERENCE.search(text[max(last.start() - 20, 0) : last.start()]):
+    if numbers and REFERENCE.search(before(text, last)):
         last = numbers.pop()
-    for math in MATH.finditer(text, max(last.start() - LONGEST_MATH, 0)):
-        if math.start() < last.start() < math.end():
-            formula = next(part for part in math.groups() if part is not None).rpartition("=")[2].strip()
-            return Found(formula or last[0], math.start(), math.end(), "number")
+    while NOT.search(before(text, last)) is not None:
+        if not numbers:
+            return None
+        last = numbers.pop()
+    if is_denied(text, last):
+        return None
+    formulas = find_formulas(text, last)
+    if formulas is not None:
+        return formulas
     with_unit = quantity_at(text[last.start() : last.end() + LONGEST_UNIT])
     quantity = parse_quantity(with_unit)
     has_unit = quantity is not None and quantity.unit is not None and quantity.unit.dimension != ""
     return Found(with_unit if has_unit else last[0].strip(), last.start(), last.end() + LONGEST_UNIT, "number")
+
+
+def without_reason(text: str) -> str:
+    """Return a text without the reason at the end of its last sentence, if a number stands before it there."""
+    start = max(len(text) - LONGEST_REMARK, 0)
+    reason = REASON.search(text, start)
+    if reason is None:
+        return text
+    sentence = SENTENCE_END.split(text[start : reason.start()])[-1]
+    return text[: reason.start()] if NUMBER_IN_TEXT.search(sentence) is not None else text
+
+
+def before(text: str, number: re.Match[str]) -> str:
+    """Return the few characters before a number."""
+    return text[max(number.start() - 30, 0) : number.start()]
+
+
+def is_denied(text: str, number: re.Match[str]) -> bool:
+    """Return whether a text says that the answer is not this number: `not 5`, `less than 5`, `between 4 and 5`."""
+    words = before(text, number)
+    return any(form.search(words) is not None for form in (NOT, COMPARED, RANGE))
+
+
+def find_bold(text: str) -> Found | None:
+    """Find the only bold quantity of the last line, if nothing is worked out after it."""
+    start = text.rstrip().rfind("\n") + 1
+    bold = [match for match in BOLD.finditer(text, start) if parse_quantity(match[1].strip(" .:$")) is not None]
+    if len(bold) != 1 or WORKED_OUT.search(text, bold[0].end()) is not None or NOT.search(before(text, bold[0])):
+        return None
+    return Found(bold[0][1].strip(), bold[0].start(), bold[0].end(), "number")
+
+
+def find_formulas(text: str, number: re.Match[str]) -> Found | None:
+    """Find the formula around a number, and those before it that are joined to it: `$x = 2$ and $x = 3$`."""
+    found: list[re.Match[str]] = []
+    for math in MATH.finditer(text, max(number.start() - LONGEST_MATH, 0)):
+        if math.start() > number.start():
+            break
+        joined = found and BETWEEN_BOXES.fullmatch(text[found[-1].end() : math.start()])
+        found = [*found, math] if joined else [math]
+    if not found or found[-1].end() <= number.start():
+        return None
+    formulas = [next(part for part in math.groups() if part is not None).strip() for math in found]
+    names = {formula.partition("=")[0].strip() for formula in formulas if "=" in formula}
+    last = formulas[-1].rpartition("=")[2].strip()
+    is_list = len(formulas) > 1 and len(names) == 1 and all("=" in formula for formula in formulas)
+    answer = ", ".join(formulas) if is_list else last or number[0]
+    return Found(answer, found[0 if is_list else -1].start(), found[-1].end(), "number")

@@ -30,6 +30,8 @@ EXACT, ROUNDED = 1e-40, 1e-12
 """Largest relative difference of equal values: of exact expressions, and of those with decimals."""
 
 WORD = re.compile(r"[^\W\d_]{3,}")
+VOWEL_SIGN = re.compile("[\u0900-\u0fff]")
+"""Scripts of India and its neighbours: to Python, their vowel signs end a word."""
 FUNCTION = re.compile(
     r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|max|min|mod|inf|abs|det|gcd|lcm",
     re.IGNORECASE,
@@ -53,7 +55,7 @@ def may_be_formula(text: str) -> bool:
         return False
     if text.count("/") + text.count("frac") > MOST_DIVISIONS:
         return False
-    return all(FUNCTION.fullmatch(word) for word in WORD.findall(symbols))
+    return all(FUNCTION.fullmatch(word) for word in WORD.findall(symbols)) and VOWEL_SIGN.search(text) is None
 
 
 def has_symbols(text: str) -> bool:

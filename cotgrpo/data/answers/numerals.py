@@ -49,11 +49,16 @@ POWER_OF_TEN = re.compile(
 )
 LATEX_FRACTION = re.compile(
     r"(?P<before>[0-9] *)?\\[dtc]?frac *(?:\{ *(?P<top>[-+]?[0-9.,]+) *\}|(?P<t>[0-9])) *"
-    r"(?:\{ *(?P<bottom>[0-9.,]+) *\}|(?P<b>[0-9]))"
+    r"(?:\{ *(?P<bottom>[0-9.,]+) *\}|(?P<b>[0-9]))(?! ?[0-9])"
 )
+REPEATING = re.compile(
+    r"(?P<sign>-)?(?P<whole>[0-9]{1,9})\.(?P<once>[0-9]{0,20})\\(?:overline|bar|dot) ?\{?(?P<again>[0-9]{1,20})\}?"
+)
+"""`0.1\\overline{6}`, which is 1/6."""
 MINUS_WORD = re.compile(r"^(?:minus|negative|负|負|マイナス|минус|menos|moins) ?(?=[0-9.])", re.IGNORECASE)
 OTHER_GROUPS = re.compile(
-    r"(?P<sign>[-+]?)(?:(?P<spaces>[0-9]{1,3}(?: [0-9]{3}){1,9})|(?P<dots>[0-9]{1,3}(?:\.[0-9]{3}){2,9})"
+    r"(?P<sign>[-+]?)(?:(?P<spaces>[0-9]{1,3}(?: [0-9]{3}){1,9})"
+    r"|(?P<dots>[0-9]{1,3}(?:(?:\.[0-9]{3}){2,9}|\.[0-9]{3}(?=,)))"
     r"|(?P<quotes>[0-9]{1,3}(?:'[0-9]{3}){1,9})|(?P<indian>[0-9]{1,2}(?:,[0-9]{2}){1,5},[0-9]{3}))"
     r"(?P<decimals>[.,][0-9]{1,9})?"
 )
@@ -64,7 +69,7 @@ UNITS_ZH = {"十": 10, "百": 100, "千": 1000}
 LARGE_ZH = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 NUMERAL_ZH = re.compile("[-负負]?[零〇一二两兩三四五六七八九十百千万萬亿億]{1,30}(?:点[零〇一二三四五六七八九]{1,20})?")
 PERCENT_ZH = re.compile(r"百分之(.{1,20})")
-FRACTION_ZH = re.compile(r"(.{1,20})分之(.{1,20})")
+FRACTION_ZH = re.compile(r"(?P<sign>[-负負])?(?:(?P<whole>[^又]{1,20})又)?(?P<bottom>[^又]{1,20})分之(?P<top>.{1,20})")
 SMALL_NUMBERS = """
 zero one two three four five six seven eight nine ten
 eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
@@ -80,6 +85,14 @@ WORDS_IN_TEXT = re.compile(
     re.IGNORECASE,
 )
 """A number in words. `one` alone is a pronoun more often."""
+PARTS = {
+    **{"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7},
+    **{"eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100},
+}
+FRACTION_IN_WORDS = re.compile(
+    rf"(?:(?P<whole>[a-z -]{{3,40}}) and )?(?P<top>an?|{'|'.join(WORDS)})?[ -]?(?P<bottom>{'|'.join(PARTS)})s?"
+)
+"""`two thirds`, `two and a half`."""
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 
 
@@ -125,11 +138,18 @@ def other_numbers(text: str) -> tuple[Fraction, ...]:
         whole = next(groups[kind] for kind in ("spaces", "dots", "quotes", "indian") if groups[kind])
         value = Fraction(re.sub("[^0-9]", "", whole) + (groups["decimals"] or "").replace(",", "."))
         return (-value if groups["sign"] == "-" else value,)
+    if (repeating := REPEATING.fullmatch(text)) is not None:
+        once, again = repeating["whole"] + repeating["once"], repeating["again"]
+        value = Fraction(int(once + again) - int(once), 10 ** len(repeating["once"]) * (10 ** len(again) - 1))
+        return (-value if repeating["sign"] else value,)
     if (percent := PERCENT_ZH.fullmatch(text)) is not None:
         return tuple(part for value in numbers(percent[1])[:1] for part in (value, value / 100))
     if (fraction := FRACTION_ZH.fullmatch(text)) is not None:
-        bottom, top = numbers(fraction[1]), numbers(fraction[2])
-        return (top[0] / bottom[0],) if top and bottom and bottom[0] else ()
+        whole, bottom, top = (numbers(fraction[part] or "0") for part in ("whole", "bottom", "top"))
+        if not whole or not bottom or not top or not bottom[0]:
+            return ()
+        value = whole[0] + top[0] / bottom[0]
+        return (-value if fraction["sign"] else value,)
     value_in_words = chinese_numeral(text) if NUMERAL_ZH.fullmatch(text) else english_numeral(text)
     return () if value_in_words is None else (value_in_words,)
 
@@ -159,15 +179,19 @@ def english_numeral(text: str) -> Fraction | None:
     """Return the value of an English number in words, such as `twenty-one` or `three hundred and five`."""
     if len(text) > 100 or not text[:1].isalpha():
         return None
+    if (fraction := FRACTION_IN_WORDS.fullmatch(text.lower())) is not None:
+        return fraction_in_words(fraction)
     sign, words = 1, re.split(r"[\s-]+", text.lower())
     if words[0] in ("minus", "negative"):
         sign, words = -1, words[1:]
     if words[:2] == ["half", "a"] and words[2:] == ["dozen"]:
         return Fraction(6)
+    if words[-1] == "and":
+        return None
     words = [word for word in words[:1] if word not in ("a", "an")] + [word for word in words[1:] if word != "and"]
     if words[:1] == ["dozen"]:
         return Fraction(12)
-    if not words or not all(word in WORDS or word in SCALES for word in words) or text.endswith("and"):
+    if not words or not all(word in WORDS or word in SCALES for word in words):
         return None
     total = section = 0
     for word in words:
@@ -178,3 +202,11 @@ def english_numeral(text: str) -> Fraction | None:
         else:
             total, section = total + (section or 1) * SCALES[word], 0
     return Fraction(sign * (total + section))
+
+
+def fraction_in_words(match: re.Match[str]) -> Fraction | None:
+    """Return the value of `half`, `two thirds` or `two and a half`; None for the ordinal `third`."""
+    whole = english_numeral(match["whole"]) if match["whole"] else Fraction(0)
+    if whole is None or (match["top"] is None and match["bottom"] != "half"):
+        return None
+    return whole + Fraction(WORDS.get(match["top"] or "one", 1), PARTS[match["bottom"]])

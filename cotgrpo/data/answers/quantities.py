@@ -6,7 +6,15 @@ import dataclasses
 import re
 from fractions import Fraction
 
-from cotgrpo.data.answers.numerals import LONGEST_NUMBER, MULTIPLIER, NUMERAL_ZH, UNSIGNED, english_numeral, numbers
+from cotgrpo.data.answers.numerals import (
+    LONGEST_NUMBER,
+    MULTIPLIER,
+    NUMERAL_ZH,
+    UNSIGNED,
+    WORDS,
+    english_numeral,
+    numbers,
+)
 from cotgrpo.data.answers.units import Unit, known_units, parse_unit, units_agree
 
 CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|RMB|CNY|JPY|INR|Rs\.?)"
@@ -16,6 +24,8 @@ PREFIX = re.compile(
     re.IGNORECASE,
 )
 CURRENCY_FIRST = re.compile(rf"(?P<sign>[-+]?)\s*(?P<unit>\\?{CURRENCY})\s*(?P<rest>[-+]?[0-9.].*)", re.DOTALL)
+PRICE = re.compile(rf"^\\?({CURRENCY}) ?([0-9][0-9.,]*) ?(?:/|per |an? |每) ?(?=[^\W\d_])")
+"""`$10 per hour`, which is 10 $/hour."""
 TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bold|bm|boldsymbol)"
     r" *\{([^{}\\]*(?:\\[$%][^{}\\]*)*)\}"
@@ -30,11 +40,14 @@ NUMBER = (
 )
 NUMBER_FIRST = re.compile(rf"(?P<number>{NUMBER})(?P<space> ?)(?P<unit>.*)", re.DOTALL)
 NUMERAL_FIRST = re.compile(rf"(?P<number>{NUMERAL_ZH.pattern})(?P<space>)(?P<unit>.*)", re.DOTALL)
-COPULA = re.compile(r" ?(?:입니다|이에요|예요|です|である|だ|है|हैं)$")
+HALF_MORE = re.compile("(?<=[一二两三四五六七八九十])个半")
+PARENTHESIZED_UNIT = re.compile(r"(?<=[0-9]) ?\(([^\W\d_a-zA-Z]{1,6}|[a-z]{1,3}(?:\^\{?[23]\}?)?)\)$")
+"""`12（个）`, `12 (cm)`: how Chinese solutions write the unit."""
+COPULA = re.compile(r" ?(?:입니다|이에요|예요|이다|です|である|だ|है|हैं|होगा|होगी|होंगे)[.]?$")
 """What ends a sentence in languages with the verb last."""
-RATIO = re.compile(r"[0-9.]{1,12}(?: ?: ?[0-9.]{1,12}){1,5}")
-CLOCK = re.compile(r"(?P<time>[0-9]{1,2}(?: ?: ?[0-9]{2}){1,2}) ?(?P<half>a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
-BASE = re.compile(r"(?P<digits>[0-9A-F]+)_ ?\{? ?(?P<base>[0-9]{1,2}) ?\}?")
+RATIO = re.compile(r"[0-9.]{1,12}(?: ?(?::|\bto\b|比) ?[0-9.]{1,12}){1,5}")
+BASES = {word: str(value) for word, value in WORDS.items() if 2 <= value <= 16}
+BASE = re.compile(rf"(?P<digits>[0-9A-F]+)_\{{?(?P<base>[0-9]{{1,2}}|{'|'.join(BASES)})\}}?")
 PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
 PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([^\W\d_]{1,12})\.?,?\s*(?:and\b\s*|零)?")
 CHINESE_MINUTES = {
@@ -91,10 +104,11 @@ def parse_quantity(text: str) -> Quantity | None:
     text = without_commands(text)
     prefix = PREFIX.match(text)
     text = text[prefix.end() :].strip() if prefix is not None else text
-    text = PERCENT.sub("%", text)
+    text = HALF_MORE.sub("点五", PARENTHESIZED_UNIT.sub(r"\1", PERCENT.sub("%", text)))
     found = numbers(text)
     if found:
         return Quantity(found)
+    text = PRICE.sub(r"\2 \1/", text)
     first = CURRENCY_FIRST.fullmatch(text)
     if first is not None:
         inner = parse_quantity(first["sign"] + first["rest"])
@@ -162,21 +176,13 @@ def quantities_equal(left: Quantity, right: Quantity) -> bool:
 
 
 def ratio(text: str) -> str | None:
-    """Return a ratio such as `3 : 4` without spaces; None if the text is none."""
-    return text.replace(" ", "") if RATIO.fullmatch(text) else None
-
-
-def clock_time(text: str) -> tuple[str, str] | None:
-    """Return hours and minutes, and "am", "pm" or ""; None if the text is not a time of the day."""
-    match = CLOCK.fullmatch(text)
-    if match is None:
-        return None
-    return match["time"].replace(" ", "").lstrip("0"), (match["half"] or "").lower().replace(".", "")
+    """Return a ratio such as `3 : 4` or `3 to 4` as 3:4; None if the text is none."""
+    return re.sub(" ?(?::|to|比) ?", ":", text) if RATIO.fullmatch(text) else None
 
 
 def number_in_base(text: str) -> tuple[str, int | None] | None:
     r"""Return digits and base of `101_2`, and None for the base of plain digits; None for any other text."""
     match = BASE.fullmatch(without_commands(text).replace(" ", ""))
     if match is not None:
-        return match["digits"].lstrip("0"), int(match["base"])
+        return match["digits"].lstrip("0"), int(BASES.get(match["base"], match["base"]))
     return (text.lstrip("0"), None) if re.fullmatch("[0-9]{1,100}", text) else None

@@ -36,6 +36,7 @@ volume 1000 L l liter litre 升 л литр литров
 money:dollar 1/100 cent ¢
 money:dollar 1 dollar $ USD US$ buck 美元 долл долларов
 money:euro 1 euro € EUR 欧元 евро
+money:pound 1/100 pence
 money:pound 1 £ GBP 英镑
 money:yuan 1/10 角 毛
 money:yuan 1 yuan 元 块 块钱 元钱 RMB CNY 人民币 圆
@@ -54,14 +55,17 @@ angle ° degree deg 度 градусов grados Grad
 temperature:C °C celsius 摄氏度
 temperature:F °F fahrenheit 华氏度
 angle:rad radian rad
-speed 1 m/s mps 米/秒 米每秒 м/с
-speed 1000/3600 km/h kmh kph 千米/时 千米/小时 公里/时 公里/小时 千米每小时 км/ч
-speed 1609344/3600000 mph
+length/time 1 mps
+length/time 1000/3600 kmh kph
+length/time 1609344/3600000 mph
+charge C coulomb 库仑
 """
 """A line: dimension, the unit's worth in it if it can be converted, and names. A plural s may follow a name."""
 AREA_WORDS = re.compile(r"(?:square|sq\.?|平方) ?(.+)|(.+?) ?(?:\^ ?\{?2\}?|squared)")
 VOLUME_WORDS = re.compile(r"(?:cubic|cu\.?|立方) ?(.+)|(.+?) ?(?:\^ ?\{?3\}?|cubed)")
-NOUN = re.compile(r"[^\W\d_]{3,}(?:['-][^\W\d_]+)*|[^\W\d_a-zA-Z]+|per|a|an|/")
+PER = re.compile(r"(.+?) ?(?:/| per |每)(?: ?an? )? ?(.+)")
+NOUN = re.compile(r"[^\W\d_]{3,}(?:['-][^\W\d_]+)*|(?:[^\W\d_a-zA-Z]|[\u0900-\u0e7f])+|per|a|an|/")
+"""Vowel signs of Hindi, Tamil or Thai are no letters to Python."""
 CJK = re.compile(r"[\u2e80-\u9fff\u3040-\u30ff\uac00-\ud7af]{1,8}")
 NOT_CJK = re.compile("[和或与及比至到又加减乘除余倍分点第多约零一二三四五六七八九十百千万亿]")
 """Characters that go on with the number, or with another one: 12和13, 3倍."""
@@ -127,18 +131,35 @@ def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
             return known[name]
     if text in ATTACHED:
         return known[text]
-    for pattern, power in ((AREA_WORDS, 2), (VOLUME_WORDS, 3)):
-        if (match := pattern.fullmatch(text)) is not None:
-            base = known.get(match[1] or match[2]) or known.get((match[1] or match[2]).lower())
-            if base is not None and base.dimension == "length" and base.worth is not None:
-                return Unit(f"length^{power}", base.worth**power, "")
-            if (match[1] or match[2]).startswith("unit"):
-                return Unit("", None, "unit")
     if re.fullmatch(r"degrees? ?(?:C|celsius|centigrade)", text, re.IGNORECASE):
         return known["°C"]
     if re.fullmatch(r"degrees? ?(?:F|fahrenheit)", text, re.IGNORECASE):
         return known["°F"]
-    return parse_noun(text, attached)
+    return power_of_unit(text) or rate(text) or parse_noun(text, attached)
+
+
+def power_of_unit(text: str) -> Unit | None:
+    """Return the unit of an area, of a volume, or of time squared; None for any other text."""
+    for pattern, power in ((AREA_WORDS, 2), (VOLUME_WORDS, 3)):
+        if (match := pattern.fullmatch(text)) is not None:
+            name = match[1] or match[2]
+            base = known_units().get(name) or known_units().get(name.lower())
+            if base is not None and base.dimension in ("length", "time") and base.worth is not None:
+                return Unit(f"{base.dimension}^{power}", base.worth**power, "")
+            if name.startswith("unit"):
+                return Unit("", None, "unit")
+    return None
+
+
+def rate(text: str) -> Unit | None:
+    """Return the unit of `miles per hour`, `m/s^2`, `元/千克` or `千米每小时`; None for any other text."""
+    match = PER.fullmatch(text)
+    if match is None:
+        return None
+    top, bottom = (known_units().get(name) or power_of_unit(name) for name in match.groups())
+    if top is None or bottom is None or top.worth is None or bottom.worth is None:
+        return None
+    return Unit(f"{top.dimension}/{bottom.dimension}", top.worth / bottom.worth, "")
 
 
 def parse_noun(text: str, attached: bool) -> Unit | None:
@@ -174,6 +195,10 @@ def units_agree(left: Unit, right: Unit) -> bool:
             left.dimension,
             right.dimension,
         )
+    if "pound" in (left.name, right.name):  # of money, or of weight
+        return {left.dimension, right.dimension} <= {"", "mass", "money:pound"} and {left.name, right.name} <= {
+            *("", "pound", "lb"),
+        }
     if left.dimension or right.dimension:
         return left.dimension == right.dimension and left.worth is not None and right.worth is not None
     if CJK.fullmatch(left.name) and CJK.fullmatch(right.name):
