@@ -31,6 +31,8 @@ HALF_WORDS = (
 IS_ALONE = re.compile(f"[{IDEOGRAPHS}{HALF_WORDS}]")
 IS_HALF = re.compile(f"[{HALF_WORDS}]")
 ASCII_WORD = re.compile(r"[0-9]+(?:\.[0-9]+)+(?![A-Za-z0-9])|[A-Za-z0-9]+")
+OPERATOR = re.compile(r"[-+*/^<>=\u00b7\u00d7\u00f7\u2010-\u2014\u2212\u22c5\u2264\u2265](?=\s*[\d(])")
+SAME_OPERATORS = str.maketrans("\u00b7\u00d7\u00f7\u2010\u2011\u2012\u2013\u2014\u2212\u22c5", "**/------*")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -78,6 +80,17 @@ def words(text: str) -> list[str]:
     return word_pattern().findall(unicodedata.normalize("NFKC", THOUSANDS.sub("", text.casefold())))
 
 
+def operators(text: str) -> tuple[str, ...]:
+    """Return the operators before numbers in a text.
+
+    Example:
+        >>> operators("What is 3 + 4 \u00d7 5?")
+        ('+', '*')
+    """
+    plain = unicodedata.normalize("NFKC", text)
+    return tuple(found[0].translate(SAME_OPERATORS) for found in OPERATOR.finditer(plain))
+
+
 def ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
     """Yield every run of n words."""
     return (tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
@@ -109,7 +122,8 @@ class TestQuestions:
     """The n-grams of test questions.
 
     Args:
-        questions: texts. A text of fewer than n words matches only the same words and no others.
+        questions: texts. A text of fewer than n words matches only the same words and operators (`3 + 4`), and no
+            others.
         n: words in an n-gram, >= 1. In a script without spaces, an ideograph is a word, and so are two other letters.
 
     Attributes:
@@ -130,7 +144,7 @@ class TestQuestions:
             raise ValueError(f"n must be at least 1, got {n}.")
         self.n = n
         self.known: set[tuple[str, ...]] = set()
-        self.short: set[tuple[str, ...]] = set()
+        self.short: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
         digest = hashlib.sha256(str(n).encode())
         for text in questions:
             digest.update(text.encode("utf-8", "replace") + b"\0")
@@ -138,13 +152,13 @@ class TestQuestions:
             runs = set(counted_runs(tokens, n))
             self.known.update(runs)
             if not runs:
-                self.short.add(tuple(tokens))
+                self.short.add((tuple(tokens), operators(text)))
         self.fingerprint = digest.hexdigest()
 
     def overlap(self, text: str) -> str | None:
         """Return the first words that the text shares with a test question, or None."""
         tokens = words(text)
         whole = tuple(tokens)
-        if whole and whole in self.short:
+        if whole and (whole, operators(text)) in self.short:
             return join_words(whole)
         return next((join_words(found) for found in counted_runs(tokens, self.n) if found in self.known), None)

@@ -52,6 +52,29 @@ def test_letters_count_half_a_word_and_ideographs_a_whole_one() -> None:
     assert list(counted_runs(words("かき"), 2)) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "is_known"),
+    [
+        ("What is 12 - 5?", True),
+        ("what is １２－５", True),
+        ("What is 12\u22125?", True),
+        ("What is 12 + 5?", False),
+        ("What is -12 - 5?", False),
+        ("What is 12 5?", False),
+        ("3×(4+5)=?", True),
+        ("3 * (4 + 5) =", True),
+        ("3×(4-5)=?", False),
+        ("3÷(4+5)=?", False),
+        ("Is 7 < 9?", True),
+        ("Is 7 > 9?", False),
+        ("A well known - and short - one", True),
+    ],
+)
+def test_short_questions_with_other_operators_are_others(text: str, is_known: bool) -> None:
+    test = TestQuestions(["What is 12-5?", "3×(4+5)=?", "Is 7 < 9?", "A well-known and short one"], n=13)
+    assert (test.overlap(text) is not None) == is_known
+
+
 QUESTIONS = {
     "Chinese": "一个果园里有苹果树35棵，梨树比苹果树的2倍少8棵，这个果园一共有多少棵果树？",
     "traditional Chinese": "小華有12枝鉛筆，比小明的3倍少6枝，請問兩個人一共有多少枝鉛筆？",
