@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from rich.console import Console
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
-from cotgrpo.checkpoints.manager import check_state
+from cotgrpo.checkpoints.manager import check_state, steps_in
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import check_shared, is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import write_report
 from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import say
@@ -94,8 +96,20 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
 
 
 def check_folders(folder: Path, config: Config, stage: StageName, location: CheckpointLocation) -> None:
-    """Check that the folder is free or holds this run, and that checkpoints outside of it can be written."""
-    check_same_run(folder, config, stage)
+    """Check that the folder is free or holds this run, and that checkpoints outside of it can be written.
+
+    A run that ended before its first step, for want of memory say, does not hold the folder. What it measured with
+    other settings is removed.
+    """
+    try:
+        check_same_run(folder, config, stage)
+    except ConfigError:
+        started = read_metrics(folder) or (folder / "report.json").exists() or steps_in(location.folder)
+        if started:
+            raise
+        for name in ("config.yaml", "before.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     if config.checkpoint.folder is not None:
         location.check_works()
 

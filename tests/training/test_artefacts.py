@@ -70,3 +70,19 @@ def test_a_bad_row_of_the_log_is_left_out(finished: Path, again: Path) -> None:
     (again / "report.html").unlink()
     assert main(["sft", *options(finished)]) == 0
     assert read_metrics(again) == rows
+
+
+def test_a_run_that_took_no_step_does_not_hold_its_folder(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice after an error of memory is a smaller batch, in the same folder."""
+    stage, more = tmp_path / "sft", ["--run_dir", str(tmp_path)]
+    stage.mkdir()
+    for name in ("config.yaml", "before.json"):
+        shutil.copy(finished / "run" / "sft" / name, stage)
+    shutil.copytree(finished / "run" / "sft" / "tokenizer", stage / "tokenizer")
+    assert main(["sft", *options(finished, *more, "--sft.batch_size", "1", "--tokenizer.vocab_size", "290")]) == 0
+    assert read(stage / "before.json")["replies"] and read_metrics(stage)
+    capsys.readouterr()
+    assert main(["sft", *options(finished, *more, "--sft.batch_size", "2", "--tokenizer.vocab_size", "290")]) == 2
+    assert "holds a run with another config: sft.batch_size (1 there, 2 now)" in capsys.readouterr().err
