@@ -71,6 +71,7 @@ def run(options: Options, console: Console) -> None:
         write_triples(out, triples)
     else:
         replies = read_student_replies(Path(student))
-        triples, _ = read_triples(ghosts, columns=given.columns, row_function=given.row_function)
+        triples, read = read_triples(ghosts, columns=given.columns, row_function=given.row_function)
+        say(console, f"ghosts: {read}")
         report = write_pairs(Path(out), triples, replies, rows=rows)
     say(console, f"{report}\nwritten: {out}")

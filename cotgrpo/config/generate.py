@@ -115,6 +115,8 @@ class GenerateConfig:
         row_function: a function of your own, "package.module:function", that turns a row into one of a known layout.
             It returns None to leave the row out.
         split: keep only rows with this split field; for a folder or a hub id, the split to load.
+        bad_rows: what to do with a row that is not a question with a right answer. drop: leave it out and count it. A
+            bad row of a test set is always an error.
         max_questions: use the first questions only; 0: all.
         candidates: replies to each question.
         out: folder of everything that the command writes. Run again, the command resumes there.
@@ -128,6 +130,7 @@ class GenerateConfig:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     row_function: str = ""
     split: str | None = None
+    bad_rows: Literal["error", "drop"] = "error"
     max_questions: int = 0
     candidates: int = 1
     out: str = "ghosts"

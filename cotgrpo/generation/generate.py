@@ -125,8 +125,9 @@ def load_questions(
         read_questions, need_gold=False, columns=config.columns, row_function=config.row_function
     )
     with PhaseProgress("reading questions", console) as phase:
-        read, report = read_rows(config.questions, split=config.split, progress=phase)
-    questions = identify(read, report)
+        read, report = read_rows(config.questions, split=config.split, bad_rows=config.bad_rows, progress=phase)
+    needs_gold = not verify.check and verify.without_gold == "error"
+    questions = identify(with_gold(read, report) if needs_gold and config.bad_rows == "drop" else read, report)
     test = None
     if verify.test_sets:
         with PhaseProgress("reading test sets", console) as phase:
@@ -139,14 +140,27 @@ def load_questions(
     if not questions:
         raise DataError(f"No question is left to ask. {report}")
     without = next((question for question in questions if not question.gold), None)
-    if without is not None and not verify.check and verify.without_gold == "error":
-        what = (
-            without.no_gold or f"{without.source}: no right answer (gold or answer) to verify replies against. Add it."
-        )
+    if without is not None and needs_gold:
         raise DataError(
-            f"{what} Or name a function in verify.check, or set verify.without_gold to majority or unverified."
+            f"{lacks_gold(without)} Or name a function in verify.check, or set verify.without_gold to majority or "
+            "unverified, or bad_rows to drop."
         )
     return questions, report, test
+
+
+def lacks_gold(question: Question) -> str:
+    """Return the complaint about a question without a right answer."""
+    return question.no_gold or (
+        f"{question.source}: no right answer (gold or answer) to verify replies against. Add it."
+    )
+
+
+def with_gold(questions: Sequence[Question], report: DropReport) -> list[Question]:
+    """Return the questions that have a right answer, and report the others."""
+    for question in questions:
+        if not question.gold:
+            report.drop("bad row", lacks_gold(question))
+    return [question for question in questions if question.gold]
 
 
 def without_overlap(

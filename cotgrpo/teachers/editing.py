@@ -17,6 +17,10 @@ from cotgrpo.data.answers import grade
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError, raw_rows
 from cotgrpo.data.triples import Triple
+from cotgrpo.teachers.completions import TeacherReply
+
+VERDICTS = {"correct": True, "wrong answer": False, "truncated": False, "refused": False}
+"""Verdict of `cotgrpo generate` -> whether the reply is right. The others do not say it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class StudentReply:
 
     Attributes:
         text: the whole reply.
-        correct: the verdict of `cotgrpo eval`, which knows the template; None: not known.
+        correct: the verdict of `cotgrpo eval`, which knows the template, or of `cotgrpo generate`; None: not known.
     """
 
     text: str
@@ -56,19 +60,29 @@ def read_student_replies(path: Path) -> dict[str, StudentReply]:
         if isinstance(row, DataError):
             raise row
         row = row if isinstance(row, Mapping) else {}
-        # A record of `generate` nests the text in `reply`; a failure has no text.
-        text = row["reply"].get("text") if isinstance(row.get("reply"), Mapping) else row.get("text")
         if "failure" in row:
             continue
+        text = reply_text(row)
         if not isinstance(text, str) or not isinstance(row.get("question"), str):
             raise DataError(
                 f"{place}: expected a question and the student's reply as text: the eval.json of `cotgrpo eval`, or "
                 "the replies.jsonl of `cotgrpo generate --teacher.path STUDENT`."
             )
-        correct = row.get("correct")
+        correct = row.get("correct", VERDICTS.get(str(row.get("reason"))))
         reply = StudentReply(text, correct if isinstance(correct, bool) else None)
         replies.setdefault(squeeze(row["question"]), reply)
     return replies
+
+
+def reply_text(row: Mapping[str, Any]) -> object:
+    """Return the text of a student's reply; a record of `generate` nests it in `reply`, maybe next to its thought."""
+    reply = row.get("reply")
+    if not isinstance(reply, Mapping):
+        return row.get("text")
+    text, reasoning = reply.get("text"), reply.get("reasoning", "")
+    if not isinstance(text, str) or not isinstance(reasoning, str):
+        return text
+    return TeacherReply(text, reasoning).whole_text
 
 
 def write_pairs(
@@ -79,6 +93,8 @@ def write_pairs(
     rows: Literal["all", "wrong"] = "all",
 ) -> DropReport:
     """Write the file to edit: `id, question, student, ghost, rationale, answer` a line, the last two from the ghost.
+
+    A row's own system message is in `system`. Chats of several turns are left out.
 
     Args:
         path: a new file; an existing one may hold edits and is never overwritten.
@@ -98,6 +114,9 @@ def write_pairs(
     report, lines = DropReport(), []
     for ghost in ghosts:
         report.read += 1
+        if ghost.verbatim or ghost.context:
+            report.drop("several turns", ghost.source)
+            continue
         student = replies.get(squeeze(ghost.question))
         student = StudentReply(student) if isinstance(student, str) else student
         if student is None:
@@ -107,7 +126,8 @@ def write_pairs(
         else:
             pair = {"id": ghost.id, "question": ghost.question, "student": student.text}
             reply = {"rationale": ghost.rationale, "answer": ghost.answer}
-            lines.append(json.dumps(pair | {"ghost": reply} | reply, ensure_ascii=False) + "\n")
+            system = {"system": ghost.system} if ghost.system else {}
+            lines.append(json.dumps(pair | system | {"ghost": reply} | reply, ensure_ascii=False) + "\n")
     if not lines:
         raise DataError(f"Nothing to edit. {report}")
     write_text(path, "".join(lines))
@@ -164,7 +184,10 @@ def read_edited(path: Path, *, rows: Literal["all", "edited"] = "all") -> tuple[
             report.drop("not edited", place)
         else:
             row_id = None if row.get("id") is None else str(row["id"])
-            triples.append(Triple(question, rationale, answer, id=row_id, source=place))
+            system = row.get("system", "")
+            if not isinstance(system, str):
+                raise DataError(f"{place}: system must be text, got {type(system).__name__}. Fix the row.")
+            triples.append(Triple(question, rationale, answer, id=row_id, source=place, system=system))
     if not triples:
         raise DataError(f"{path}: no triple. {report}")
     return triples, report

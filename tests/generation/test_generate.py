@@ -236,6 +236,23 @@ def test_questions_get_ids_and_repeated_texts_are_left_out(tmp_path: Path) -> No
         load_questions(config)
 
 
+def test_bad_rows_are_left_out_if_asked(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows = ('{"question": "a", "gold": 1}', '{"gold": 1}', '{"question": "b"}', "{", '{"question": "c", "gold": "2"}')
+    path.write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"questions.jsonl:2: missing field 'question'"):
+        load_questions(GenerateConfig(questions=str(path)))
+    questions, report, _ = load_questions(GenerateConfig(questions=str(path), bad_rows="drop"))
+    assert [question.question for question in questions] == ["a", "c"] and report.dropped == {"bad row": 3}
+    assert "questions.jsonl:3: no right answer" in str(report)
+    unverified = VerifyConfig(without_gold="unverified")
+    questions, report, _ = load_questions(GenerateConfig(questions=str(path), bad_rows="drop", verify=unverified))
+    assert [question.question for question in questions] == ["a", "b", "c"] and report.dropped == {"bad row": 2}
+    with pytest.raises(DataError, match=r"questions.jsonl:2: missing field"):
+        verify = VerifyConfig(test_sets=str(path))
+        load_questions(GenerateConfig(questions=str(path), bad_rows="drop", verify=verify))
+
+
 def test_candidates_majority_and_what_loads_the_triples(server: FaultyServer, tmp_path: Path) -> None:
     """Three replies that are all the same: two are duplicates, whichever came first, and three make a majority."""
     path = write_questions(tmp_path, ["", ""])

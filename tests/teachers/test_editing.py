@@ -120,3 +120,46 @@ def test_nothing_to_edit_and_nothing_edited(tmp_path: Path) -> None:
     (tmp_path / "edit.jsonl").write_text("{\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"edit.jsonl:1: not valid JSON"):
         read_edited(tmp_path / "edit.jsonl")
+
+
+def test_what_a_record_of_generate_says_of_a_reply(tmp_path: Path) -> None:
+    """Its verdict counts, and a thought in a field of its own belongs to the reply."""
+    records = [
+        ("a", "correct", {"text": "odd", "reasoning": ""}, True),
+        ("b", "wrong answer", {"text": "1"}, False),
+        ("c", "truncated", {"text": "The answer is 1, so", "reasoning": ""}, False),
+        ("d", "unverified", {"text": "The answer is 1.", "reasoning": "One."}, None),
+        ("e", "unparsable", {"text": "", "reasoning": "The answer is 1."}, None),
+    ]
+    rows = ({"question": name, "reason": reason, "reply": reply} for name, reason, reply, _ in records)
+    replies = read_student_replies(write_rows(tmp_path / "replies.jsonl", *rows))
+    assert {name: reply.correct for name, reply in replies.items()} == {r[0]: r[3] for r in records}
+    assert (
+        replies["d"].text == "<think>\nOne.\n</think>\n\nThe answer is 1." and replies["e"].text == "The answer is 1."
+    )
+
+
+def test_system_messages_stay_and_chats_of_several_turns_are_counted(tmp_path: Path) -> None:
+    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "q"})
+    ghosts = [
+        Triple("q", "r", "1", source="f:1", system="Be brief."),
+        Triple("q", "", "1", source="f:2", context=chat, verbatim=True),
+    ]
+    path = tmp_path / "edit.jsonl"
+    report = write_pairs(path, ghosts, {"q": "2"})
+    assert report.dropped == {"several turns": 1} and "f:2" in str(report)
+    ((triple,), _) = read_edited(path)
+    assert (triple.question, triple.rationale, triple.answer, triple.system) == ("q", "r", "1", "Be brief.")
+    row = json.loads(path.read_text())
+    write_rows(path, {**row, "system": 3})
+    with pytest.raises(DataError, match=r"edit.jsonl:1: system must be text, got int"):
+        read_edited(path)
+
+
+def test_ghosts_that_are_left_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"question": "q", "rationale": "r", "answer": "1"}
+    ghosts = write_rows(tmp_path / "ghosts.jsonl", row, row, {**row, "question": "p", "correct": False})
+    student = write_rows(tmp_path / "replies.jsonl", {"question": "q", "text": "2"})
+    assert main(["gold", "--student", str(student), "--ghosts", str(ghosts), "--out", str(tmp_path / "e.jsonl")]) == 0
+    output = capsys.readouterr().out
+    assert "1 dropped, duplicate" in output and "1 dropped, wrong answer" in output
