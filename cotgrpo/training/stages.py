@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from cotgrpo.accelerators.mfu import StepFlops
+from cotgrpo.accelerators.out_of_memory import explain_out_of_memory
 from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state, steps_in
@@ -83,10 +84,12 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
 
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     cache = MeasurementCache(folder, held_out, origin if stage == "grpo" and origin == run_dir / "sft" else None)
-    before = cache.measure("before.json", weights.merged, f"before {stage}")
-    with timer.training():
+    with explain_out_of_memory(lambda: advice_for_eval(config)):
+        before = cache.measure("before.json", weights.merged, f"before {stage}")
+    with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
         state = train_stage(stage, config, inputs.model, weights, batches, held_out, console)
-    after = cache.measure("after.json", lambda: weights.merged(state.params), f"after {stage}")
+    with explain_out_of_memory(lambda: advice_for_eval(config)):
+        after = cache.measure("after.json", lambda: weights.merged(state.params), f"after {stage}")
 
     measured = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
     if (base := on_process_0(lambda: cache.of_sft("before.json"))) is not None:
@@ -195,6 +198,31 @@ def train_stage(
         evaluate=lambda trained: measure(weights.merged(trained)),
         hooks=[CollapseDetector(folder, config.grpo.max_entropy_growth)] if stage == "grpo" else [],
         console=console,
+    )
+
+
+def advice_for_training(stage: StageName, config: Config, weights: StageWeights) -> str:
+    """Return which settings of a stage take memory, and what the train state alone takes."""
+    settings = getattr(config, stage)
+    state = jax.eval_shape(functools.partial(new_state, stage, config), weights.trained)
+    leaves = jax.tree.leaves(state) + jax.tree.leaves(state.params)  # the gradients are as large as the parameters
+    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if jax.numpy.issubdtype(leaf.dtype, jnp.number))
+    rest = "" if config.lora is not None else ", or train adapters only (lora.rank 16)"
+    return (
+        f"Lower {stage}.batch_size ({settings.batch_size}), or raise {stage}.micro_batches ({settings.micro_batches}) "
+        f"for the same batch; then set student.remat full ({config.student.remat} now), lower data.seq_len "
+        f"({config.data.seq_len}), set student.dtype and student.param_dtype bfloat16{rest}. Parameters, gradients and "
+        f"optimizer take {taken / 1e9:.2f} GB in all; the rest grows with batch_size x seq_len / micro_batches. The "
+        "same run_dir can be used."
+    )
+
+
+def advice_for_eval(config: Config) -> str:
+    """Return which settings of a measurement take memory."""
+    return (
+        f"Lower eval.batch_size ({config.eval.batch_size}) or eval.max_new_tokens ({config.eval.max_new_tokens}); for "
+        f"the held-out loss, the stage's batch_size or data.seq_len ({config.data.seq_len}). The same run_dir can be "
+        "used."
     )
 
 
