@@ -296,7 +296,7 @@ class TurnRenderer(ChatRenderer):
         if lost is not None:
             raise DataError(
                 f"{triple.source}: the chat template drops or changes a message of the {lost.get('role')}: "
-                f"{lost.get('content')!r:.100}. Leave the row out, or use a template that writes it."
+                f"{described(lost)}. Leave the row out, or use a template that writes it."
             )
         turn = self.turn(
             triple, before, or_raise(placed(whole, triple)), None if last and not triple.verbatim else message
@@ -553,6 +553,12 @@ def called_tools(message: Message) -> list[str]:
     return [str((call.get("function") or call).get("name")) for call in calls if isinstance(call, Mapping)]
 
 
+def described(message: Message) -> str:
+    """Return what a message says, for an error: the start of its content, and the tools that it calls."""
+    tools = ", ".join(called_tools(message))
+    return f"{message.get('content')!r:.100}" + (f", with a call of {tools}" if tools else "")
+
+
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that finds the longest of the texts at the first place where one of them stands."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
@@ -590,5 +596,5 @@ def check_written(message: Message, turn: Turn, source: str) -> None:
     if not (words or names) or not all(text in turn.reply for text in (words, *names)):
         raise DataError(
             f"{source}: the chat template drops or changes a reply of the assistant, or it is empty: "
-            f"{turn.reply!r:.200}. Leave the row out, or use a template that writes it."
+            f"{described(message)} becomes {turn.reply!r:.200}. Leave the row out, or use a template that writes it."
         )
