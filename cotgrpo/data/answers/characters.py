@@ -23,6 +23,8 @@ INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2
 """Zero-width characters and marks of the direction of writing."""
 GROUP_SPACE = re.compile("(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 """A space that cannot break groups thousands: 10\u202f000."""
+PICTURE = re.compile("[\U0001f300-\U0001faff\u2600-\u2794\u2797-\u27bf\u2234\u2235]")
+"""Emoji, ticks, and "therefore"."""
 OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 POWER = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b]+")
 VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
@@ -46,7 +48,8 @@ def same_length(text: str) -> str:
     """
     if text.isascii():
         return text
-    return OTHER_DIGIT.sub(lambda digit: str(unicodedata.digit(digit[0])), text.translate(ONE_TO_ONE))
+    text = PICTURE.sub(" ", text.translate(ONE_TO_ONE))
+    return OTHER_DIGIT.sub(lambda digit: str(unicodedata.digit(digit[0])), text)
 
 
 def plain(text: str) -> str:

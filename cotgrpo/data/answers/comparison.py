@@ -14,6 +14,7 @@ from cotgrpo.data.answers.quantities import (
     ratio,
     without_commands,
 )
+from cotgrpo.data.answers.units import parse_unit
 
 MOST_ITEMS = 30
 LONGEST_LIST = 500
@@ -35,12 +36,19 @@ LEFT_SIDE = re.compile(
 )
 WORDS_SIDE = re.compile(r"(?P<name>[A-Za-z][A-Za-z ]{1,40}|[^\W\d_]{1,12})\s*[=:]\s*(?P<right>.+)", re.DOTALL)
 SEPARATOR = re.compile(
-    r"\s*(?:[,;]\s*(?:\band\b|\bor\b|和|或)?|\band\b|\bor\b|和|或|与|以及|(?<=[0-9] )y(?= [-0-9])|\bund\b|\bet\b)\s*"
+    r"\s*(?:[,;]\s*(?:\band\b|\bor\b|和|或)?|\band\b|\bor\b|和|或|与|以及|\bи\b|\bund\b|\bet\b"
+    r"|(?<=[0-9] )y(?= [-0-9]))\s*"  # elsewhere y is a variable
 )
 RESIDUE = re.compile(
     r"(?:[a-z] ?(?:\\equiv|=) ?)?(?P<value>[^=\\]{1,40}?)"
     r" ?(?:\\pmod|\(?(?:\\b)?mod)(?![a-z]) ?\{?(?P<modulus>[0-9a-z]+)\}?\)?"
 )
+LAST_NAME = re.compile(r".*(?:\s|[^\x00-\x7f](?=[\x00-\x7f]))", re.DOTALL)
+"""Before the name itself: `so x`, `解得x`."""
+ONE_SIDED = re.compile(r"(?P<name>[a-z]) *(?P<sign>[<>]|\\[lg]e(?![a-z])) *(?P<bound>[^<>=,;]{1,40})")
+ONE_SIDED_REVERSED = re.compile(r"(?P<bound>[^<>=,;a-z]{1,40}?) *(?P<sign>[<>]|\\[lg]e(?![a-z])) *(?P<name>[a-z])")
+FORMULA_AND_UNIT = re.compile(r"(?P<formula>.{1,80}(?:\\pi|\}))(?<!\^) *(?P<unit>[^\\{}()=,;\s][^\\()=,;]{1,30})")
+"""`16\\pi cm^2`; a unit of one letter there would be a variable."""
 BETWEEN = re.compile(r"([^<>=,;]{1,40}?)(<|\\le(?![a-z])) *([a-z]) *(<|\\le(?![a-z]))([^<>=,;]{1,40})")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
@@ -82,6 +90,9 @@ def bare_match(left: str, right: str, depth: int) -> bool:
         verdict = compare(left, right, depth)
         if verdict is not None:
             return verdict
+    bare, other = without_unit(left), without_unit(right)
+    if (bare == left) != (other == right):
+        left, right = bare, other
     if compact(left) == compact(right):
         return True
     return may_be_formula(left) and may_be_formula(right) and has_symbols(left + right) and formulas_equal(left, right)
@@ -103,6 +114,13 @@ def bare_text(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def without_unit(text: str) -> str:
+    r"""Return `16\\pi cm^2` without its unit; other texts as they are."""
+    match = FORMULA_AND_UNIT.fullmatch(without_commands(text))
+    unit = parse_unit(match["unit"]) if match is not None else None
+    return match["formula"] if match is not None and unit is not None and unit.dimension else text
 
 
 def match_choices(left: str, right: str, depth: int) -> bool | None:
@@ -228,12 +246,26 @@ def split_items(text: str) -> tuple[str, list[str]]:
 
 
 def interval(text: str) -> str:
-    r"""Return `-1 < x \le 3` as (-1, 3], and \varnothing as \emptyset; other texts as they are."""
-    between = BETWEEN.fullmatch(text.replace("<=", r"\le ").replace("\\leq", "\\le"))
-    if between is None:
-        return text.replace(r"\varnothing", r"\emptyset")
-    left, right = "(" if between[2] == "<" else "[", ")" if between[4] == "<" else "]"
-    return f"{left}{between[1].strip()}, {between[5].strip()}{right}"
+    r"""Return `-1 < x \le 3` as (-1, 3] and `x > 2` as (2, \infty); other texts as they are."""
+    text = re.sub(r"\\([lg])eq(?![a-z])", r"\\\1e", text.replace("<=", r"\le ").replace(">=", r"\ge "))
+    parts = [one_interval(part) for part in re.split(r"\s*(?:\bor\b|或)\s*", without_commands(text))]
+    if None not in parts:
+        return r" \cup ".join(part for part in parts if part is not None)
+    return text.replace(r"\varnothing", r"\emptyset")
+
+
+def one_interval(text: str) -> str | None:
+    """Return an inequality of one letter as an interval; None for any other text."""
+    if (between := BETWEEN.fullmatch(text)) is not None:
+        left, right = "(" if between[2] == "<" else "[", ")" if between[4] == "<" else "]"
+        return f"{left}{between[1].strip()}, {between[5].strip()}{right}"
+    side = ONE_SIDED.fullmatch(text) or ONE_SIDED_REVERSED.fullmatch(text)
+    if side is None:
+        return None
+    closed, bound = side["sign"].startswith("\\"), side["bound"].strip()
+    if (side["sign"] in (">", r"\ge")) == (side.re is ONE_SIDED):
+        return rf"{'[' if closed else '('}{bound}, \infty)"
+    return rf"(-\infty, {bound}{']' if closed else ')'}"
 
 
 def closes_at_end(text: str) -> bool:
@@ -254,7 +286,7 @@ def match_equations(left: str, right: str, depth: int) -> bool | None:
     if sides[0] is None and sides[1] is None:
         return None
     if sides[0] is not None and sides[1] is not None:
-        names = [side[0].casefold().split()[-1] for side in sides if side is not None]
+        names = [LAST_NAME.sub("", side[0].casefold()) or side[0] for side in sides if side is not None]
         one, other = (bare_text(side[1]) for side in sides if side is not None)
         if names[0] == names[1] or min(map(len, names)) > 2:
             return bare_match(one, other, depth + 1)

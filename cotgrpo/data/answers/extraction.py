@@ -47,10 +47,13 @@ PHRASE = re.compile(
 )
 HEADING = re.compile(r"(?:^|\n)[#*_ \t]*[^\n]{0,20}$")
 CHOOSE_ZH = r"故选|应选|故答案选|(?<!不)选择?|選擇?|选项(?:是|为)?|正确的[是有为]"
-CHOOSE = rf"(?:{CHOOSE_ZH}|\b(?:[Oo]ption|[Cc]hoice)\b(?: is)?)\s*:?\s*"
+CHOOSE = rf"(?:{CHOOSE_ZH}|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Вв]ариант)\b(?: is)?)\s*:?\s*"
 LETTERS = r"(?:[A-J]{1,5}(?![A-Za-z])|[甲乙丙丁]|[①-⑩]{1,6})"
-IS_CORRECT = r"(?= is (?:the )?(?:correct|right)\b)"
-CHOSEN = re.compile(rf"{CHOOSE}(?P<letters>[(\[]?{LETTERS}[)\]]?)|(?P<correct>[(\[]?\b[A-J]\b[)\]]?){IS_CORRECT}")
+IS_CORRECT = r"(?= is (?:the )?(?:correct|right)\b|选?项?是?正确)"
+CHOSEN = re.compile(
+    rf"{CHOOSE}(?P<letters>[(\[]?{LETTERS}[)\]]?)|(?P<correct>[(\[]?(?<![A-Za-z])[A-J](?![A-Za-z])[)\]]?){IS_CORRECT}"
+    r"|(?:\b(?:Therefore|Thus|Hence|So),? |\b(?:[Ss]elect|[Cc]hoose|[Pp]ick) )(?P<last>[(\[]?[A-J][)\]]?)(?=\.?\s*$)"
+)
 """`故选A`, `Option (B)`, `C is correct`."""
 SENTENCE_END = re.compile(r"(?<![A-Z])(?<!Rs)(?<!approx)\.(?![0-9A-Za-z])|(?<=[A-Z])\.(?=\s|$)|[!?\n]")
 CLAUSE_END = re.compile(r"[,;]|\s[-—]\s|\s\(")
@@ -79,7 +82,8 @@ STOP = re.compile(
     re.IGNORECASE,
 )
 NOT = re.compile(
-    r"(?:\b(?:not|never|cannot|kein\w?|nicht|не|no es)|n't|不是|不等于|并非|ليس)(?: (?:be|equal(?: to)?))?[ *$\"']*$",
+    r"(?:\b(?:not|never|cannot|kein\w?|nicht|не|pas|non|não|no (?:es|son|hay))|n't|不是|不等于|并非|ليس|±|\\pm)"
+    r"(?: (?:be|equal(?: to)?))?[ *$\"']*$",
     re.IGNORECASE,
 )
 """Before a number that is not the answer."""
@@ -89,7 +93,17 @@ REASON = re.compile(
     r",? (?:since|because)\b(?=[^.=]*\.?\s*$)(?![^.]*\b(?:so|then|therefore|thus|has|have|left)\b)", re.IGNORECASE
 )
 """A reason at the end of the last sentence."""
+REASON_ZH = re.compile(r",\s*(?:比|其中|因为|由于)[^.\n]{1,60}\.?\s*$")
+NOTE = re.compile(r"\n[\s*_(>]*(?:Note|Check|Verification|注意?|验证|检验)[*_]*\s*:", re.IGNORECASE)
+TUPLE = re.compile(r"[(\[](?:[^()\[\]\n,]{1,30},){1,5}[^()\[\]\n,]{1,30}[)\]]")
+"""A point in a sentence: (4, 0)."""
 BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
+LIST_AT_END = re.compile(
+    rf"(?:\bare|[是为]) ?(?P<items>{SIGNED}(?:(?:, ?(?:and )?| and |和|、){SIGNED}){{1,9}})[ *]*\.?\s*$", re.IGNORECASE
+)
+"""`The numbers are 7 and 11.`"""
+SYMBOL_AFTER = re.compile(r" ?(?:π|√ ?[0-9]+|\\pi(?![a-z])|\\sqrt *(?:\{[^{}]{1,40}\}|[0-9]))")
+"""What makes a number the factor of another one: 16π."""
 BOLD_NAME = re.compile(r"(?:\b(?:is|are|was|be)|[是为])[ :]*\*\*([^*\n0-9:]{1,60})\*\*[^*0-9\n]{0,30}$")
 """A name at the end that is bold: `The winner is **Elizabeth**.`"""
 LEADING_AMOUNT = re.compile(rf"(?:{CURRENCY} ?)?{SIGNED}(?:{MULTIPLIER})?")
@@ -281,7 +295,7 @@ def phrases(text: str) -> Iterator[Found]:
     chosen = [(match.start(), match) for match in CHOSEN.finditer(text)]
     for _, match in sorted(places + chosen, key=lambda place: place[0]):
         if match.re is CHOSEN:
-            letters = match["letters"] or match["correct"]
+            letters = match["letters"] or match["correct"] or match["last"]
             yield Found(letters.strip("()[]"), match.start(), match.end(), "phrase")
             continue
         announced = bool(match["verb"] or match["mark"])
@@ -323,12 +337,15 @@ def first_sentence(text: str) -> str:
 def leading_answer(sentence: str) -> str:
     """Return the answer at the beginning of a sentence, without the reasons and remarks after it."""
     sentence = COPULA.sub("", sentence.strip().strip("*_").strip())
+    sentence = REASON_ZH.sub("", sentence)
     if (date := DATE_FIRST.match(sentence)) is not None:
         return date[0]
     math = re.match(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
     if math is not None and not re.match(r"\s*[0-9=+*/<>^-]", sentence[math.end() :]):
         return next(part for part in math.groups() if part is not None).strip().rstrip(".")
-    choice = re.match(r"[(\[]([A-J])[)\]]|([A-J])(?=[.):,]?\s*$|[.):,]\s|[^\x00-\x7f])", sentence)
+    choice = re.match(
+        r"[(\[]([A-J])[)\]]|([A-J])(?=\s+(?:because|since)\b|[.):,]?\s*$|[.):,]\s|[^\x00-\x7f])", sentence
+    )
     if choice is not None:
         return choice[1] or choice[2]
     items = leading_items(sentence)
@@ -389,7 +406,7 @@ def find_last_number(text: str) -> Found | None:
     if remark is not None:
         shorter = text[: max(len(text) - LONGEST_REMARK, 0) + remark.start()]
         text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
-    text = without_reason(text)
+    text = without_reason(without_note(text))
     bold = find_bold(text)
     if bold is not None:
         return bold
@@ -409,6 +426,13 @@ def find_last_number(text: str) -> Found | None:
         last = numbers.pop()
     if is_denied(text, last):
         return None
+    if (items := LIST_AT_END.search(text, max(len(text) - LONGEST_REMARK, 0))) is not None:
+        return Found(items["items"].strip(), items.start(), items.end(), "number")
+    for point in TUPLE.finditer(text, max(last.start() - LONGEST_REMARK, 0)):
+        if point.start() < last.start() < point.end() and not re.search(r"[^\W\d_]{3,} |=", point[0]):
+            return Found(point[0], point.start(), point.end(), "number")
+    if (symbol := SYMBOL_AFTER.match(text, last.end())) is not None:
+        return Found(last[0].strip() + symbol[0], last.start(), symbol.end(), "number")
     formulas = find_formulas(text, last)
     if formulas is not None:
         return formulas
@@ -418,10 +442,18 @@ def find_last_number(text: str) -> Found | None:
     return Found(with_unit if has_unit else last[0].strip(), last.start(), last.end() + LONGEST_UNIT, "number")
 
 
+def without_note(text: str) -> str:
+    """Return a text without a note in its last line, if a number stands before it."""
+    start = text.rstrip().rfind("\n")
+    if start < 0 or NOTE.match(text, start) is None:
+        return text
+    return text[:start] if NUMBER_IN_TEXT.search(text[max(start - LONGEST_SENTENCE, 0) : start]) is not None else text
+
+
 def without_reason(text: str) -> str:
     """Return a text without the reason at the end of its last sentence, if a number stands before it there."""
     start = max(len(text) - LONGEST_REMARK, 0)
-    reason = REASON.search(text, start)
+    reason = REASON.search(text, start) or REASON_ZH.search(text, start)
     if reason is None:
         return text
     sentence = SENTENCE_END.split(text[start : reason.start()])[-1]

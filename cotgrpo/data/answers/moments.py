@@ -30,6 +30,7 @@ CLOCK = re.compile(
     r"(?P<rest>(?: ?: ?[0-9]{2}){0,2})(?: ?(?P<half>a\.?m\.?|p\.?m\.?))?",
     re.IGNORECASE,
 )
+CHINESE_CLOCK = re.compile("([0-9]{1,2}) ?[点點时時] ?([0-9]{2}) ?分?$")
 AFTERNOON = ("p", "下", "晚", "午後", "오후")
 
 
@@ -58,7 +59,7 @@ def clock_time(text: str) -> tuple[int, str, str] | None:
         >>> clock_time("8:30 p.m."), clock_time("8:30"), clock_time("8 PM"), clock_time("8")
         ((20, ':30', 'pm'), (8, ':30', ''), (20, ':00', 'pm'), None)
     """
-    match = CLOCK.fullmatch(text)
+    match = CLOCK.fullmatch(CHINESE_CLOCK.sub(r"\1:\2", text))
     if match is None or not (match["rest"] or match["half"]):
         return None
     hour, half = int(match["hour"]), ""

@@ -18,7 +18,7 @@ MIXED = r"[0-9]++ [0-9]++/[0-9]++(?![0-9/])"
 NOT_BINARY = r"(?<![0-9A-Za-z_\u0370-\u03ff.)\]}%$])(?<![0-9][^\W\da-zA-Z])(?<![0-9][^\W\da-zA-Z]{2})"
 """Before a sign: a minus after a number, a Latin letter, a closing bracket or a number with a unit is a subtraction."""
 SIGNED = (
-    rf"(?:{NOT_BINARY}[-+]\$?|\$-|负|負|\bnegative )?"
+    rf"(?:{NOT_BINARY}[-+]\$?|\$-|负|負|零下|\bnegative )?"
     rf"(?:{MIXED}|(?<!/){UNSIGNED}/{UNSIGNED}(?!/)|{UNSIGNED})(?: ?\\?%)?"
 )
 """Also `3/4` and `1 3/4`. A minus between two terms is not a sign: `5-3` ends in 3, `= -3` and `-$3` in -3."""
@@ -55,7 +55,7 @@ REPEATING = re.compile(
     r"(?P<sign>-)?(?P<whole>[0-9]{1,9})\.(?P<once>[0-9]{0,20})\\(?:overline|bar|dot) ?\{?(?P<again>[0-9]{1,20})\}?"
 )
 """`0.1\\overline{6}`, which is 1/6."""
-MINUS_WORD = re.compile(r"^(?:minus|negative|负|負|マイナス|минус|menos|moins) ?(?=[0-9.])", re.IGNORECASE)
+MINUS_WORD = re.compile(r"^(?:minus|negative|负|負|零下|マイナス|минус|menos|moins) ?(?=[0-9.])", re.IGNORECASE)
 OTHER_GROUPS = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<spaces>[0-9]{1,3}(?: [0-9]{3}){1,9})"
     r"|(?P<dots>[0-9]{1,3}(?:(?:\.[0-9]{3}){2,9}|\.[0-9]{3}(?=,)))"
@@ -142,6 +142,8 @@ def other_numbers(text: str) -> tuple[Fraction, ...]:
         once, again = repeating["whole"] + repeating["once"], repeating["again"]
         value = Fraction(int(once + again) - int(once), 10 ** len(repeating["once"]) * (10 ** len(again) - 1))
         return (-value if repeating["sign"] else value,)
+    if (share := re.fullmatch("([0-9]{1,9}) out of ([1-9][0-9]{0,9})", text)) is not None:
+        return (Fraction(int(share[1]), int(share[2])),)
     if (percent := PERCENT_ZH.fullmatch(text)) is not None:
         return tuple(part for value in numbers(percent[1])[:1] for part in (value, value / 100))
     if (fraction := FRACTION_ZH.fullmatch(text)) is not None:

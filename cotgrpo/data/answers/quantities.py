@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from cotgrpo.data.answers.numerals import (
     LONGEST_NUMBER,
+    MINUS_WORD,
     MULTIPLIER,
     NUMERAL_ZH,
     UNSIGNED,
@@ -19,7 +20,8 @@ from cotgrpo.data.answers.units import Unit, known_units, parse_unit, units_agre
 
 CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|RMB|CNY|JPY|INR|Rs\.?)"
 PREFIX = re.compile(
-    r"(?:\\approx|\\simeq|\\sim|~|=|:|≃|≅|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only)\b"
+    r"(?:→|⇒|=>|->|\\approx|\\simeq|\\sim|~|=|:|≃|≅"
+    r"|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only)\b"
     r"|equals?\b|(?:大约|大概|约|約)(?:是|为|等于)?|共|一共|等于|是|为|около|примерно|etwa)\s*",
     re.IGNORECASE,
 )
@@ -47,7 +49,7 @@ COPULA = re.compile(r" ?(?:입니다|이에요|예요|이다|です|である|�
 """What ends a sentence in languages with the verb last."""
 RATIO = re.compile(r"[0-9.]{1,12}(?: ?(?::|\bto\b|比) ?[0-9.]{1,12}){1,5}")
 BASES = {word: str(value) for word, value in WORDS.items() if 2 <= value <= 16}
-BASE = re.compile(rf"(?P<digits>[0-9A-F]+)_\{{?(?P<base>[0-9]{{1,2}}|{'|'.join(BASES)})\}}?")
+BASE = re.compile(rf"\(?(?P<digits>[0-9A-F]+)\)?_\{{?(?P<base>[0-9]{{1,2}}|{'|'.join(BASES)})\}}?")
 PERCENT = re.compile(r" ?(?:percent(?:age)?(?: points?)?|per cent|pct\.?|процент(?:ов|а)?|por ciento|Prozent)$")
 PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([^\W\d_]{1,12})\.?,?\s*(?:and\b\s*|零)?")
 CHINESE_MINUTES = {
@@ -104,6 +106,7 @@ def parse_quantity(text: str) -> Quantity | None:
     text = without_commands(text)
     prefix = PREFIX.match(text)
     text = text[prefix.end() :].strip() if prefix is not None else text
+    text = MINUS_WORD.sub("-", text)
     text = HALF_MORE.sub("点五", PARENTHESIZED_UNIT.sub(r"\1", PERCENT.sub("%", text)))
     found = numbers(text)
     if found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cotgrpo.data.answers.characters import same_length
-from cotgrpo.data.answers.extraction import PHRASE, SENTENCE_END, Found, find_answer
+from cotgrpo.data.answers.extraction import PHRASE, SENTENCE_END, Found, find_answer, without_note
 from cotgrpo.data.answers.numerals import NUMBER_IN_TEXT, WORDS_IN_TEXT
 from cotgrpo.data.answers.thoughts import split_thought
 
@@ -80,7 +80,7 @@ def gold_answer(text: str) -> str | None:
         return found.answer
     if not is_prose(reply.text):
         return reply.text or None
-    sentences = [part for part in SENTENCE_END.split(same_length(reply.text)) if part.strip()]
+    sentences = [part for part in SENTENCE_END.split(without_note(same_length(reply.text))) if re.search(r"\w", part)]
     last = sentences[-1] if sentences else ""
     has_number = NUMBER_IN_TEXT.search(last) is not None or WORDS_IN_TEXT.search(last) is not None
     return found.answer if found is not None and has_number else None

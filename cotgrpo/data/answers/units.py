@@ -40,6 +40,7 @@ money:pound 1/100 pence
 money:pound 1 £ GBP 英镑
 money:yuan 1/10 角 毛
 money:yuan 1 yuan 元 块 块钱 元钱 RMB CNY 人民币 圆
+money:yuan-or-yen 1 ¥
 money:yen 1 yen JPY 円 日元
 money:rupee 1 rupee ₹ INR Rs
 money:rouble 1 рублей рубль рубля руб ₽ RUB rouble ruble
@@ -195,6 +196,8 @@ def units_agree(left: Unit, right: Unit) -> bool:
             left.dimension,
             right.dimension,
         )
+    if "money:yuan-or-yen" in (left.dimension, right.dimension):
+        return {left.dimension, right.dimension} <= {"money:yuan-or-yen", "money:yuan", "money:yen"}
     if "pound" in (left.name, right.name):  # of money, or of weight
         return {left.dimension, right.dimension} <= {"", "mass", "money:pound"} and {left.name, right.name} <= {
             *("", "pound", "lb"),
