@@ -25,6 +25,9 @@ It has no digits, so it never becomes part of an answer. A U+FFFD that a text ho
 ONE_BYTE = re.compile("<0x([0-9A-F]{2})>")
 """The token of a single byte in a vocabulary with byte fallback."""
 
+LONG_WORD = re.compile(r"[^\W\d_]{1000}|(?:[^\w\s]|_){1000}")
+"""The start of a word, as the tokenizer cuts texts before it merges, that is too long to learn from."""
+
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 """Further special tokens of a tokenizer that is trained for chats: each starts a turn, and "<eos>" ends it."""
@@ -37,6 +40,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 """The chat template of a tokenizer that is trained for chats."""
+
+
+def cut_long_words(text: str) -> str:
+    """Return the text with a blank after every 1,000 letters, or other marks, in a row.
+
+    The trainer's time grows with the square of a word's length: a megabyte of Base64 or of one letter takes hours.
+    """
+    return LONG_WORD.sub(r"\g<0> ", text)
 
 
 def train_tokenizer(
@@ -74,7 +85,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(map(cut_long_words, texts), trainer)
     return transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

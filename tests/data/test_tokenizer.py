@@ -17,6 +17,7 @@ from cotgrpo.data.tokenizer import (
     SPECIAL_TOKENS,
     UNDECODABLE,
     Piece,
+    cut_long_words,
     decode_text,
     joined_pieces,
     train_tokenizer,
@@ -153,6 +154,18 @@ def test_tokens_of_one_character_are_joined_and_no_others(text: str, sizes: list
     pieces = joined_pieces(tokenizer, tokenizer.encode(text))
     assert [piece.end - piece.start for piece in pieces] == sizes
     assert "".join(piece.text for piece in pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [("x" * 2500, 1000), ("答" * 2500, 1000), ("=-_" * 1500, 1000), ("word " * 900, 4), ("é" * 999, 999)],
+)
+def test_long_words_are_cut_before_a_tokenizer_is_trained(text: str, longest: int) -> None:
+    cut = cut_long_words(text)
+    assert cut.replace(" ", "") == text.replace(" ", "") and max(map(len, cut.split())) == longest
+    assert (cut == text) == (len(text) < 1000 or " " in text)
+    made = train_tokenizer([text], vocab_size=300)
+    assert made.decode(made.encode(text)) == text
 
 
 def test_a_word_keeps_its_space() -> None:
