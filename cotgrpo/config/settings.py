@@ -107,8 +107,9 @@ class DataConfig:
             else the answer alone.
         system: chat: system message before each question whose row has none; empty: that of the chat template.
         loss_on: supervised tokens: the whole sequence, or what follows the question.
-        turns: chat: replies that loss_on completion supervises in a chat of several turns: the last, or all. A chat
-            becomes several sequences if the template renders an earlier turn in another way later on.
+        turns: chat: replies that loss_on completion supervises in a chat of several turns: the last, or all. A greeting
+            before the first question is never one of them, nor an earlier message with weight: 0. A chat becomes
+            several sequences if the template renders an earlier turn in another way later on.
         seq_len: positions of a packed row.
         packing: pack several documents into a row.
         too_long: what to do with a document that does not fit. A held-out question counts for exact match if its prompt
