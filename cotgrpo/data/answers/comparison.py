@@ -14,7 +14,7 @@ from cotgrpo.data.answers.quantities import (
     ratio,
     without_commands,
 )
-from cotgrpo.data.answers.units import parse_unit
+from cotgrpo.data.answers.units import Unit, parse_unit
 
 MOST_ITEMS = 30
 LONGEST_LIST = 500
@@ -47,7 +47,7 @@ LAST_NAME = re.compile(r".*(?:\s|[^\x00-\x7f](?=[\x00-\x7f]))", re.DOTALL)
 """Before the name itself: `so x`, `解得x`."""
 ONE_SIDED = re.compile(r"(?P<name>[a-z]) *(?P<sign>[<>]|\\[lg]e(?![a-z])) *(?P<bound>[^<>=,;]{1,40})")
 ONE_SIDED_REVERSED = re.compile(r"(?P<bound>[^<>=,;a-z]{1,40}?) *(?P<sign>[<>]|\\[lg]e(?![a-z])) *(?P<name>[a-z])")
-FORMULA_AND_UNIT = re.compile(r"(?P<formula>.{1,80}(?:\\pi|\}))(?<!\^) *(?P<unit>[^\\{}()=,;\s][^\\()=,;]{1,30})")
+FORMULA_AND_UNIT = re.compile(r"(?P<formula>.{1,80}(?:\\pi|\}))(?<!\^) *(?P<unit>[^\\{}()=,;\s][^\\()=,;]{0,30})")
 """`16\\pi cm^2`; a unit of one letter there would be a variable."""
 BETWEEN = re.compile(r"([^<>=,;]{1,40}?)(<|\\le(?![a-z])) *([a-z]) *(<|\\le(?![a-z]))([^<>=,;]{1,40})")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -90,8 +90,11 @@ def bare_match(left: str, right: str, depth: int) -> bool:
         verdict = compare(left, right, depth)
         if verdict is not None:
             return verdict
-    bare, other = without_unit(left), without_unit(right)
-    if (bare == left) != (other == right):
+    (bare, unit), (other, other_unit) = formula_and_unit(left), formula_and_unit(right)
+    if unit is not None and other_unit is not None and unit != other_unit:
+        return False
+    both = unit is not None and other_unit is not None
+    if both or max(len(left) - len(bare), len(right) - len(other)) > 2:  # one letter on one side may be a variable
         left, right = bare, other
     if compact(left) == compact(right):
         return True
@@ -116,11 +119,11 @@ def bare_text(text: str) -> str:
     return text
 
 
-def without_unit(text: str) -> str:
-    r"""Return `16\\pi cm^2` without its unit; other texts as they are."""
+def formula_and_unit(text: str) -> tuple[str, Unit | None]:
+    r"""Return `16\\pi cm^2` as the formula and its unit; other texts as they are, and None."""
     match = FORMULA_AND_UNIT.fullmatch(without_commands(text))
     unit = parse_unit(match["unit"]) if match is not None else None
-    return match["formula"] if match is not None and unit is not None and unit.dimension else text
+    return (match["formula"], unit) if match is not None and unit is not None and unit.dimension else (text, None)
 
 
 def match_choices(left: str, right: str, depth: int) -> bool | None:
@@ -180,8 +183,10 @@ def match_residues(left: str, right: str, depth: int) -> bool | None:
 
 
 def decimal_comma(text: str) -> str:
-    """Return `3,5` as 3.5, as most of Europe writes it; other texts as they are."""
-    return re.sub(r"^([-+]?[0-9]+),([0-9]{1,9})(?![0-9,])", r"\1.\2", text)
+    """Return `3,5` as 3.5, as most of Europe writes it; other texts as they are. `1,001` groups thousands."""
+    return re.sub(
+        r"^([-+]?(?:0(?=,)|[0-9]+(?=,(?![0-9]{3}(?![0-9])))|[0-9]{4,})),([0-9]{1,9})(?![0-9,])", r"\1.\2", text
+    )
 
 
 def match_lists(left: str, right: str, depth: int) -> bool | None:
