@@ -401,18 +401,11 @@ def quantity_at(text: str) -> str:
 
 
 def find_last_number(text: str) -> Found | None:
-    """Find the last number, outside a remark in parentheses at the end; without digits, the last number in words."""
-    remark = REMARK.search(text[-LONGEST_REMARK:])
-    if remark is not None:
-        shorter = text[: max(len(text) - LONGEST_REMARK, 0) + remark.start()]
-        text = shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
-    text = without_reason(without_note(text))
+    """Find a bold answer in the last line, else the last number, else the last number in words."""
+    text = without_reason(without_note(without_remark(text)))
     bold = find_bold(text)
     if bold is not None:
         return bold
-    name = BOLD_NAME.search(text, text.rstrip().rfind("\n") + 1)
-    if name is not None:
-        return Found(name[1].strip(), name.start(), name.end(), "phrase")
     numbers = collections.deque(TIME_OR_NUMBER.finditer(text), MOST_SKIPPED)
     if not numbers:
         words = collections.deque(WORDS_IN_TEXT.finditer(text), 1)
@@ -424,22 +417,37 @@ def find_last_number(text: str) -> Found | None:
         if not numbers:
             return None
         last = numbers.pop()
-    if is_denied(text, last):
-        return None
-    if (items := LIST_AT_END.search(text, max(len(text) - LONGEST_REMARK, 0))) is not None:
+    return None if is_denied(text, last) else find_around(text, last)
+
+
+def find_around(text: str, number: re.Match[str]) -> Found:
+    """Find the list, point or formula that a number is a part of; else the number and its unit."""
+    start = max(number.start() - LONGEST_REMARK, 0)
+    items = LIST_AT_END.search(text, max(len(text) - LONGEST_REMARK, 0))
+    if items is not None:
         return Found(items["items"].strip(), items.start(), items.end(), "number")
-    for point in TUPLE.finditer(text, max(last.start() - LONGEST_REMARK, 0)):
-        if point.start() < last.start() < point.end() and not re.search(r"[^\W\d_]{3,} |=", point[0]):
+    for point in TUPLE.finditer(text, start):
+        if point.start() < number.start() < point.end() and not re.search(r"[^\W\d_]{3,} |=", point[0]):
             return Found(point[0], point.start(), point.end(), "number")
-    if (symbol := SYMBOL_AFTER.match(text, last.end())) is not None:
-        return Found(last[0].strip() + symbol[0], last.start(), symbol.end(), "number")
-    formulas = find_formulas(text, last)
+    symbol = SYMBOL_AFTER.match(text, number.end())
+    if symbol is not None:
+        return Found(number[0].strip() + symbol[0], number.start(), symbol.end(), "number")
+    formulas = find_formulas(text, number)
     if formulas is not None:
         return formulas
-    with_unit = quantity_at(text[last.start() : last.end() + LONGEST_UNIT])
+    with_unit = quantity_at(text[number.start() : number.end() + LONGEST_UNIT])
     quantity = parse_quantity(with_unit)
     has_unit = quantity is not None and quantity.unit is not None and quantity.unit.dimension != ""
-    return Found(with_unit if has_unit else last[0].strip(), last.start(), last.end() + LONGEST_UNIT, "number")
+    return Found(with_unit if has_unit else number[0].strip(), number.start(), number.end() + LONGEST_UNIT, "number")
+
+
+def without_remark(text: str) -> str:
+    """Return a text without the remark in parentheses at its end, if a number stands before it."""
+    remark = REMARK.search(text[-LONGEST_REMARK:])
+    if remark is None:
+        return text
+    shorter = text[: max(len(text) - LONGEST_REMARK, 0) + remark.start()]
+    return shorter if NUMBER_IN_TEXT.search(shorter[-LONGEST_SENTENCE:]) else text
 
 
 def without_note(text: str) -> str:
@@ -472,12 +480,13 @@ def is_denied(text: str, number: re.Match[str]) -> bool:
 
 
 def find_bold(text: str) -> Found | None:
-    """Find the only bold quantity of the last line, if nothing is worked out after it."""
+    """Find the only bold quantity of the last line, if nothing is worked out after it; else a bold name at its end."""
     start = text.rstrip().rfind("\n") + 1
     bold = [match for match in BOLD.finditer(text, start) if parse_quantity(match[1].strip(" .:$")) is not None]
-    if len(bold) != 1 or WORKED_OUT.search(text, bold[0].end()) is not None or NOT.search(before(text, bold[0])):
-        return None
-    return Found(bold[0][1].strip(), bold[0].start(), bold[0].end(), "number")
+    if len(bold) == 1 and WORKED_OUT.search(text, bold[0].end()) is None and not NOT.search(before(text, bold[0])):
+        return Found(bold[0][1].strip(), bold[0].start(), bold[0].end(), "number")
+    name = BOLD_NAME.search(text, start)
+    return None if name is None else Found(name[1].strip(), name.start(), name.end(), "phrase")
 
 
 def find_formulas(text: str, number: re.Match[str]) -> Found | None:
