@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from cotgrpo.data.answers import split_thought
+from cotgrpo.data.answers import split_reply, split_thought
 from cotgrpo.data.answers.thoughts import MARKS
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.sources import DataError
@@ -255,8 +255,19 @@ class TurnRenderer(ChatRenderer):
         return dict(self.message_format.message(triple.rationale, triple.answer, as_field=self.reads_field))
 
     def split(self, reply: str, *, cut_off: bool = False) -> tuple[str, str | None]:
-        """Split a generated reply into rationale and answer, as `ReplyFormat.split` does."""
-        return self.reply_format.split(reply.strip().removeprefix(self.lead) if self.lead else reply, cut_off=cut_off)
+        """Split a generated reply into rationale and answer, as `ReplyFormat.split` does.
+
+        A finished reply without the closing mark of a thought is split as any other, unless the prompt opens a thought.
+        """
+        reply = reply.strip().removeprefix(self.lead) if self.lead else reply
+        if self.thinking and not cut_off and self.marks[1] not in reply and not self.opens_thought:
+            return split_reply(reply)
+        return self.reply_format.split(reply, cut_off=cut_off)
+
+    @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether the prompt opens the thought, so that a reply without its closing mark is all thought."""
+        return self.prompt_text(PROBE.question).rstrip().endswith(self.marks[0])
 
     def prompt_text(self, question: str, system: str = "") -> str:
         """Return the chat up to the start of the reply."""

@@ -113,11 +113,11 @@ def test_right_answers_of_other_questions_do_not_match() -> None:
 
 
 @functools.cache
-def templates() -> tuple[AnyTemplate, AnyTemplate]:
-    """A plain template and a chat template of one tokenizer of bytes."""
+def templates() -> tuple[AnyTemplate, AnyTemplate, AnyTemplate]:
+    """A plain template and two chat templates, without and with a thought, of one tokenizer of bytes."""
     tokenizer = train_tokenizer([], vocab_size=260)
     tokenizer.chat_template = CHAT
-    return Template(tokenizer), ChatTemplate(tokenizer)
+    return Template(tokenizer), ChatTemplate(tokenizer), ChatTemplate(tokenizer, "think")
 
 
 def evaluated(template: AnyTemplate, text: str, gold: str) -> bool:
@@ -148,7 +148,7 @@ def left_out_of_editing(path: Path, text: str, gold: str) -> bool:
 
 def test_one_verdict_in_every_command(tmp_path: Path) -> None:
     """Evaluation, rewards, generation, training rows, self-replies and `gold` agree on every pair."""
-    plain, chat = templates()
+    plain, chat, think = templates()
     differing = []
     for gold, reply, _ in SOME_PAIRS:
         text = STEPS + reply
@@ -156,6 +156,9 @@ def test_one_verdict_in_every_command(tmp_path: Path) -> None:
         found = {
             "eval, plain": evaluated(plain, f"{STEPS}<sep>{reply}", gold) == grade(reply, gold).correct,
             "eval, chat": evaluated(chat, text, gold) == right,
+            "eval, thought": evaluated(think, text, gold) == right,
+            "eval, after a thought": evaluated(think, f"<think>It may be 77.</think>{text}", gold) == right
+            or split_thought(text).marked,
             "generate": Judge()(Question("q", gold), TeacherReply(text, finish_reason="stop")).accepted == right,
             "sft": trained_on(text, gold) == right,
             "gold": left_out_of_editing(tmp_path / "edit.jsonl", text, gold) == right,
