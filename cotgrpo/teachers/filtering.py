@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,9 @@ from typing import Any, TypeVar
 
 from cotgrpo.data import answers
 from cotgrpo.data.answers import answers_match, begins_with_number, grade, split_reply, split_thought
+from cotgrpo.data.layouts.own import load_function
 from cotgrpo.data.questions import Question
 from cotgrpo.data.rows import squeeze
-from cotgrpo.data.sources import DataError
 from cotgrpo.teachers.completions import TeacherReply, ending
 from cotgrpo.teachers.decontamination import TestQuestions, ngrams, words
 
@@ -212,19 +211,7 @@ def load_check(name: str) -> Check:
     Raises:
         DataError: the module or the function is missing, or it is not a function.
     """
-    module, _, function = name.partition(":")
-    try:
-        found: object = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"verify.check: {name} cannot be loaded ({error}). Expected a module that Python finds from here, and a "
-            "function in it."
-        ) from error
-    if not callable(found):
-        raise DataError(f"verify.check: {name} must be a function, got a {type(found).__name__}.")
-    return found
+    return load_function(name, "verify.check")
 
 
 def majority(candidates: Sequence[Candidate]) -> list[Candidate]:

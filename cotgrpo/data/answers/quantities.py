@@ -22,7 +22,7 @@ CURRENCY = r"(?:US\$|HK\$|R\$|A\$|C\$|[$€£¥₹₽₩₺₫฿]|USD|EUR|GBP|R
 PREFIX = re.compile(
     r"(?:→|⇒|=>|->|\\approx|\\simeq|\\sim|~|=|:|≃|≅"
     r"|(?:is )?(?:about|approximately|approx\.?|around|roughly|exactly|only)\b"
-    r"|equals?\b|(?:大约|大概|约|約)(?:是|为|等于)?|共|一共|等于|是|为|около|примерно|etwa)\s*",
+    r"|equals?\b|(?:大约|大概|约|約)(?:是|为|等于)?|(?:共计|总计|合计|一共|总共|共)(?:是|为|有)?|等于|是|为|около|примерно|etwa)\s*",
     re.IGNORECASE,
 )
 CURRENCY_FIRST = re.compile(rf"(?P<sign>[-+]?)\s*(?P<unit>\\?{CURRENCY})\s*(?P<rest>[-+]?[0-9.].*)", re.DOTALL)

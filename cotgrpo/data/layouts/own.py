@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cotgrpo.data.layouts.columns import OWN_NAMES, dig, map_columns
 from cotgrpo.data.sources import DataError
@@ -35,7 +36,7 @@ def row_function_problem(name: str) -> str:
     return ""
 
 
-def load_function(name: str, setting: str) -> RowFunction:
+def load_function(name: str, setting: str) -> Callable[..., Any]:
     """Import the function "package.module:function"; modules of the working directory count.
 
     Raises:
