@@ -704,7 +704,10 @@ eval: {{rows: 8, batch_size: 8, max_new_tokens: 4}}
         encoding="utf-8",
     )
     options = ["--config", str(tmp_path / "c.yaml"), "--data.format", "chat"]
-    assert main(["sft", *options, "--run_dir", str(tmp_path / "none")]) == 2
+    plain = train_tokenizer([], vocab_size=260)
+    plain.save_pretrained(tmp_path / "plain")
+    without = ["--tokenizer.path", str(tmp_path / "plain"), "--run_dir", str(tmp_path / "none")]
+    assert main(["sft", *options, *without]) == 2
     assert "has no chat template" in capsys.readouterr().err
     options += ["--tokenizer.path", str(tmp_path / "tokenizer")]
     assert main(["sft", *options]) == 0
