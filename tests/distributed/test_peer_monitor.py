@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import selectors
 import socket
 import threading
 import time
@@ -41,11 +40,11 @@ def monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[PeerMonitor, int]
     monkeypatch.setattr(peer_monitor, "HELLO_SECONDS", 0.5)
     made = PeerMonitor.__new__(PeerMonitor)
     made.id, made.count, made.names, made.peers, made.gone, made.leaving = 0, 3, {0: "here"}, {}, set(), False
-    ended: list[int] = []
-    monkeypatch.setattr(PeerMonitor, "end", lambda self, who, because: ended.append(who))
-    with socket.create_server(("localhost", 0)) as listener, selectors.DefaultSelector():
+    monkeypatch.setattr(made, "end", lambda who, because: None)
+    with socket.create_server(("localhost", 0)) as listener:
         threading.Thread(target=made.watch_others, args=(listener, TOKEN), daemon=True).start()
         yield made, int(listener.getsockname()[1])
+        made.leaving = True  # what the thread reads from here on ends nothing
         for connection in made.peers.values():
             connection.close()
 
