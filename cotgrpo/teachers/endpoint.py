@@ -172,10 +172,6 @@ class EndpointSettings:
             raise ValueError(f"extra_body must be a JSON object, got {type(fields).__name__}.")
         return fields
 
-    def request_fields(self) -> dict[str, Any]:
-        """Return the body fields of each request in its first form, besides model and messages."""
-        return self.fields_of(self.first_form())
-
     @property
     def longest_reply(self) -> int:
         """The longest reply in tokens, as `extra_body` may overwrite it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -118,6 +119,8 @@ MOST_SKIPPED = 4
 LONGEST_SENTENCE = 2000
 LONGEST_UNIT = 40
 LONGEST_REMARK = LONGEST_MATH = 200
+REMEMBERED = 8
+"""Texts whose answer is kept: reading a row, or grading a reply, asks for it several times."""
 SHORT_ANSWER_WORDS = 6
 
 
@@ -175,6 +178,7 @@ def extract_answer(text: str) -> str | None:
     return None if found is None else found.answer
 
 
+@functools.lru_cache(REMEMBERED)
 def find_answer(text: str) -> Found | None:
     """Return the final answer in a text without a thought; the rules are those of `extract_answer`."""
     plain = same_length(text)

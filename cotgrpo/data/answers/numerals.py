@@ -7,7 +7,6 @@ from fractions import Fraction
 
 LONGEST_NUMBER = 1000
 """Characters. A student in a loop writes endless numbers, and Python parses them in quadratic time."""
-LARGEST_EXPONENT = 999
 
 UNSIGNED = (
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9])\.[0-9]++)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from cotgrpo.data.answers.characters import same_length
@@ -15,6 +16,8 @@ MOST_WORDS, MOST_IDEOGRAPHS = 12, 30
 """A longer text without a mark of its answer is prose."""
 MOST_MARK_WORDS = 6
 """Words before the answer in a line that says nothing else: `So, the final answer is`."""
+REMEMBERED_GOLDS = 1024
+"""Right answers that are kept: several replies to a question are graded by one."""
 IDEOGRAPH = re.compile("[\u2e80-\u9fff\u3040-\u30ff\uac00-\ud7af]")
 
 
@@ -60,6 +63,7 @@ def is_bare_line(line: str, found: Found) -> bool:
     return announced and not re.search(r"\w", after) and not re.search("[0-9]", before)
 
 
+@functools.lru_cache(REMEMBERED_GOLDS)
 def gold_answer(text: str) -> str | None:
     """Return the final answer in a right answer that may be a whole solution; None for prose without an answer.
 

@@ -12,9 +12,6 @@ from typing import Any
 from cotgrpo.data.layouts.columns import OWN_NAMES, dig, map_columns
 from cotgrpo.data.sources import DataError
 
-RowFunction = Callable[[dict[str, object]], object]
-"""Takes a row as it was read and returns a row of a known layout, or None to leave it out."""
-
 
 def columns_problem(columns: Mapping[str, str]) -> str:
     """Return what is wrong with the setting `columns`; empty if nothing is."""

@@ -251,12 +251,12 @@ NASTY = {
 def test_long_replies_are_fast(kind: str) -> None:
     text = NASTY[kind]
     extract_answer("7"), answers_match("x^2", "x+1")  # what is loaded once
-    start = time.process_time()
+    start = time.perf_counter()
     answer = extract_answer(text)
     answers_match(answer, "42")
     answers_match(text, "42")
     answers_match(text, text[:-1])
-    assert time.process_time() - start < 2  # 0.2 s at most on an idle core
+    assert time.perf_counter() - start < 2  # 0.2 s at most on an idle core
 
 
 @pytest.mark.parametrize(("predicted", "gold"), FORMULAS)
