@@ -30,6 +30,7 @@ class ModelFolder:
         hf_config: config.json.
         generation_config: generation_config.json, or None.
         hub_id: the hub id, or None for a local folder.
+        revision: the commit of a hub id, or None.
     """
 
     config: DecoderConfig
@@ -37,6 +38,7 @@ class ModelFolder:
     hf_config: HfConfig
     generation_config: HfConfig | None = None
     hub_id: str | None = None
+    revision: str | None = None
 
     def vocab_size(self, vocabulary: Mapping[str, int], path: str | Path) -> int:
         """Return the number of ids that a tokenizer's vocabulary uses. The embedding may have more rows.
@@ -75,22 +77,27 @@ class ModelFolder:
 def open_folder(folder_or_id: str | Path) -> ModelFolder:
     """Read the JSON files of a local folder or of a hub id.
 
+    Args:
+        folder_or_id: a local folder, `owner/name`, or `owner/name@revision` with a branch, tag or commit.
+
     Raises:
         ModelError: the folder or its config is missing or unsupported.
     """
     folder = local_folder(folder_or_id)
+    hub_id = None if Path(folder_or_id).is_dir() else split_revision(str(folder_or_id))[0]
     hf = read_json_object(folder / "config.json")
     return ModelFolder(
         config=decoder_config(hf),
         folder=folder,
         hf_config=hf,
         generation_config=read_json_object(p) if (p := folder / "generation_config.json").is_file() else None,
-        hub_id=None if Path(folder_or_id).is_dir() else str(folder_or_id),
+        hub_id=hub_id,
+        revision=None if hub_id is None else folder.name,  # the hub's cache names a snapshot by its commit
     )
 
 
 def local_folder(folder_or_id: str | Path) -> Path:
-    """Return the folder itself, or the snapshot of a hub id.
+    """Return the folder itself, or the snapshot of a hub id. Its name is the commit.
 
     A snapshot that is not in the cache is downloaded: safetensors, JSON files and templates only.
 
@@ -99,14 +106,17 @@ def local_folder(folder_or_id: str | Path) -> Path:
     """
     if Path(folder_or_id).is_dir():
         return Path(folder_or_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
-        raise ModelError(f"No folder {folder_or_id}: expected a model folder, or a hub id such as owner/name.")
+    name, revision = split_revision(str(folder_or_id))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(
+            f"No folder {folder_or_id}: expected a model folder, or a hub id such as owner/name or owner/name@revision."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         # Subfolders hold other formats, and consolidated* a second copy of Mistral's weights.
         found = snapshot_download(
-            str(folder_or_id), allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
+            name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
         )
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -114,6 +124,12 @@ def local_folder(folder_or_id: str | Path) -> Path:
             f"({type(error).__name__}: {error})."
         ) from error
     return Path(found)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return the hub id and the revision of `owner/name@revision`. Without a revision, or for a path: None."""
+    hub_id, at, revision = name.partition("@")
+    return (name, None) if not (at and revision) or Path(name).exists() else (hub_id, revision)
 
 
 def read_json_object(path: Path) -> Mapping[str, Any]:

@@ -96,21 +96,39 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def read_index(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a sharded checkpoint by name."""
-    try:
-        shard_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} is corrupt: expected JSON with a weight_map ({type(error).__name__}: {error})."
-        ) from error
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted({str(name) for name in shard_of.values()}):
-        if Path(shard).name != shard or not (path.parent / shard).is_file():
-            raise ModelError(f"{path.name} names the shard {shard!r}, but {path.parent} has no such file.")
-        shards[shard] = list_tensors(path.parent / shard)
+    shard_of = read_weight_map(path)
+    shards = {shard: list_tensors(path.parent / shard) for shard in sorted(set(shard_of.values()))}
     for name, shard in shard_of.items():
         if name not in shards[shard]:
             raise ModelError(f"{path.name} lists {name} in {shard}, but that file does not have it.")
     return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return {name of a tensor: its shard} of an index. Every shard exists."""
+    try:
+        shard_of = {str(k): str(v) for k, v in dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"]).items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is corrupt: expected JSON with a weight_map ({type(error).__name__}: {error})."
+        ) from error
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or not (path.parent / shard).is_file():
+            raise ModelError(f"{path.name} names the shard {shard!r}, but {path.parent} has no such file.")
+    return shard_of
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint folder that `find_tensors` reads, maybe none.
+
+    Raises:
+        ModelError: an index is corrupt, or names a file that does not exist.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return [folder / shard for shard in sorted(set(read_weight_map(folder / INDEX_FILE).values()))]
+    return []
 
 
 @dataclasses.dataclass(frozen=True)

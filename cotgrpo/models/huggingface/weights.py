@@ -26,6 +26,7 @@ from cotgrpo.models.huggingface.config import config_json, differences
 from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
 from cotgrpo.models.huggingface.folder import ModelFolder, new_folder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
+from cotgrpo.models.huggingface.pinned import TOKENIZER_FILES
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
@@ -39,17 +40,6 @@ if TYPE_CHECKING:
 TreePath = tuple[str, ...]
 """Path of a leaf in the parameter tree."""
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors of older checkpoints that follow from the config."""
 
@@ -103,6 +93,7 @@ def load_pretrained(
         hf_config=found.hf_config,
         generation_config=found.generation_config,
         hub_id=found.hub_id,
+        revision=found.revision,
     )
 
 
