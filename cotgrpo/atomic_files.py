@@ -6,9 +6,12 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from cotgrpo.disk_errors import explain_disk_errors
 
 
 @contextlib.contextmanager
@@ -16,17 +19,46 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` when the block ends. After an error `path` is unchanged.
 
     The file and its new name are on disk when the block has ended.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written for another reason of the disk.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync(path.parent)
+    with explain_disk_errors(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, which must be missing or empty, when the block ends.
+
+    After an error `folder` is unchanged, and the temporary folder is gone. The files are on disk when the block has
+    ended.
+
+    Raises:
+        CheckpointError: as `whole_file` does.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    with explain_disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            os.replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:
@@ -55,9 +87,16 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8. Raises OSError for a pipe or a device too: reading one may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir() or path.is_relative_to("/dev/fd")):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 def find_json_object(path: Path) -> dict[str, Any] | None:

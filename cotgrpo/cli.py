@@ -16,6 +16,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotgrpo.huge_pages import use_huge_pages
-from cotgrpo.terminal import complain
+from cotgrpo.interrupts import STOPS, catch_signals, end_if_stopped, say_stopped
+from cotgrpo.terminal import complain, lost_output, make_streams_last
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -61,13 +63,37 @@ PROCESSES_HELP = "Processes of one run. Cloud TPU, SLURM, Open MPI and Kubernete
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: the console script.
 
-    Without `arguments` they are the process's own, which may restart itself (`cotgrpo.huge_pages`).
+    Without `arguments` they are the process's own, which may restart itself (`cotgrpo.huge_pages`). Its signals and
+    its standard streams are then looked after.
     """
-    own = arguments is None
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments[0] if arguments and arguments[0] != "help" else "--help"
-    if own and command in COMPUTING:
+    if arguments is not None:
+        return call(list(arguments))
+    make_streams_last()
+    catch_signals()
+    if sys.argv[1:2] and sys.argv[1] in COMPUTING:
         use_huge_pages()
+    code = call(sys.argv[1:])
+    if (why := lost_output()) and sys.argv[1] in COMMANDS:
+        complain(f"standard output could not be written ({why}). The command went on without it.")
+    end_if_stopped(code)
+    return code
+
+
+def call(arguments: list[str]) -> int:
+    """Run the command that arguments name, and return the exit code. A signal that stops it is one line on stderr."""
+    try:
+        return choose(arguments)
+    except BaseException as error:
+        number = STOPS.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        if number is None:
+            raise
+        say_stopped(number)
+        return 128 + number
+
+
+def choose(arguments: list[str]) -> int:
+    """Run the command that arguments name, or print its help, and return the exit code."""
+    command = arguments[0] if arguments and arguments[0] != "help" else "--help"
     if command == "bench":
         return importlib.import_module("cotgrpo.commands.bench").main(arguments[1:])
     if command in COMMANDS and not {"-h", "--help"} & set(arguments):
@@ -147,6 +173,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     from cotgrpo.checkpoints.object_stores import without_tracebacks
     from cotgrpo.config import ConfigError
     from cotgrpo.data.sources import DataError
+    from cotgrpo.disk_errors import explain_disk_errors
     from cotgrpo.distributed.peer_monitor import watch_peers
     from cotgrpo.distributed.processes import process_console
     from cotgrpo.models.huggingface.families import ModelError
@@ -156,7 +183,8 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     of_user = (ConfigError, DataError, CheckpointError, ModelError)
     try:
         join_processes(arguments)
-        with watch_peers(together=(TrainingStopped, Interrupted), alone=of_user), without_tracebacks():
+        watched = watch_peers(together=(TrainingStopped, Interrupted), alone=of_user)
+        with watched, without_tracebacks(), explain_disk_errors():
             use_compilation_cache()
             command(arguments, process_console())
         return 0
@@ -165,7 +193,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     except TrainingStopped as error:
         return fail(error, 3)
     except Interrupted as error:
-        return fail(error, 128 + error.signal_number)
+        return fail(error, 128 + (STOPS.received or error.signal_number))
     except of_user as error:
         code = fail(error, 2)
     except Exception:

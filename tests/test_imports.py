@@ -20,8 +20,8 @@ from cotgrpo.types import project
 
 ROOMS = (
     "types",
-    "atomic_files",
     "disk_errors",
+    "atomic_files",
     "huge_pages",
     "sharding",
     "xla_cpu",
@@ -33,6 +33,7 @@ ROOMS = (
     "sampling",
     "data",
     "terminal",
+    "interrupts",
     "ghosts",
     "teachers",
     "config",

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from cotgrpo.atomic_files import sync
 from cotgrpo.data.sources import DataError
+from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.teachers.completions import TeacherReply, ending
 from cotgrpo.teachers.endpoint import Failure, Outcome
 
@@ -80,6 +82,7 @@ class Journal:
 
     Raises:
         DataError: another process holds it, or a line before the last is not a record.
+        CheckpointError: the file cannot be read or written, here or in `append`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +91,8 @@ class Journal:
         self.path = path
         is_new = not path.exists()
         # For reading, and for appending at the end, wherever that is after a repair.
-        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open until `close`
+        with explain_disk_errors(path):
+            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open until `close`
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -101,7 +105,7 @@ class Journal:
             self.file.close()
             raise
         if is_new:
-            sync_folder(path.parent)
+            sync(path.parent)
 
     def read(self) -> list[Record]:
         """Read all records, and cut off a last one that a killed process left unfinished."""
@@ -120,8 +124,9 @@ class Journal:
                         "by hand: fix or remove the line."
                     ) from None
                 self.repaired = True
-                self.file.truncate(whole)
-                os.fsync(self.file.fileno())
+                with explain_disk_errors(self.path):
+                    self.file.truncate(whole)
+                    os.fsync(self.file.fileno())
                 break
             whole += len(line)
         return records
@@ -135,9 +140,10 @@ class Journal:
         if not records:
             return
         lines = memoryview(b"".join(record.to_json().encode("utf-8") + b"\n" for record in records))
-        while lines:
-            lines = lines[self.file.write(lines) :]
-        os.fsync(self.file.fileno())
+        with explain_disk_errors(self.path):
+            while lines:
+                lines = lines[self.file.write(lines) :]
+            os.fsync(self.file.fileno())
         self.records |= {record.key: record for record in records}
 
     def close(self) -> None:
@@ -150,12 +156,3 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that a new file's name is on the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

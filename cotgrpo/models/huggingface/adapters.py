@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.huggingface.families import PROJECTIONS, ModelError
-from cotgrpo.models.huggingface.folder import new_folder, read_json_object, refuse_used
+from cotgrpo.models.huggingface.folder import read_json_object, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.safetensors_files import StoredTensor, list_tensors
 from cotgrpo.models.huggingface.weights import TreePath, on_host
@@ -79,7 +80,7 @@ def save_adapter(
     if jax.process_index() == 0:
         from safetensors.numpy import save_file
 
-        with new_folder(folder) as partial:
+        with whole_folder(folder) as partial:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)
             (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.config import Dtype, RematPolicy
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.config import config_json, differences
 from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
-from cotgrpo.models.huggingface.folder import ModelFolder, new_folder, open_folder, refuse_used
+from cotgrpo.models.huggingface.folder import ModelFolder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.pinned import TOKENIZER_FILES
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
@@ -294,7 +295,7 @@ def save_pretrained(
     tensors = new_tensors(config, params, dtype)
     hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
     if jax.process_index() == 0:
-        with new_folder(folder) as partial:
+        with whole_folder(folder) as partial:
             write_tensors(partial, tensors, max_shard_bytes)
             write_configs(partial, hf, source, tokenizer, generation_config or {})
             (partial / "README.md").write_text(readme, encoding="utf-8")
