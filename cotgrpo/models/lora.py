@@ -16,25 +16,29 @@ else. The frozen weights are an argument of the step, neither part of the state 
 
 Training never builds `W + scale A B`: the low-rank product is added to `x W`. So no gradient of W is computed, which is
 a third of the layers' matrix products. Dropout is drawn for every token, and an update below a bfloat16 weight's last
-bit is not rounded away.
+bit is not rounded away. Evaluation and sampling do the same: they take `AdaptedParams(params, adapters, lora)` in place
+of a student's parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import operator
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cotgrpo.models.decoder import TransposedDense
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student, TrainState
 
 if TYPE_CHECKING:
@@ -83,6 +87,22 @@ class LoraConfig:
     def scale(self) -> float:
         """Return the factor of the product of A and B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class AdaptedParams(flax.struct.PyTreeNode):
+    """Frozen parameters and their adapters, in place of a student's parameters. Nothing is merged.
+
+    The students of `with_adapters`, the samplers of `cotgrpo.sampling.make_sampler` and `save_pretrained` take them.
+
+    Attributes:
+        base: the frozen parameters.
+        adapters: what was trained.
+        lora: how they are applied.
+    """
+
+    base: Params
+    adapters: Adapters
+    lora: LoraConfig = flax.struct.field(pytree_node=False)
 
 
 def kernels(params: Params) -> dict[Path, Any]:
@@ -137,8 +157,8 @@ def init_lora(params: Params, lora: LoraConfig, key: PRNGKeyArray) -> Adapters:
 def merge(params: Params, adapters: Adapters, lora: LoraConfig) -> Params:
     """Return the parameters `W + scale A B`, computed in float32 and rounded to W's dtype.
 
-    Use it for export, evaluation and generation. A bfloat16 W rounds the sum to eight bits; pass float32 `params` to
-    keep the whole product.
+    A bfloat16 W rounds the sum to eight bits, and a small update is lost; pass float32 `params` to keep the whole
+    product. Evaluation and sampling need no merged weights: they take `AdaptedParams`.
 
     Raises:
         ValueError: the adapters belong to another model or another `lora.rank`.
@@ -168,25 +188,67 @@ def lora_student(student: Student, params: Params, lora: LoraConfig, key: PRNGKe
     Raises:
         ValueError: when `hidden` is called: adapters of another model, or a model that does not apply them.
     """
+    adapted = with_adapters(student, key)
+    return dataclasses.replace(
+        adapted,
+        hidden=lambda adapters, *context: adapted.hidden(AdaptedParams(params, adapters, lora), *context),
+        head=None if student.head is None else lambda adapters: student.head(params),
+    )
+
+
+def with_adapters(student: Student, key: PRNGKeyArray | None = None) -> Student:
+    """Return the student that also takes `AdaptedParams`, and applies the adapters next to the frozen weights.
+
+    Args:
+        student: as in `lora_student`.
+        key: for dropout. None: no dropout.
+
+    Raises:
+        ValueError: as in `lora_student`.
+    """
 
     def hidden(
-        adapters: Adapters, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+        params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        check_adapters(params, adapters, lora)
-        interceptor = LoraInterceptor(lora, row_hashes(tokens))
-        with nn.intercept_methods(interceptor):
-            whole = merge_trees(params, adapters, key if lora.dropout else None)
+        with apply_adapters(params, key, row_hashes(tokens)) as (whole, interceptor):
             rows = student.hidden(whole, tokens, positions, segment_ids)
-        ignored = sorted("/".join(path) for path in flatten_adapters(adapters).keys() - interceptor.applied)
-        if ignored:
+        pairs = flatten_adapters(params.adapters) if isinstance(params, AdaptedParams) else {}
+        if ignored := sorted("/".join(path) for path in pairs.keys() - interceptor.applied):
             raise ValueError(
                 f"The model does not apply the adapters of {', '.join(ignored)}: expected a Flax linen model with an "
                 "nn.Dense of this path. For another model train on merge(params, adapters, lora)."
             )
         return rows
 
-    head = student.head
-    return dataclasses.replace(student, hidden=hidden, head=None if head is None else lambda adapters: head(params))
+    def head(params: Params) -> Float[Array, "D V"]:
+        assert student.head is not None
+        return student.head(params.base if isinstance(params, AdaptedParams) else params)
+
+    return dataclasses.replace(student, hidden=hidden, head=None if student.head is None else head)
+
+
+@contextlib.contextmanager
+def apply_adapters(
+    params: Params, key: PRNGKeyArray | None = None, row_hashes_B: UInt32[Array, "B"] | None = None
+) -> Iterator[tuple[Params, LoraInterceptor]]:
+    """Yield the tree that a linen model reads inside the block. Parameters without adapters are yielded as they are.
+
+    Args:
+        params: a student's, or `AdaptedParams`.
+        key: for dropout. None: no dropout.
+        row_hashes_B: of the tokens, for dropout.
+
+    Raises:
+        ValueError: the adapters belong to another model or another `lora.rank`.
+    """
+    if not isinstance(params, AdaptedParams):
+        yield params, LoraInterceptor(LoraConfig())
+        return
+    lora = params.lora
+    check_adapters(params.base, params.adapters, lora)
+    interceptor = LoraInterceptor(lora, row_hashes_B)
+    with nn.intercept_methods(interceptor):
+        yield merge_trees(params.base, params.adapters, key if lora.dropout else None), interceptor
 
 
 def make_lora_step(make_step: Callable[[Student], Step], student: Student, lora: LoraConfig) -> Step:
@@ -219,13 +281,14 @@ def make_lora_step(make_step: Callable[[Student], Step], student: Student, lora:
 class LoraInterceptor:
     """Add `scale (dropout(x) A) B` to the product of every `nn.Dense` with adapters: an interceptor of linen methods.
 
-    The products run in the model's compute type; sums over the wide side are float32.
+    A `TransposedDense`, which generation uses, is treated alike. The products run in the model's compute type; sums
+    over the wide side are float32.
 
     Attributes:
         applied: paths of the adapters used so far.
     """
 
-    def __init__(self, lora: LoraConfig, row_hashes_B: UInt32[Array, "B"]) -> None:
+    def __init__(self, lora: LoraConfig, row_hashes_B: UInt32[Array, "B"] | None = None) -> None:
         self.lora, self.row_hashes_B = lora, row_hashes_B
         self.applied: set[Path] = set()
 
@@ -237,7 +300,7 @@ class LoraInterceptor:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module, product = context.module, method(*args, **kwargs)
-        dense = isinstance(module, nn.Dense) and context.method_name == "__call__"
+        dense = isinstance(module, nn.Dense | TransposedDense) and context.method_name == "__call__"
         if not dense or not module.has_variable("params", "lora_a"):
             return product
         self.applied.add(module.path)
@@ -251,6 +314,7 @@ class LoraInterceptor:
 
     def drop(self, x: Float[Array, "B T inputs"], key: PRNGKeyArray) -> Float[Array, "B T inputs"]:
         """Apply dropout to x, with one key per row."""
+        assert self.row_hashes_B is not None
         kept = 1.0 - self.lora.dropout
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, self.row_hashes_B)
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, kept, x.shape[1:]))(keys_B)

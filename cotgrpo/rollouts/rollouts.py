@@ -150,7 +150,7 @@ class Rollouts(abc.ABC):
             training, and checks what it reads.
         settings: sizes, and how often replies are used.
         seed: of the order of the questions, and of the draws.
-        merged: returns the student's whole parameters for the trained ones (LoRA's adapters).
+        merged: returns what the student computes with for the trained parameters: for LoRA, `AdaptedParams`.
         group: replies to each question, adjacent in a batch; divides `settings.replies`.
 
     Raises:

@@ -63,7 +63,7 @@ class SelfReplyBatches:
         settings: sizes.
         folder: of the replies.
         seed: of the order of the questions, of the draws, and of the batches.
-        merged: returns the student's whole parameters for the trained ones.
+        merged: as in `cotgrpo.rollouts.rollouts.Rollouts`.
 
     Raises:
         DataError: no prompt leaves room for a reply; from `next`: no reply was right.
@@ -101,7 +101,7 @@ class SelfReplyBatches:
         self.batches: Any = None
 
     def set_params(self, trained: Params) -> None:
-        """Set the newest trained parameters. They are merged only if a round of replies is due."""
+        """Set the newest trained parameters. They are used only if a round of replies is due."""
         if self.taken % self.settings.refresh_every == 0:
             self.params = self.merged(trained)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student, unstack_layers
+from cotgrpo.models.lora import apply_adapters
 from cotgrpo.objectives import draw, likeliest, softmax
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
@@ -56,6 +57,7 @@ def make_sampler(
 
     Returns:
         `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling ignores the key.
+        `params` may be `cotgrpo.models.lora.AdaptedParams`, whose adapters are applied as a train step does.
         Each call copies the layers with `cotgrpo.models.decoder.unstack_layers`. To copy them once for many calls,
         pass the result of that function as `params`.
 
@@ -71,17 +73,18 @@ def make_sampler(
         prompts = jax.tree.map(jnp.asarray, prompts)
         count = len(prompts.lengths)
         batch_size = count if decode_batch_size is None else min(decode_batch_size, count)
-        return DecodeLoop(
-            config=config,
-            settings=settings,
-            spec=spec,
-            params=unstack_layers(config, params),
-            head_VD=head_of(config, params).T,  # a tied head is the embedding: no copy
-            prompts=prompts,
-            key=key,
-            batch_size=batch_size,
-            admit_size=admit_size(batch_size, count),
-        ).run()
+        with apply_adapters(params) as (whole, _):
+            return DecodeLoop(
+                config=config,
+                settings=settings,
+                spec=spec,
+                params=unstack_layers(config, whole),
+                head_VD=head_of(config, whole).T,  # a tied head is the embedding: no copy
+                prompts=prompts,
+                key=key,
+                batch_size=batch_size,
+                admit_size=admit_size(batch_size, count),
+            ).run()
 
     return sample
 

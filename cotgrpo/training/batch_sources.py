@@ -157,7 +157,7 @@ def live_batches(
     folder: Path,
     console: Console = QUIET,
 ) -> OnPolicyBatches:
-    """Return the batches of a stage with live ghosts. `privileged_self` keeps a copy of `weights`.
+    """Return the batches of a stage with live ghosts. `privileged_self` keeps a copy of what is trained.
 
     Raises:
         ModelError: a teacher that cannot be read, or has another tokenizer.
@@ -167,7 +167,7 @@ def live_batches(
     if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
-        teacher, teacher_params = model.student, jax.tree.map(jnp.copy, weights.merged())
+        teacher, teacher_params = model.student, weights.adapted(jax.tree.map(jnp.copy, weights.trained))
     top_k = objectives.top_k(config.grpo.full_objective)
     if top_k > model.vocab_size:
         raise ModelError(
@@ -196,7 +196,7 @@ def live_batches(
         rollout_prompts(ghosts, config, inputs, console),
         settings,
         seed=config.seed,
-        merged=weights.merged,
+        merged=weights.adapted,
         forced=text_batches(config, inputs, forced_rows, console=console) if forced_rows else None,
         completions=completions_log(config, folder),
         mesh=model.mesh,
@@ -227,7 +227,7 @@ def group_relative_batches(
         seed=config.seed,
         group=ghosts.num_generations,
         prefetch=ghosts.prefetch_rollouts,
-        merged=weights.merged,
+        merged=weights.adapted,
         completions=completions_log(config, folder),
         mesh=model.mesh,
     )
@@ -259,7 +259,7 @@ def self_reply_batches(
         settings,
         folder / "self_replies",
         config.seed,
-        weights.merged,
+        weights.adapted,
     )
 
 

@@ -32,6 +32,7 @@ from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
 from cotgrpo.models.huggingface.weights import load_pretrained
+from cotgrpo.models.lora import with_adapters
 from cotgrpo.sharding import jit_eval
 from cotgrpo.terminal import say
 from cotgrpo.train_steps import make_eval_step
@@ -76,7 +77,7 @@ class Model:
 
     @property
     def student(self) -> Student:
-        return make_student(self.decoder, self.vocab_size)
+        return with_adapters(make_student(self.decoder, self.vocab_size))
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:

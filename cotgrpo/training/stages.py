@@ -85,11 +85,11 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     cache = MeasurementCache(folder, held_out, origin if stage == "grpo" and origin == run_dir / "sft" else None)
     with explain_out_of_memory(lambda: advice_for_eval(config)):
-        before = cache.measure("before.json", weights.merged, f"before {stage}")
+        before = cache.measure("before.json", weights.adapted, f"before {stage}")
     with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
         state = train_stage(stage, config, inputs.model, weights, batches, held_out, console)
     with explain_out_of_memory(lambda: advice_for_eval(config)):
-        after = cache.measure("after.json", lambda: weights.merged(state.params), f"after {stage}")
+        after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
 
     measured = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
     if (base := on_process_0(lambda: cache.of_sft("before.json"))) is not None:
@@ -170,7 +170,7 @@ def train_stage(
     with_reference = needs_reference(config, stage)
     step = stage_step(config, stage, model.student, settings.optimizer.build(settings.steps))
     base = () if weights.lora is None else (weights.base,)
-    reference = (weights.merged(),) if with_reference else ()
+    reference = (weights.adapted(),) if with_reference else ()
     flops = StepFlops.of(
         model.decoder,
         config.data.seq_len,
@@ -195,7 +195,7 @@ def train_stage(
             flops=flops,
         ),
         extra=(*base, *reference),
-        evaluate=lambda trained: measure(weights.merged(trained)),
+        evaluate=lambda trained: measure(weights.adapted(trained)),
         hooks=[CollapseDetector(folder, config.grpo.max_entropy_growth)] if stage == "grpo" else [],
         console=console,
     )
@@ -258,7 +258,7 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     inputs = load_eval_inputs(config, console, folder, origin_of(stage, config, run_dir))
     weights, step = restore_weights(folder, inputs.model)
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
-    measured = held_out.measure(weights.merged(), f"{folder} at step {step}")
+    measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
     return write_eval({"student": str(folder), "step": step} | measured, folder, console)
 
 

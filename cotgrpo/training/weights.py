@@ -11,7 +11,7 @@ import jax
 from cotgrpo.checkpoints.location import CheckpointLocation, saved_config
 from cotgrpo.checkpoints.manager import restore_params
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.models.lora import LoraConfig, init_lora, merge
+from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora, merge
 from cotgrpo.training.inputs import Model
 from cotgrpo.training.mesh import abstract_on_mesh, init_on_mesh
 from cotgrpo.types import Params
@@ -33,8 +33,19 @@ class StageWeights:
     lora: LoraConfig | None = None
     base_name: str | None = None
 
+    def adapted(self, trained: Params | None = None) -> Params:
+        """Return what the student computes with, with `trained` in place of `self.trained` if it is given.
+
+        With LoRA these are `AdaptedParams`: the adapters stay next to the base, as in training, and nothing is copied.
+        """
+        trained = self.trained if trained is None else trained
+        return trained if self.lora is None else AdaptedParams(self.base, trained, self.lora)
+
     def merged(self, trained: Params | None = None) -> Params:
-        """Return the parameters of the whole student, with `trained` in place of `self.trained` if it is given."""
+        """Return the parameters of the whole student as ordinary ones, rounded to the type of the base.
+
+        A bfloat16 base loses most of a small update. Use `adapted` to compute.
+        """
         trained = self.trained if trained is None else trained
         return trained if self.lora is None else merge(self.base, trained, self.lora)
 
