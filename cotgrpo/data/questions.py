@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ import numpy as np
 from cotgrpo.data.answers import gold_answer, split_thought
 from cotgrpo.data.batches import REFUSED, Progress, encode_fitting, fits, no_progress
 from cotgrpo.data.layouts.golds import prose_note
-from cotgrpo.data.layouts.values import Note
+from cotgrpo.data.layouts.values import Note, squeeze
 from cotgrpo.data.rows import BadRows, DropReport, Row, RowResult, check_usable, collect, counted, read_rows
 from cotgrpo.data.sources import DataError, as_list
 from cotgrpo.data.template import AnyTemplate, Example
@@ -63,6 +65,30 @@ class Question:
     def prompt_tokens(self, template: AnyTemplate) -> np.ndarray:
         """Return `prompt`, or make it."""
         return template.prompt_of(self) if self.prompt is None else self.prompt
+
+
+def question_text(row: Question | Triple | Row) -> str:
+    """Return what a row asks, as one text. White space and Unicode's form of a letter do not count.
+
+    Two rows with the same text ask the same question. One of them must not be trained on if the other is held out.
+    """
+    if not row.context:
+        return plain(row.question)
+    return json.dumps(plain_values(row.context), ensure_ascii=False, sort_keys=True, default=str)
+
+
+def plain(text: str) -> str:
+    """Return a text in Unicode's form NFC, with single spaces."""
+    return squeeze(unicodedata.normalize("NFC", text))
+
+
+def plain_values(value: object) -> object:
+    """Return a JSON value with `plain` texts."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return {key: plain_values(inner) for key, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_questions(

@@ -17,7 +17,7 @@ import json
 import os
 import pickle
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,7 +38,7 @@ from cotgrpo.data.batches import (
     worker_pool,
 )
 from cotgrpo.data.layouts.own import OwnLayout
-from cotgrpo.data.questions import Question, questions_in
+from cotgrpo.data.questions import Question, question_text, questions_in
 from cotgrpo.data.rows import EXAMPLES_KEPT, BadRows, DropReport, RowResult, parse_rows
 from cotgrpo.data.sources import DataError, encoding_of, files_of, parse_json_line, raw_rows
 from cotgrpo.data.template import AnyTemplate, Example
@@ -69,7 +69,7 @@ class RowFiles:
     Attributes:
         names: of the files, as errors name them.
         paths: of the files to read. A file that is not JSONL has a copy with a row a line.
-        index: `.npy` file of `ROW` items.
+        index: `.npy` file of `ROW` items. `hashes_file` of it holds a hash of each line.
         duplicates: lines that were left out.
     """
 
@@ -88,6 +88,22 @@ class RowFiles:
     @functools.cached_property
     def entries(self) -> np.ndarray:
         return np.load(self.index, mmap_mode="r")
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """The uint64 hash of each row's line."""
+        return np.load(hashes_file(Path(self.index)))
+
+    def select(self, numbers: np.ndarray, folder: Path) -> RowFiles:
+        """Return these rows alone, in this order. `folder` keeps their index."""
+        if np.array_equal(numbers, np.arange(len(self))):
+            return self
+        index = folder / f"{Path(self.index).stem}-{digest(numbers.tobytes()).hex()}.npy"
+        for path, array in ((hashes_file(index), self.hashes), (index, self.entries)):
+            if not path.is_file():
+                with whole_file(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, array[numbers])
+        return dataclasses.replace(self, index=str(index))
 
     def raw_rows(self, numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """Yield ("file:line", row) for these rows in order, as `cotgrpo.data.sources.raw_rows` does."""
@@ -144,13 +160,18 @@ def index_rows(
     paths = tuple(str(lines_of(source, folder, split, progress)) for source in sources)
     index = folder / f"{identity(paths)}.npy"
     described = index.with_suffix(".json")
-    if not described.is_file():
+    if not (described.is_file() and hashes_file(index).is_file()):
         with whole_file(index) as temporary:
             lines, rows = write_index(paths, temporary, progress)
             if not rows:
                 raise DataError(f"No row in {', '.join(map(str, names))}.")
         write_json(described, {"files": paths, "rows": rows, "duplicates": lines - rows})
     return RowFiles(tuple(map(str, sources)), paths, str(index), int(read_json(described)["duplicates"]))
+
+
+def hashes_file(index: Path) -> Path:
+    """Return the path of the hashes that belong to an index."""
+    return index.with_suffix(".hashes.npy")
 
 
 def identity(paths: Sequence[str]) -> str:
@@ -178,7 +199,8 @@ def write_index(paths: Sequence[str], index: Path, progress: Progress = no_progr
             entries.tofile(file)
             hashes += digests
             progress(len(hashes) // HASH_BYTES)
-    again = is_again(np.frombuffer(hashes, np.uint64))
+    every = np.frombuffer(hashes, np.uint64)
+    again = is_again(every)
     rows, written = int(np.count_nonzero(~again)), 0
     if rows:
         kept = np.lib.format.open_memmap(index, mode="w+", dtype=ROW, shape=(rows,))
@@ -189,6 +211,8 @@ def write_index(paths: Sequence[str], index: Path, progress: Progress = no_progr
             written += len(some)
         kept.flush()
     lines.unlink()
+    with whole_file(hashes_file(index.with_suffix(""))) as temporary, open(temporary, "wb") as file:
+        np.save(file, every[~again])
     return len(again), rows
 
 
@@ -254,7 +278,7 @@ class StreamedTriples:
     Attributes:
         files: the rows.
         split, bad_rows, keep_incorrect, columns, row_function: as in `read_triples`.
-        held_out: questions that are left out.
+        held_out: the `question_text` of questions that are left out: a set, or a rule with `in`.
     """
 
     files: RowFiles
@@ -263,7 +287,7 @@ class StreamedTriples:
     keep_incorrect: bool = False
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     row_function: str = ""
-    held_out: frozenset[str] = frozenset()
+    held_out: Container[str] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes. A function of the user's own is imported again in another process."""
@@ -297,10 +321,13 @@ class StreamedTriples:
         triples, report = triples_in(
             self.parsed(numbers), bad_rows=self.bad_rows, keep_incorrect=self.keep_incorrect, deduplicate=False
         )
+        kept = []
         for triple in triples:
-            if triple.asked in self.held_out:
+            if question_text(triple) in self.held_out:
                 report.drop("question is in the test set", triple.source)
-        return [triple for triple in triples if triple.asked not in self.held_out], report
+            else:
+                kept.append(triple)
+        return kept, report
 
     def sample(self, seed: int, *, rows: int, characters: int) -> Iterator[Triple]:
         """Yield triples in the order of the first epoch, up to so many rows and characters."""
@@ -315,15 +342,34 @@ class StreamedTriples:
     def draw_questions(self, count: int, seed: int, progress: Progress = no_progress) -> list[Question]:
         """Draw questions that have a right answer, at most `count`, all different, in the order of the files."""
         order = epoch_order(len(self.files), (seed + HELD_OUT) % 2**32)
+        numbers = (int(order[i]) for i in range(len(self.files)))
+        found = self.find_questions(numbers, lambda text: True, count, progress)
+        return [question for _, question in sorted(found, key=lambda pair: pair[0])]
+
+    def find_questions(
+        self,
+        numbers: Iterable[int],
+        wanted: Callable[[str], bool],
+        count: int | None = None,
+        progress: Progress = no_progress,
+    ) -> list[tuple[int, Question]]:
+        """Return questions that have a right answer and whose `question_text` is wanted, each once.
+
+        Args:
+            numbers: rows to look at, in this order.
+            wanted: whether a text is looked for.
+            count: stop after so many.
+            progress: called with the number of questions that are found.
+        """
         found: dict[str, tuple[int, Question]] = {}
-        for i in range(len(self.files)):
-            number = int(order[i])
+        for number in numbers:
             for question in questions_in(self.parsed([number]), bad_rows="drop")[0]:
-                found.setdefault(question.asked, (number, question))
+                if wanted(text := question_text(question)):
+                    found.setdefault(text, (number, question))
             progress(len(found))
             if len(found) == count:
                 break
-        return [question for _, question in sorted(found.values(), key=lambda pair: pair[0])]
+        return list(found.values())
 
 
 def epoch_order(rows: int, seed: int) -> grain.MapDataset[int]:
@@ -408,6 +454,8 @@ class StreamedBatches:
         window: rows that are packed together.
         report: counts what was read and left out, over all epochs; None: a report of its own.
         on_epoch: called with the number of epochs that are done.
+        on_other_rows: called with a sentence if a position is of other rows, which is then kept as well as can be.
+            None: that is an error.
 
     Raises:
         DataError: from the first window, or from `next`: a bad row, a document that does not fit, or none in an epoch.
@@ -425,6 +473,7 @@ class StreamedBatches:
         window: int = WINDOW,
         report: DropReport | None = None,
         on_epoch: Callable[[int], None] = no_progress,
+        on_other_rows: Callable[[str], None] | None = None,
     ) -> None:
         self.reader, self.batch_size, self.seed, self.window_size = reader, batch_size, seed, window
         self.mine = set(range(batch_size) if only_rows is None else only_rows)
@@ -433,6 +482,7 @@ class StreamedBatches:
         self.windows = -(-self.count // window)  # of an epoch
         self.end = None if num_epochs is None else num_epochs * self.windows
         self.report, self.on_epoch = DropReport() if report is None else report, on_epoch
+        self.on_other_rows = on_other_rows
         self.executor: Executor
         self.work: Callable[[list[int], tuple[int, int]], Window]
         if workers:
@@ -522,11 +572,7 @@ class StreamedBatches:
         Raises:
             DataError: the files have other rows now.
         """
-        if (state["rows"], state["window_size"]) != (self.count, self.window_size):
-            raise DataError(
-                f"The run was saved with {state['rows']} rows in windows of {state['window_size']}, and data.train has "
-                f"{self.count} now, in windows of {self.window_size}: restore the files, or choose another run_dir."
-            )
+        state = self.same_place(state)
         for future in self.pending.values():
             future.cancel()
         self.pending.clear()
@@ -537,3 +583,23 @@ class StreamedBatches:
         if self.row:
             self.current = self.take(self.next_window)
             self.next_window += 1
+
+    def same_place(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a position in these rows. Of other rows: the same share of the same epoch, at the start of a window.
+
+        Raises:
+            DataError: the position is of other rows, and nobody has allowed that.
+        """
+        if (state["rows"], state["window_size"]) == (self.count, self.window_size):
+            return state
+        other = (
+            f"The run was saved with {state['rows']} rows in windows of {state['window_size']}, and data.train has "
+            f"{self.count} now, in windows of {self.window_size}"
+        )
+        if self.on_other_rows is None:
+            raise DataError(f"{other}: restore the files, or choose another run_dir.")
+        windows = -(-state["rows"] // state["window_size"])
+        epoch, place = divmod(state["window"], windows)
+        window = epoch * self.windows + place * self.windows // windows
+        self.on_other_rows(f"{other}: epoch {epoch + 1} goes on after {place} of its {windows} windows.")
+        return state | {"window": window, "row": 0}

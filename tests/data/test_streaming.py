@@ -324,6 +324,31 @@ def test_resuming_on_other_rows_is_an_error(many: Path, tmp_path: Path) -> None:
         other.set_state(state)
 
 
+def test_a_position_in_other_rows_is_kept_as_well_as_can_be(many: Path, tmp_path: Path) -> None:
+    """It is the same share of the same epoch."""
+    source = batches(many, tmp_path / "index")
+    while source.next_window < 2 * source.windows + 3:
+        next(source)
+    epoch, place = divmod(source.get_state()["window"], source.windows)
+    other, said = batches(write_rows(tmp_path / "rows.jsonl", MANY[:9]), tmp_path / "index"), list[str]()
+    other.on_other_rows = said.append
+    other.set_state(source.get_state())
+    assert divmod(other.get_state()["window"], other.windows) == (epoch, place * other.windows // source.windows)
+    assert len(said) == 1 and "9 now" in said[0] and f"epoch {epoch + 1}" in said[0]
+    next(other)
+
+
+def test_some_rows_in_an_order_of_their_own(many: Path, tmp_path: Path) -> None:
+    files = index_rows([many], tmp_path)
+    assert len(files.hashes) == len(files) == len(set(files.hashes.tolist()))
+    some = files.select(np.array([5, 2, 30]), tmp_path)
+    assert [place for place, _ in some.raw_rows([0, 1, 2])] == [
+        place for n in (5, 2, 30) for place, _ in files.raw_rows([n])
+    ]
+    assert some.hashes.tolist() == files.hashes[[5, 2, 30]].tolist()
+    assert files.select(np.arange(len(files)), tmp_path) is files
+
+
 def test_a_file_that_is_cut_or_moved_while_it_is_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", MANY)
     files: RowFiles = index_rows([path], tmp_path / "index")
