@@ -5,21 +5,27 @@ the ideal token at each context. The names below need only jax, flax, optax and 
 the subpackages.
 """
 
-from cotgrpo.objectives import (
-    ForwardKl,
-    Nll,
-    Objective,
-    Pair,
-    ReferenceKl,
-    Reinforce,
-    RewardGradient,
-    TokenInputs,
-    ghost_reward,
-)
-from cotgrpo.optimizers import make_optimizer
-from cotgrpo.sharding import jit_step, make_mesh
-from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
-from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cotgrpo.objectives import (
+        ForwardKl,
+        Nll,
+        Objective,
+        Pair,
+        ReferenceKl,
+        Reinforce,
+        RewardGradient,
+        TokenInputs,
+        ghost_reward,
+    )
+    from cotgrpo.optimizers import make_optimizer
+    from cotgrpo.sharding import jit_step, make_mesh
+    from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
+    from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
 
 __all__ = [
     "ForwardKl",
@@ -44,9 +50,40 @@ __all__ = [
     "make_sft_step",
 ]
 
+NAMES = {
+    "ForwardKl": "objectives",
+    "GhostBatch": "types",
+    "Metric": "types",
+    "Nll": "objectives",
+    "Objective": "objectives",
+    "Pair": "objectives",
+    "ReferenceKl": "objectives",
+    "Reinforce": "objectives",
+    "RewardGradient": "objectives",
+    "SftBatch": "types",
+    "Student": "types",
+    "TokenInputs": "objectives",
+    "TrainState": "types",
+    "ghost_reward": "objectives",
+    "jit_step": "sharding",
+    "make_eval_step": "train_steps",
+    "make_grpo_step": "train_steps",
+    "make_mesh": "sharding",
+    "make_optimizer": "optimizers",
+    "make_sft_step": "train_steps",
+}
+"""Each public name, and the module that defines it."""
 
-def __getattr__(name: str) -> str:
-    """Look up `__version__` on first use, since the code also runs from a checkout that is not installed."""
+
+def __getattr__(name: str) -> object:
+    """Import a public name on its first use, so that the command line answers before JAX is loaded.
+
+    `__version__` is looked up, since the code also runs from a checkout that is not installed.
+    """
+    if name in NAMES:
+        return getattr(import_module(f"cotgrpo.{NAMES[name]}"), name)
+    if name in NAMES.values():
+        return import_module(f"cotgrpo.{name}")
     if name == "__version__":
         from importlib.metadata import version
 

@@ -13,19 +13,16 @@ The exit codes are
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cotgrpo.distributed.interrupts import STOPS, catch_signals
 from cotgrpo.huge_pages import use_huge_pages
-from cotgrpo.interrupts import STOPS, catch_signals, end_if_stopped, say_stopped
 from cotgrpo.terminal import complain, lost_output, make_streams_last
 
 if TYPE_CHECKING:
@@ -73,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.argv[1:2] and sys.argv[1] in COMPUTING:
         use_huge_pages()
     code = call(sys.argv[1:])
-    if (why := lost_output()) and sys.argv[1] in COMMANDS:
+    if (why := lost_output()) and set(sys.argv[1:2]) <= COMMANDS.keys():
         complain(f"standard output could not be written ({why}). The command went on without it.")
-    end_if_stopped(code)
+    STOPS.end_if_received(code)
     return code
 
 
@@ -84,11 +81,9 @@ def call(arguments: list[str]) -> int:
     try:
         return choose(arguments)
     except BaseException as error:
-        number = STOPS.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
-        if number is None:
+        if STOPS.received is None and not isinstance(error, KeyboardInterrupt):
             raise
-        say_stopped(number)
-        return 128 + number
+        return STOPS.say(STOPS.received or signal.SIGINT)
 
 
 def choose(arguments: list[str]) -> int:
@@ -103,6 +98,8 @@ def choose(arguments: list[str]) -> int:
     except SystemExit:  # the help was printed, or the version
         return 0
     except argparse.ArgumentError:
+        import difflib
+
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
         complain(f"unknown command {command!r}. {hint}")
@@ -111,6 +108,8 @@ def choose(arguments: list[str]) -> int:
 
 def make_parser(command: str | None = None) -> ArgumentParser:
     """Return the parser of the command line, with the options of `command` alone: only its module is imported."""
+    from importlib.metadata import version
+
     parser = new_parser("cotgrpo COMMAND [--config FILE.yaml] [--section.setting VALUE ...]", DESCRIPTION)
     parser.add_argument(
         "--version", action="version", version=f"cotgrpo {version('cotgrpo')}", help="print the version"
@@ -199,6 +198,8 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     except Exception:
         if not jax.distributed.is_initialized():
             raise
+        import traceback
+
         traceback.print_exc()
         code = 1
     if jax.distributed.is_initialized():  # the others have ended, and JAX would wait for them at the exit

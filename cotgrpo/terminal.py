@@ -6,9 +6,11 @@ direction of writing. They are printed as what they are.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,3 +46,59 @@ def complain(text: str) -> None:
         print(f"cotgrpo: {line}", file=sys.stderr)
     except UnicodeEncodeError:  # a terminal that is not UTF-8
         print(f"cotgrpo: {line.encode('ascii', 'backslashreplace').decode('ascii')}", file=sys.stderr)
+
+
+class LastingStream:
+    """A standard stream whose reader may end, or whose disk may fill up: what is then written is lost, and no error.
+
+    Attributes:
+        lost: why, or an empty text.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.lost = stream, ""
+
+    def write(self, text: str) -> int:
+        """Write a text, or lose it."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        """Write to nowhere from here on."""
+        self.lost = str(error.strerror)
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def make_streams_last() -> None:
+    """Let this process survive standard streams that are closed, now or later."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file would become such a stream
+        pass
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.dup(descriptor), "w", encoding="utf-8")
+        setattr(sys, name, LastingStream(stream))
+    os.close(descriptor)
+
+
+def lost_output() -> str:
+    """Return why standard output was lost; empty if it was not."""
+    return sys.stdout.lost if isinstance(sys.stdout, LastingStream) else ""
+
+
+def show_cursor() -> None:
+    """Show the cursor of a terminal again, which a progress bar hides."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cotgrpo.atomic_files import write_text
+from cotgrpo.atomic_files import read_text, write_text
 from cotgrpo.config.old_names import translate
 from cotgrpo.config.sections import (
     ConfigError,
@@ -271,7 +271,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         check_keys_once(yaml.compose(text, yaml.SafeLoader), path)
         tree = yaml.safe_load(text)
     except OSError as error:

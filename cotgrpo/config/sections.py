@@ -240,7 +240,10 @@ def build(default: Section, given: Given, prefix: str = "") -> Section:
 
 def construct(cls: type[Section], values: dict[str, Any], prefix: str) -> Section:
     """Return a section of these values; an error names the setting by its dotted key."""
+    types = typing.get_type_hints(cls)
     for name, value in values.items():
+        if value is None and type(None) not in typing.get_args(types[name]):
+            raise ConfigError(f"{prefix}{name} must have a value, got null. Leave it out for its default.")
         check_number(value, f"{prefix}{name}")
     try:
         return cls(**values)

@@ -7,6 +7,7 @@ when one of them ends.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from cotgrpo.config import ConfigError
+from cotgrpo.distributed.interrupts import saving_first
 
 if TYPE_CHECKING:
     from cotgrpo.types import AnyArray, PyTree
@@ -223,9 +225,11 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
+        self.saving = contextlib.ExitStack()
 
     def __enter__(self) -> Signals:
         alone = jax.process_count() == 1
+        self.saving.enter_context(saving_first())
         try:
             for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
                 self.previous[number] = signal.signal(number, self.note if alone else self.pass_on) or signal.SIG_DFL
@@ -257,3 +261,4 @@ class Signals:
 
     def __exit__(self, *exception: object) -> None:
         self.restore()
+        self.saving.close()

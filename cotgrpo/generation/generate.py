@@ -25,6 +25,7 @@ from cotgrpo.config import ConfigError, GenerateConfig, differences, flat, parse
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
+from cotgrpo.distributed.interrupts import raising
 from cotgrpo.generation.progress import ReplyProgress
 from cotgrpo.generation.triple_files import write_card, write_rows
 from cotgrpo.logs.progress import PhaseProgress
@@ -98,7 +99,8 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
             if waiting:
                 teacher = make_teacher(config, console)
                 save_config(config, out / "config.yaml")
-                generation.ask(teacher, waiting)
+                with raising():
+                    generation.ask(teacher, waiting)
         except KeyboardInterrupt:
             raise Interrupted(
                 signal.SIGINT,
