@@ -286,6 +286,10 @@ class CheckpointConfig:
         at_least(0, self, "keep_best")
 
 
+CHANGES = ("data", "held_out", "tokenizer", "student")
+"""Kinds of inputs that a run records."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run.
@@ -294,6 +298,8 @@ class Config:
         run_dir: folder of everything that the run writes. Machines that share a run share it too.
         seed: seed of the parameters, the order of the data, and all draws.
         max_skipped: stop after this many consecutive updates that were skipped because they were not finite.
+        allow_changed: inputs that may have changed since the run recorded them, one or several of data, held_out,
+            tokenizer and student. The run goes on with what they are now. It is never saved with the run.
         student: a pretrained student, or the shape of one from scratch.
         lora: LoRA: train small matrices next to frozen weights.
         tokenizer: the student's tokenizer.
@@ -308,6 +314,7 @@ class Config:
     run_dir: str = "runs/run"
     seed: int = 0
     max_skipped: int = 10
+    allow_changed: list[str] | str = dataclasses.field(default_factory=list)
     student: StudentConfig = StudentConfig()
     lora: LoraConfig | None = optional("rank", LoraConfig)
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -321,9 +328,16 @@ class Config:
     def __post_init__(self) -> None:
         at_least(0, self, "seed")
         at_least(1, self, "max_skipped")
+        expect(self.allowed_changes <= {*CHANGES}, self, "allow_changed", f"some of {', '.join(CHANGES)}")
         expect(bool(self.run_dir.strip()), self, "run_dir", "the name of a folder")
         if "://" in self.run_dir:
             raise ConfigError(
                 f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket "
                 "does not do. Mount it, or set checkpoint.folder, which may be a gs:// or s3:// bucket."
             )
+
+    @property
+    def allowed_changes(self) -> frozenset[str]:
+        """The kinds of inputs that may have changed."""
+        given = [self.allow_changed] if isinstance(self.allow_changed, str) else self.allow_changed
+        return frozenset(kind.strip() for text in given for kind in text.split(",")) - {""}
