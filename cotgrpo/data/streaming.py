@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from cotgrpo.atomic_files import read_json, whole_file, write_json
+from cotgrpo.atomic_files import find_json_object, read_json, whole_file, write_json
 from cotgrpo.data.batches import (
     Progress,
     call_work,
@@ -100,7 +100,7 @@ class RowFiles:
             return self
         index = folder / f"{Path(self.index).stem}-{digest(numbers.tobytes()).hex()}.npy"
         for path, array in ((hashes_file(index), self.hashes), (index, self.entries)):
-            if not path.is_file():
+            if items_in(path) != len(numbers):
                 with whole_file(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, array[numbers])
         return dataclasses.replace(self, index=str(index))
@@ -160,13 +160,23 @@ def index_rows(
     paths = tuple(str(lines_of(source, folder, split, progress)) for source in sources)
     index = folder / f"{identity(paths)}.npy"
     described = index.with_suffix(".json")
-    if not (described.is_file() and hashes_file(index).is_file()):
+    known = find_json_object(described) or {}
+    counted = all(isinstance(known.get(name), int) for name in ("rows", "duplicates"))
+    if not counted or not known["rows"] == items_in(index) == items_in(hashes_file(index)):
         with whole_file(index) as temporary:
             lines, rows = write_index(paths, temporary, progress)
             if not rows:
                 raise DataError(f"No row in {', '.join(map(str, names))}.")
         write_json(described, {"files": paths, "rows": rows, "duplicates": lines - rows})
     return RowFiles(tuple(map(str, sources)), paths, str(index), int(read_json(described)["duplicates"]))
+
+
+def items_in(path: Path) -> int | None:
+    """Return the number of items of an array's file; None if it is missing, cut off or anything else."""
+    try:
+        return len(np.load(path, mmap_mode="r"))
+    except (OSError, ValueError, EOFError, TypeError):
+        return None
 
 
 def hashes_file(index: Path) -> Path:
@@ -196,20 +206,19 @@ def write_index(paths: Sequence[str], index: Path, progress: Progress = no_progr
     lines, hashes = index.with_suffix(".lines"), bytearray()
     with open(lines, "wb") as file:
         for entries, digests in scan_lines(paths):
-            entries.tofile(file)
+            file.write(entries.tobytes())
             hashes += digests
             progress(len(hashes) // HASH_BYTES)
     every = np.frombuffer(hashes, np.uint64)
     again = is_again(every)
-    rows, written = int(np.count_nonzero(~again)), 0
+    rows = int(np.count_nonzero(~again))
     if rows:
-        kept = np.lib.format.open_memmap(index, mode="w+", dtype=ROW, shape=(rows,))
-        for start in range(0, len(again), LINES_AT_ONCE):
-            entries = np.fromfile(lines, ROW, LINES_AT_ONCE, offset=start * ROW.itemsize)
-            some = entries[~again[start : start + len(entries)]]
-            kept[written : written + len(some)] = some
-            written += len(some)
-        kept.flush()
+        header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (rows,)}
+        with open(index, "wb") as file:  # a mapped file would end the process on a full disk
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(again), LINES_AT_ONCE):
+                entries = np.fromfile(lines, ROW, LINES_AT_ONCE, offset=start * ROW.itemsize)
+                file.write(entries[~again[start : start + len(entries)]].tobytes())
     lines.unlink()
     with whole_file(hashes_file(index.with_suffix(""))) as temporary, open(temporary, "wb") as file:
         np.save(file, every[~again])
@@ -255,12 +264,15 @@ def lines_of(source: str | Path, folder: Path, split: str | None, progress: Prog
         return source
     known = identity([str(source)]) if isinstance(source, Path) else digest(f"{source} {split}".encode()).hex()
     copied = folder / f"{known}{COPY}"
-    if not copied.is_file():
+    described = copied.with_suffix(f"{COPY}.json")
+    size = (find_json_object(described) or {}).get("size")
+    if not copied.is_file() or copied.stat().st_size != size:
         with whole_file(copied) as temporary, open(temporary, "wb") as file:
             for done, (place, row) in enumerate(raw_rows([source], split), 1):
                 file.write(place.rpartition(":")[2].encode() + b"\t" + line_of(row) + b"\n")
                 if not done % LINES_AT_ONCE:
                     progress(done)
+        write_json(described, {"size": copied.stat().st_size})
     return copied
 
 
