@@ -105,8 +105,28 @@ def round_stochastically(x: Float32[Array, "..."], key: PRNGKeyArray) -> Float32
     finite.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    return finite_or(bits + noise, bits)
+    return finite_or(bits + (random_bits(key, x.shape) >> 16), bits)
+
+
+def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Return random bits of an array, each a hash of the key and its own position.
+
+    They are the same under any sharding. `jax.random.bits` is too, but takes 60 operations a number, and 16 bytes of
+    temporary memory on a CPU. This takes 20, and is fused with its use.
+    """
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    position, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return mix(mix(position ^ first) + second)
+
+
+def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Return a hash of 32 bits in which every bit depends on every bit of x: the finalizer `lowbias32`."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def split(x: Float32[Array, "..."]) -> tuple[Float32[Array, "..."], Int16[Array, "..."]]:
