@@ -29,6 +29,7 @@ from cotgrpo.models.huggingface.folder import ModelFolder, open_folder, refuse_u
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.pinned import TOKENIZER_FILES
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
+from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
 
@@ -270,7 +271,8 @@ def save_pretrained(
     Args:
         folder: new or empty.
         config: the decoder's shape.
-        params: its weights.
+        params: its weights. `AdaptedParams` of `cotgrpo.models.lora` are merged in float32, one tensor at a time, and
+            rounded once to the stored type.
         source: the model that training started from. Its config.json, generation_config.json, tokenizer and chat
             template are copied. None: config.json is that of the first family that can express `config`.
         tokenizer: a `transformers` tokenizer, saved instead of the source's files.
@@ -307,6 +309,11 @@ def save_pretrained(
 
 def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[NewTensor]:
     """Return the tensors of a checkpoint. Each is fetched from the devices when it is written."""
+    pairs: dict[TreePath, dict[str, Array]] = {}
+    scale = 1.0
+    if isinstance(params, AdaptedParams):
+        check_adapters(params.base, params.adapters, params.lora)
+        params, pairs, scale = params.base, flatten_adapters(params.adapters), params.lora.scale
     leaves, abstract = leaves_by_path(params), leaves_by_path(abstract_params(config))
     if {path: leaf.shape for path, leaf in leaves.items()} != {path: leaf.shape for path, leaf in abstract.items()}:
         wrong = sorted({(p, x.shape) for p, x in leaves.items()} ^ {(p, x.shape) for p, x in abstract.items()})[0]
@@ -321,7 +328,9 @@ def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> lis
             name=name,
             dtype=np.dtype(leaves[path].dtype) if dtype is None else known[dtype],
             shape=stored_shape(path, leaves[path].shape),
-            array=functools.partial(on_host, path, leaves[path], layer),
+            array=functools.partial(on_host, path, leaves[path], layer)
+            if path[-1] != "kernel" or path[:-1] not in pairs
+            else functools.partial(merged_on_host, path, leaves[path], pairs[path[:-1]], scale, layer),
         )
         for path, layer_names in names_by_path(config).items()
         for layer, name in enumerate(layer_names)
@@ -337,6 +346,15 @@ def on_host(path: TreePath, leaf: Shaped[AnyArray, "..."], layer: int) -> np.nda
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     array = np.asarray(leaf)
     return array.T if is_transposed(path) else array
+
+
+def merged_on_host(
+    path: TreePath, kernel: Shaped[AnyArray, "..."], pair: Mapping[str, AnyArray], scale: float, layer: int
+) -> np.ndarray:
+    """Return `W + scale A B` of one layer in float32, in a checkpoint's layout."""
+    a, b = (on_host((*path[:-1], part), pair[part], layer).astype(np.float32) for part in ("lora_a", "lora_b"))
+    w = on_host(path, kernel, layer).astype(np.float32)
+    return w + scale * (a @ b).T
 
 
 def write_configs(
