@@ -29,6 +29,16 @@ SHAPE: dict[str, Shape] = {
 }
 """What `report.json` holds, besides the optional `notes`, a list of text. "*" stands for any names."""
 
+COMPLETION: Shape = {
+    "step": int,
+    "question": str,
+    "gold": str,
+    "correct": bool,
+    "tokens": [str],
+    "rewards": [float],
+}
+"""What a row of `completions.jsonl` holds, besides the lists `counts` and `ghosts`, which may be null."""
+
 COMPLETIONS_READ, COMPLETIONS_SHOWN = 1_000, 12
 STAGE_FOLDERS = {"sft": "sft", "grpo": "grpo", "on_policy": "on_policy/grpo"}
 """Where each stage of a run with several stages has its logs."""
@@ -55,12 +65,35 @@ def write_report(folder: Path) -> Path:
         ReportError: `report.json` is missing or does not match `SHAPE`.
     """
     report = read_report(folder / "report.json")
-    replies = choose_replies(read_completions(completions_folder(folder), COMPLETIONS_READ))
+    logged = read_completions(completions_folder(folder), COMPLETIONS_READ)
+    replies = choose_replies([row for row in logged if is_completion(row)])
     page = render(report, read_stages(folder, report), replies)
     path = folder / "report.html"
     with explain_disk_errors(path):
         write_text(path, page)
     return path
+
+
+def is_whole_page(path: Path) -> bool:
+    """Return whether a page is there, from its first line to its last."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return False
+    return text.lstrip()[:9].lower() == b"<!doctype" and text.rstrip().endswith(b"</html>")
+
+
+def is_completion(row: dict[str, Any]) -> bool:
+    """Return whether a row of `completions.jsonl` can be shown: a disk or a hand may have changed it."""
+    try:
+        check(row, COMPLETION, "")
+    except ReportError:
+        return False
+    ghosts, counts, length = row.get("ghosts", ""), row.get("counts"), len(row["tokens"])
+    lists = [each for each in (row["rewards"], ghosts, counts) if each is not None]
+    return all(isinstance(each, list) and len(each) == length for each in lists) and all(
+        (isinstance(ghost, str | None)) for ghost in ghosts or ()
+    )
 
 
 def choose_replies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,7 +123,9 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file. Expected the results of a run. {again}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror}). {again}") from error
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: expected JSON in UTF-8, but {error}. {again}") from error
     try:
         check(report, SHAPE, "")

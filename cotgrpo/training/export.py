@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.atomic_files import find_json_object
 from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
 from cotgrpo.models.huggingface.weights import save_pretrained
+from cotgrpo.reports.report import ReportError, read_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.stages import newest_stage
@@ -86,7 +86,10 @@ def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> Non
 
 def model_card_facts(config: Config, stage: str, step: int, template: AnyTemplate, folder: Path) -> dict[str, Any]:
     """Return what the model card needs. It has the accuracy only if the report is that of this step."""
-    report = find_json_object(folder / "report.json") if step == getattr(config, stage).steps else None
+    try:
+        report = read_report(folder / "report.json") if step == getattr(config, stage).steps else None
+    except ReportError:
+        report = None
     sources = [[data] if isinstance(data, str) else data for data in (config.data.train, config.data.test)]
     settings = tree_of(config)
     if config.lora is None:

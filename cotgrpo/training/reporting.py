@@ -19,7 +19,7 @@ from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.held_out import HeldOut
-from cotgrpo.reports.report import write_report
+from cotgrpo.reports.report import ReportError, Shape, check, write_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
 from cotgrpo.training.steps import StageName
@@ -27,6 +27,12 @@ from cotgrpo.types import Params
 
 PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 SAMPLES_SHOWN = 12
+MEASUREMENT: Shape = {
+    "accuracy": {"value": float, "n": int, "low": float, "high": float},
+    "loss_rows": int,
+    "replies": [{"question": str, "gold": str, "text": str, "correct": bool}],
+}
+"""What `before.json` and `after.json` hold, besides `loss`, a number or null."""
 GROUP_RELATIVE = (
     "The objective of this run was group_relative: Group Relative Policy Optimization, which the field calls GRPO. "
     "It has no ghost, and learns from whether whole replies are right."
@@ -73,7 +79,7 @@ class MeasurementCache:
     def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any]:
         """Return the measurement in the file `name`. If there is none, measure `params()` and write it."""
         path = self.folder / name
-        written = on_process_0(lambda: find_json_object(path))
+        written = on_process_0(lambda: find_measurement(path))
         known = written if written is not None else on_process_0(lambda: self.find_of_sft(name))
         if known is None:
             known = self.held_out.measure(params(), when)
@@ -87,12 +93,22 @@ class MeasurementCache:
 
     def of_sft(self, name: str) -> dict[str, Any] | None:
         """Return a measurement of the SFT stage, if it was made on the same rows."""
-        found = None if self.sft_folder is None else find_json_object(self.sft_folder / name)
+        found = None if self.sft_folder is None else find_measurement(self.sft_folder / name)
         if found is None:
             return None
         rows = [question.question for question in self.held_out.exact_match.questions], self.held_out.num_references
         measured = [reply["question"] for reply in found.get("replies", ())], found.get("loss_rows")
         return found if measured == rows else None
+
+
+def find_measurement(path: Path) -> dict[str, Any] | None:
+    """Return the measurement in a file; None if it is missing, cut off or anything else, so that it is made again."""
+    found = find_json_object(path)
+    try:
+        check(found, MEASUREMENT, "")
+    except ReportError:
+        return None
+    return found if found is not None and isinstance(found.get("loss", ""), float | int | None) else None
 
 
 def print_reports(inputs: StageInputs, console: Console) -> None:

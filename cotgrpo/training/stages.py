@@ -18,15 +18,16 @@ from rich.console import Console
 
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.accelerators.out_of_memory import explain_out_of_memory
-from cotgrpo.atomic_files import find_json_object, write_json
+from cotgrpo.atomic_files import write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state, steps_in
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import check_shared, is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.identity.known import forget_record, forget_split
 from cotgrpo.logs.metrics_log import read_metrics
-from cotgrpo.reports.report import write_report
+from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import say
 from cotgrpo.training.batch_sources import make_stage_batches
@@ -34,7 +35,7 @@ from cotgrpo.training.collapse import CollapseDetector
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
 from cotgrpo.training.loop import BatchSource, LoopSettings, train
 from cotgrpo.training.mesh import check_stage_batch
-from cotgrpo.training.reporting import MeasurementCache, Timer, print_reports, write_stage_report
+from cotgrpo.training.reporting import MeasurementCache, Timer, find_measurement, print_reports, write_stage_report
 from cotgrpo.training.steps import StageName, needs_reference, stage_step
 from cotgrpo.training.weights import StageWeights, first_weights, origin_of, restore_weights, start_weights
 from cotgrpo.types import Params, TrainState
@@ -75,11 +76,12 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     timer = Timer()
     inputs = load_inputs(config, folder, origin, console)
     print_reports(inputs, console)
+    say(console, inputs.split_text)
     weights, start = initial_weights(stage, config, inputs.model, origin, location)
     batches = make_stage_batches(stage, config, inputs, weights, folder, console)
     if location.exists():
         check_state(location.folder, jax.eval_shape(functools.partial(new_state, stage, config), weights.trained))
-    on_process_0(lambda: claim_folder(folder, inputs.model))
+    on_process_0(lambda: claim_folder(folder, inputs))
     print_student(inputs.model, weights, start, console)
 
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
@@ -102,25 +104,36 @@ def check_folders(folder: Path, config: Config, stage: StageName, location: Chec
     """Check that the folder is free or holds this run, and that checkpoints outside of it can be written.
 
     A run that ended before its first step, for want of memory say, does not hold the folder. What it measured with
-    other settings is removed.
+    other settings, and its record of the inputs, are removed.
     """
+    started = read_metrics(folder) or (folder / "report.json").exists() or steps_in(location.folder)
     try:
         check_same_run(folder, config, stage)
     except ConfigError:
-        started = read_metrics(folder) or (folder / "report.json").exists() or steps_in(location.folder)
         if started:
             raise
         for name in ("config.yaml", "before.json"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        forget_split(folder)
+    if not started:
+        forget_record(folder)
     if config.checkpoint.folder is not None:
         location.check_works()
 
 
 def finished_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a finished stage, or None. A page that is missing is written again."""
-    report = find_json_object(folder / "report.json")
-    if report is not None and not (folder / "report.html").is_file():
+    """Return the report of a finished stage, or None if it or a measurement is to be made again.
+
+    A page that is missing or damaged is written again.
+    """
+    try:
+        report = read_report(folder / "report.json")
+    except ReportError:
+        return None
+    if any(find_measurement(folder / name) is None for name in ("before.json", "after.json")):
+        return None
+    if not is_whole_page(folder / "report.html"):
         write_report(folder)
     return report
 
@@ -135,7 +148,7 @@ def initial_weights(
     """
     folder = Path(config.run_dir) / stage
     is_own_teacher = stage == "grpo" and isinstance(config.grpo.ghosts, PrivilegedSelf)
-    measured = on_process_0(lambda: find_json_object(folder / "before.json") is not None)
+    measured = on_process_0(lambda: find_measurement(folder / "before.json") is not None)
     if measured and location.exists() and not (is_own_teacher or needs_reference(config, stage)):
         origin = folder
     if origin is None:
