@@ -7,13 +7,16 @@ of two logits:
     D(y) = log p(y*) - log p(y) = z(y*) - z(y)
 
 `cotgrpo.objectives.protocol.Objective` says what an objective is. Every objective here except `Reinforce` and
-`GroupRelative` has the logit gradient `sum_y s(y) (e_y - e_{y*})`, with `s >= 0` its *slope*. Each single update raises
-log p(y*) and lowers log p(y), and y = y* contributes exactly nothing. They differ only in s:
+`GroupRelative` has the logit gradient `sum_y s(y) (e_y - e_{y*})`, with `s >= 0` its *slope*. A step down it raises
+p(y*), and the reward R of every y, if the logits are free. The one y of a drawn pair falls. With exact means some y may
+rise, and y falls in the mean over y ~ p. With shared parameters this holds on average only (docs/method.md, "What an
+update does"). y = y* contributes exactly nothing. The objectives differ only in s:
 
     Nll                     s(y) = p(y)                              fixed point: the ghost distribution q
     RewardGradient          s(y) = 1 at the drawn y                  its mean over y ~ p is the gradient of Nll
-    Pair, policy            s(y) = 2 p(y) sigmoid(-beta D(y))        fixed point: p proportional to q^(1/(1+beta))
+    Pair, policy, alone     s(y) = 2 p(y) sigmoid(-beta D(y))        fixed point: p proportional to q^(1/(1+beta))
     Pair, calibrated        the same, y ~ p^(1-beta)                 fixed point: q
+    Pair(), the default     s(y) = p(y) (1 + 0.6 sigmoid(-D(y)))     fixed point: between q and q^(1/2), near q
 
 `ForwardKl` compares with the ghost's whole distribution. `ReferenceKl` keeps any objective near a frozen reference.
 `GroupRelative` has no ghost.

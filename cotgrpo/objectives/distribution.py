@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cotgrpo.objectives.drawing import likeliest
 from cotgrpo.xla_cpu import materialized_on_cpu, vocab_sum
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MASKED_LOGIT = -1e30
 """The logit of an impossible token (a padded column of the head). It is finite, so `0 * logit` is 0 and not NaN."""
+IMPOSSIBLE_BELOW = 1e3
+"""A logit that is this far below the largest one marks an impossible token, whatever number its model pads with."""
 
 
 class Distribution(NamedTuple):
@@ -24,19 +27,27 @@ class Distribution(NamedTuple):
         logits_V: z.
         log_z: the log-normalizer `log sum_v exp(z_v)`; NaN if the largest logit is not finite.
         p_V: `exp(z - log_z)`; NaN in the same case.
+        log_mass: `log_z - max_v z_v`, which keeps its digits if the logits are large; NaN in the same case.
     """
 
     logits_V: Float[Array, "V"]
     log_z: Float[Array, ""]
     p_V: Float[Array, "V"]
+    log_mass: Float[Array, ""]
 
     def log_prob(self, token: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """Return `log p(token)` of one token or of several."""
-        return self.logits_V[token] - self.log_z
+        return (self.logits_V[token] - self.top) - self.log_mass
 
     def entropy(self) -> Float[Array, ""]:
-        """Return `-sum_v p_v log p_v`, in nats."""
-        return self.log_z - vocab_sum(self.p_V * self.logits_V)
+        """Return `-sum_v p_v log p_v`, in nats. Tokens with a logit of minus infinity add nothing."""
+        shifted_V = jnp.maximum(self.logits_V - self.top, MASKED_LOGIT)
+        return self.log_mass - vocab_sum(self.p_V * shifted_V)
+
+    @property
+    def top(self) -> Float[Array, ""]:
+        """The largest logit, a constant to autodiff."""
+        return jax.lax.stop_gradient(jnp.max(self.logits_V))
 
 
 def softmax(logits_V: Float[Array, "V"]) -> Distribution:
@@ -44,7 +55,7 @@ def softmax(logits_V: Float[Array, "V"]) -> Distribution:
     top = jax.lax.stop_gradient(jnp.max(logits_V))
     mass_V = materialized_on_cpu(jnp.exp(logits_V - top))
     mass = jnp.sum(mass_V)
-    return Distribution(logits_V, top + jnp.log(mass), mass_V * (1 / mass))
+    return Distribution(logits_V, top + jnp.log(mass), mass_V * (1 / mass), jnp.log(mass))
 
 
 def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -94,11 +105,12 @@ def ghost_reward(
 def distribution_metrics(student: Distribution, inputs: TokenInputs) -> dict[str, Float[Array, ""]]:
     """Return what every objective reports.
 
-    `entropy` is that of p, in nats. `token_accuracy` is 1 if the ghost is the greedy token, else 0.
+    `entropy` is that of p, in nats. `token_accuracy` is 1 if the ghost is the greedy token, else 0. The first of equal
+    logits is the greedy one.
     """
     return {
         "entropy": student.entropy(),
-        "token_accuracy": jnp.float32(student.logits_V[inputs.ghost] >= jnp.max(student.logits_V)),
+        "token_accuracy": jnp.float32(likeliest(student.logits_V) == inputs.ghost),
     }
 
 

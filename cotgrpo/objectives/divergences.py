@@ -18,7 +18,7 @@ from cotgrpo.xla_cpu import vocab_sum
 
 if TYPE_CHECKING:
     from cotgrpo.objectives.protocol import LossAndMetrics
-    from cotgrpo.types import Array, Float
+    from cotgrpo.types import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ForwardKl:
     arXiv:1503.02531. On the student's own replies: Agarwal et al. 2024, arXiv:2306.13649.)
 
     The batch carries the extra arrays `top_ids`, int32 `[B, T, top_k]`, and `top_log_probs`, float32, log q of each:
-    `cotgrpo.ghosts.live.live_ghosts(..., top_k=)` makes them. Adds the metric `top_mass`, the sum of q over the top.
+    `cotgrpo.ghosts.live.live_ghosts(..., top_k=)` makes them. With fewer tokens than `top_k`, fill up with any id and a
+    log q of minus infinity, or of -1e30. Adds the metric `top_mass`, the sum of q over the top.
 
     Attributes:
         top_k: how many of the live ghost's likeliest tokens are told apart, at least 1; the others are one outcome.
@@ -50,7 +51,9 @@ class ForwardKl:
     def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
         student = softmax(logits_V)
         q_K, rest = self.target(inputs)
-        kl = jnp.sum(q_K * (inputs["top_log_probs"] - student.log_prob(inputs["top_ids"])))
+        listed_K = q_K > 0
+        log_ratio_K = inputs["top_log_probs"] - student.log_prob(jnp.where(listed_K, inputs["top_ids"], 0))
+        kl = jnp.sum(q_K * jnp.where(listed_K, log_ratio_K, 0.0))
         log_p_rest = softmax(self.rest_logits(logits_V, inputs)).log_z - student.log_z
         kl += jnp.where(rest > 0, rest * (jnp.log(jnp.where(rest > 0, rest, 1.0)) - log_p_rest), 0.0)
         return kl, exact_metrics(student, inputs) | {"top_mass": jnp.sum(q_K)}
@@ -60,7 +63,8 @@ class ForwardKl:
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         q_K, rest = self.target(inputs)
         spread_V = rest * softmax(self.rest_logits(logits_V, inputs)).p_V
-        return self(logits_V, inputs), (softmax(logits_V).p_V - spread_V).at[inputs["top_ids"]].add(-q_K)
+        grad_V = (softmax(logits_V).p_V - spread_V).at[self.listed_ids(logits_V, inputs)].add(-q_K, mode="drop")
+        return self(logits_V, inputs), grad_V
 
     def target(self, inputs: TokenInputs) -> tuple[Float[Array, "K"], Float[Array, ""]]:
         """Return q on the top, and q_rest: 0 if it is within the rounding error of the sum."""
@@ -77,7 +81,11 @@ class ForwardKl:
 
     def rest_logits(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> Float[Array, "V"]:
         """Return the logits of the tokens that are not on top; the top is masked."""
-        return logits_V.at[inputs["top_ids"]].set(MASKED_LOGIT)
+        return logits_V.at[self.listed_ids(logits_V, inputs)].set(MASKED_LOGIT, mode="drop")
+
+    def listed_ids(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> Int[Array, "K"]:
+        """Return the ids on top. A filler, which has no probability in q, is V and is dropped."""
+        return jnp.where(jnp.exp(inputs["top_log_probs"]) > 0, inputs["top_ids"], logits_V.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,4 +143,5 @@ class ReferenceKl:
         """Return `(KL(p || r), p, log p - log r)`."""
         student, reference = softmax(logits_V), softmax(inputs.reference_logits)
         log_ratio_V = (logits_V - student.log_z) - (inputs.reference_logits - reference.log_z)
+        log_ratio_V = jnp.where(student.p_V > 0, log_ratio_V, 0.0)  # a padded logit may be minus infinity in both
         return vocab_sum(student.p_V * log_ratio_V), student.p_V, log_ratio_V

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cotgrpo.objectives.distribution import (
+    IMPOSSIBLE_BELOW,
     MASKED_LOGIT,
     Distribution,
     distribution_metrics,
@@ -100,8 +101,12 @@ class Pair:
 
     With negatives from the policy (n = p) the pair term alone is not proper. Against ghosts drawn from q its fixed
     point is p proportional to q^(1/(1+beta)), flatter than q, and on the student's own contexts it collapses. Together
-    with the likelihood it is safe. Calibrated negatives, n proportional to p^(1-beta), make the fixed point exactly q,
-    and need no anchor.
+    with the likelihood it is safe, and rests between the two: `Pair()` at 0.865 where q is 0.9 (docs/method.md). A
+    ghost that is always the same token makes no difference between them. Calibrated negatives, n proportional to
+    p^(1-beta), make the fixed point exactly q, and need no anchor: `Pair(beta=0.5, negatives="calibrated")`.
+
+    The pair y = y* adds a constant, `pair_weight (2 / beta) log 2`, and no gradient. So the loss of a student that
+    agrees with its ghost is not 0: it is 0.416 for `Pair()`. The metric `loss_floor` is that part of the loss.
 
     Attributes:
         beta: sharpness of the preference, > 0; at most 1 with calibrated negatives (1: uniform negatives).
@@ -143,18 +148,24 @@ class Pair:
         if self.negatives == "policy":
             return logits_V
         # An impossible token stays impossible at any temperature (0 * -1e30 would make it likely).
-        return jnp.where(logits_V <= MASKED_LOGIT, MASKED_LOGIT, (1 - self.beta) * logits_V)
+        impossible_V = logits_V < jnp.max(logits_V) - IMPOSSIBLE_BELOW
+        return jnp.where(impossible_V, MASKED_LOGIT, (1 - self.beta) * logits_V)
 
     def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
         student = softmax(logits_V)
         if self.estimator == "drawn":
             pair = softplus(-self.beta * ghost_reward(logits_V, inputs.ghost, inputs.drawn))
+            drew_ghost = jnp.float32(inputs.drawn == inputs.ghost)
             metrics = drawn_metrics(student, inputs)
         else:
             n_V = jax.lax.stop_gradient(self.negatives_V(student))
             pair = vocab_sum(n_V * softplus(self.beta * (logits_V - logits_V[inputs.ghost])))
+            drew_ghost = n_V[inputs.ghost]
             metrics = exact_metrics(student, inputs)
-        return self.pair_weight * (2 / self.beta) * pair - self.nll_weight * student.log_prob(inputs.ghost), metrics
+        scale = self.pair_weight * (2 / self.beta)
+        if self.pair_weight:
+            metrics["loss_floor"] = scale * jnp.log(2.0) * drew_ghost
+        return scale * pair - self.nll_weight * student.log_prob(inputs.ghost), metrics
 
     def negatives_V(self, student: Distribution) -> Float[Array, "V"]:
         """Return the distribution n of the negatives."""

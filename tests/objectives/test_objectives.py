@@ -373,3 +373,96 @@ def test_extreme_logits_stay_finite(objective: objectives.Objective, size: float
 def test_bad_settings_say_what_was_expected(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+PADDING = (objectives.MASKED_LOGIT, -np.inf, -1e9, float(np.finfo(np.float16).min))
+EVERY_EXACT = [
+    Nll(),
+    Pair(),
+    Pair(beta=0.5, negatives="calibrated"),
+    Pair(beta=1.0, negatives="calibrated"),
+    ForwardKl(3),
+    ReferenceKl(Nll(), 0.3),
+    ReferenceKl(Pair(beta=1.0, negatives="calibrated"), 0.3),
+    ReferenceKl(ForwardKl(3), 0.3),
+]
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("objective", EVERY_EXACT)
+def test_padding_changes_nothing(objective: objectives.Objective, padding: float) -> None:
+    """Impossible tokens, whatever their logit, change no loss, metric or gradient, and get none."""
+    logits, reference = random_logits(0), random_logits(1)
+    padded = lambda z: jnp.concatenate([z, jnp.full(4, padding, jnp.float32)])
+    want = closed_form(objective, logits, row(2, reference=reference))
+    for derive in (closed_form, loss_and_gradient):
+        (loss, metrics), grad = derive(objective, padded(logits), row(2, reference=padded(reference)))
+        np.testing.assert_allclose(loss, want[0][0], rtol=2e-5, atol=1e-6)
+        for name, value in want[0][1].items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(grad, np.append(want[1], np.zeros(4)), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("beta", [0.3, 0.9, 1.0])
+def test_calibrated_negatives_never_draw_padding(beta: float, padding: float) -> None:
+    objective = Pair(beta=beta, negatives="calibrated", estimator="drawn")
+    logits = jnp.concatenate([random_logits(3), jnp.full(300, padding, jnp.float32)])
+    drawn = objectives.draw(objectives.draw_logits(objective, logits), jnp.linspace(0, 1, 200, endpoint=False))
+    assert np.all(np.asarray(drawn) < V)
+
+
+@pytest.mark.parametrize("filler", [-np.inf, -1e30])
+@pytest.mark.parametrize("filler_id", [0, 4, -1, V, 10**6])
+def test_forward_kl_ignores_fillers(filler: float, filler_id: int) -> None:
+    """A short list filled up is the short list, even if the filler's id is a token of the list or of the rest."""
+    logits, q = random_logits(0), np.array([0.6, 0.3])
+    ids = np.array([4, 2], np.int32)
+    short = TokenInputs(
+        jnp.int32(4), jnp.float32(1.0), extra={"top_ids": jnp.asarray(ids), "top_log_probs": jnp.log(jnp.asarray(q))}
+    )
+    extra = {
+        "top_ids": jnp.asarray([*ids, filler_id, filler_id], jnp.int32),
+        "top_log_probs": jnp.asarray([*np.log(q), filler, filler], jnp.float32),
+    }
+    filled = TokenInputs(jnp.int32(4), jnp.float32(1.0), extra=extra)
+    want = closed_form(ForwardKl(2), logits, short)
+    for derive in (closed_form, loss_and_gradient):
+        (loss, metrics), grad = derive(ForwardKl(4), logits, filled)
+        np.testing.assert_allclose(loss, want[0][0], rtol=1e-5)
+        np.testing.assert_allclose(metrics["top_mass"], 0.9, rtol=1e-6)
+        np.testing.assert_allclose(grad, want[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -3e4])
+def test_entropy_and_log_probs_of_large_logits(shift: float) -> None:
+    small = np.asarray(random_logits(4))
+    shifted = np.float32(small + shift).astype(np.float64)
+    p = np.exp(shifted - shifted.max()) / np.sum(np.exp(shifted - shifted.max()))
+    student = objectives.softmax(jnp.asarray(shifted, jnp.float32))
+    np.testing.assert_allclose(student.entropy(), -np.sum(p * np.log(p)), rtol=2e-6)
+    np.testing.assert_allclose(student.log_prob(jnp.arange(V)), np.log(p), rtol=2e-6)
+
+
+@pytest.mark.parametrize("ties", [2, 3, V])
+def test_the_first_of_equal_logits_is_the_greedy_token(ties: int) -> None:
+    logits = jnp.where(jnp.arange(V) < ties, 1.0, 0.0)
+    accuracy = [float(Nll()(logits, row(ghost))[1]["token_accuracy"]) for ghost in range(V)]
+    assert accuracy == [1.0, *[0.0] * (V - 1)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "floor"),
+    [
+        (Pair(), 0.6 * np.log(2)),
+        (Pair(beta=0.5, pair_weight=1.0), 4 * np.log(2)),
+        (Pair(beta=0.5, negatives="calibrated"), 1.2 * np.log(2)),
+        (Pair(estimator="drawn"), 0.6 * np.log(2)),
+    ],
+)
+def test_the_loss_of_a_student_that_agrees_is_its_floor(objective: objectives.Objective, floor: float) -> None:
+    certain = jnp.where(jnp.arange(V) == 3, 200.0, 0.0)
+    loss, metrics = objective(certain, row(3, 3))
+    np.testing.assert_allclose(loss, floor, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_floor"], floor, rtol=1e-5)
+    assert objective(random_logits(0), row(3, 2))[1]["loss_floor"] < floor
