@@ -353,10 +353,14 @@ class StreamedTriples:
 
     def draw_questions(self, count: int, seed: int, progress: Progress = no_progress) -> list[Question]:
         """Draw questions that have a right answer, at most `count`, all different, in the order of the files."""
+        return [question for _, question in self.draw_numbered(count, seed, progress)]
+
+    def draw_numbered(self, count: int, seed: int, progress: Progress = no_progress) -> list[tuple[int, Question]]:
+        """Draw as `draw_questions` does, and return each question with the number of its row."""
         order = epoch_order(len(self.files), (seed + HELD_OUT) % 2**32)
         numbers = (int(order[i]) for i in range(len(self.files)))
         found = self.find_questions(numbers, lambda text: True, count, progress)
-        return [question for _, question in sorted(found, key=lambda pair: pair[0])]
+        return sorted(found, key=lambda pair: pair[0])
 
     def find_questions(
         self,

@@ -5,28 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from cotgrpo.config import Config, ConfigError, differences, flat, load_config, save_config, tree_of
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
-from cotgrpo.data.questions import Question, make_held_out, note_rows, questions_in, read_questions
+from cotgrpo.data.questions import Question, make_held_out, question_text
 from cotgrpo.data.reply_format import ReplyFormat
-from cotgrpo.data.rows import DropReport, Row, RowResult, check_usable, read_rows
-from cotgrpo.data.sources import DataError, as_list, files_of
-from cotgrpo.data.streaming import StreamedTriples, WindowReader, index_rows
+from cotgrpo.data.rows import DropReport
+from cotgrpo.data.sources import as_list, files_of
+from cotgrpo.data.streaming import StreamedTriples, WindowReader
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
 from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
-from cotgrpo.data.triples import Triple, triples_in
-from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.data.triples import Triple
 from cotgrpo.evaluation.accuracy import ExactMatch
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.identity.checks import check_inputs, check_measured, make_record, save_inputs
+from cotgrpo.identity.known import find_known
+from cotgrpo.identity.record import InputsRecord
+from cotgrpo.identity.rows import StageRows, read_stage_rows, read_test_alone, train_files
+from cotgrpo.identity.rows import read_test_rows as read_test_rows
+from cotgrpo.identity.split import draw_split
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.families import ModelError
@@ -119,6 +123,8 @@ class StageInputs:
         test_questions: all held-out rows, for exact match.
         reports: what was left out while reading and tokenizing, by name.
         stream: reads the training rows during the training, if `data.streaming` is set; `train` is then empty.
+        rows: the rows as they were read, and how they were held out.
+        record: what the run records of the inputs.
     """
 
     model: Model
@@ -129,6 +135,13 @@ class StageInputs:
     test_questions: list[Question]
     reports: dict[str, DropReport]
     stream: WindowReader | None = None
+    rows: StageRows | None = None
+    record: InputsRecord | None = None
+
+    @property
+    def split_text(self) -> str:
+        """How the held-out rows were chosen, in one line."""
+        return "" if self.rows is None else self.rows.split_text
 
     def held_out(self, batch_size: int, console: Console) -> HeldOut:
         """Return what measures the student on the held-out rows. The loss takes `batch_size` packed rows at a time."""
@@ -170,15 +183,24 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
     """
     data = config.data
     say(console, f"reading {', '.join(map(str, as_list(train_files(config))))}")
-    if data.streaming:
-        return load_streamed_inputs(config, folder, origin, console)
-    warn_of_memory(train_files(config), data.train_split, console)
-    train, test, reports = read_train_and_test(config, console)
-    model = model_of(config, folder, origin, train, console)
+    known = find_known(config, folder, origin)
+    if not data.streaming:
+        warn_of_memory(train_files(config), data.train_split, console)
+    rows = read_stage_rows(config, console, known)
+    # A tokenizer for streamed rows is trained on the first rows of the first epoch.
+    sample = rows.train if rows.stream is None else streamed_sample(rows.stream, config.seed)
+    model = model_of(config, folder, origin, sample, console)
+    record = make_record(config, known, rows, model.tokenizer, model.decoder, model.source, origin)
+    for line in check_inputs(config, known, rows, record):
+        say(console, line, style="yellow")
     template = model.template(data.loss_on)
-    with PhaseProgress("tokenizing rows", console, len(train)) as progress:
-        examples, reports["training sequences"] = make_examples(
-            train,
+    inputs = StageInputs(model, template, [], [], [], [], rows.reports, rows=rows, record=record)
+    if rows.stream is not None:
+        stream = WindowReader(rows.stream, template, data.seq_len, data.too_long, data.packing)
+        return with_test_rows(dataclasses.replace(inputs, stream=stream), rows.test, console)
+    with PhaseProgress("tokenizing rows", console, len(rows.train)) as progress:
+        examples, rows.reports["training sequences"] = make_examples(
+            rows.train,
             template,
             data.seq_len,
             too_long=data.too_long,
@@ -187,8 +209,13 @@ def load_inputs(config: Config, folder: Path, origin: Path | None, console: Cons
             workers=data.num_workers,
         )
     fitting = {example.source for example in examples}
-    triples = [triple for triple in train if triple.source in fitting]
-    return with_test_rows(StageInputs(model, template, examples, triples, [], [], reports), test, console)
+    triples = [triple for triple in rows.train if triple.source in fitting]
+    return with_test_rows(dataclasses.replace(inputs, train=examples, train_triples=triples), rows.test, console)
+
+
+def streamed_sample(stream: StreamedTriples, seed: int) -> Iterator[Triple]:
+    """Return the rows that a tokenizer is trained on."""
+    return stream.sample(seed, rows=TOKENIZER_ROWS, characters=TOKENIZER_CHARACTERS)
 
 
 def warn_of_memory(names: list[str] | str, split: str | None, console: Console) -> None:
@@ -208,20 +235,6 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_streamed_inputs(config: Config, folder: Path, origin: Path | None, console: Console) -> StageInputs:
-    """Return the inputs of a stage that reads its training rows while it trains. Arguments are those of `load_inputs`.
-
-    A tokenizer is trained on the first rows of the first epoch.
-    """
-    data = config.data
-    rows, test, reports = index_train_and_test(config, console)
-    sample = rows.sample(config.seed, rows=TOKENIZER_ROWS, characters=TOKENIZER_CHARACTERS)
-    model = model_of(config, folder, origin, sample, console)
-    template = model.template(data.loss_on)
-    stream = WindowReader(rows, template, data.seq_len, data.too_long, data.packing)
-    return with_test_rows(StageInputs(model, template, [], [], [], [], reports, stream), test, console)
-
-
 def load_eval_inputs(
     config: Config, console: Console = QUIET, folder: Path | None = None, origin: Path | None = None
 ) -> StageInputs:
@@ -238,23 +251,24 @@ def load_eval_inputs(
     Raises:
         DataError, ConfigError, ModelError: as `load_inputs` does.
     """
-    if config.data.test:
-        test, report = read_test_rows(config, console)
-        test, reports = test[: config.eval.rows], {"held-out rows": report}
-    elif config.data.train:
-        read = index_train_and_test if config.data.streaming else read_train_and_test
-        _, test, reports = read(config, console)
-    else:
+    if not (config.data.test or config.data.train):
         raise ConfigError(
             "data.test is empty: name at least one .jsonl or .parquet file of held-out rows, or a hub id."
         )
+    known = find_known(config, folder, origin)
+    rows = (read_test_alone if config.data.test else read_stage_rows)(config, console, known)
     model = pretrained_model(config) if folder is None else model_of(config, folder, origin, [])
-    inputs = StageInputs(model, model.template(config.data.loss_on), [], [], [], [], reports)
-    return with_test_rows(inputs, test, console)
+    record = make_record(config, known, rows, model.tokenizer, model.decoder, model.source, None)
+    for line in [*check_measured(config, known, rows, record), rows.split_text]:
+        say(console, line)
+    template = model.template(config.data.loss_on)
+    inputs = StageInputs(model, template, [], [], [], [], rows.reports, rows=rows, record=record)
+    return with_test_rows(inputs, rows.test, console)
 
 
 def with_test_rows(inputs: StageInputs, test: list[Question], console: Console) -> StageInputs:
-    """Return the inputs with the held-out rows that fit into the window."""
+    """Return the inputs with the held-out rows that fit into the window, at most `eval.rows`."""
+    test = test[: inputs.model.config.eval.rows]
     model, data = inputs.model, inputs.model.config.data
     with PhaseProgress("tokenizing held-out rows", console, len(test)) as progress:
         questions, replies, reports = make_held_out(
@@ -268,122 +282,27 @@ def with_test_rows(inputs: StageInputs, test: list[Question], console: Console) 
     return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=inputs.reports | reports)
 
 
-def read_test_rows(config: Config, console: Console) -> tuple[list[Question], DropReport]:
-    """Return the rows of `data.test`, and what was left out."""
-    data = config.data
-    with PhaseProgress("reading held-out rows", console) as progress:
-        return read_questions(
-            data.test,
-            split=data.test_split,
-            bad_rows=data.bad_rows,
-            columns=data.columns,
-            row_function=data.row_function,
-            folder_split="test",
-            progress=progress,
-        )
-
-
-def index_train_and_test(
-    config: Config, console: Console = QUIET
-) -> tuple[StreamedTriples, list[Question], dict[str, DropReport]]:
-    """Return training rows to stream, held-out rows, and the report of these.
-
-    Without test files, the seed draws `test_rows` rows. Rows with the question of a held-out row are left out later.
-    """
-    data = config.data
-    names, folder = as_list(train_files(config)), Path(config.run_dir) / "row_index"
-
-    def index() -> StreamedTriples:
-        with PhaseProgress("indexing rows", console) as progress:
-            files = index_rows(names, folder, split=data.train_split, progress=progress)
-        return StreamedTriples(
-            files, data.train_split, data.bad_rows, data.keep_incorrect, data.columns, data.row_function
-        )
-
-    on_process_0(lambda: len(index().files))
-    rows = index()
-    rows.check_columns(config.seed)
-    say(
-        console,
-        f"training rows: {len(rows.files)}, read while training, without {rows.files.duplicates} exact copies",
-    )
-    if data.test:
-        test, report = read_test_rows(config, console)
-    else:
-        check_test_rows(data.test_rows, len(rows.files))
-        with PhaseProgress("drawing held-out rows", console, data.test_rows) as progress:
-            test = rows.draw_questions(data.test_rows, config.seed, progress)
-        report = DropReport(read=len(test))
-    rows = dataclasses.replace(rows, held_out=frozenset(question.asked for question in test))
-    return rows, test[: config.eval.rows], {"held-out rows": report}
-
-
-def train_files(config: Config) -> list[str] | str:
-    """Return `data.train`. Raises ConfigError if it is empty."""
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name at least one .jsonl or .parquet file, or a hub id.")
-    return config.data.train
-
-
 def read_train_and_test(
     config: Config, console: Console = QUIET
 ) -> tuple[list[Triple], list[Question], dict[str, DropReport]]:
-    """Return training rows, held-out rows and reports. Without test files, the seed draws `test_rows` of the rows."""
-    data = config.data
-    names, split = as_list(train_files(config)), data.train_split
-    rows: Iterable[RowResult] = read_rows(names, split, columns=data.columns, row_function=data.row_function)
-    phase = PhaseProgress("reading rows", console)
-    if not data.test:  # the rows are needed twice
-        with phase as progress:
-            rows = list(progress.over(rows))
-        phase = PhaseProgress("looking for duplicates", console, len(rows))
-    with phase as progress:
-        train, report = triples_in(progress.over(rows), bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
-    check_usable(train, names, report)
-    reports = {"training rows": report}
-    if data.test:
-        test, reports["held-out rows"] = read_test_rows(config, console)
-    else:
-        # A bad row has raised an error by now. A row with a wrong reply may lack the right answer.
-        with PhaseProgress("drawing held-out rows", console, report.read) as progress:
-            questions, _ = questions_in(progress.over(rows), bad_rows="drop")
-        test = draw_test_rows(questions, data.test_rows, config.seed)
-        drawn = {question.source for question in test}
-        reports["held-out rows"] = note_rows(row for row in rows if isinstance(row, Row) and row.source in drawn)
-        train = drop_known(train, {q.source for q in test}, lambda t: t.source, "held out for testing", report)
-    asked = {question.asked for question in test}
-    train = drop_known(train, asked, lambda t: t.asked, "question is in the test set", report)
-    if not train:
-        raise DataError("No row is left to train on: every question is in the test set.")
-    return train, test[: config.eval.rows], reports
+    """Return training rows, held-out rows and reports.
+
+    Without test files, the run's split holds rows out. If the run has none, it is drawn as its first stage would.
+    """
+    rows = read_stage_rows(config, console, find_known(config))
+    return rows.train, rows.test[: config.eval.rows], rows.reports
 
 
 def draw_test_rows(questions: list[Question], count: int, seed: int) -> list[Question]:
-    """Draw `count` of the questions, including those with a wrong reply, and keep their order.
+    """Hold out `count` of the questions by a salted hash of their texts, and keep their order.
+
+    Rows that ask the same question are held out together. Questions with a wrong reply are drawn as often as others.
 
     Raises:
         ConfigError: none would be left to train on.
     """
-    check_test_rows(count, len(questions))
-    order = np.random.default_rng(seed).permutation(len(questions))
-    chosen = {int(i) for i in order[:count]}
-    return [question for i, question in enumerate(questions) if i in chosen]
-
-
-def check_test_rows(count: int, rows: int) -> None:
-    """Raise ConfigError unless so many held-out rows leave some of `rows` to train on."""
-    if not 0 < count < rows:
-        raise ConfigError(f"data.test_rows must leave rows to train on: expected 1 to {rows - 1}, got {count}.")
-
-
-def drop_known(
-    triples: list[Triple], known: set[str], text: Callable[[Triple], str], reason: str, report: DropReport
-) -> list[Triple]:
-    """Return the triples whose text is not in `known`, and count the others in the report."""
-    for triple in triples:
-        if text(triple) in known:
-            report.drop(reason, triple.source)
-    return [triple for triple in triples if text(triple) not in known]
+    split = draw_split(questions, count, seed)
+    return [question for question in questions if question_text(question) in split]
 
 
 def model_of(
@@ -496,13 +415,16 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     )
 
 
-def claim_folder(folder: Path, model: Model) -> None:
-    """Make the folder this run's: write its own tokenizer, if it has one, and then `config.yaml`.
+def claim_folder(folder: Path, inputs: StageInputs) -> None:
+    """Make the folder this run's: write the record of its inputs, its own tokenizer if it has one, and `config.yaml`.
 
     Called only after the rows and the student were read without an error. A command with a corrected setting is then
     not another run.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model = inputs.model
+    if inputs.record is not None and inputs.rows is not None:
+        save_inputs(inputs.record, inputs.rows, folder)
     if model.config.tokenizer.path is None and model.source is None:
         model.tokenizer.save_pretrained(folder / "tokenizer")
-    save_config(model.config, folder / "config.yaml")
+    save_config(dataclasses.replace(model.config, allow_changed=[]), folder / "config.yaml")

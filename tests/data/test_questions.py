@@ -153,8 +153,13 @@ def test_held_out_of_the_training_file(tmp_path: Path) -> None:
         dataclasses.replace(config, data=dataclasses.replace(config.data, keep_incorrect=True))
     )
     assert len(rows_and_mistakes) == 21 and not {t.question for t in rows_and_mistakes} & {q.question for q in test}
-    order = np.random.default_rng(0).permutation(40)[:20]
-    assert [question.question for question in test] == [f"q{i}" for i in sorted(order)]
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(40)]
+    jsonl(tmp_path / "rows.jsonl", *shuffled)
+    again = read_train_and_test(config)[1]
+    assert {q.question for q in again} == {q.question for q in test} and again != test
+    assert [q.question for q in again] == [
+        r["question"] for r in shuffled if r["question"] in {q.question for q in test}
+    ]
 
 
 def test_what_is_noted_of_held_out_rows(tmp_path: Path) -> None:
