@@ -44,6 +44,7 @@ ROOMS = (
     "logs",
     "rollouts",
     "reports",
+    "identity",
     "training",
     "generation",
     "planning",
