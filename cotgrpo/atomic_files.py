@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.disk_errors import explain_disk_errors
+from cotgrpo.disk_errors import CheckpointError, explain_disk_errors
 
 
 @contextlib.contextmanager
@@ -21,8 +21,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     The file and its new name are on disk when the block has ended.
 
     Raises:
-        CheckpointError: the disk is full, or the file cannot be written for another reason of the disk.
+        CheckpointError: the disk is full, the file cannot be written for another reason of the disk, or the path is a
+            device or a pipe.
     """
+    if is_special(path):
+        raise CheckpointError(f"{path} is a device, pipe or socket: expected a file, or a name that is free.")
     temporary = path.with_name(f"{path.name}.tmp")
     with explain_disk_errors(path):
         try:
@@ -88,10 +91,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8. Raises OSError for a pipe or a device too: reading one may never end."""
-    if path.exists() and not (path.is_file() or path.is_dir() or path.is_relative_to("/dev/fd")):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", str(path))
+    """Read a text file in UTF-8. Raises OSError for a device or a pipe too: reading one may never end."""
+    if is_special(path) and not path.is_relative_to("/dev/fd"):  # of a shell: --config <(command)
+        raise OSError(errno.EINVAL, "a device, pipe or socket, not a file", str(path))
     return path.read_text(encoding="utf-8")
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a device, a pipe or a socket."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def read_json(path: Path) -> Any:
