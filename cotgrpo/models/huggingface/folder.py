@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class ModelFolder:
         generation_config: generation_config.json, or None.
         hub_id: the hub id, or None for a local folder.
         revision: the commit of a hub id, or None.
+        base: folder or hub id with the weights, if `folder` is a run's copy of the other files; else None.
+        recorded: the fingerprint of the model that a run started from, or None.
     """
 
     config: DecoderConfig
@@ -36,6 +38,21 @@ class ModelFolder:
     generation_config: HfConfig | None = None
     hub_id: str | None = None
     revision: str | None = None
+    base: str | None = None
+    recorded: Mapping[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The hub id or the folder of the model."""
+        return self.hub_id or self.base or str(self.folder)
+
+    def weights_folder(self) -> Path:
+        """Return the folder of the weights. Those of a hub id that are not in the cache are downloaded.
+
+        Raises:
+            ModelError: the model is not there any more.
+        """
+        return self.folder if self.base is None else local_folder(self.base)
 
     def vocab_size(self, vocabulary: Mapping[str, int], path: str | Path) -> int:
         """Return the number of ids that a tokenizer's vocabulary uses. The embedding may have more rows.
@@ -103,21 +120,30 @@ def local_folder(folder_or_id: str | Path) -> Path:
     """
     if Path(folder_or_id).is_dir():
         return Path(folder_or_id)
-    name, revision = split_revision(str(folder_or_id))
+    name, _ = split_revision(str(folder_or_id))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(
             f"No folder {folder_or_id}: expected a model folder, or a hub id such as owner/name or owner/name@revision."
         )
+    # Subfolders hold other formats, and consolidated* a second copy of Mistral's weights.
+    return hub_snapshot(str(folder_or_id), HUB_FILES, ("*/*", "consolidated*"))
+
+
+def hub_snapshot(folder_or_id: str, files: Sequence[str], ignored: Sequence[str] = ("*/*",)) -> Path:
+    """Return the folder with these files of `owner/name` or `owner/name@revision`, from the cache or the hub.
+
+    Raises:
+        ModelError: the hub has no such model or revision, or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
+    name, revision = split_revision(folder_or_id)
     try:
-        # Subfolders hold other formats, and consolidated* a second copy of Mistral's weights.
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
-        )
+        found = snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(ignored))
     except (OSError, ValueError) as error:
+        what = "model of this id" if revision is None else f"model {name} with the revision {revision}"
         raise ModelError(
-            f"No folder {folder_or_id}, and the hub has no model of this id or cannot be reached "
+            f"No folder {folder_or_id}, and the hub has no {what} or cannot be reached "
             f"({type(error).__name__}: {error})."
         ) from error
     return Path(found)

@@ -70,7 +70,8 @@ def load_pretrained(
     """Read a model: config.json, safetensors (one file or shards), and the size of its vocabulary.
 
     Args:
-        folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct". A branch, tag or commit
+            may follow: "owner/name@revision".
         dtype: storage type of the weights on the devices, "float32" or "bfloat16". None: as in the checkpoint; float16
             becomes float32.
         mesh: from `make_mesh`. Weights are sharded by `cotgrpo.sharding.PARAM_RULES`, and each process reads its own
@@ -81,9 +82,21 @@ def load_pretrained(
     Raises:
         ModelError: the folder, its config, its weights or its tokenizer is missing, corrupt or unsupported.
     """
-    found = open_folder(folder_or_id)
-    tensors, names = find_tensors(found.folder), names_by_path(found.config)
-    check_tensors(found.config, names, tensors, found.folder)
+    return read_weights(open_folder(folder_or_id), dtype, mesh, compute_dtype=compute_dtype, remat=remat)
+
+
+def read_weights(
+    found: ModelFolder,
+    dtype: Dtype | None = None,
+    mesh: Mesh | None = None,
+    *,
+    compute_dtype: Dtype | None = None,
+    remat: RematPolicy = "dots",
+) -> Pretrained:
+    """Read the weights of a model that is open. The other arguments are those of `load_pretrained`."""
+    folder = found.weights_folder()
+    tensors, names = find_tensors(folder), names_by_path(found.config)
+    check_tensors(found.config, names, tensors, folder)
     stored = tensors["model.embed_tokens.weight"].dtype
     dtype = dtype or ("bfloat16" if stored == jnp.bfloat16 else "float32")
     config = dataclasses.replace(found.config, param_dtype=dtype, dtype=compute_dtype or dtype, remat=remat)
@@ -96,6 +109,7 @@ def load_pretrained(
         generation_config=found.generation_config,
         hub_id=found.hub_id,
         revision=found.revision,
+        base=found.base,
     )
 
 
