@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cotgrpo.objectives import (
         ForwardKl,
+        GroupRelative,
         Nll,
         Objective,
         Pair,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ForwardKl",
     "GhostBatch",
+    "GroupRelative",
     "Metric",
     "Nll",
     "Objective",
@@ -53,6 +55,7 @@ __all__ = [
 NAMES = {
     "ForwardKl": "objectives",
     "GhostBatch": "types",
+    "GroupRelative": "objectives",
     "Metric": "types",
     "Nll": "objectives",
     "Objective": "objectives",

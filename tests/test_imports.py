@@ -30,6 +30,7 @@ ROOMS = (
     "tiled_loss",
     "optimizers",
     "train_steps",
+    "testing",
     "models",
     "sampling",
     "data",
