@@ -74,10 +74,45 @@ class TrainState(flax.struct.PyTreeNode):
     key: PRNGKeyArray
 
     @classmethod
-    def create(cls, *, params: Params, tx: optax.GradientTransformation, key: Any) -> TrainState:
-        """Return the state before the first step. `key` is a JAX random key, or an int seed for one."""
-        key = jax.random.key(key) if isinstance(key, int) else key
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
+    def create(cls, *, params: Params, tx: optax.GradientTransformation, key: Any, copy: bool = True) -> TrainState:
+        """Return the state before the first step, in which every leaf has a buffer of its own.
+
+        `jit_step` donates the state: its buffers are reused, and arrays that share them are deleted. So nothing of a
+        state may be shared, neither with the caller nor within it, as by optimizers that keep the first parameters.
+
+        Args:
+            params: the student's parameters.
+            tx: the optimizer of the step.
+            key: a JAX random key, or an int seed for one.
+            copy: copy `params`, so that the caller's arrays outlive the first step. False moves them into the state
+                without the memory of a copy; do not use them again.
+        """
+        key = jax.random.key(key) if isinstance(key, int) else jnp.copy(key)
+        params = jax.tree.map(jnp.copy, params) if copy else params
+        state = cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
+        return own_buffers(state)
+
+
+def own_buffers(tree: PyTree) -> PyTree:
+    """Return the tree with a copy of every array that shares its buffers with an earlier leaf."""
+    seen: set[object] = set()
+
+    def own(leaf: Any) -> Any:
+        buffers = buffers_of(leaf)
+        leaf = jnp.copy(leaf) if buffers & seen else leaf
+        seen.update(buffers)
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
+def buffers_of(leaf: Any) -> set[object]:
+    """Return the addresses of an array's buffers in this process. A traced array stands for itself."""
+    if isinstance(leaf, jax.core.Tracer):
+        return {id(leaf)}
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return set()
+    return {(shard.device, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards if shard.data.size}
 
 
 class SftBatch(flax.struct.PyTreeNode):
