@@ -23,6 +23,7 @@ from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate, Example, PromptRow, attempt, or_raise
 from cotgrpo.data.tokenizer import transformers
 from cotgrpo.data.triples import Triple
+from cotgrpo.models.huggingface.folder import split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -492,7 +493,7 @@ def supervised_replies(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:
-    """Return the stop tokens of a local folder or hub id, maybe none.
+    """Return the stop tokens of a local folder, `owner/name` or `owner/name@revision`, maybe none.
 
     As in `transformers`, that is `eos_token_id` of the generation config, else of config.json.
 
@@ -501,7 +502,9 @@ def generation_stop_ids(path_or_id: str | Path) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         try:
-            file = transformers().utils.cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
+            hub_id, revision = split_revision(str(path_or_id))
+            find = functools.partial(transformers().utils.cached_file, hub_id, name, revision=revision)
+            file = find(_raise_exceptions_for_missing_entries=False)
             stops = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
             found = tuple(int(s) for s in (stops if isinstance(stops, list) else [stops]) if s is not None)
         except Exception as error:  # a broken file or a broken connection, which raise many kinds
