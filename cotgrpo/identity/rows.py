@@ -334,12 +334,14 @@ def notes_of(
     """Return what to say of rows that were appended, and of settings that the split does not follow."""
     notes = []
     since = f"since {known.recorded_folder} {'began' if known.own is not None else 'was trained'}"
-    if train.added and not train.lost:
+    added = (() if train.lost else train.added) + (() if test.lost or config.data.test else test.added)
+    if added:
         use = "they are used by the next stage" if known.own is not None else "they are used from now on"
-        notes.append(f"{len(train.added):,} rows were appended {since}: {use} (first: {train.added[0]})")
-    if test.added and not test.lost:
-        use = "they are measured by the next stage" if known.own is not None else "they are measured from now on"
-        notes.append(f"{len(test.added):,} held-out rows are new {since}: {use} (first: {test.added[0]})")
+        held = f" ({len(test.added):,} of them are held out)" if test.added and not config.data.test else ""
+        notes.append(f"{len(added):,} rows were appended {since}: {use}{held} (first: {added[0]})")
+    if config.data.test and test.added and not test.lost:
+        use = "measured by the next stage" if known.own is not None else "measured from now on"
+        notes.append(f"{len(test.added):,} rows were appended to data.test {since}: they are {use}")
     if known.recorded is not None and not compared:
         notes.append(f"the training rows are not compared with those of {known.recorded_folder}: other data settings")
     wanted = config.data.test_rows

@@ -27,13 +27,14 @@ from cotgrpo.config import (
     VerifiedReward,
 )
 from cotgrpo.data.batches import REFUSED, fits, make_batches
-from cotgrpo.data.questions import Question, read_questions
+from cotgrpo.data.questions import Question, question_text, read_questions
 from cotgrpo.data.rows import DropReport
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import process_rows
+from cotgrpo.identity.split import HeldOutQuestions
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
@@ -136,6 +137,7 @@ def text_batches(
             workers=data.num_workers,
             report=report,
             on_epoch=on_epoch,
+            on_other_rows=(lambda text: say(console, text)) if "data" in config.allowed_changes else None,
         )
     with PhaseProgress("packing rows", console, len(inputs.train)) as progress:
         return make_batches(
@@ -371,10 +373,11 @@ def read_prompts(
             progress=progress,
         )
     inputs.reports["prompts"] = report
-    columns, held_out = data.seq_len - ghosts.max_new_tokens, {q.asked for q in inputs.test_questions}
+    columns = data.seq_len - ghosts.max_new_tokens
+    held_out = HeldOutQuestions() if inputs.rows is None else inputs.rows.held_out
     kept = []
     for question, prompt in zip(questions, inputs.template.prompts_of(questions), strict=True):
-        if question.asked in held_out:
+        if question_text(question) in held_out:
             report.drop("question is in the test set", question.source)
         elif isinstance(prompt, DataError):
             if data.bad_rows == "error":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import platform
 import shlex
 import time
@@ -19,13 +18,13 @@ from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.identity.fingerprints import versions
 from cotgrpo.reports.report import ReportError, Shape, check, write_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
 from cotgrpo.training.steps import StageName
 from cotgrpo.types import Params
 
-PACKAGES = ("cotgrpo", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 SAMPLES_SHOWN = 12
 MEASUREMENT: Shape = {
     "accuracy": {"value": float, "n": int, "low": float, "high": float},
@@ -63,27 +62,36 @@ class Timer:
 class MeasurementCache:
     """Held-out measurements, kept in the stage's folder as `before.json` and `after.json`.
 
-    A resumed run does not measure again. GRPO does not repeat what the SFT stage that it starts from has measured on
-    the same rows.
+    A resumed run does not measure again, unless the held-out rows are others now. GRPO does not repeat what the SFT
+    stage that it starts from has measured on the same rows.
 
     Attributes:
         folder: of the stage.
         held_out: measures a student.
         sft_folder: the folder of the SFT stage that the student comes from, or None.
+        begun: whether the stage has a checkpoint, so that the student before it is not at hand.
     """
 
     folder: Path
     held_out: HeldOut
     sft_folder: Path | None
+    begun: bool = False
 
-    def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any]:
-        """Return the measurement in the file `name`. If there is none, measure `params()` and write it."""
+    def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any] | None:
+        """Return the measurement in the file `name`. If there is none, measure `params()` and write it.
+
+        Return None for the student before a stage that has begun, if it was measured on other rows.
+        """
         path = self.folder / name
         written = on_process_0(lambda: find_measurement(path))
-        known = written if written is not None else on_process_0(lambda: self.find_of_sft(name))
+        same = written is not None and self.same_rows(written)
+        known = written if same else on_process_0(lambda: self.find_of_sft(name))
+        if known is None and written is not None and name == "before.json" and self.begun:
+            say(self.held_out.console, f"{path} was measured on other held-out rows: the report leaves it out")
+            return None
         if known is None:
             known = self.held_out.measure(params(), when)
-        if is_process_0() and written is None:
+        if is_process_0() and not same:
             write_json(path, known)
         return dict(known)
 
@@ -94,11 +102,13 @@ class MeasurementCache:
     def of_sft(self, name: str) -> dict[str, Any] | None:
         """Return a measurement of the SFT stage, if it was made on the same rows."""
         found = None if self.sft_folder is None else find_measurement(self.sft_folder / name)
-        if found is None:
-            return None
-        rows = [question.question for question in self.held_out.exact_match.questions], self.held_out.num_references
-        measured = [reply["question"] for reply in found.get("replies", ())], found.get("loss_rows")
-        return found if measured == rows else None
+        return found if found is not None and self.same_rows(found) else None
+
+    def same_rows(self, found: dict[str, Any]) -> bool:
+        """Return whether a measurement was made on the held-out rows of now."""
+        rows = [[question.question, question.gold] for question in self.held_out.exact_match.questions]
+        measured = [[reply["question"], reply["gold"]] for reply in found["replies"]]
+        return measured == rows and found["loss_rows"] == self.held_out.num_references
 
 
 def find_measurement(path: Path) -> dict[str, Any] | None:
@@ -142,15 +152,17 @@ def write_stage_report(
         "command": f"cotgrpo {stage} --config {shlex.quote(str(saved))}",
         "accuracy": {name: m["accuracy"] for name, m in measured.items()},
         "held_out_loss": {name: m["loss"] for name, m in measured.items() if m["loss"] is not None},
+        "held_out_split": inputs.split_text,
         "held_out_rows": {"accuracy": len(inputs.test_questions), "loss": len(inputs.test)},
         "wall_seconds": wall,
         "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
         "data": {title: r.to_dict() for title, r in inputs.reports.items()},
         "config": saved.read_text(encoding="utf-8"),
-        "versions": versions(),
+        "versions": versions() | machine(),
     }
+    report["notes"] = [sentence(inputs.split_text)]
     if stage == "grpo" and isinstance(config.grpo.ghosts, VerifiedReward):
-        report["notes"] = [GROUP_RELATIVE]
+        report["notes"] = [GROUP_RELATIVE, *report["notes"]]
     write_json(folder / "report.json", report)
     say(console, f"report: {write_report(folder)}")
     return report
@@ -174,10 +186,14 @@ def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
     return first + same[: SAMPLES_SHOWN - len(first)]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on, and the device."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return found | {
+def sentence(text: str) -> str:
+    """Return a line of the terminal as a sentence of the report."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def machine() -> dict[str, str]:
+    """Return the version of Python, and the device."""
+    return {
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

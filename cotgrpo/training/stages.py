@@ -29,7 +29,7 @@ from cotgrpo.identity.known import forget_record, forget_split
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
-from cotgrpo.terminal import say
+from cotgrpo.terminal import complain, say
 from cotgrpo.training.batch_sources import make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
@@ -37,7 +37,15 @@ from cotgrpo.training.loop import BatchSource, LoopSettings, train
 from cotgrpo.training.mesh import check_stage_batch
 from cotgrpo.training.reporting import MeasurementCache, Timer, find_measurement, print_reports, write_stage_report
 from cotgrpo.training.steps import StageName, needs_reference, stage_step
-from cotgrpo.training.weights import StageWeights, first_weights, origin_of, restore_weights, start_weights
+from cotgrpo.training.weights import (
+    WHOLE,
+    StageWeights,
+    first_weights,
+    merged_text,
+    origin_of,
+    restore_weights,
+    start_weights,
+)
 from cotgrpo.types import Params, TrainState
 
 
@@ -83,9 +91,11 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
         check_state(location.folder, jax.eval_shape(functools.partial(new_state, stage, config), weights.trained))
     on_process_0(lambda: claim_folder(folder, inputs))
     print_student(inputs.model, weights, start, console)
+    warn_of_rounding(stage, config, weights)
 
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
-    cache = MeasurementCache(folder, held_out, origin if stage == "grpo" and origin == run_dir / "sft" else None)
+    after_sft = origin if stage == "grpo" and origin == run_dir / "sft" else None
+    cache = MeasurementCache(folder, held_out, after_sft, location.exists())
     with explain_out_of_memory(lambda: advice_for_eval(config)):
         before = cache.measure("before.json", weights.adapted, f"before {stage}")
     with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
@@ -93,7 +103,8 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     with explain_out_of_memory(lambda: advice_for_eval(config)):
         after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
 
-    measured = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
+    points = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
+    measured = {name: found for name, found in points.items() if found is not None}
     if (base := on_process_0(lambda: cache.of_sft("before.json"))) is not None:
         measured = {"base": base} | measured
     wall = timer.seconds()
@@ -163,10 +174,10 @@ def initial_weights(
     return dataclasses.replace(weights, trained=spread(weights.trained), base=spread(weights.base)), start
 
 
-def new_state(stage: StageName, config: Config, trained: Params) -> TrainState:
-    """Return the train state before the first step."""
+def new_state(stage: StageName, config: Config, trained: Params, copy: bool = False) -> TrainState:
+    """Return the train state before the first step. It takes the arrays of `trained`, or copies of them."""
     settings = getattr(config, stage)
-    return TrainState.create(params=trained, tx=settings.optimizer.build(settings.steps), key=config.seed)
+    return TrainState.create(params=trained, tx=settings.optimizer.build(settings.steps), key=config.seed, copy=copy)
 
 
 def train_stage(
@@ -195,7 +206,7 @@ def train_stage(
     folder = Path(config.run_dir) / stage
     return train(
         jit_step(step, mesh),
-        new_state(stage, config, jax.tree.map(jnp.copy, weights.trained) if with_reference else weights.trained),
+        new_state(stage, config, weights.trained, copy=with_reference),
         batches,
         folder,
         LoopSettings(
@@ -224,7 +235,8 @@ def advice_for_training(stage: StageName, config: Config, weights: StageWeights)
     return (
         f"Lower {stage}.batch_size ({settings.batch_size}), or raise {stage}.micro_batches ({settings.micro_batches}) "
         f"for the same batch; then set student.remat full ({config.student.remat} now), lower data.seq_len "
-        f"({config.data.seq_len}), set student.dtype and student.param_dtype bfloat16{rest}. Parameters, gradients and "
+        f"({config.data.seq_len}), set student.dtype and student.param_dtype bfloat16 with "
+        f"{stage}.optimizer.rounding stochastic{rest}. Parameters, gradients and "
         f"optimizer take {taken / 1e9:.2f} GB in all; the rest grows with batch_size x seq_len / micro_batches. The "
         "same run_dir can be used."
     )
@@ -243,9 +255,20 @@ def print_student(model: Model, weights: StageWeights, start: str, console: Cons
     """Print the student's size, and where it comes from."""
     size = f"{model.decoder.num_params() / 1e6:.2f} M parameters, {model.vocab_size} tokens in the vocabulary"
     say(console, f"student: {size}, from {start}")
+    if weights.merged_share is not None and weights.merged_share < WHOLE:
+        say(console, merged_text(weights.merged_share, model.decoder.param_dtype, "student.param_dtype float32"))
     if weights.lora is not None:
         count = sum(leaf.size for leaf in jax.tree.leaves(weights.trained)) / 1e6
         say(console, f"LoRA: {count:.2f} M parameters are trained, in addition to the student's")
+
+
+def warn_of_rounding(stage: StageName, config: Config, weights: StageWeights) -> None:
+    """Complain if the parameters are stored in bfloat16 and small updates of them are rounded away."""
+    if (problem := getattr(config, stage).optimizer.rounding_loss(weights.trained)) and is_process_0():
+        complain(
+            f"warning: {problem}. Set student.param_dtype float32 (twice the memory), or {stage}.optimizer.rounding "
+            "stochastic (no memory) or compensated (2 bytes a parameter)."
+        )
 
 
 def newest_stage(run_dir: Path) -> StageName:
@@ -272,7 +295,8 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     weights, step = restore_weights(folder, inputs.model)
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
-    return write_eval({"student": str(folder), "step": step} | measured, folder, console)
+    about = {"student": str(folder), "step": step, "held_out_split": inputs.split_text}
+    return write_eval(about | measured, folder, console)
 
 
 def run_eval_pretrained(config: Config, out: Path | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -282,7 +306,8 @@ def run_eval_pretrained(config: Config, out: Path | None = None, console: Consol
     print_reports(inputs, console)
     name = str(config.student.path)
     held_out = inputs.held_out(config.sft.batch_size, console)
-    measured = {"model": name} | held_out.measure(inputs.model.first_params(), name)
+    about = {"model": name, "held_out_split": inputs.split_text}
+    measured = about | held_out.measure(inputs.model.first_params(), name)
     return measured if out is None else write_eval(measured, out, console)
 
 
