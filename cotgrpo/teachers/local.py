@@ -60,7 +60,7 @@ class LocalTeacher:
         # Only for its rendering with a fixed date, and its stop tokens.
         self.template = ChatTemplate(self.tokenizer, more_stop_ids=generation_stop_ids(path))
         self.seed = seed
-        model = load_pretrained(path, dtype)
+        model = load_pretrained(path, dtype or "stored")
         self.params = unstack_layers(model.config, model.params)
         settings = SamplingSettings(
             max_tokens,

@@ -104,10 +104,13 @@ def test_tensors_and_slices_of_any_dtype(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stored", "as_loaded"), [("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_dtypes(stored: str, as_loaded: str, folder: Path, params: Any, tmp_path: Path) -> None:
     save_pretrained(tmp_path / "other", CONFIG, params, dtype=stored)
-    loaded = load_pretrained(tmp_path / "other")
+    loaded = load_pretrained(tmp_path / "other", "stored")
     assert loaded.config.param_dtype == loaded.config.dtype == as_loaded
     want = jax.tree.map(lambda x: x.astype(stored).astype(as_loaded), params)
     assert_equal(loaded.params, want)
+    trained = load_pretrained(tmp_path / "other")
+    assert (trained.config.param_dtype, trained.config.dtype) == ("float32", as_loaded), "what is trained is float32"
+    assert_equal(trained.params, jax.tree.map(lambda x: x.astype("float32"), want))
     wide = load_pretrained(tmp_path / "other", "float32", compute_dtype="bfloat16", remat="full")
     assert (wide.config.param_dtype, wide.config.dtype, wide.config.remat) == ("float32", "bfloat16", "full")
     assert_equal(wide.params, jax.tree.map(lambda x: x.astype(stored).astype("float32"), params))

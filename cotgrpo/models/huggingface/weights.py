@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Pretrained(ModelFolder):
 
 def load_pretrained(
     folder_or_id: str | Path,
-    dtype: Dtype | None = None,
+    dtype: Dtype | Literal["stored"] | None = None,
     mesh: Mesh | None = None,
     *,
     compute_dtype: Dtype | None = None,
@@ -72,11 +72,12 @@ def load_pretrained(
     Args:
         folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct". A branch, tag or commit
             may follow: "owner/name@revision".
-        dtype: storage type of the weights on the devices, "float32" or "bfloat16". None: as in the checkpoint; float16
-            becomes float32.
+        dtype: storage type of the weights on the devices, "float32", "bfloat16" or "stored". None: float32, since
+            weights that are trained in bfloat16 lose small updates (`cotgrpo.optimizers.with_rounding` mends that).
+            That is twice the memory of a bfloat16 checkpoint. "stored": as in the checkpoint, float16 as float32.
         mesh: from `make_mesh`. Weights are sharded by `cotgrpo.sharding.PARAM_RULES`, and each process reads its own
             shards. None: on JAX's default device.
-        compute_dtype: "float32" or "bfloat16". None: `dtype`.
+        compute_dtype: "float32" or "bfloat16". None: `dtype` if it is given, else as in the checkpoint.
         remat: as in `DecoderConfig`.
 
     Raises:
@@ -87,7 +88,7 @@ def load_pretrained(
 
 def read_weights(
     found: ModelFolder,
-    dtype: Dtype | None = None,
+    dtype: Dtype | Literal["stored"] | None = None,
     mesh: Mesh | None = None,
     *,
     compute_dtype: Dtype | None = None,
@@ -98,8 +99,10 @@ def read_weights(
     tensors, names = find_tensors(folder), names_by_path(found.config)
     check_tensors(found.config, names, tensors, folder)
     stored = tensors["model.embed_tokens.weight"].dtype
-    dtype = dtype or ("bfloat16" if stored == jnp.bfloat16 else "float32")
-    config = dataclasses.replace(found.config, param_dtype=dtype, dtype=compute_dtype or dtype, remat=remat)
+    own: Dtype = "bfloat16" if stored == jnp.bfloat16 else "float32"
+    param_dtype: Dtype = "float32" if dtype is None else own if dtype == "stored" else dtype
+    computed = compute_dtype or (own if dtype is None else param_dtype)
+    config = dataclasses.replace(found.config, param_dtype=param_dtype, dtype=computed, remat=remat)
     return Pretrained(
         config=config,
         student=make_student(config, found.own_vocab_size()),
