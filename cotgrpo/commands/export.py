@@ -33,6 +33,12 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="write LoRA's adapters alone, as peft loads them, instead of merging them",
     )
+    add(
+        "--allow_changed",
+        type=Literal["student"] | None,
+        metavar="student",
+        help="merge LoRA's adapters into the student at student.path although it has changed since the run",
+    )
 
 
 def run(options: Options, console: Console) -> None:
@@ -42,4 +48,11 @@ def run(options: Options, console: Console) -> None:
     given = options.values
     if given.run_dir is None or given.out is None:
         raise ConfigError("export needs --run_dir DIR, the run's folder, and --out FOLDER for the model.")
-    run_export(Path(given.run_dir), Path(given.out), given.dtype, console, adapter=given.adapter)
+    run_export(
+        Path(given.run_dir),
+        Path(given.out),
+        given.dtype,
+        console,
+        adapter=given.adapter,
+        allow_changed=given.allow_changed or (),
+    )

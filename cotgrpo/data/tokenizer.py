@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cotgrpo.atomic_files import sync, whole_folder
 from cotgrpo.data.sources import DataError
+from cotgrpo.disk_errors import explain_disk_errors
+from cotgrpo.models.huggingface.folder import split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -98,16 +103,61 @@ def train_tokenizer(
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder or hub id through `transformers`, without remote code.
 
+    A hub id may be `owner/name@revision`, with a branch, tag or commit.
+
     Raises:
         DataError: it cannot be loaded.
     """
     try:
-        return transformers().AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+        name, revision = split_revision(str(path_or_id))
+        return transformers().AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a broken file raises many kinds, the Rust library's bare Exception among them
         raise DataError(
             f"No tokenizer in {path_or_id}: expected a folder with tokenizer.json, or a hub id "
             f"({type(error).__name__}: {error})."
         ) from error
+
+
+def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a run keeps in a folder; None if it is missing or cannot be read."""
+    try:
+        return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    except DataError:
+        return None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer to a folder, atomically. If the folder holds these very files, it stays as it is.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    new = folder.with_name(f"{folder.name}.new")
+    with explain_disk_errors(folder):
+        remove(new)
+        with whole_folder(new) as partial:
+            tokenizer.save_pretrained(partial)
+        if contents(new) == contents(folder):
+            remove(new)
+            return
+        remove(folder)
+        os.replace(new, folder)
+        sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return what the files of a folder hold, by name."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
 class Piece(NamedTuple):

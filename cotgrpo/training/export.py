@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cotgrpo.checkpoints.stops import say_stops
 from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
 from cotgrpo.models.huggingface.weights import save_pretrained
+from cotgrpo.models.lora import share_kept
 from cotgrpo.reports.report import ReportError, read_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.stages import newest_stage
-from cotgrpo.training.weights import StageWeights, restore_weights
+from cotgrpo.training.weights import WHOLE, StageWeights, merged_text, restore_weights
 
 
 def run_export(
-    run_dir: Path, out: Path, dtype: str | None = None, console: Console | None = None, *, adapter: bool = False
+    run_dir: Path,
+    out: Path,
+    dtype: str | None = None,
+    console: Console | None = None,
+    *,
+    adapter: bool = False,
+    allow_changed: Sequence[str] | str = (),
 ) -> Path:
     """Write the newest student of `run_dir` to `out`.
 
     The folder holds weights, config.json, tokenizer, chat template, generation config and model card. LoRA's adapters
-    are merged into the weights, unless `adapter` asks for them alone.
+    are merged into the weights in float32, which are rounded once, unless `adapter` asks for them alone. Only this
+    merge reads the pretrained student, and it must be the one that was trained. All else is kept in the run.
 
     Args:
-        run_dir: a folder that `sft` or `grpo` has filled. The JSON files at `student.path` of a pretrained student are
-            read again.
+        run_dir: a folder that `sft` or `grpo` has filled. A run of an older version keeps no files of its student:
+            those at `student.path` are read then.
         out: new or empty.
         dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
         console: where the path is printed.
         adapter: write the adapters alone, as a folder that `peft` loads on top of the pretrained student.
+        allow_changed: "student": merge into the weights at `student.path` although they have changed.
 
     Raises:
         ConfigError, CheckpointError, ModelError, DataError: no trained student that can be read, or `out` is in use.
@@ -42,24 +54,39 @@ def run_export(
     refuse_used(out)
     stage = newest_stage(run_dir)
     folder = run_dir / stage
+    console = console or Console()
+    say_stops((run_dir / "sft", run_dir / "grpo"), console)
     config = load_config(folder / "config.yaml")
-    model = model_of(config, folder, folder, [])
-    weights, step = restore_weights(folder, model)
+    if allow_changed:
+        config = dataclasses.replace(config, allow_changed=allow_changed)
+    model = model_of(config, folder, folder, [], copy=True)
+    if model.source is not None and model.source.recorded is None:
+        say(
+            console,
+            f"{folder} is of an older version, which recorded nothing of {model.source.name}: whether it has changed "
+            "since could not be checked",
+        )
+    weights, step = restore_weights(folder, model, with_base=not adapter)
     template = model.template(config.data.loss_on)
     card = model_card_facts(config, stage, step, template, folder)
     written = f"{folder} at step {step} written to {out}"
     if adapter:
         check_adapter(weights, folder, dtype)
         assert weights.lora is not None
-        save_adapter(out, weights.trained, weights.lora, weights.base_name, card)
-        say(console or Console(), f"adapter of {written}")
+        save_adapter(out, weights.trained, weights.lora, weights.base_name, card, revision=weights.base_revision)
+        say(console, f"adapter of {written}")
         return out
+    if weights.lora is not None and dtype != "float32":
+        to = dtype or model.decoder.param_dtype
+        share = share_kept(weights.base, weights.trained, weights.lora, to)
+        if share < WHOLE:
+            say(console, merged_text(share, to, "--dtype float32, or --adapter,"))
     stops = list(template.stop_ids)
     of_source = model.source is not None and config.tokenizer.path is None
     save_pretrained(
         out,
         model.decoder,
-        weights.merged(),
+        weights.adapted(),
         source=model.source,
         tokenizer=None if of_source else model.tokenizer,
         # Generation stops at the same tokens as in the measurement of accuracy.
@@ -67,7 +94,7 @@ def run_export(
         card=card,
         dtype=dtype,
     )
-    say(console or Console(), written)
+    say(console, written)
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from cotgrpo.data.rows import DropReport
 from cotgrpo.data.sources import as_list, files_of
 from cotgrpo.data.streaming import StreamedTriples, WindowReader
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
-from cotgrpo.data.tokenizer import load_tokenizer, train_tokenizer
+from cotgrpo.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from cotgrpo.data.triples import Triple
 from cotgrpo.evaluation.accuracy import ExactMatch
 from cotgrpo.evaluation.held_out import HeldOut
@@ -34,8 +34,9 @@ from cotgrpo.identity.split import draw_split
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.families import ModelError
-from cotgrpo.models.huggingface.folder import ModelFolder, open_folder
-from cotgrpo.models.huggingface.weights import load_pretrained
+from cotgrpo.models.huggingface.folder import ModelFolder
+from cotgrpo.models.huggingface.pinned import keep_student, keep_tokenizer, reopen, reopen_tokenizer
+from cotgrpo.models.huggingface.weights import read_weights
 from cotgrpo.models.lora import with_adapters
 from cotgrpo.sharding import jit_eval
 from cotgrpo.terminal import say
@@ -71,6 +72,7 @@ class Model:
         decoder: its shape, and how it is stored and computed.
         vocab_size: the ids that the tokenizer uses. Higher ids, of a padded embedding, are never drawn.
         source: the folder of a pretrained student, or None for one from scratch.
+        tokenizer_from: folder or hub id of its tokenizer, if `tokenizer.path` names it.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class Model:
     decoder: DecoderConfig
     vocab_size: int
     source: ModelFolder | None = None
+    tokenizer_from: str | None = None
 
     @property
     def student(self) -> Student:
@@ -102,12 +105,11 @@ class Model:
             init = functools.partial(init_params, self.decoder)
             return init_on_mesh(self.mesh, init, jax.random.key(self.config.seed))
         c = self.decoder
-        return load_pretrained(
-            self.source.folder, c.param_dtype, mesh=self.mesh, compute_dtype=c.dtype, remat=c.remat
-        ).params
+        return read_weights(self.source, c.param_dtype, mesh=self.mesh, compute_dtype=c.dtype, remat=c.remat).params
 
     def template(self, loss_on: LossOn) -> AnyTemplate:
-        return template_of(self.config, self.tokenizer, loss_on)
+        stops_from = self.tokenizer_from if self.source is None else self.source.folder
+        return template_of(self.config, self.tokenizer, loss_on, stops_from)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,19 +308,32 @@ def draw_test_rows(questions: list[Question], count: int, seed: int) -> list[Que
 
 
 def model_of(
-    config: Config, folder: Path, origin: Path | None, train: Iterable[Triple], console: Console = QUIET
+    config: Config,
+    folder: Path,
+    origin: Path | None,
+    train: Iterable[Triple],
+    console: Console = QUIET,
+    *,
+    copy: bool = False,
 ) -> Model:
-    """Return the student that a config describes. Arguments are those of `load_inputs` and `tokenizer_of`."""
+    """Return the student that a config describes. Arguments are those of `load_inputs` and `tokenizer_of`.
+
+    A pretrained student is the one that the stage or its origin has pinned. With `copy`, config and tokenizer are the
+    copies in the run, and the originals are not looked at.
+    """
+    stages = [folder] if origin is None else [folder, origin]
     if config.student.path is not None:
-        return pretrained_model(config)
-    tokenizer = tokenizer_of(config, folder, origin, train, console)
+        return pretrained_model(config, stages, copy=copy)
+    path = config.tokenizer.path
+    tokenizer_from = None if path is None else reopen_tokenizer(path, stages, copy=copy)
+    tokenizer = tokenizer_of(config, folder, origin, train, console) if path is None else load_tokenizer(tokenizer_from)
     decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
     check_model(config, decoder)
-    return Model(config, tokenizer, decoder, len(tokenizer))
+    return Model(config, tokenizer, decoder, len(tokenizer), tokenizer_from=tokenizer_from)
 
 
-def pretrained_model(config: Config) -> Model:
-    """Return the model at `student.path`. No weights are read.
+def pretrained_model(config: Config, stages: Sequence[Path] = (), *, copy: bool = False) -> Model:
+    """Return the model at `student.path`, as one of these stages has pinned it. No weights are read.
 
     Its tokenizer is that of its folder, unless `tokenizer.path` names another.
 
@@ -327,14 +342,15 @@ def pretrained_model(config: Config) -> Model:
     """
     settings, path = config.student, config.tokenizer.path
     assert settings.path is not None
-    source = open_folder(settings.path)
-    tokenizer = load_tokenizer(source.folder if path is None else path)
+    source = reopen(settings.path, stages, copy=copy)
+    tokenizer_from = None if path is None else reopen_tokenizer(path, stages, copy=copy)
+    tokenizer = load_tokenizer(source.folder if tokenizer_from is None else tokenizer_from)
     if path is not None and (source.folder / "tokenizer.json").is_file():
         check_same_tokens(tokenizer, load_tokenizer(source.folder), path, settings.path)
     decoder = settings.computed(source.config, jax.default_backend())
     check_model(config, decoder)
     size = source.vocab_size(tokenizer.get_vocab(), settings.path if path is None else path)
-    return Model(config, tokenizer, decoder, size, source)
+    return Model(config, tokenizer, decoder, size, source, tokenizer_from)
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, path: str, model: str) -> None:
@@ -358,29 +374,35 @@ def tokenizer_of(
     """
     if config.tokenizer.path is not None:
         return load_tokenizer(config.tokenizer.path)
-    if (folder / "config.yaml").is_file() and (folder / "tokenizer" / "tokenizer.json").is_file():
-        return load_tokenizer(folder / "tokenizer")
-    if origin is None:
+    if (folder / "config.yaml").is_file() and (own := find_tokenizer(folder / "tokenizer")) is not None:
+        return own
+    if origin is None and train != []:
         chat, reply_format = config.data.format == "chat", ReplyFormat(config.data.reasoning, config.data.answer_format)
         answer = reply_format.write_answer if chat else str
         texts = (f"{with_system(t.question, t.system)}\n{t.rationale}\n{answer(t.answer)}" for t in train)
         total = len(train) if isinstance(train, list) else None
         with PhaseProgress("training a tokenizer", console, total) as progress:
             return train_tokenizer(progress.over(texts), vocab_size=config.tokenizer.vocab_size, chat=chat)
-    if (origin / "tokenizer" / "tokenizer.json").is_file():
-        return load_tokenizer(origin / "tokenizer")
+    origin = folder if origin is None else origin
+    if (kept := find_tokenizer(origin / "tokenizer")) is not None:
+        return kept
     raise ConfigError(
-        f"{origin} keeps no tokenizer: run `cotgrpo sft` with this run_dir first, or name the student's folder in "
-        "init_from and its tokenizer in tokenizer.path."
+        f"{origin} keeps no tokenizer that can be read: run `cotgrpo sft` with this run_dir, which makes a lost one "
+        "again, or name the student's folder in init_from and its tokenizer in tokenizer.path."
     )
 
 
-def template_of(config: Config, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> AnyTemplate:
-    """Return the template that `data.format` names. Raises DataError if it does not work with the tokenizer."""
+def template_of(
+    config: Config, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, stops_from: str | Path | None = None
+) -> AnyTemplate:
+    """Return the template that `data.format` names. Raises DataError if it does not work with the tokenizer.
+
+    The stop tokens of a chat are those of the model at `stops_from`; None: of `student.path` or `tokenizer.path`.
+    """
     data = config.data
     if data.format == "plain":
         return Template(tokenizer, data.separator, loss_on)
-    path = config.student.path or config.tokenizer.path
+    path = stops_from or config.student.path or config.tokenizer.path
     stops = () if path is None else generation_stop_ids(path)
     return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops, data.turns)
 
@@ -418,6 +440,8 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
 def claim_folder(folder: Path, inputs: StageInputs) -> None:
     """Make the folder this run's: write the record of its inputs, its own tokenizer if it has one, and `config.yaml`.
 
+    Of a pretrained student, all but the weights is copied.
+
     Called only after the rows and the student were read without an error. A command with a corrected setting is then
     not another run.
     """
@@ -426,5 +450,9 @@ def claim_folder(folder: Path, inputs: StageInputs) -> None:
     if inputs.record is not None and inputs.rows is not None:
         save_inputs(inputs.record, inputs.rows, folder)
     if model.config.tokenizer.path is None and model.source is None:
-        model.tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(model.tokenizer, folder / "tokenizer")
+    if model.source is not None:
+        keep_student(folder, str(model.config.student.path), model.source)
+    if model.config.tokenizer.path is not None:
+        keep_tokenizer(folder, model.config.tokenizer.path)
     save_config(dataclasses.replace(model.config, allow_changed=[]), folder / "config.yaml")

@@ -11,10 +11,17 @@ import jax
 from cotgrpo.checkpoints.location import CheckpointLocation, saved_config
 from cotgrpo.checkpoints.manager import restore_params
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora, merge
+from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.models.huggingface.families import ModelError
+from cotgrpo.models.huggingface.folder import ModelFolder
+from cotgrpo.models.huggingface.pinned import changed_parts, find_record, fingerprint
+from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora, merge, share_kept
 from cotgrpo.training.inputs import Model
 from cotgrpo.training.mesh import abstract_on_mesh, init_on_mesh
 from cotgrpo.types import Params
+
+WHOLE = 0.99
+"""Least share of an update that counts as all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,17 @@ class StageWeights:
         base: the frozen parameters that the adapters belong to, or None.
         lora: how the adapters are applied, or None.
         base_name: hub id or folder of the pretrained model that `base` is; None if it is anything else.
+        base_revision: the commit of that hub id, or None.
+        merged_share: share of the adapters' update that is left in `trained`, which they were merged into; None if
+            nothing was merged.
     """
 
     trained: Params
     base: Params | None = None
     lora: LoraConfig | None = None
     base_name: str | None = None
+    base_revision: str | None = None
+    merged_share: float | None = None
 
     def adapted(self, trained: Params | None = None) -> Params:
         """Return what the student computes with, with `trained` in place of `self.trained` if it is given.
@@ -54,7 +66,7 @@ def first_weights(model: Model) -> StageWeights:
     """Return the weights before any training: pretrained or random parameters, and fresh adapters with LoRA.
 
     Raises:
-        ModelError: weights that cannot be read.
+        ModelError: weights that cannot be read, or that are not those of a run that goes on.
         ConfigError: LoRA on a student from scratch, or a target that it does not have.
     """
     if model.config.lora is not None and model.source is None:
@@ -62,7 +74,7 @@ def first_weights(model: Model) -> StageWeights:
             "lora.rank is set, but the student is from scratch: frozen random weights learn nothing. "
             "Name a pretrained student in student.path or a trained stage in init_from, or set lora.rank to 0."
         )
-    return with_fresh_adapters(model, model.first_params(), base_name(model))
+    return with_fresh_adapters(model, first_params(model), model.source)
 
 
 def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
@@ -78,9 +90,10 @@ def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
     weights, step = restore_weights(folder, model)
     lora = model.config.lora
     if weights.lora is None:
-        return with_fresh_adapters(model, weights.trained, None), step
+        return with_fresh_adapters(model, weights.trained), step
     if lora is None:
-        return StageWeights(weights.merged()), step
+        share = share_kept(weights.base, weights.trained, weights.lora, model.decoder.param_dtype)
+        return StageWeights(weights.merged(), merged_share=share), step
     if dataclasses.replace(lora, dropout=weights.lora.dropout) != weights.lora:
         raise ConfigError(
             f"{folder} holds adapters of {weights.lora}, which cannot be trained further as {lora}. "
@@ -89,8 +102,10 @@ def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
     return dataclasses.replace(weights, lora=lora), step
 
 
-def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
+def restore_weights(folder: Path, model: Model, *, with_base: bool = True) -> tuple[StageWeights, int]:
     """Return the newest weights in a stage's folder, as it trained them, and their step.
+
+    Without `with_base` the frozen base of adapters is not read, and is None.
 
     Raises as `start_weights` does.
     """
@@ -103,25 +118,63 @@ def restore_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
         return StageWeights(params), step
     like = jax.eval_shape(functools.partial(init_lora, lora=lora, key=jax.random.key(0)), abstract)
     adapters, step = restore_params(checkpoints, abstract_on_mesh(like, model.mesh))
-    base, name = base_of(folder, saved, model)
-    return StageWeights(adapters, base, lora, name), step
+    origin = base_origin(folder, saved)
+    source = model.source if origin is None else None
+    if not with_base:
+        base = None
+    elif origin is None:
+        base = first_params(model, folder)
+    else:
+        at = CheckpointLocation.resolve(origin, model.config).readable()
+        base, _ = restore_params(at, model.abstract_params())
+    return StageWeights(adapters, base, lora, *name_of(source)), step
 
 
-def base_of(folder: Path, saved: Config, model: Model) -> tuple[Params, str | None]:
-    """Return the frozen base of the adapters in a stage's folder, and its name if it is a pretrained model."""
+def base_origin(folder: Path, saved: Config) -> Path | None:
+    """Return the folder of the stage that is the base of the adapters in a stage's folder; None: a pretrained model."""
     if folder.name not in ("sft", "grpo"):
         raise ConfigError(
             f"{folder} holds LoRA adapters, and its name has to tell where their base is: expected RUN_DIR/sft or "
             "RUN_DIR/grpo. Name the folder inside its run."
         )
     origin = origin_of(folder.name, saved, folder.parent)
-    if origin is None:
-        return model.first_params(), base_name(model)
-    before = saved_config(origin)
-    if before is not None and before.lora is not None:
-        return base_of(origin, before, model)
-    checkpoints = CheckpointLocation.resolve(origin, model.config).readable()
-    return restore_params(checkpoints, model.abstract_params())[0], None
+    before = None if origin is None else saved_config(origin)
+    if origin is not None and before is not None and before.lora is not None:
+        return base_origin(origin, before)
+    return origin
+
+
+def first_params(model: Model, folder: Path | None = None) -> Params:
+    """Return the parameters before any training, after a comparison of a pretrained model with what is recorded of it.
+
+    Args:
+        model: the student.
+        folder: the stage whose record counts; None: the one that `model.source` comes from.
+
+    Raises:
+        ModelError: the model has changed or is gone, or its weights cannot be read.
+    """
+    source = model.source
+    record = None if folder is None else find_record(folder)
+    recorded = record["fingerprint"] if record is not None else None if source is None else source.recorded
+    if source is None or recorded is None:
+        return model.first_params()
+    where = source.base or str(source.folder)
+    try:
+        source.weights_folder()
+        changed = changed_parts(recorded, on_process_0(lambda: fingerprint(source)))
+        params = model.first_params() if not changed or "student" in model.config.allowed_changes else None
+    except ModelError as error:
+        raise ModelError(
+            f"{folder or 'This run'} started from {where}, whose weights are needed and cannot be read. Put that model "
+            f"back. {error}"
+        ) from error
+    if params is None:
+        raise ModelError(
+            f"{where} is not the model any more that {folder or 'this run'} started from: it has other "
+            f"{' and other '.join(changed)}. Put that model back, or go on with --allow_changed student."
+        )
+    return params
 
 
 def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
@@ -132,8 +185,8 @@ def origin_of(stage: str, config: Config, run_dir: Path) -> Path | None:
     return None if stage == "sft" else run_dir / "sft"
 
 
-def with_fresh_adapters(model: Model, params: Params, name: str | None) -> StageWeights:
-    """Return fresh adapters with `params` as their base; without LoRA, train `params` themselves."""
+def with_fresh_adapters(model: Model, params: Params, source: ModelFolder | None = None) -> StageWeights:
+    """Return fresh adapters with `params`, which are those of `source`, as their base; without LoRA, train `params`."""
     lora = model.config.lora
     if lora is None:
         return StageWeights(params)
@@ -142,9 +195,17 @@ def with_fresh_adapters(model: Model, params: Params, name: str | None) -> Stage
         adapters = init_on_mesh(model.mesh, make, jax.random.key(model.config.seed))
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
-    return StageWeights(adapters, params, lora, name)
+    return StageWeights(adapters, params, lora, *name_of(source))
 
 
-def base_name(model: Model) -> str | None:
-    """Return the hub id or folder of a pretrained student, or None."""
-    return None if model.source is None else model.source.hub_id or str(model.source.folder)
+def name_of(source: ModelFolder | None) -> tuple[str | None, str | None]:
+    """Return the hub id or folder of a pretrained model, and the commit of a hub id."""
+    return (None, None) if source is None else (source.name, source.revision)
+
+
+def merged_text(share: float, dtype: str, fix: str) -> str:
+    """Return what to say of adapters that were merged into weights of a narrow type."""
+    return (
+        f"merged into {dtype} weights, {share:.0%} of the adapters' update is kept, and the rest is rounded away: "
+        f"{fix} keeps all"
+    )

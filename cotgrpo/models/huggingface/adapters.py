@@ -50,6 +50,8 @@ def save_adapter(
     lora: LoraConfig,
     base_model_name: str | None = None,
     card: Mapping[str, Any] | None = None,
+    *,
+    revision: str | None = None,
 ) -> Path:
     """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically.
 
@@ -61,6 +63,7 @@ def save_adapter(
         lora: what it was trained with.
         base_model_name: hub id or folder of the frozen model, for `peft`'s `AutoPeftModel`. None: left out.
         card: facts for a model card (`cotgrpo.models.huggingface.model_card.model_card`). None: no card.
+        revision: the commit of the frozen model, if its name is a hub id.
 
     Raises:
         ModelError: the folder is not empty, or Hugging Face's models do not have an adapted projection.
@@ -82,7 +85,7 @@ def save_adapter(
 
         with whole_folder(folder) as partial:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            text = json.dumps(adapter_config(pairs, lora, base_model_name), indent=2)
+            text = json.dumps(adapter_config(pairs, lora, base_model_name, revision), indent=2)
             (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             if card is not None:
                 base = {"base_model": base_model_name} if base_model_name else {}
@@ -91,12 +94,15 @@ def save_adapter(
     return folder
 
 
-def adapter_config(paths: Iterable[TreePath], lora: LoraConfig, base_model_name: str | None) -> dict[str, Any]:
+def adapter_config(
+    paths: Iterable[TreePath], lora: LoraConfig, base_model_name: str | None, revision: str | None = None
+) -> dict[str, Any]:
     """Return adapter_config.json. A whole `alpha` is an integer, as `peft` declares it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
