@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cotgrpo.disk_errors import CheckpointError
+from cotgrpo.disk_errors import CheckpointError, explain_disk_errors
 
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 10.0
@@ -47,7 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
     done = threading.Event()
     try:
         take(descriptor, path)
-        write_record(path)
+        with explain_disk_errors(path):
+            write_record(path)
         keeper = threading.Thread(target=keep_fresh, args=(path, done), name="run lock", daemon=True)
         keeper.start()
         try:
@@ -55,7 +56,8 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             done.set()
             keeper.join()
-            os.ftruncate(descriptor, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
             if is_new and os.listdir(folder) == [LOCK_FILE]:  # nothing was written
                 path.unlink()
                 folder.rmdir()

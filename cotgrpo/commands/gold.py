@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cotgrpo.atomic_files import whole_file
 from cotgrpo.config import ConfigError
 from cotgrpo.config.files import Options
 from cotgrpo.data.sources import DataError
@@ -68,7 +69,8 @@ def run(options: Options, console: Console) -> None:
         if Path(out).exists() and not holds_triples(Path(out)):
             raise DataError(f"{out} exists and may hold edits. Choose another --out, or remove it.")
         triples, report = read_edited(Path(edited), rows=rows)
-        write_triples(out, triples)
+        with whole_file(Path(out)) as temporary:
+            write_triples(temporary, triples)
     else:
         replies = read_student_replies(Path(student))
         triples, read = read_triples(ghosts, columns=given.columns, row_function=given.row_function)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cotgrpo.accelerators.chips import TopologyError, parse_topology
+from cotgrpo.atomic_files import write_json, write_text
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.planning.search import rank_candidates
 from cotgrpo.planning.stage_plan import StagePlan
@@ -51,8 +51,8 @@ def run_plan(
         figures = plan.figures()
         page.print(plan_table(figures, chips))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_json(out, figures)
     text = "\n".join(line.rstrip() for line in page.export_text().splitlines())
-    out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    write_text(out.with_suffix(".txt"), text + "\n")
     say(console, f"written: {out}")
     return figures

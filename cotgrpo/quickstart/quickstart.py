@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.atomic_files import read_json, whole_file, write_json
+from cotgrpo.atomic_files import read_json, whole_file, write_json, write_text
 from cotgrpo.config import (
     CheckpointConfig,
     Config,
@@ -168,7 +168,7 @@ def write_combined(folder: Path, report: dict[str, Any]) -> Path:
     """Write `report.json`, its page and the chart of the accuracies. Return the path of the page."""
     write_json(folder / "report.json", report)
     rows = [(name, STAGES[name], row) for name, row in report["accuracy"].items()]
-    (folder / "accuracy.svg").write_text(standalone(interval_chart("Held-out accuracy", rows)), encoding="utf-8")
+    write_text(folder / "accuracy.svg", standalone(interval_chart("Held-out accuracy", rows)))
     return write_report(folder)
 
 

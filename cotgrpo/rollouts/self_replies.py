@@ -6,6 +6,7 @@ GRPO here is GhostRespond Policy Optimization, not Group Relative.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class SelfReplyBatches:
         self.order = grain.MapDataset.range(len(self.questions)).seed(seed).shuffle().repeat(None)
         self.seed, self.merged = seed, merged
         self.key = jax.random.fold_in(jax.random.key(seed), SELF_REPLIES)
-        self.taken = 0
+        self.taken = self.crc = 0
         self.params: Params = None
         self.batches: Any = None
 
@@ -116,7 +117,12 @@ class SelfReplyBatches:
     @property
     def path(self) -> Path:
         """The file of the replies in the current batches."""
-        return self.folder / f"{self.taken // self.settings.refresh_every * self.settings.refresh_every}.jsonl"
+        return self.folder / f"{self.first}.jsonl"
+
+    @property
+    def first(self) -> int:
+        """The number of batches that were taken before these replies were written."""
+        return self.taken // self.settings.refresh_every * self.settings.refresh_every
 
     def write_replies(self) -> None:
         """Ask the next questions and keep the best right reply to each. Waits for the device."""
@@ -167,6 +173,7 @@ class SelfReplyBatches:
     def read_replies(self) -> Any:
         """Return batches of the newest replies. Replies that do not fit a row are left out."""
         settings = self.settings
+        self.crc = zlib.crc32(self.path.read_bytes()) if self.path.is_file() else 0
         triples, _ = read_triples(self.path)
         examples, _ = make_examples(triples, self.template, settings.seq_len, too_long="drop")
         return make_batches(
@@ -180,11 +187,18 @@ class SelfReplyBatches:
     def get_state(self) -> dict[str, Any]:
         """Return the position, as JSON-able values."""
         whole = self.taken % self.settings.refresh_every == 0
-        return {"taken": self.taken, "batches": None if whole else self.batches.get_state()}
+        if whole:
+            return {"taken": self.taken, "batches": None}
+        return {"taken": self.taken, "batches": self.batches.get_state(), "crc": self.crc}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore the position."""
         self.taken = state["taken"]
         if state["batches"] is not None:
-            self.batches = self.read_replies()
+            self.batches = None if not self.path.is_file() else self.read_replies()
+            if self.batches is None or self.crc != state.get("crc", self.crc):
+                raise DataError(
+                    f"{self.path} is lost or has changed: it holds the replies that the run was learning from. Put it "
+                    f"back, or move the checkpoints after step {self.first} away to continue from there."
+                )
             self.batches.set_state(state["batches"])

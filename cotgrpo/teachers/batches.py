@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cotgrpo.atomic_files import read_json, write_json
+from cotgrpo.data.sources import DataError
+from cotgrpo.disk_errors import first_line
 from cotgrpo.teachers.completions import AttemptFailed, parse_completion
 from cotgrpo.teachers.endpoint import (
     EndpointSettings,
@@ -88,7 +90,7 @@ class BatchTeacher:
             TeacherError: the endpoint cannot be asked, or it refuses a setting. Outcomes handed over before stay.
         """
         wanted = {request_id(request): request for request in requests}
-        sent = [SentBatch(**fields) for fields in read_json(self.path)] if self.path.exists() else []
+        sent = self.read_sent()
         with self.make_client() as client:
             for batch in [batch for batch in sent if batch.id is None]:  # killed while it was created
                 batch.id = self.find(client, batch.input_file_id)
@@ -112,6 +114,18 @@ class BatchTeacher:
             max_retries=settings.retries,
             timeout=settings.timeout,
         )
+
+    def read_sent(self) -> list[SentBatch]:
+        """Read the batches that are under way. Raises DataError if nobody can tell what was sent."""
+        if not self.path.exists():
+            return []
+        try:
+            return [SentBatch(**fields) for fields in read_json(self.path)]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{self.path} cannot be read ({first_line(error)}). It names the batches that were paid for: put it "
+                "back, or delete it to send all missing requests again."
+            ) from error
 
     def save(self, sent: Sequence[SentBatch]) -> None:
         """Write the batches that are under way."""

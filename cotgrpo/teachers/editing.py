@@ -17,6 +17,7 @@ from cotgrpo.data.answers import grade
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError, raw_rows
 from cotgrpo.data.triples import Triple
+from cotgrpo.disk_errors import first_line
 from cotgrpo.teachers.completions import TeacherReply
 
 VERDICTS = {"correct": True, "wrong answer": False, "truncated": False, "refused": False}
@@ -47,10 +48,11 @@ def read_student_replies(path: Path) -> dict[str, StudentReply]:
     """
     if path.suffix == ".json":
         try:
-            rows: Any = json.loads(path.read_text(encoding="utf-8"))["replies"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            rows: Any = list(json.loads(path.read_text(encoding="utf-8"))["replies"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{path}: expected the eval.json of `cotgrpo eval` ({type(error).__name__}: {error})."
+                f"{path}: expected the eval.json of `cotgrpo eval` ({first_line(error)}). Run that again: it writes "
+                "the file again."
             ) from error
         found = [(str(path), row) for row in rows]
     else:
