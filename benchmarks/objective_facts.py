@@ -1,10 +1,11 @@
 """Print what one update does to p(y*), p(y) and the reward, and where objectives rest: the tables of docs/method.md.
 
-    python benchmarks/objective_facts.py [--student FOLDER --rows FILE [--tokenizer FOLDER]] [--learning_rate 1e-5]
+    python benchmarks/objective_facts.py
+    python benchmarks/objective_facts.py --student FOLDER --rows FILE [--separator TOKEN] [--learning_rate 1e-5]
 
 - free logits: random contexts, a small step on the logits of each.
 - fixed points: the distribution at which the mean gradient over ghosts y* ~ q vanishes.
-- student: one AdamW step of a pretrained student on one batch of rows. Needs the whole package.
+- student: one AdamW step of a pretrained student on one batch of rows, instead of these. Needs the whole package.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def one_update(args: argparse.Namespace, objective: Objective) -> tuple[float, f
     from cotgrpo.models import load_pretrained
 
     model = load_pretrained(args.student, "float32")
-    template = Template(load_tokenizer(args.tokenizer or args.student), loss_on="completion")
+    template = Template(load_tokenizer(args.tokenizer or args.student), args.separator, "completion")
     examples, _ = make_examples(read_triples(args.rows)[0][:50], template, 512, too_long="drop")
     batch = next(make_batches(examples, batch_size=1, seq_len=512, packing=True, seed=0))
     tx = make_optimizer(learning_rate=args.learning_rate, total_steps=10, schedule="constant")
@@ -131,19 +132,20 @@ def main() -> None:
     parser.add_argument("--student", help="folder of a pretrained student")
     parser.add_argument("--tokenizer", help="folder of its tokenizer (default: the student's)")
     parser.add_argument("--rows", help="file of question, rationale, answer")
+    parser.add_argument("--separator", default="<sep>", help="between question, rationale and answer")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     args = parser.parse_args()
     if (args.student is None) != (args.rows is None):
         parser.error("--student and --rows belong together.")
-    with jax.enable_x64(True):
-        print_head("objective", "logits", "p(y*) rises", "R rises", "p(y) falls")
-        for name, objective in OBJECTIVES.items():
-            for sharpness in (0.5, 2.0, 5.0):
-                shares = free_logits(objective, sharpness)
-                print(f"| {name} | {sharpness:g} N(0, 1) | " + " | ".join(f"{x:.1%}" for x in shares) + " |")
-        print_head("ghosts q", "objective", "q of the first", "p", "entropy of q", "of p", "KL(q, p)")
-        print("\n".join(fixed_points()))
     if args.student is None:
+        with jax.enable_x64(True):
+            print_head("objective", "logits", "p(y*) rises", "R rises", "p(y) falls")
+            for name, objective in OBJECTIVES.items():
+                for sharpness in (0.5, 2.0, 5.0):
+                    shares = free_logits(objective, sharpness)
+                    print(f"| {name} | {sharpness:g} N(0, 1) | " + " | ".join(f"{x:.1%}" for x in shares) + " |")
+            print_head("ghosts q", "objective", "q of the first", "p", "entropy of q", "of p", "KL(q, p)")
+            print("\n".join(fixed_points()))
         return
     print_head("objective, one AdamW step", "contexts with y != y*", "p(y*) rises", "R rises", "p(y) falls")
     for name, objective in OBJECTIVES.items():

@@ -1,0 +1,42 @@
+"""Every file of examples/ runs as it is, on one device and on eight, and its loss falls."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+LINES = 62
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path: Path, devices: int, tmp_path: Path) -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": flags},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = re.search(r"loss\D*(\d+\.\d+) -> (\d+\.\d+)", done.stdout)
+    assert losses is not None, f"an example prints its first and its last loss, got {done.stdout!r}"
+    assert float(losses[2]) < float(losses[1])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 6
