@@ -46,7 +46,7 @@ def decayed(params: Params) -> PyTree:
 def label_of(names: tuple[str, ...], ndim: int) -> Label:
     """Return the label of the leaf at a path of lower-case names."""
     module, leaf = ("", "", *names)[-2:]
-    if ADAPTER.search(leaf):
+    if ADAPTER.search(leaf) or ADAPTER.search(module):
         return "adapter"
     if BIAS.search(leaf):
         return "bias"
@@ -83,7 +83,7 @@ def stacked_matrices(params: Params) -> PyTree:
         names = names_of(path)
         if label_of(names, leaf.ndim) not in ("matrix", "adapter"):
             return False
-        for depth in range(len(names) - 1, -1, -1):
+        for depth in range(len(names) - 1, -1, -1) if leaf.ndim > 2 else ():
             if near := {ndim for other, ndim in norms if other[:depth] == names[:depth]}:
                 if leaf.ndim - 1 not in near:
                     raise ValueError(

@@ -160,7 +160,7 @@ def lost_share(params: Params, size: float) -> float:
 
 
 @jax.jit
-def lost_share_of(leaf: BFloat16[Array, "..."], size: float) -> Float32[Array, ""]:
+def lost_share_of(leaf: BFloat16[Array, "..."], size: float | Float32[Array, ""]) -> Float32[Array, ""]:
     """Return the share of the weights of one leaf that an update of this size does not change."""
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # 2^e; 0 of a weight of 0
