@@ -6,6 +6,17 @@ Weights are normal with a deviation of 0.02. Each gradient is one fixed normal d
 that of `configs/llama3_8b_v5e16_full.yaml` for GRPO: 5e-6 with 10 steps of warm-up and a cosine to a tenth. Asked for
 is the sum of the updates in float64, moved are weights that differ from their start. Bytes and FLOPs are those of the
 compiled update, a parameter: of weights and state, of temporaries, and all that are read and written.
+
+On a CPU, adafactor (the other optimizers differ little in what arrives):
+
+    weights   rounding     moved  cosine  length  bytes  temporaries  read and written  FLOPs
+    float32   nearest       100%   1.000    1.00    4.0          4.0              40.1     14
+    bfloat16  nearest        14%   0.366    0.28    2.0          6.0              34.0     23
+    bfloat16  stochastic     82%   0.820    1.22    2.0          4.0              30.1     51
+    bfloat16  compensated    82%   0.986    1.01    4.0          8.0              48.1     62
+
+After 1,000 updates (`--steps 1000`) the cosines are 0.362, 0.976 and 1.000. A float32 master copy of bfloat16 weights
+is not offered: it has the bytes of float32 weights, and the copy on top.
 """
 
 from __future__ import annotations
