@@ -10,6 +10,8 @@ batch. So accumulation and any sharding give the same update as one big batch.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,14 +21,20 @@ import optax
 
 from cotgrpo import objectives
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
+from cotgrpo.optimizers import gradient_params
 from cotgrpo.tiled_loss import HeadSpec, Reference, tiled_loss
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState, check_arrays
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Float, PRNGKeyArray, PyTree
+    from typing import Any
+
+    from cotgrpo.types import Array, Bool, Float, PRNGKeyArray, PyTree
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`, or `step(state, batch, reference_params)` when built with a reference."""
+
+COSTLY_UPDATE = re.compile(r"\b(dot_general|conv_general_dilated|while|scan)\b")
+"""Primitives in the text of an optimizer's update that make it costly."""
 
 
 def make_sft_step(
@@ -57,9 +65,9 @@ def make_grpo_step(
 
         loss = sum_t w_t objective(logits_t, (y*_t, y_t)) / sum_t w_t
 
-    An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. A loss or gradient that is not finite
-    leaves `params` and `opt_state` as they were. It counts in the metric `skipped`, and adds nothing to the other
-    means. A batch with no supervised token gives one, 0 / 0.
+    An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. If the loss, the gradient, or any new
+    parameter or optimizer state is not finite, `params` and `opt_state` stay as they were. The step counts in the
+    metric `skipped`, and adds nothing to the other means. A batch with no supervised token is such a step, 0 / 0.
 
     Args:
         student: the model's pure functions.
@@ -89,17 +97,21 @@ def make_grpo_step(
     ) -> tuple[TrainState, Metrics]:
         ghosts = as_ghosts(batch)
         uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
+        at = gradient_params(state.params, state.opt_state)
         (loss, (sums, weight)), grads = accumulate(
-            lambda part: gradient(state.params, *part, reference_params), (ghosts, uniform), micro_batches
+            lambda part: gradient(at, *part, reference_params), (ghosts, uniform), micro_batches
         )
         # XLA fuses a product with what follows. A quotient would be a pass of its own over all gradients.
         share = 1.0 / weight
         grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state.params)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
 
-        finite = jnp.isfinite(loss / weight) & jnp.isfinite(grad_norm)
+        def advance(opt_state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        params, opt_state = advance(state.opt_state, state.params)
+        finite = jnp.isfinite(loss / weight) & jnp.isfinite(grad_norm) & stays_finite(advance, state)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         new_state = state.replace(
             step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state)
@@ -239,6 +251,49 @@ def accumulate(gradient: Callable[[PyTree], PyTree], batch: PyTree, micro_batche
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None), zeros, parts)[0]
+
+
+def stays_finite(
+    advance: Callable[[optax.OptState, Params], tuple[Params, optax.OptState]], state: TrainState
+) -> Bool[Array, ""]:
+    """Return whether `advance(opt_state, params) -> (params, opt_state)` gives finite numbers only.
+
+    No array may be overwritten before this is known, so XLA would hold a second copy of the whole state. Behind a
+    barrier it computes the update twice instead, once for this result: that reads the state once more and takes no
+    memory. An update with matrix products or loops (Muon, L-BFGS) costs more than its copy, and is computed once.
+    """
+    old = (state.opt_state, state.params)
+    costly = COSTLY_UPDATE.search(str(jax.make_jaxpr(advance)(*old))) is not None
+    params, opt_state = advance(*(old if costly else jax.lax.optimization_barrier(old)))
+    return all_finite(params, opt_state, state.opt_state)
+
+
+def all_finite(params: Params, opt_state: optax.OptState, before: optax.OptState) -> Bool[Array, ""]:
+    """Return whether all parameters and all arrays of the optimizer state are finite.
+
+    A scalar of the state may be infinite if it was so `before`: optimizers start with "no best loss yet" that way. The
+    moments of a parameter are compared together with it, since one pass then computes and reads them all.
+    """
+    together = {path: jnp.isfinite(leaf) for path, leaf in float_leaves(params)}
+    alone = []
+    for (path, leaf), (_, old) in zip(float_leaves(opt_state), float_leaves(before), strict=True):
+        finite = jnp.isfinite(leaf)
+        own = next((path[start:] for start in range(len(path) + 1) if path[start:] in together), None)
+        if leaf.ndim == 0:
+            alone.append(finite | ~jnp.isfinite(old))
+        elif own is not None and together[own].shape == leaf.shape:
+            together[own] &= finite
+        else:
+            alone.append(finite)
+    return functools.reduce(
+        jnp.logical_and, [jnp.all(finite) for finite in (*together.values(), *alone)], jnp.bool_(True)
+    )
+
+
+def float_leaves(tree: PyTree) -> list[tuple[Any, Array]]:
+    """Return the paths and arrays of the leaves that hold floating-point or complex numbers."""
+    leaves = [(path, jnp.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def token_counts(ghosts: GhostBatch) -> Metrics:

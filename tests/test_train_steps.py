@@ -13,6 +13,7 @@ import pytest
 import cotgrpo
 from cotgrpo import GhostBatch, Metric, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, SftBatch, Student, TrainState
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 
 CONFIG = DecoderConfig(vocab_size=61, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
 B, T = 8, 24
@@ -195,19 +196,140 @@ def test_given_draws_are_used() -> None:
     assert one["match_rate"].mean() == 0
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(poison: float) -> None:
-    tx = cotgrpo.make_optimizer(learning_rate=0.1, total_steps=10)
-    step = cotgrpo.jit_step(cotgrpo.make_grpo_step(make_student(CONFIG), tx))
-    state, batch = new_state(tx), make_batch()
-    bad = batch.replace(loss_mask=batch.loss_mask.at[0, 5].set(poison))
+def steep(logits_V: jax.Array, token: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """An objective with a finite loss and, at 0, a gradient that is not finite."""
+    return jnp.sqrt(jnp.abs(logits_V[0] - jax.lax.stop_gradient(logits_V[0]))), {}
+
+
+def set_last(value: float) -> Any:
+    """Return a function that puts `value` in one element of the last matrix of a tree."""
+
+    def change(tree: Any) -> Any:
+        leaves = jax.tree.leaves(tree)
+        last = max(place for place, leaf in enumerate(leaves) if leaf.ndim >= 2)
+        leaves[last] = leaves[last].at[(-1,) * leaves[last].ndim].set(value)
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    return change
+
+
+def make_transform(update: Any, init: Any = lambda params: ()) -> optax.GradientTransformation:
+    return optax.GradientTransformation(init, lambda updates, state, params=None: update(updates, state))
+
+
+def scale_mask(value: float) -> Any:
+    return lambda batch: batch.replace(loss_mask=batch.loss_mask.at[0, 5].set(value))
+
+
+def spoil_state(value: float) -> Any:
+    return lambda state: state.replace(opt_state=set_last(value)(state.opt_state))
+
+
+same = lambda x: x
+overflowing_state = make_transform(
+    lambda updates, state: (jax.tree.map(jnp.zeros_like, updates), 1e30 * (1e10 * state)), lambda params: jnp.ones(3)
+)
+frozen = make_transform(lambda updates, state: (jax.tree.map(jnp.zeros_like, updates), state), same)
+
+# What the objective is, the optimizer, what is done to the state before the step, and to the batch.
+FAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "a weight that is NaN": (None, optax.adam(0.1), same, scale_mask(np.nan)),
+    "a weight that is infinite": (None, optax.adam(0.1), same, scale_mask(np.inf)),
+    "a gradient that is NaN": (steep, optax.adam(0.1), same, same),
+    "one update that is NaN": (None, make_transform(lambda u, s: (set_last(np.nan)(u), s)), same, same),
+    "one update that is infinite": (None, make_transform(lambda u, s: (set_last(-np.inf)(u), s)), same, same),
+    "updates that overflow": (None, optax.chain(optax.scale(1e30), optax.scale(1e30)), same, same),
+    "a rate that is infinite": (None, optax.sgd(np.inf), same, same),
+    "0 / 0 where no gradient has been": (None, optax.adam(0.1, b2=0.0, eps=0.0), same, same),
+    "b2 is 1": (None, optax.adam(0.1, b2=1.0, eps=0.0), same, same),
+    "a moment that is NaN": (None, optax.adam(0.1), spoil_state(np.nan), same),
+    "a second moment that is infinite": (None, optax.adam(0.1), spoil_state(np.inf), same),
+    "a moment that no update reads": (None, frozen, spoil_state(np.nan), same),
+    "a state of no parameter's shape": (None, overflowing_state, same, same),
+    "matrix products": (None, optax.contrib.muon(np.inf), same, same),
+}
+
+
+def build_step(case: str, make: Any, tx: Any, objective: Any) -> tuple[Any, TrainState, tuple[Any, ...]]:
+    """Return a compiled step, its first state and its further arguments."""
+    options = {} if objective is None else {"objective": objective}
+    if case == "adapters":
+        base, lora = init_params(CONFIG, jax.random.key(0)), LoraConfig(rank=2)
+        step = make_lora_step(
+            lambda student: cotgrpo.make_grpo_step(student, tx, **options), make_student(CONFIG), lora
+        )
+        adapters = init_lora(base, lora, jax.random.key(1))
+        return cotgrpo.jit_step(step), TrainState.create(params=adapters, tx=tx, key=0), (base,)
+    params = {"embedding": jax.random.normal(jax.random.key(0), (64, 16)), "head": jnp.eye(16, 64)}
+    student = Student(lambda params, tokens, *_: params["embedding"][tokens], lambda params: params["head"])
+    options |= {"micro_batches": 4} if case == "micro-batches" else {}
+    mesh = cotgrpo.make_mesh(fsdp=8) if case == "eight devices" else None
+    return cotgrpo.jit_step(make(student, tx, **options), mesh), TrainState.create(params=params, tx=tx, key=0), ()
+
+
+EVERYWHERE = ("a weight that is NaN", "one update that is infinite")
+
+
+@pytest.mark.parametrize(
+    ("make", "case", "fault"),
+    [(cotgrpo.make_sft_step, "plain", fault) for fault in FAULTS]
+    + [(cotgrpo.make_grpo_step, "plain", fault) for fault in (*EVERYWHERE, "a moment that is NaN", "b2 is 1")]
+    + [
+        (cotgrpo.make_grpo_step, case, fault)
+        for case in ("micro-batches", "adapters", "eight devices")
+        for fault in EVERYWHERE
+    ],
+)
+def test_a_step_that_leads_to_numbers_that_are_not_finite_is_skipped(make: Any, case: str, fault: str) -> None:
+    """Whatever is not finite, the loss, the gradient, the update or the moments: nothing changes but the counter."""
+    objective, tx, spoil_state, spoil_batch = FAULTS[fault]
+    step, state, extra = build_step(case, make, tx, objective)
+    state, batch = spoil_state(state), make_batch()
     before = jax.device_get((state.params, state.opt_state))
-    state, metrics = step(state, bad)
-    assert_same((state.params, state.opt_state), before, rtol=0.0, atol=0.0)
+    state, metrics = step(state, spoil_batch(batch), *extra)
     assert metrics["skipped"].mean() == 1 and int(state.step) == 1
+    np.testing.assert_equal(jax.device_get((state.params, state.opt_state)), before)
     assert np.isnan(metrics["loss"].mean()) and float(metrics["loss"].weight) == 0
-    state, metrics = step(state, batch)
-    assert metrics["skipped"].mean() == 0 and np.isfinite(metrics["loss"].mean())
+    if spoil_batch is not same:
+        state, metrics = step(state, batch, *extra)
+        assert metrics["skipped"].mean() == 0 and np.isfinite(metrics["loss"].mean())
+
+
+def test_an_absurd_update_is_taken_and_the_steps_after_it_are_skipped() -> None:
+    """Parameters of 1e29 are finite. The next loss shows what they are worth, and then nothing changes any more."""
+    step, state, _ = build_step("plain", cotgrpo.make_sft_step, optax.sgd(1e30), None)
+    state, metrics = step(state, make_batch())
+    assert metrics["skipped"].mean() == 0
+    for _ in range(2):
+        before = jax.device_get(state.params)
+        state, metrics = step(state, make_batch())
+        assert metrics["skipped"].mean() == 1
+        np.testing.assert_equal(jax.device_get(state.params), before)
+
+
+def test_a_loss_that_is_infinite_before_the_first_step_is_no_fault_of_the_optimizer_state() -> None:
+    """Optimizers that keep the best loss start with infinity."""
+    infinite = make_transform(lambda updates, state: (updates, state), lambda params: jnp.float32(np.inf))
+    step, state, _ = build_step("plain", cotgrpo.make_sft_step, optax.chain(infinite, optax.sgd(0.1)), None)
+    _, metrics = step(state, make_batch())
+    assert metrics["skipped"].mean() == 0
+
+
+def test_looking_at_the_update_takes_no_memory_and_few_operations() -> None:
+    """XLA computes the update twice and does not keep a second copy of parameters and moments."""
+    size = 1 << 20
+    student = Student(
+        lambda params, tokens, *_: params["embedding"][tokens], lambda params: jnp.ones((8, 8)), vocab_size=8
+    )
+    tx = cotgrpo.make_optimizer(learning_rate=1e-3, total_steps=10)
+    state = jax.eval_shape(
+        lambda: TrainState.create(params={"embedding": jnp.zeros((size, 8))}, tx=tx, key=jax.random.key(0))
+    )
+    compiled = cotgrpo.jit_step(cotgrpo.make_sft_step(student, tx)).lower(state, make_batch()).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    gradient = 4 * 8 * size
+    assert memory.temp_size_in_bytes < 2.2 * gradient
 
 
 def test_a_batch_with_nothing_supervised_is_skipped() -> None:
