@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
+from cotgrpo.accelerators.memory import TooLarge
 from cotgrpo.config import ConfigError
 
 MARKS = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
@@ -20,13 +21,15 @@ def explain_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
         advice: returns which settings to change, and what is known about the need.
 
     Raises:
-        ConfigError: "Out of memory: 7.1 GB could not be allocated. ..."
+        ConfigError: "Out of memory: 7.1 GB could not be allocated. ...", or what a check before the first step found.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
         if not isinstance(error, MemoryError) and not MARKS.search(str(error)):
             raise
+        if isinstance(error, TooLarge):
+            raise ConfigError(f"Out of memory: {error}. {advice()}") from error
         raise ConfigError(f"Out of memory: {asked_for(str(error))} could not be allocated. {advice()}") from error
 
 
