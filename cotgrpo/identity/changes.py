@@ -49,8 +49,8 @@ def row_changes(before: RowsRecord, now: RowsRecord, there: np.ndarray) -> RowCh
         now: the rows that could be used now.
         there: `[n]` hashes of all rows that are there, used or not.
     """
-    missing = np.flatnonzero(~np.isin(before.hashes, there))
-    new = np.flatnonzero(~np.isin(now.hashes, before.hashes))
+    missing = np.flatnonzero(~np.isin(before.hashes, there)).tolist()
+    new = np.flatnonzero(~np.isin(now.hashes, before.hashes)).tolist()
     new_places = {now.place(row): row for row in new}
     new_questions = {int(now.questions[row]): row for row in new if len(now.questions)}
     edited: dict[int, str] = {}
@@ -58,11 +58,11 @@ def row_changes(before: RowsRecord, now: RowsRecord, there: np.ndarray) -> RowCh
     for row in missing:
         place, question = before.place(row), int(before.questions[row]) if len(before.questions) else None
         found = new_questions.get(question, new_places.get(place)) if question is not None else new_places.get(place)
-        if found is None or int(found) in edited:
+        if found is None or found in edited:
             removed.append(place)
         else:
-            edited[int(found)] = now.place(found)
-    added = tuple(now.place(row) for row in new if int(row) not in edited)
+            edited[found] = now.place(found)
+    added = tuple(now.place(row) for row in new if row not in edited)
     return RowChanges(tuple(edited.values()), tuple(removed), added)
 
 

@@ -109,7 +109,7 @@ def trained_before(test: RowsRecord, before: InputsRecord) -> str | None:
     known = np.flatnonzero(np.isin(test.questions, before.trained))
     if not len(known):
         return None
-    return f"{len(known):,} of {len(test):,} held-out questions were trained on (first: {test.place(known[0])})"
+    return f"{len(known):,} of {len(test):,} held-out questions were trained on (first: {test.place(int(known[0]))})"
 
 
 def save_inputs(record: InputsRecord, rows: StageRows, folder: Path) -> None:

@@ -16,7 +16,7 @@ from cotgrpo.checkpoints.integrity import CHECKSUMS
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import steps_in
 from cotgrpo.config import Config
-from cotgrpo.data.questions import Question
+from cotgrpo.data.questions import Question, question_text
 from cotgrpo.data.rows import Row
 from cotgrpo.identity.split import HASH_BYTES
 from cotgrpo.models.config import DecoderConfig, DecoderShape
@@ -54,6 +54,11 @@ def question_hash(question: Question) -> int:
     reply = question.reference
     told = None if reply is None else (reply.rationale, reply.answer, reply.verbatim)
     return values_hash(question.question, question.gold, question.system, question.context, question.tools, told)
+
+
+def asked_hash(question: Question) -> int:
+    """Return a hash of 64 bits of what a held-out question asks, and its right answer."""
+    return values_hash(question_text(question), question.gold, question.system)
 
 
 def values_hash(*values: object) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cotgrpo.data.streaming import StreamedTriples, index_rows
 from cotgrpo.data.triples import Triple, triples_in
 from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.identity.changes import RowChanges, row_changes
-from cotgrpo.identity.fingerprints import question_hash, row_hash
+from cotgrpo.identity.fingerprints import asked_hash, question_hash, row_hash
 from cotgrpo.identity.known import HELD_OUT, Known
 from cotgrpo.identity.record import NO_ROWS, RowsRecord
 from cotgrpo.identity.split import (
@@ -90,7 +90,7 @@ def test_settings(config: Config) -> dict[str, Any]:
     """Return the settings that decide which held-out rows there are."""
     data = config.data
     if not data.test:
-        return train_settings(config) | {"streaming": None}
+        return train_settings(config)
     own = {"columns": dict(data.columns), "row_function": data.row_function}
     return {"test": [str(name) for name in as_list(data.test)], "split": data.test_split} | own
 
@@ -163,7 +163,7 @@ def read_into_memory(config: Config, console: Console, known: Known) -> StageRow
             questions, _ = questions_in(progress.over(rows), bad_rows="drop")
         split, candidates = split_of(questions, config, known)
         held_out = HeldOutQuestions(split)
-        chosen = choose_test(candidates, config, known)
+        chosen = choose_test(candidates, config, known, lambda question: hashes[question.source])
         drawn = {question.source for question in chosen.rows}
         reports["held-out rows"] = note_rows(row for row in rows if isinstance(row, Row) and row.source in drawn)
     train = leave_out(train, held_out, {question.source for question in candidates}, report)
@@ -259,17 +259,20 @@ class ChosenTest:
     changes: RowChanges
 
 
-def choose_test(candidates: Sequence[Question], config: Config, known: Known) -> ChosenTest:
+def choose_test(
+    candidates: Sequence[Question], config: Config, known: Known, hash_of: Callable[[Question], int] = question_hash
+) -> ChosenTest:
     """Return the held-out rows: those of the record first, in its order, then others unless the stage goes on.
 
     Args:
         candidates: all rows that are held out. Without `data.test`, one row of each question is chosen.
         config: the settings.
         known: the record.
+        hash_of: what tells one row from another.
     """
     settings = test_settings(config)
     recorded = same_rows(None if known.recorded is None else known.recorded.held_out, settings)
-    hashes = [question_hash(question) for question in candidates]
+    hashes = [hash_of(question) for question in candidates]
     first = dict(zip(reversed(hashes), reversed(candidates), strict=True))
     before = [] if recorded is None else [one for one in recorded.hashes.tolist() if one in first]
     rows = {one: first[one] for one in before}
@@ -376,7 +379,8 @@ def stream_rows(config: Config, console: Console, known: Known) -> StageRows:
     else:
         split, candidates = streamed_split(rows, config, known, console)
         held_out, report = HeldOutQuestions(split), DropReport(read=len(candidates))
-    chosen = choose_test(candidates, config, known)
+    # Another row of the same question may come first now, and the lines' hashes tell what was edited.
+    chosen = choose_test(candidates, config, known, question_hash if data.test else asked_hash)
     return StageRows(
         [],
         chosen.rows,
