@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TokenInputs,
         ghost_reward,
     )
-    from cotgrpo.optimizers import make_optimizer
+    from cotgrpo.optimizers import make_optimizer, param_labels, with_rounding
     from cotgrpo.sharding import jit_step, make_mesh
     from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
     from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
@@ -50,6 +50,8 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_sft_step",
+    "param_labels",
+    "with_rounding",
 ]
 
 NAMES = {
@@ -74,6 +76,8 @@ NAMES = {
     "make_mesh": "sharding",
     "make_optimizer": "optimizers",
     "make_sft_step": "train_steps",
+    "param_labels": "optimizers",
+    "with_rounding": "optimizers",
 }
 """Each public name, and the module that defines it."""
 

@@ -7,7 +7,7 @@ with a deviation of 0.02 keep a change whose cosine to the one asked for is 0.37
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ class RoundingState(NamedTuple):
     """State of `with_rounding`.
 
     Attributes:
-        count: updates so far. It seeds stochastic rounding.
+        updates: number of updates so far. It seeds stochastic rounding.
         carry: compensated: the lower 16 bits of each bfloat16 parameter, int16; None for other parameters and modes.
         inner: the state of the wrapped optimizer.
     """
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     carry: PyTree
     inner: optax.OptState
 
@@ -55,7 +55,12 @@ def with_rounding(
         tx: any optax transformation.
         rounding: how sums are rounded.
         seed: of stochastic rounding. Its bits depend on the seed, the number of updates, and the place in the tree.
+
+    Raises:
+        ValueError: an unknown kind of rounding.
     """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> RoundingState:
@@ -69,11 +74,12 @@ def with_rounding(
     ) -> tuple[Params, RoundingState]:
         if params is None:
             raise ValueError("with_rounding needs the parameters: call tx.update(updates, state, params).")
-        leaves, tree = jax.tree.flatten(params)
+        tree: Any = jax.tree.structure(params)
+        leaves: list[Any] = jax.tree.leaves(params)
         lower = [None] * len(leaves) if state.carry is None else tree.flatten_up_to(state.carry)
         wide = [widened(p) if low is None else join(p, low) for p, low in zip(leaves, lower, strict=True)]
         asked, inner_state = inner.update(jax.tree.map(widened, updates), state.inner, tree.unflatten(wide), **extra)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        key = jax.random.fold_in(jax.random.key(seed), state.updates)
         moves: list[Any] = tree.flatten_up_to(asked)
         for place, (p, w, move) in enumerate(zip(leaves, wide, moves, strict=True)):
             if rounding == "nearest" or move is None or not is_bfloat16(p):
@@ -85,7 +91,7 @@ def with_rounding(
                 rounded, lower[place] = split(exact)
             moves[place] = jnp.where(jnp.isfinite(exact), rounded - widened(p), move)
         carry = None if state.carry is None else tree.unflatten(lower)
-        return tree.unflatten(moves), RoundingState(state.count + 1, carry, inner_state)
+        return tree.unflatten(moves), RoundingState(state.updates + 1, carry, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
