@@ -19,7 +19,7 @@ update does"). y = y* contributes exactly nothing. The objectives differ only in
     Pair(), the default     s(y) = p(y) (1 + 0.6 sigmoid(-D(y)))     fixed point: between q and q^(1/2), near q
 
 `ForwardKl` compares with the ghost's whole distribution. `ReferenceKl` keeps any objective near a frozen reference.
-`GroupRelative` has no ghost.
+`GroupRelative` has no ghost. `RewardGain` measures what an update did to R.
 """
 
 from cotgrpo.objectives.distribution import MASKED_LOGIT, Distribution, ghost_reward, softmax
@@ -37,6 +37,7 @@ from cotgrpo.objectives.protocol import (
     top_k,
     value_and_grad,
 )
+from cotgrpo.objectives.reward_gain import RewardGain
 
 __all__ = [
     "MASKED_LOGIT",
@@ -48,6 +49,7 @@ __all__ = [
     "Pair",
     "ReferenceKl",
     "Reinforce",
+    "RewardGain",
     "RewardGradient",
     "TokenInputs",
     "batch_fields",

@@ -198,3 +198,18 @@ def test_proper_objectives_rest_at_the_ghosts_distribution_and_the_default_is_fl
     assert -np.sum(p * np.log(p)) > -np.sum(q * np.log(q))
     alone = q**0.5 / np.sum(q**0.5)
     np.testing.assert_array_less(np.abs(p - q), np.abs(alone - q))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_reward_gain_by_enumeration(padding: int) -> None:
+    """The mean of R after minus R before, over the y that the student drew before."""
+    rng = np.random.default_rng(0)
+    for ghost in range(V):
+        before, after = rng.normal(size=(2, V)) * 2
+        p = np.exp(log_softmax(before[None]))[0]
+        want = sum(p[y] * ((after[ghost] - after[y]) - (before[ghost] - before[y])) for y in range(V))
+        end = [-np.inf] * padding
+        token = TokenInputs(jnp.int32(ghost), jnp.float32(1.0), None, jnp.float32([*before, *end]))
+        loss, metrics = objectives.RewardGain()(jnp.float32([*after, *end]), token)
+        np.testing.assert_allclose(metrics["reward_gain"], want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(loss, -want, rtol=1e-5, atol=1e-5)
