@@ -8,6 +8,7 @@ An unknown key is an error that suggests the nearest valid one. A value of the w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -226,21 +227,48 @@ def parse_config(arguments: Sequence[str], *, defaults: Config = DEFAULTS) -> Co
     return parse_settings(arguments, defaults)
 
 
+FIRST_LINE, LAST_LINE = "# The settings of a run, up to the line `# end`.", "# end"
+"""Of a saved config. A file that was cut off has the first alone, and may be valid YAML all the same."""
+
+
 def load_config(path: Path) -> Config:
-    """Return the config in a YAML file. Raises ConfigError as `parse_settings` does."""
-    return parse_config(["--config", str(path)])
+    """Return the config that a run has saved. Raises ConfigError as `parse_settings` does."""
+    with saved_by_a_run():
+        return parse_config(["--config", str(path)])
 
 
 def given_in(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return the settings of a run in a YAML file, by dotted key, and those to ignore if they do not apply."""
-    return read_settings(path, [setting.key for setting in settings_in(DEFAULTS)], settings_parser(Config))
+    """Return the settings that a run has saved, by dotted key, and those to ignore if they do not apply."""
+    with saved_by_a_run():
+        return read_settings(path, [setting.key for setting in settings_in(DEFAULTS)], settings_parser(Config))
 
 
 def save_config(config: DataclassInstance, path: Path) -> None:
     """Write all settings that apply as YAML, by an atomic write."""
     import yaml
 
-    write_text(path, yaml.safe_dump(tree_of(config), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(tree_of(config), sort_keys=False, allow_unicode=True)
+    write_text(path, f"{FIRST_LINE}\n{text}{LAST_LINE}\n")
+
+
+class UnreadableFile(ConfigError):
+    """Raised for a file of settings that is missing, cut off or no YAML. `what` is the message without the advice."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what} {advice}".strip())
+        self.what = what
+
+
+@contextlib.contextmanager
+def saved_by_a_run() -> Iterator[None]:
+    """Say what to do about the file of a run that cannot be read."""
+    try:
+        yield
+    except UnreadableFile as error:
+        raise ConfigError(
+            f"{error.what} It holds the settings of a run: put it back, or move it away and run the command that wrote "
+            "it again, with the same settings, which writes a new one."
+        ) from error
 
 
 def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any], frozenset[str]]:
@@ -275,13 +303,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         check_keys_once(yaml.compose(text, yaml.SafeLoader), path)
         tree = yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Check the path of --config.") from error
+        raise UnreadableFile(f"{path}: cannot be read ({error.strerror}).", "Check the path of --config.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise UnreadableFile(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    if text.startswith(FIRST_LINE) and f"\n{LAST_LINE}" not in text:
+        raise UnreadableFile(f"{path}: the end is missing.")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
+        raise UnreadableFile(f"{path}: expected a mapping of settings, got {type(tree).__name__}.")
     return tree
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from cotgrpo.atomic_files import write_json
 from cotgrpo.config import ConfigError, GenerateConfig, differences, flat, parse_settings, save_config
+from cotgrpo.config.files import saved_by_a_run
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
@@ -223,7 +224,9 @@ def check_same_teacher(out: Path, config: GenerateConfig) -> None:
     path = out / "config.yaml"
     if not path.is_file():
         return
-    before, now = (reply_settings(c) for c in (parse_settings(["--config", str(path)], GenerateConfig()), config))
+    with saved_by_a_run():
+        saved = parse_settings(["--config", str(path)], GenerateConfig())
+    before, now = (reply_settings(c) for c in (saved, config))
     differing = differences(before, now)
     if differing:
         raise ConfigError(
