@@ -156,6 +156,16 @@ def save_split(split: HeldOutSplit, run_dir: Path) -> None:
         write_json(path, split.to_dict())
 
 
+def copy_split(run_dir: Path, out: Path) -> None:
+    """Copy the split of a run into the folder of its exported student, if the run has one.
+
+    A run that starts from that student then holds the same questions out.
+    """
+    found = split_in(run_dir / HELD_OUT)
+    if found is not None:
+        write_json(out / EXPORTED, found["split"])
+
+
 def forget_record(folder: Path) -> None:
     """Remove the record of a stage that took no step."""
     for name in (FILE, ARRAYS):

@@ -111,7 +111,11 @@ class InputsRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record. A reader finds it whole, or none."""
-        arrays = {**self.train.arrays("train"), **self.held_out.arrays("held_out"), "trained": self.trained}
+        arrays: dict[str, Any] = {
+            **self.train.arrays("train"),
+            **self.held_out.arrays("held_out"),
+            "trained": self.trained,
+        }
         with whole_file(folder / ARRAYS) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
         parts = ("tokenizer", "student", "start", "versions", "split", "streamed")

@@ -12,6 +12,7 @@ from rich.console import Console
 from cotgrpo.checkpoints.stops import say_stops
 from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
+from cotgrpo.identity.known import copy_split
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
 from cotgrpo.models.huggingface.weights import save_pretrained
@@ -74,6 +75,7 @@ def run_export(
         check_adapter(weights, folder, dtype)
         assert weights.lora is not None
         save_adapter(out, weights.trained, weights.lora, weights.base_name, card, revision=weights.base_revision)
+        copy_split(run_dir, out)
         say(console, f"adapter of {written}")
         return out
     if weights.lora is not None and dtype != "float32":
@@ -94,6 +96,7 @@ def run_export(
         card=card,
         dtype=dtype,
     )
+    copy_split(run_dir, out)
     say(console, written)
     return out
 
