@@ -117,7 +117,7 @@ class InputsRecord:
             "trained": self.trained,
         }
         with whole_file(folder / ARRAYS) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, trained=self.trained, **arrays)
         parts = ("tokenizer", "student", "start", "versions", "split", "streamed")
         rows = {"train": self.train.described(), "held_out": self.held_out.described()}
         write_json(folder / FILE, rows | {name: getattr(self, name) for name in parts})
