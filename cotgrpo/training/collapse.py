@@ -32,6 +32,7 @@ class CollapseDetector(Hook):
         self.folder, self.entropy_growth = folder, entropy_growth
         self.first_entropy: float | None = None
         self.high_rows = 0
+        self.calm_step = self.best_step = 0  # the newest step before the entropy rose, and before accuracy fell
         self.sampled: list[float] = []  # of the rows since the last evaluation
         self.best_sampled = self.best_greedy = 0.0
         self.started = False
@@ -44,6 +45,10 @@ class CollapseDetector(Hook):
                 if earlier["step"] < step:
                     self.check(earlier["step"], earlier)
         self.check(step, row)
+
+    def good_until(self) -> int | None:
+        """Return the step of the last row before the entropy rose, or None if the last row is not high."""
+        return self.calm_step if self.high_rows else None
 
     def check(self, step: int, row: Row) -> None:
         """Check one row for both signs."""
@@ -62,12 +67,14 @@ class CollapseDetector(Hook):
             self.first_entropy = entropy
         high = entropy > growth * max(self.first_entropy, ENTROPY_FLOOR)
         self.high_rows = self.high_rows + 1 if high else 0
+        self.calm_step = self.calm_step if high else step
         if self.high_rows >= 2:
             raise TrainingStopped(
                 f"The student's entropy is {entropy:.3f} nats at step {step}, more than {growth:g} times the initial "
                 f"{self.first_entropy:.3f}: its distribution is being flattened. Lower the learning rate, raise "
                 "objective.nll_weight and lower objective.pair_weight, or set grpo.max_entropy_growth to null to "
-                "continue. Earlier checkpoints are intact."
+                "continue.",
+                good_until=self.calm_step,
             )
 
     def check_accuracy(self, step: int, sampled: float, greedy: float) -> None:
@@ -77,6 +84,9 @@ class CollapseDetector(Hook):
                 f"Sampled replies are {sampled:.1%} right up to step {step}, and were {self.best_sampled:.1%} right "
                 f"before. Greedy replies stay at {greedy:.1%}: probability leaks from the right tokens to all others. "
                 "Lower the learning rate, raise objective.nll_weight and lower objective.pair_weight, or stay near "
-                "the start with grpo.reference_kl. Earlier checkpoints are intact."
+                "the start with grpo.reference_kl.",
+                good_until=self.best_step,
             )
+        if sampled >= self.best_sampled:
+            self.best_step = step
         self.best_sampled, self.best_greedy = max(self.best_sampled, sampled), max(self.best_greedy, greedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,19 @@ Row = dict[str, Any]
 
 
 class TrainingStopped(RuntimeError):
-    """Raised when training cannot usefully continue. The message names the reason and what to try."""
+    """Raised when training cannot usefully continue. The message names the reason and what to try.
+
+    Attributes:
+        good_until: checkpoints of later steps are not good. None: this is not known.
+    """
+
+    def __init__(self, message: str, good_until: int | None = None) -> None:
+        super().__init__(message)
+        self.good_until = good_until
+
+
+class UpdatesSkipped(TrainingStopped):
+    """Raised when too many updates in a row were skipped, on every process after the same step."""
 
 
 class Interrupted(RuntimeError):
@@ -72,20 +85,30 @@ class Pause:
         state: the train state after it.
         position: what a checkpoint stores besides the state.
         write_row: adds a row to the log.
+        trained_step: the newest step that was not skipped. The parameters before it gave a finite loss.
+        good_until: returns the last step whose parameters are known to be good.
+        try_again: makes the step once more with the newest parameters and returns whether it is not skipped. The state
+            stays as it is.
         loss: the held-out loss, once the evaluation hook has measured it.
+        saved_unconfirmed: whether a checkpoint was saved whose parameters have not given a finite loss yet.
     """
 
     step: int
     state: TrainState
     position: dict[str, Any]
     write_row: Callable[[int, Row], None]
+    trained_step: int
+    good_until: Callable[[], int]
+    try_again: Callable[[], bool]
     loss: float | None = None
+    saved_unconfirmed: bool = False
 
 
 class Hook:
     """Something that a run does between its steps. `train` calls the methods of every hook in order.
 
-    All methods do nothing by default. `on_row` is called on process 0 only, the others on every process.
+    All methods do nothing by default. `on_row` and `good_until` are called on process 0 only, the others on every
+    process.
     """
 
     def is_due(self, step: int) -> bool:
@@ -100,6 +123,10 @@ class Hook:
 
     def on_step(self, step: int) -> None:
         """Take note that the step was handed to the device."""
+
+    def good_until(self) -> int | None:
+        """Return the step after which the student may have become bad, or None if there is no sign of it."""
+        return None
 
 
 @dataclasses.dataclass
@@ -145,27 +172,65 @@ class EvaluationHook(Hook):
 
 @dataclasses.dataclass
 class CheckpointHook(Hook):
-    """Saves the run on the schedule, and when a signal arrives, which then ends the run."""
+    """Saves the run on the schedule, and when a signal arrives, which then ends the run.
+
+    Nothing is saved after a skipped update: what the steps before it left may be what made it fail. The save is made up
+    for after the next update that succeeds. Parameters are good once they have given a finite loss, which the next step
+    shows. After the last step, the held-out loss shows it, or one more step whose result is thrown away.
+    """
 
     checkpoints: Checkpoints
     schedule: Schedule
     signals: Signals
     say: Callable[[str], None]
+    on_save: Callable[[], None] = lambda: None
     received: int | None = None
+    postponed: bool = False
 
     def is_due(self, step: int) -> bool:
         self.received = self.signals.stop_after(step)  # every process has to ask after every step
-        return self.received is not None or self.schedule.saves(step)
+        return self.received is not None or self.postponed or self.schedule.saves(step)
 
     def on_pause(self, pause: Pause) -> None:
         if self.received is not None:
             hint = " Once more stops at once." if jax.process_count() == 1 else ""
             self.say(f"Stopping: saving first.{hint}")
+        good = pause.loss is not None and math.isfinite(pause.loss)
+        if self.schedule.is_last(pause.step):
+            if not good and not pause.try_again():
+                raise UpdatesSkipped(
+                    f"The parameters after the last step, {pause.step}, give no finite loss. Lower the learning rate "
+                    "or clip harder, and check the data."
+                )
+            good = True
+        elif pause.trained_step < pause.step:
+            self.postpone(pause)
+            return
+        else:
+            until = pause.good_until()
+            good = good and until >= pause.trained_step - 1
+            self.checkpoints.confirm(until)
+        self.postponed = False
         # The rows up to here are on disk before the checkpoint is, so none is missing after a resume.
-        self.checkpoints.save(pause.step, pause.state, pause.position, pause.loss)
+        self.checkpoints.save(pause.step, pause.state, pause.position, pause.loss, confirmed=good)
+        pause.saved_unconfirmed = not good
+        self.on_save()
         if self.received is not None and not self.schedule.is_last(pause.step):
             self.checkpoints.wait()
             raise Interrupted(
                 self.received,
                 f"Stopped by a signal after step {pause.step}, and saved: run the same command to resume.",
             )
+
+    def postpone(self, pause: Pause) -> None:
+        """Save nothing now, and after every step look whether its update succeeded."""
+        if self.received is not None:
+            self.checkpoints.wait()
+            raise Interrupted(
+                self.received,
+                f"Stopped by a signal after step {pause.step}. Its update was skipped, so nothing was saved: run the "
+                "same command to resume from the last checkpoint.",
+            )
+        if not self.postponed:
+            self.say(f"The update of step {pause.step} was skipped: the next that succeeds is saved.")
+        self.postponed = True

@@ -21,15 +21,18 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from cotgrpo.accelerators.memory import check_step
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import Checkpoints
+from cotgrpo.checkpoints.stops import clear_stop, last_good_step, record_stop
 from cotgrpo.config import CheckpointConfig
 from cotgrpo.distributed.processes import (
     Signals,
     gather_rows,
     global_arrays,
     is_process_0,
+    on_process_0,
     process_console,
     process_rows,
     put_on_mesh,
@@ -38,7 +41,17 @@ from cotgrpo.logs.metrics_log import MetricsLog
 from cotgrpo.logs.progress import ProgressLine
 from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.terminal import say
-from cotgrpo.training.hooks import CheckpointHook, EvaluationHook, Hook, LogHook, Pause, ProgressHook, Row, Schedule
+from cotgrpo.training.hooks import (
+    CheckpointHook,
+    EvaluationHook,
+    Hook,
+    LogHook,
+    Pause,
+    ProgressHook,
+    Row,
+    Schedule,
+    UpdatesSkipped,
+)
 from cotgrpo.training.hooks import Interrupted as Interrupted
 from cotgrpo.training.hooks import TrainingStopped as TrainingStopped
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, TrainState
@@ -188,7 +201,8 @@ def train(
         The state after the last step.
 
     Raises:
-        TrainingStopped: too many skipped updates in a row, or a hook stopped the run.
+        TrainingStopped: too many skipped updates in a row, or a hook stopped the run. What was saved since the student
+            was last known to be good is moved to `ruined_checkpoints`, and `stopped.json` says why.
         Interrupted: SIGINT or SIGTERM arrived, and the run was saved.
         CheckpointError: the disk is full, or no checkpoint can be read.
     """
@@ -222,8 +236,19 @@ def train(
         every_hook.append(ProgressHook(line))
         if evaluate is not None:
             every_hook.append(EvaluationHook(evaluate, schedule))
-        every_hook.append(CheckpointHook(checkpoints, schedule, signals, line.say))
-        state = Loop(step, batches, settings, schedule, extra, every_hook).run(state, position)
+        every_hook.append(CheckpointHook(checkpoints, schedule, signals, line.say, lambda: clear_stop(folder)))
+        good = on_process_0(lambda: last_good_step(folder)) == done
+        loop = Loop(step, batches, settings, schedule, extra, every_hook, good_step=done if good else done - 1)
+        try:
+            state = loop.run(state, position)
+        except TrainingStopped as stop:
+            skipped = isinstance(stop, UpdatesSkipped)
+            until = min(loop.good_step, loop.number if stop.good_until is None else stop.good_until)
+            if skipped and loop.probe_succeeds():
+                until = loop.number
+            last_good, notes = checkpoints.keep_good(until, certain=skipped and loop.probe is not None)
+            rest = record_stop(folder, str(stop), loop.number, last_good)
+            raise TrainingStopped(" ".join((str(stop), rest, *notes)), stop.good_until) from None
         checkpoints.wait()
         return state
 
@@ -235,6 +260,23 @@ def on_mesh_of(step: Any, tree: PyTree) -> PyTree:
     """
     mesh = getattr(step, "mesh", None)
     return tree if mesh is None else put_on_mesh(tree, state_sharding(tree, mesh))
+
+
+def host_copy(tree: PyTree) -> Callable[[], PyTree]:
+    """Copy what this process's devices hold to the host. Return a function that puts it back on them."""
+
+    def copy(array: jax.Array) -> Callable[[], jax.Array]:
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            impl, back = jax.random.key_impl(array), copy(jax.random.key_data(array))
+            return lambda: jax.random.wrap_key_data(back(), impl=impl)
+        shape, sharding = array.shape, array.sharding
+        parts = [(np.array(shard.data), shard.device) for shard in array.addressable_shards]
+        return lambda: jax.make_array_from_single_device_arrays(
+            shape, sharding, [jax.device_put(part, device) for part, device in parts]
+        )
+
+    copies = jax.tree.map(copy, tree)
+    return lambda: jax.tree.map(lambda back: back(), copies)
 
 
 def resume(
@@ -263,6 +305,13 @@ class Loop:
     extra: tuple[Params, ...]
     hooks: Sequence[Hook]
     skipped_in_a_row: int = 0
+    number: int = 0  # the newest step
+    settled_step: int = 0
+    trained_step: int = 0  # the newest of the settled steps that was not skipped
+    good_step: int = 0  # the newest whose parameters are known to give a finite loss
+    probe: tuple[int, Any] | None = None  # the step that the newest unconfirmed checkpoint is of, and its batch
+    state: TrainState = dataclasses.field(init=False)  # the newest
+    compiled: Any = dataclasses.field(init=False)
     clock: float = 0.0
     rows: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(0))  # the rows that this process reads
     batch_size: int = 0
@@ -275,11 +324,14 @@ class Loop:
         batch = self.next_batch(state)
         on_devices = self.to_devices(batch)
         self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
-        compiled = self.step.lower(state, on_devices, *self.extra).compile()
+        self.settled_step = self.trained_step = int(state.step)
+        self.compiled = self.step.lower(state, on_devices, *self.extra).compile()
+        check_step(self.compiled)
         self.clock = time.perf_counter()
         for number in range(int(state.step) + 1, self.settings.total_steps + 1):
-            taken = self.batches.get_state()
-            state, metrics = compiled(state, on_devices, *self.extra)
+            taken, used = self.batches.get_state(), on_devices
+            state, metrics = self.compiled(state, on_devices, *self.extra)
+            self.state, self.number = state, number
             self.window.add(metrics | self.observed(), batch, self.rows)
             if not self.schedule.is_last(number):
                 batch = self.next_batch(state)  # made, and copied to the device, while the step runs
@@ -287,7 +339,8 @@ class Loop:
             self.write_closed()
             if self.schedule.logs(number):
                 self.closed, self.window = (number, self.window), Window()
-            self.pause(number, state, taken)
+            self.pause(number, taken, used)
+            state = self.state
             for hook in self.hooks:
                 hook.on_step(number)
         return state
@@ -319,18 +372,60 @@ class Loop:
             for hook in self.hooks:
                 hook.on_row(number, row)
 
-    def pause(self, number: int, state: TrainState, taken: dict[str, Any]) -> None:
-        """Wait for the device and run the hooks that are due after this step."""
+    def pause(self, number: int, taken: dict[str, Any], used: Batch) -> None:
+        """Wait for the device and run the hooks that are due after this step, which used the batch `used`."""
         due = [hook for hook in self.hooks if hook.is_due(number)]
         if not due:
             return
         self.write_closed()
         self.count_skipped(self.settle(self.window))
         counters = {"skipped_in_a_row": self.skipped_in_a_row, "window": self.window.saved()}
-        pause = Pause(number, state, {"batches": taken} | counters, self.write_row)
+        pause = Pause(
+            number,
+            self.state,
+            {"batches": taken} | counters,
+            self.write_row,
+            self.trained_step,
+            self.good_until,
+            lambda: self.try_again(used, pause),
+        )
         for hook in due:
             hook.on_pause(pause)
+        if pause.saved_unconfirmed:
+            self.probe = (number, used)
         self.clock = time.perf_counter()
+
+    def good_until(self) -> int:
+        """Return the last step whose parameters gave a finite loss, and before the first sign that a hook has seen."""
+        signs = on_process_0(lambda: [hook.good_until() for hook in self.hooks])
+        return min([self.good_step, *(step for step in signs if step is not None)])
+
+    def try_again(self, used: Batch, pause: Pause) -> bool:
+        """Return whether the newest parameters can be trained: on the batch of the last step, or on a later one.
+
+        The step takes its state away, so a copy waits on the host.
+        """
+        for attempt in range(self.settings.max_skipped + 1):
+            put_back = host_copy(self.state)
+            batch = used if attempt == 0 else self.to_devices(self.next_batch(self.state))
+            succeeds = self.is_trained(batch)
+            self.state = pause.state = put_back()
+            if succeeds:
+                return True
+        return False
+
+    def probe_succeeds(self) -> bool:
+        """Return whether the newest parameters can be trained on the batch before the last unconfirmed checkpoint.
+
+        That batch gave a finite loss once. If it does so now, the data of later steps is at fault and the checkpoint is
+        good. The state is gone after this.
+        """
+        return self.probe is not None and self.is_trained(self.probe[1])
+
+    def is_trained(self, batch: Batch) -> bool:
+        """Make a step from the newest state, and return whether it is not skipped."""
+        _, metrics = self.compiled(self.state, batch, *self.extra)
+        return not jax.device_get(metrics["skipped"]).total
 
     def write_closed(self) -> None:
         """Write the row of the last full window if it has not been written. Waits for its steps."""
@@ -353,10 +448,17 @@ class Loop:
     def count_skipped(self, steps: list[Metrics]) -> None:
         """Count the updates that were skipped in a row. Raise TrainingStopped if there are too many."""
         for metrics in steps:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"].total else 0
+            self.settled_step += 1
+            if metrics["skipped"].total:
+                self.skipped_in_a_row += 1
+            else:
+                self.skipped_in_a_row, self.trained_step = 0, self.settled_step
+                self.good_step = max(self.good_step, self.settled_step - 1)
+            if self.probe is not None and self.trained_step > self.probe[0]:
+                self.probe = None
             if self.skipped_in_a_row >= self.settings.max_skipped:
-                raise TrainingStopped(
-                    f"{self.skipped_in_a_row} updates in a row were skipped because the loss or the gradient was not "
-                    "finite. Lower the learning rate or clip harder, and check the data. Earlier checkpoints are "
-                    "intact."
+                raise UpdatesSkipped(
+                    f"{self.skipped_in_a_row} updates in a row were skipped up to step {self.settled_step} because the "
+                    "loss, the gradient or the update was not finite. Lower the learning rate or clip harder, and "
+                    "check the data."
                 )

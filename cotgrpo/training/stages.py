@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from cotgrpo.accelerators.memory import check_fits, size_of
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.accelerators.out_of_memory import explain_out_of_memory
 from cotgrpo.atomic_files import write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
-from cotgrpo.checkpoints.manager import check_state, steps_in
+from cotgrpo.checkpoints.manager import check_state, is_finite, steps_in
 from cotgrpo.checkpoints.run_lock import locked
+from cotgrpo.checkpoints.stops import say_stops
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.distributed.processes import check_shared, is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
@@ -85,6 +88,9 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     inputs = load_inputs(config, folder, origin, console)
     print_reports(inputs, console)
     say(console, inputs.split_text)
+    if origin is not None:
+        say_stops((origin,), console)
+    check_state_fits(stage, config, inputs.model)
     weights, start = initial_weights(stage, config, inputs.model, origin, location)
     batches = make_stage_batches(stage, config, inputs, weights, folder, console)
     if location.exists():
@@ -143,6 +149,8 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
     except ReportError:
         return None
     if any(find_measurement(folder / name) is None for name in ("before.json", "after.json")):
+        return None
+    if not (folder / "config.yaml").is_file():
         return None
     if not is_whole_page(folder / "report.html"):
         write_report(folder)
@@ -225,6 +233,15 @@ def train_stage(
     )
 
 
+def check_state_fits(stage: StageName, config: Config, model: Model) -> None:
+    """Raise ConfigError if parameters and optimizer alone cannot fit into memory. Nothing is allocated yet."""
+    params = model.abstract_params()
+    state = jax.eval_shape(functools.partial(new_state, stage, config), params)
+    needed = size_of(state if config.lora is None else params) // (1 if model.mesh is None else model.mesh.size)
+    with explain_out_of_memory(lambda: advice_for_training(stage, config, StageWeights(params))):
+        check_fits("the train state", needed, needed)
+
+
 def advice_for_training(stage: StageName, config: Config, weights: StageWeights) -> str:
     """Return which settings of a stage take memory, and what the train state alone takes."""
     settings = getattr(config, stage)
@@ -291,10 +308,12 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     stage = newest_stage(run_dir)
     folder = run_dir / stage
+    say_stops((run_dir / "sft", run_dir / "grpo"), console)
     inputs = load_eval_inputs(config, console, folder, origin_of(stage, config, run_dir))
     weights, step = restore_weights(folder, inputs.model)
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
+    check_loss(measured["loss"], f"{folder} at step {step}")
     about = {"student": str(folder), "step": step, "held_out_split": inputs.split_text}
     return write_eval(about | measured, folder, console)
 
@@ -307,8 +326,21 @@ def run_eval_pretrained(config: Config, out: Path | None = None, console: Consol
     name = str(config.student.path)
     held_out = inputs.held_out(config.sft.batch_size, console)
     about = {"model": name, "held_out_split": inputs.split_text}
-    measured = about | held_out.measure(inputs.model.first_params(), name)
+    params = inputs.model.first_params()
+    if not is_finite(params):
+        raise ConfigError(f"{name} holds parameters that are not finite, so there is nothing to measure.")
+    measured = about | held_out.measure(params, name)
+    check_loss(measured["loss"], name)
     return measured if out is None else write_eval(measured, out, console)
+
+
+def check_loss(loss: float | None, name: str) -> None:
+    """Raise ConfigError if the held-out loss of the student `name` is not finite. None: it was not measured."""
+    if loss is not None and not math.isfinite(loss):
+        raise ConfigError(
+            f"The held-out loss of {name} is {loss}: its parameters are of no use. Take an earlier checkpoint, or "
+            "train again with a lower learning rate."
+        )
 
 
 def write_eval(measured: dict[str, Any], folder: Path, console: Console) -> dict[str, Any]:

@@ -201,14 +201,15 @@ def test_updates_without_a_finite_loss_are_skipped_and_counted(tmp_path: Path, v
     assert all(np.isfinite(leaf).all() for leaf in as_arrays(state))
 
 
-def test_too_many_skipped_updates_stop_the_run_and_a_resume_counts_on(tmp_path: Path) -> None:
-    settings = LoopSettings("grpo", total_steps=30, log_every=5, checkpoint=CheckpointConfig(every=4), max_skipped=6)
-    for _ in range(2):  # the second call starts at step 4, when two were skipped
+def test_too_many_skipped_updates_stop_the_run_and_a_resume_does_so_too(tmp_path: Path) -> None:
+    """Steps 3 and later are skipped: none is saved, and the second call starts at step 2."""
+    settings = LoopSettings("grpo", total_steps=30, log_every=5, checkpoint=CheckpointConfig(every=2), max_skipped=6)
+    for _ in range(2):
         batches = poisoned(lambda n: n >= 3)
-        with pytest.raises(TrainingStopped, match="6 updates in a row were skipped"):
+        with pytest.raises(TrainingStopped, match=r"6 updates in a row were skipped.* step 2 is the last good one"):
             run(tmp_path, batches, settings)
         assert batches.taken == 9  # eight steps, and the batch made ready for the ninth
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
 
 def test_the_step_is_compiled_once_and_the_state_donated(tmp_path: Path) -> None:
