@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cotgrpo.config import ConfigError
-from cotgrpo.identity.fingerprints import differing
 from cotgrpo.identity.record import InputsRecord, RowsRecord
+from cotgrpo.models.huggingface.pinned import changed_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +97,15 @@ class Changes:
         return [f"allowed: {text} since {self.folder} (allow_changed {kind})" for kind, text in self.by_kind.items()]
 
 
-def changed_parts(before: InputsRecord, now: InputsRecord, resumes: bool) -> dict[str, str]:
+def part_changes(before: InputsRecord, now: InputsRecord, resumes: bool) -> dict[str, str]:
     """Return a sentence on the tokenizer and on the student, if they have changed."""
     found = {}
-    if parts := differing(before.tokenizer, now.tokenizer):
+    if parts := changed_parts(before.tokenizer, now.tokenizer):
         found["tokenizer"] = f"the tokenizer has another {' and other '.join(parts)}"
     # The seed and the shape of a student from scratch are in its weights. A later stage reads those.
-    parts = differing(before.student, now.student) if resumes or "weights" in before.student else []
+    parts = changed_parts(before.student, now.student) if resumes or "weights" in before.student else []
     if resumes:
-        parts += [f"start ({part})" for part in differing(before.start, now.start)]
+        parts += [f"start ({part})" for part in changed_parts(before.start, now.start)]
     if parts:
         found["student"] = f"the student has other {' and '.join(parts)}"
     return found
@@ -113,5 +113,5 @@ def changed_parts(before: InputsRecord, now: InputsRecord, resumes: bool) -> dic
 
 def version_text(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Return a sentence on packages of other versions, or None."""
-    other = [f"{name} {before[name]} then, {now[name]} now" for name in differing(before, now)]
+    other = [f"{name} {before[name]} then, {now[name]} now" for name in changed_parts(before, now)]
     return f"other package versions: {'; '.join(other)}" if other else None

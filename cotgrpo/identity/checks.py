@@ -10,7 +10,7 @@ import numpy as np
 
 from cotgrpo.config import Config
 from cotgrpo.distributed.processes import on_process_0
-from cotgrpo.identity.changes import Changes, changed_parts, version_text
+from cotgrpo.identity.changes import Changes, part_changes, version_text
 from cotgrpo.identity.fingerprints import start_fingerprint, student_fingerprint, tokenizer_fingerprint, versions
 from cotgrpo.identity.known import Known, save_split
 from cotgrpo.identity.record import InputsRecord, RowsRecord
@@ -66,7 +66,7 @@ def check_inputs(config: Config, known: Known, rows: StageRows, record: InputsRe
     """
     changes, before = dict(rows.changes), known.recorded
     if before is not None:
-        changes |= changed_parts(before, record, resumes=known.own is not None)
+        changes |= part_changes(before, record, resumes=known.own is not None)
         if problem := trained_before(rows.test_record, before):
             changes["held_out"] = "; ".join(filter(None, (changes.get("held_out"), problem)))
     if known.conflict is not None and not config.data.test:
@@ -85,7 +85,7 @@ def check_measured(config: Config, known: Known, rows: StageRows, record: Inputs
     """
     changes, notes, before = dict(rows.changes), list(rows.notes), known.recorded
     if before is not None:
-        changes |= changed_parts(before, record, resumes=True)
+        changes |= part_changes(before, record, resumes=True)
         if text := changes.pop("data", None):
             notes.append(f"{text} since {known.recorded_folder} was trained: they are not measured")
         if problem := trained_before(rows.test_record, before):

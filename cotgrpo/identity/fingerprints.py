@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,8 +119,3 @@ def start_fingerprint(origin: Path | None, config: Config) -> dict[str, str]:
     if checksums.exists():
         found["checksums"] = hashlib.blake2b(checksums.read_bytes(), digest_size=HASH_BYTES).hexdigest()
     return found
-
-
-def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return the names of the parts that both have and that differ."""
-    return [name for name in before if name in now and before[name] != now[name]]

@@ -111,11 +111,7 @@ class InputsRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record. A reader finds it whole, or none."""
-        arrays: dict[str, Any] = {
-            **self.train.arrays("train"),
-            **self.held_out.arrays("held_out"),
-            "trained": self.trained,
-        }
+        arrays: dict[str, Any] = self.train.arrays("train") | self.held_out.arrays("held_out")
         with whole_file(folder / ARRAYS) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, trained=self.trained, **arrays)
         parts = ("tokenizer", "student", "start", "versions", "split", "streamed")
