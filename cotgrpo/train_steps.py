@@ -60,6 +60,7 @@ def make_grpo_step(
     reference: Student | None = None,
     micro_batches: int = 1,
     tile_size: int | None = None,
+    reward_gain: bool = False,
 ) -> Step:
     """Build the GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
 
@@ -78,6 +79,8 @@ def make_grpo_step(
             argument, so that they are neither baked into the program nor part of the state.
         micro_batches: the batch is taken in this many equal parts, gradients summed; must divide B.
         tile_size: tokens a tile of the loss; None chooses.
+        reward_gain: adds the metric `reward_gain`, what the update did to the reward on this batch
+            (`cotgrpo.objectives.RewardGain`). It takes two more forward passes.
 
     Returns:
         `step(state, batch[, reference_params]) -> (state, metrics)`, not jitted. Metrics: `loss`, what the objective
@@ -91,6 +94,7 @@ def make_grpo_step(
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
     gradient = jax.value_and_grad(make_batch_loss(student, objective, reference, tile_size), has_aux=True)
+    gain_loss = make_batch_loss(student, objectives.RewardGain(), student, tile_size)
 
     def step(
         state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None
@@ -125,6 +129,11 @@ def make_grpo_step(
         if len(rates) == 1:
             metrics["learning_rate"] = Metric(rates[0].astype(jnp.float32), jnp.ones(()))
         metrics["skipped"] = Metric(1.0 - one, jnp.ones(()))
+        if reward_gain:
+            _, (gains, gain_weight) = accumulate(
+                lambda part: gain_loss(new_state.params, part, None, state.params), ghosts, micro_batches
+            )
+            metrics["reward_gain"] = counted(gains["reward_gain"], gain_weight)
         return new_state, metrics | token_counts(ghosts)
 
     return step

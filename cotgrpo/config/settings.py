@@ -202,12 +202,14 @@ class GrpoConfig(StageConfig):
         reference_kl: weight of KL(student || student before this stage); 0: none. group_relative has
             grpo.objective.kl_weight instead.
         max_entropy_growth: stop if the student's entropy grows by more than this factor; null: never.
+        reward_gain: log the change of the reward on each batch by its own update, at the price of two forward passes.
     """
 
     objective: Objective = choice("name", OBJECTIVES, Pair())
     ghosts: Ghosts = choice("source", SOURCES, TeacherForced())
     reference_kl: float = 0.0
     max_entropy_growth: float | None = 2.0
+    reward_gain: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,6 +220,8 @@ class GrpoConfig(StageConfig):
                 "objective.name group_relative and ghosts.source verified_reward belong together, as the one objective "
                 f"without a ghost: got {name} with {source}. Set both, or neither."
             )
+        if isinstance(self.objective, GroupRelative) and self.reward_gain:
+            raise ConfigError("reward_gain is that of a ghost token, and group_relative has none. Remove it.")
         if isinstance(self.objective, ForwardKl) and not isinstance(self.ghosts, LiveGhosts):
             raise ConfigError(
                 "objective.name forward_kl needs the distribution of a live ghost: set grpo.ghosts.source to "

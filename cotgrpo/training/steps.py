@@ -34,7 +34,8 @@ def stage_step(
     def make_step(student: Student) -> Step:
         if stage == "sft":
             return make_sft_step(student, tx, **parts)
-        return make_grpo_step(student, tx, config.grpo.full_objective, reference=reference, **parts)
+        gain = config.grpo.reward_gain
+        return make_grpo_step(student, tx, config.grpo.full_objective, reference=reference, reward_gain=gain, **parts)
 
     lora = config.lora
     return make_step(student) if lora is None else make_lora_step(make_step, student, lora)
