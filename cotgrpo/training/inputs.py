@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 SECTIONS_OF_A_RUN = ("seed", "student", "lora", "tokenizer", "data")
 """Sections of a config that decide what a stage learns, together with the stage's own section."""
-FREE_SETTINGS = ("log_every", "eval_every", "max_entropy_growth")
+FREE_SETTINGS = ("log_every", "eval_every", "max_entropy_growth", "reward_gain")
 """Settings of a stage that do not change what it learns."""
 FREE_DATA_SETTINGS = ("num_workers",)
 """The same of its rows."""
