@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.commands import write_model
 from helpers.stage_inputs import begin, small_config, sum_row, write_jsonl
 
 from cotgrpo.atomic_files import read_json
-from cotgrpo.config import ConfigError
-from cotgrpo.identity.known import HELD_OUT
+from cotgrpo.config import Config, ConfigError, StudentConfig
+from cotgrpo.identity.known import EXPORTED, HELD_OUT, copy_split
 from cotgrpo.identity.record import InputsRecord
 from cotgrpo.training.inputs import load_eval_inputs
 
@@ -144,6 +146,89 @@ def test_the_tokenizer(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"the tokenizer has another vocabulary.*--allow_changed tokenizer"):
             begin(small_config(tmp_path), stage, origin)
     begin(small_config(tmp_path, allow_changed="tokenizer"), "grpo", tmp_path / "run" / "sft")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("pretrained") / "model", [row["question"] for row in ROWS])
+
+
+def change_weights(model: Path) -> None:
+    (path,) = model.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_field(model: Path, name: str, field: str, value: Any) -> None:
+    path = model / name
+    path.write_text(json.dumps(read_json(path) | {field: value}), encoding="utf-8")
+
+
+STUDENTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights": (change_weights, "the student has other weights"),
+    "config": (lambda model: change_field(model, "config.json", "rope_theta", 5e5), "the student has other config"),
+    "stops": (
+        lambda model: change_field(model, "generation_config.json", "eos_token_id", [2]),
+        "the student has other generation_config",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", STUDENTS)
+def test_a_pretrained_student(tmp_path: Path, model: Path, change: str) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    own, (make, message) = tmp_path / "model", STUDENTS[change]
+    shutil.copytree(model, own)
+
+    def config(allow_changed: str = "") -> Config:
+        return dataclasses.replace(
+            small_config(tmp_path, allow_changed=allow_changed), student=StudentConfig(path=str(own))
+        )
+
+    begin(config(), "sft")
+    make(own)
+    for stage, origin in (("sft", None), ("grpo", tmp_path / "run" / "sft")):
+        with pytest.raises(ConfigError, match=rf"{message}.*--allow_changed student"):
+            begin(config(), stage, origin)
+    assert f"allowed: {message}" in begin(config("student"), "grpo", tmp_path / "run" / "sft").printed
+    begin(config(), "grpo")
+    load_eval_inputs(config(), folder=tmp_path / "run" / "grpo")
+    with pytest.raises(ConfigError, match=message):
+        load_eval_inputs(config(), folder=tmp_path / "run" / "sft")
+
+
+def test_the_checkpoint_that_a_stage_starts_from(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    begin(small_config(tmp_path), "sft")
+    sft = tmp_path / "run" / "sft"
+    (sft / "checkpoints" / "4").mkdir(parents=True)
+    checksums = sft / "checkpoints" / "4" / "checksums.json"
+    checksums.write_text("{}", encoding="utf-8")
+    begin(small_config(tmp_path), "grpo", sft)
+    begin(small_config(tmp_path), "grpo", sft)
+    checksums.write_text('{"a": 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"the student has other start \(checksums\).*--allow_changed student"):
+        begin(small_config(tmp_path), "grpo", sft)
+    shutil.rmtree(sft / "checkpoints")  # a stage that has begun needs it no more
+    begin(small_config(tmp_path), "grpo", sft)
+
+
+def test_an_exported_student_keeps_its_split(tmp_path: Path, model: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    first = begin(small_config(tmp_path), "sft")
+    exported = tmp_path / "exported"
+    shutil.copytree(model, exported)
+    copy_split(tmp_path / "run", exported)
+    config = dataclasses.replace(
+        small_config(tmp_path, seed=7, test_rows=3),
+        run_dir=str(tmp_path / "other"),
+        student=StudentConfig(path=str(exported)),
+    )
+    second = begin(config, "sft")
+    assert second.held_out == first.held_out and str(exported / EXPORTED) in second.inputs.split_text
+    measured = load_eval_inputs(dataclasses.replace(config, run_dir=str(tmp_path / "none")))
+    assert {q.question for q in measured.test_questions} == first.held_out
 
 
 def test_other_package_versions_are_told(tmp_path: Path) -> None:
