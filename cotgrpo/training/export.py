@@ -12,14 +12,16 @@ from rich.console import Console
 from cotgrpo.checkpoints.stops import say_stops
 from cotgrpo.config import Config, ConfigError, load_config, tree_of
 from cotgrpo.data.template import AnyTemplate
+from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.identity.known import copy_split
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
+from cotgrpo.models.huggingface.pinned import changed_parts, fingerprint
 from cotgrpo.models.huggingface.weights import save_pretrained
 from cotgrpo.models.lora import share_kept
 from cotgrpo.reports.report import ReportError, read_report
 from cotgrpo.terminal import say
-from cotgrpo.training.inputs import model_of
+from cotgrpo.training.inputs import Model, model_of
 from cotgrpo.training.stages import newest_stage
 from cotgrpo.training.weights import WHOLE, StageWeights, merged_text, restore_weights
 
@@ -59,7 +61,8 @@ def run_export(
     say_stops((run_dir / "sft", run_dir / "grpo"), console)
     config = load_config(folder / "config.yaml")
     if allow_changed:
-        config = dataclasses.replace(config, allow_changed=allow_changed)
+        allowed = allow_changed if isinstance(allow_changed, str) else list(allow_changed)
+        config = dataclasses.replace(config, allow_changed=allowed)
     model = model_of(config, folder, folder, [], copy=True)
     if model.source is not None and model.source.recorded is None:
         say(
@@ -70,21 +73,33 @@ def run_export(
     weights, step = restore_weights(folder, model, with_base=not adapter)
     template = model.template(config.data.loss_on)
     card = model_card_facts(config, stage, step, template, folder)
-    written = f"{folder} at step {step} written to {out}"
     if adapter:
         check_adapter(weights, folder, dtype)
-        assert weights.lora is not None
-        save_adapter(out, weights.trained, weights.lora, weights.base_name, card, revision=weights.base_revision)
-        copy_split(run_dir, out)
-        say(console, f"adapter of {written}")
-        return out
-    if weights.lora is not None and dtype != "float32":
-        to = dtype or model.decoder.param_dtype
-        share = share_kept(weights.base, weights.trained, weights.lora, to)
+        write_adapter(out, model, weights, card, console)
+    else:
+        write_student(out, model, weights, template, card, dtype, console)
+    copy_split(run_dir, out)
+    say(console, f"{'adapter of ' * adapter}{folder} at step {step} written to {out}")
+    return out
+
+
+def write_student(
+    out: Path,
+    model: Model,
+    weights: StageWeights,
+    template: AnyTemplate,
+    card: dict[str, Any],
+    dtype: str | None,
+    console: Console,
+) -> None:
+    """Write the whole student. Say how much of the adapters' update its number type keeps, if that is not all."""
+    stored = dtype or model.decoder.param_dtype
+    if weights.lora is not None and stored != "float32":
+        share = share_kept(weights.base, weights.trained, weights.lora, stored)
         if share < WHOLE:
-            say(console, merged_text(share, to, "--dtype float32, or --adapter,"))
+            say(console, merged_text(share, stored, "--dtype float32, or --adapter,"))
     stops = list(template.stop_ids)
-    of_source = model.source is not None and config.tokenizer.path is None
+    of_source = model.source is not None and model.config.tokenizer.path is None
     save_pretrained(
         out,
         model.decoder,
@@ -96,9 +111,19 @@ def run_export(
         card=card,
         dtype=dtype,
     )
-    copy_split(run_dir, out)
-    say(console, written)
-    return out
+
+
+def write_adapter(out: Path, model: Model, weights: StageWeights, card: dict[str, Any], console: Console) -> None:
+    """Write the adapters alone. Say if the pretrained student that they belong to has changed since."""
+    source = model.source
+    assert weights.lora is not None and source is not None
+    recorded = source.recorded or {}
+    if changed := on_process_0(lambda: changed_parts(recorded, fingerprint(source))):
+        say(
+            console,
+            f"{source.name} has other {' and other '.join(changed)} now: the adapters belong to what it was",
+        )
+    save_adapter(out, weights.trained, weights.lora, weights.base_name, card, revision=weights.base_revision)
 
 
 def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:
