@@ -99,6 +99,8 @@ def told(
     config: Config, known: Known, notes: Sequence[str], changes: dict[str, str], record: InputsRecord
 ) -> list[str]:
     """Return the notes, and what to say of changes that are allowed. Raise ConfigError for others."""
+    if "student" in changes and config.student.path is not None:
+        changes = {**changes, "student": f"{changes['student']} (student.path {config.student.path})"}
     allowed = Changes(changes, known.recorded_folder, known.own is not None).check(config.allowed_changes)
     other = None if known.recorded is None else version_text(known.recorded.versions, record.versions)
     return [*notes, *allowed, *([other] if other else [])]
