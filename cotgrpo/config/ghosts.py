@@ -102,7 +102,7 @@ class TeacherModel(LiveGhosts, Prompted):
     """A live ghost that is another model with the student's tokenizer.
 
     Attributes:
-        teacher: folder or hub id of the live teacher.
+        teacher: folder or hub id (owner/name or owner/name@revision) of the live teacher.
     """
 
     teacher: str | None = None

@@ -33,6 +33,7 @@ class StudentConfig(DecoderPrecision, DecoderShape):
 
     Attributes:
         path: folder or hub id of a pretrained model, with its shape and tokenizer; null: train the shape from scratch.
+            A branch, tag or commit may follow a hub id, as owner/name@v1. A run keeps to the commit that it began with.
         attention: attention implementation for training: `blocks` (blockwise, any device), `xla` (materializes all
             scores), `splash` (TPU kernel) or `auto`. `auto` is `splash` on a TPU and `blocks` elsewhere.
     """
@@ -71,7 +72,8 @@ class TokenizerConfig:
     """The student's tokenizer.
 
     Attributes:
-        path: folder with tokenizer.json, or a hub id; null: that of student.path, or one trained on the training rows.
+        path: folder with tokenizer.json, or a hub id (owner/name or owner/name@revision); null: that of student.path, or
+            one trained on the training rows.
         vocab_size: most tokens of a tokenizer that is trained here.
     """
 
