@@ -22,8 +22,8 @@ class TeacherConfig(EndpointSettings):
     """The teacher: a model behind an OpenAI-compatible endpoint, or a model folder on this machine (path).
 
     Attributes:
-        path: a folder or hub id (owner/name or owner/name@revision) of a model that this library runs itself, instead of
-            base_url and model.
+        path: a folder or hub id (owner/name or owner/name@revision) of a model that this library runs itself, in place
+            of base_url and model.
         batch: send all requests through the provider's batch API, which takes up to a day and costs less. Stopped and
             run again, the command waits for the same batches.
         input_price: price of a million prompt tokens that you pay, in any currency.

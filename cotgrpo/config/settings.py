@@ -72,8 +72,8 @@ class TokenizerConfig:
     """The student's tokenizer.
 
     Attributes:
-        path: folder with tokenizer.json, or a hub id (owner/name or owner/name@revision); null: that of student.path, or
-            one trained on the training rows.
+        path: folder with tokenizer.json, or a hub id (owner/name or owner/name@revision); null: that of student.path,
+            or one trained on the training rows.
         vocab_size: most tokens of a tokenizer that is trained here.
     """
 
