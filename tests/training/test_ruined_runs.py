@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from cotgrpo import TrainState
 from cotgrpo.checkpoints.manager import CheckpointError, Checkpoints, restore_params, steps_in
+from cotgrpo.checkpoints.object_store_copy import ObjectStoreCopy
 from cotgrpo.checkpoints.stops import STOPPED, say_stops
 from cotgrpo.config import CheckpointConfig
 from cotgrpo.training.collapse import CollapseDetector
@@ -202,6 +204,17 @@ def test_checkpoints_that_are_not_finite(tmp_path: Path, what: str, capsys: pyte
         checkpoints.restore_latest(like)
     checkpoints.close()
     assert steps_in(tmp_path / "bad") == [7]
+
+
+def test_a_copy_in_an_object_store_keeps_what_the_disk_keeps(tmp_path: Path) -> None:
+    given = settings(1, keep=1, keep_best=1, folder="memory://ruined")
+    try:
+        with pytest.raises(TrainingStopped, match="of step 8 is the last good one"):
+            run(tmp_path / "grpo", settings=given, step=absurd_at(9))
+        copies = ObjectStoreCopy(tmp_path / "grpo" / "checkpoints", "memory://ruined/grpo").steps()
+        assert sorted(copies) == kept(tmp_path / "grpo") and copies[0] == 8
+    finally:
+        fsspec.filesystem("memory").rm("/ruined", recursive=True)
 
 
 class Entropy(CollapseDetector):
