@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -33,11 +34,12 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
-        with explain_disk_errors(self.path):
+        with explain_disk_errors(self.path), contextlib.ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)
             keep_rows(self.path, step)
-            self.file = open_to_append(self.path)
+            self.file = stack.enter_context(open_to_append(self.path))
             self.events = EventFile(folder / "tensorboard", step + 1)
+            stack.pop_all()
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write one row. Numbers that are not finite become null, since JSON has no NaN."""
@@ -73,9 +75,12 @@ class EventFile:
         # TensorBoard reads the files in the order of their names. The time in seconds comes first. The nanoseconds at
         # the end tell two files of one second apart.
         now = time.time_ns()
-        self.file = open_to_append(folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}")
-        self.append(file_version="brain.Event:2")
-        self.append(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        with contextlib.ExitStack() as stack:
+            path = folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+            self.file = stack.enter_context(open_to_append(path))
+            self.append(file_version="brain.Event:2")
+            self.append(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            stack.pop_all()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one value for each tag."""
