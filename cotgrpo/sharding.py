@@ -2,22 +2,28 @@
 
 Parameters are laid out by rules over their paths, `PARAM_RULES`, and activations by the letters of their dimensions,
 `DIMENSIONS`. Neither a model nor a step takes a mesh: `jit_step` traces the step with its mesh as JAX's ambient one,
-and `constrain(x, "BTD")` looks it up there. Without a mesh it does nothing.
+and `constrain(x, "BTD")` looks it up there. Without a mesh it does nothing, nor on a mesh with axes of other names.
 
     data      sequences; parameters whole on each device
     fsdp      sequences; parameters and optimizer state split, each layer gathered when it is used
     tensor    heads, the MLP's middle and the vocabulary
     context   tokens of each sequence; attention gathers the keys and values
+
+A step works on a mesh of the user's own too, whatever its axes are called. Explicit axes are read from the types of
+arrays (`in_auto_mode`). Inside a `shard_map` the arrays are a shard's own. With Auto axes XLA lays out the model as the
+inputs are, and `cotgrpo.token_shards` learns the layout of the loss when the program is compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -173,12 +179,16 @@ def param_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P
     return PartitionSpec()
 
 
+def path_name(path: tuple[object, ...]) -> str:
+    """Return the path of a leaf as `PARAM_RULES` reads it, such as "layers/query/kernel"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
+
+
 def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Return the `NamedSharding` of every leaf of a train state or parameter tree, by `PARAM_RULES`."""
 
     def of(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct | Array) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
-        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh.shape))
+        return NamedSharding(mesh, param_spec(path_name(path), leaf.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(of, state)
 
@@ -190,10 +200,9 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
 
 def constrain_param(x: Shaped[Array, "..."], name: str) -> Shaped[Array, "..."]:
     """Lay out `x` as the parameter `name` on the ambient mesh."""
-    sizes = open_axes()
-    return apply_constraint(
-        x, PartitionSpec(*(axis if axis in sizes else None for axis in param_spec(name, x.shape, sizes)))
-    )
+    axes = {role: open_of(axis_layout().roles.get(role, ())) for role in AXES}
+    roles = param_spec(name, x.shape, {role: axes_size(own) for role, own in axes.items()})
+    return apply_constraint(x, PartitionSpec(*(axes[role] or None if role else None for role in roles)))
 
 
 def all_gather_param(x: Shaped[Array, "..."], letters: str, name: str) -> Shaped[Array, "..."]:
@@ -204,7 +213,8 @@ def all_gather_param(x: Shaped[Array, "..."], letters: str, name: str) -> Shaped
         return constrain(x, letters)
 
     # Two constraints, which XLA makes one reduce-scatter. With the second alone it moves the activations instead.
-    gather.defvjp(lambda x: (constrain(x, letters), None), lambda _, g: (constrain_param(constrain(g, letters), name),))
+    backward = in_this_layout(lambda _, g: (constrain_param(constrain(g, letters), name),))
+    gather.defvjp(lambda x: (constrain(x, letters), None), backward)
     return gather(x) if open_axes() else x
 
 
@@ -218,25 +228,185 @@ def partition_spec(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
 
     A dimension that its axes do not divide is not split.
     """
-    sizes = open_axes()
 
     def of(letter: str, size: int) -> tuple[str, ...] | None:
-        axes = tuple(axis for axis in DIMENSIONS.get(letter, ()) if axis in sizes)
-        return axes if axes and size % math.prod(sizes[axis] for axis in axes) == 0 else None
+        axes = open_of(axis_layout().dimensions.get(letter, ()))
+        return axes if axes and size % axes_size(axes) == 0 else None
 
     return PartitionSpec(*(of(letter, size) for letter, size in zip(letters, shape, strict=True)))
 
 
 def axis_names(spec: PartitionSpec) -> tuple[str, ...]:
     """Return all axes that a spec of `partition_spec` names, in its order."""
-    return tuple(axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return tuple(axis for axes in dimension_axes(spec) for axis in axes)
 
 
-def open_axes() -> dict[str, int]:
+class AxisLayout(NamedTuple):
+    """Which axes of a mesh split what.
+
+    Attributes:
+        dimensions: axes by the letter of a dimension, as `DIMENSIONS`.
+        roles: axes that stand for each of `AXES` in `PARAM_RULES`.
+    """
+
+    dimensions: Mapping[str, tuple[str, ...]]
+    roles: Mapping[str, tuple[str, ...]]
+
+
+OWN_LAYOUT = AxisLayout(DIMENSIONS, {axis: (axis,) for axis in AXES})
+FOUND_LAYOUT: contextvars.ContextVar[AxisLayout | None] = contextvars.ContextVar("axis_layout", default=None)
+
+
+def axis_layout() -> AxisLayout:
+    """Return the layout that `in_auto_mode` found, or that of the library's own names."""
+    return FOUND_LAYOUT.get() or OWN_LAYOUT
+
+
+def auto_axes() -> dict[str, int]:
     """Return the ambient mesh's Auto axes of more than one device, without those of a surrounding `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+
+
+def open_axes() -> dict[str, int]:
+    """Return `auto_axes`, or nothing if one of them has a name that says nothing here."""
+    axes = auto_axes()
+    return axes if FOUND_LAYOUT.get() or axes.keys() <= set(AXES) else {}
+
+
+def open_of(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the axes that are in `open_axes`."""
+    return tuple(axis for axis in axes if axis in open_axes())
+
+
+def axes_size(axes: tuple[str, ...]) -> int:
+    """Return the number of devices along all of these axes of the ambient mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
+def layout_is_hidden(arrays: PyTree) -> bool:
+    """Return whether the arrays may lie on several devices in a way that neither names nor types show."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() > 1 or any(jax.typeof(x).sharding.mesh.size > 1 for x in jax.tree.leaves(arrays))
+    known = FOUND_LAYOUT.get() is not None or AxisType.Manual in mesh.axis_types
+    return not known and bool(auto_axes()) and not open_axes()
+
+
+def explicit_mesh(arrays: PyTree) -> AbstractMesh | None:
+    """Return the mesh with Explicit axes that is ambient, or that the arrays' types name; None if there is none."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def type_spec(x: Shaped[Array, "..."]) -> tuple[tuple[str, ...], ...]:
+    """Return the Explicit axes of each dimension, which the type of `x` holds."""
+    return dimension_axes(jax.typeof(x).sharding.spec)
+
+
+def dimension_axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """Return the axes of each dimension of a spec."""
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def layout_of_types(params: PyTree, tokens: Shaped[Array, "B T"]) -> AxisLayout:
+    """Return the layout that the types of parameters and tokens show.
+
+    An axis that splits a parameter where `PARAM_RULES` names one of `AXES` stands for that one.
+    """
+    batch, length = type_spec(tokens)
+    roles: dict[str, tuple[str, ...]] = {"data": batch, "context": length}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for role, axes in zip(param_spec(path_name(path), leaf.shape, {}), type_spec(leaf), strict=False):
+            if role and axes:
+                roles.setdefault(role, axes)
+    roles["tensor"] = tuple(axis for axis in roles.get("tensor", ()) if axis not in batch + length)
+    return AxisLayout({letter: roles.get(axes[-1], ()) for letter, axes in DIMENSIONS.items()} | {"B": batch}, roles)
+
+
+def in_auto_mode(
+    function: Callable[..., PyTree],
+    arguments: tuple[PyTree, ...],
+    mesh: AbstractMesh,
+    layout: AxisLayout,
+    out_specs: Callable[[PyTree], PyTree],
+) -> PyTree:
+    """Return `function(*arguments)`, computed with the mesh's Explicit axes as Auto ones.
+
+    Args:
+        function: closes over no array.
+        arguments: arrays with Explicit axes in their types.
+        mesh: of `explicit_mesh`.
+        layout: what the axes split. `constrain` and its kin read it.
+        out_specs: returns the Explicit axes of the results, a `PartitionSpec` for each.
+    """
+    inner = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+    free = lambda x: jax.sharding.reshard(x, PartitionSpec(*(None,) * jax.typeof(x).ndim))
+    with jax.sharding.use_abstract_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(inner), found_layout(layout):
+            results = function(*jax.tree.map(free, arguments))
+        return jax.tree.map(jax.sharding.reshard, results, out_specs(results))
+
+
+def with_types_as_layout(
+    function: Callable[..., Array], params: PyTree, tokens: Shaped[Array, "B T"], *rest: PyTree
+) -> Array:
+    """Return `function(params, tokens, *rest)`, arrays `[B, T, ...]`, of a model that is written for Auto axes.
+
+    On a mesh with Explicit axes the model's constraints follow the types of its inputs. On any other this does nothing.
+    """
+    arguments = (params, tokens, *rest)
+    mesh = explicit_mesh(arguments)
+    if mesh is None:
+        return function(*arguments)
+    spec = PartitionSpec(*type_spec(tokens))
+    specs = lambda results: jax.tree.map(lambda _: spec, results)
+    return in_auto_mode(function, arguments, mesh, layout_of_types(params, tokens), specs)
+
+
+def in_this_layout(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return the function, which reads the layout that `in_auto_mode` found even if it runs later.
+
+    JAX traces the gradient of a `custom_vjp` after the function that calls it has returned.
+    """
+    mesh, layout = jax.sharding.get_abstract_mesh(), FOUND_LAYOUT.get()
+    if layout is None:
+        return function
+
+    def run(*arguments: PyTree) -> PyTree:
+        with jax.sharding.use_abstract_mesh(mesh), found_layout(layout):
+            return function(*arguments)
+
+    return run
+
+
+@contextlib.contextmanager
+def found_layout(layout: AxisLayout) -> Iterator[None]:
+    """Make `axis_layout` return this layout."""
+    token = FOUND_LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        FOUND_LAYOUT.reset(token)
+
+
+def vary_alike(*trees: PyTree) -> tuple[PyTree, ...]:
+    """Return the trees, with all their arrays varying over the same axes of a surrounding `shard_map`.
+
+    A function with its own gradient needs it: JAX sums the gradient of an array that does not vary, and does so where
+    the array is made to vary. Elsewhere it does nothing.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return trees
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(trees)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, trees)
 
 
 def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,21 +425,45 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DIMENSIONS["B"], DIMENSIONS["T"]))
 
 
-def jit_step(step: Callable[..., PyTree], mesh: Mesh | None = None) -> Any:
+def jit_step(step: Callable[..., PyTree], mesh: Mesh | None = None, axes: Mapping[str, str] | None = None) -> Any:
     """Compile a train step: `jax.jit` with the state donated, and with a mesh the shardings of state and batch.
 
     Args:
         step: `step(state, batch, ...) -> (state, metrics)`. Arguments after the batch (a reference's parameters) are
             sharded as the state is.
-        mesh: from `make_mesh`; None: no shardings, JAX's default device.
+        mesh: from `make_mesh`, or any other with `axes`; None: no shardings, JAX's default device.
+        axes: what the axes of another mesh stand for, as `{"dp": "data", "tp": "tensor"}`. States that come back lie on
+            that mesh.
 
     Returns:
         The compiled step. The state passed in is donated: its buffers are reused, so keep only the state that comes
         back. With a mesh, a batch that cannot be spread over it is a ValueError before anything is compiled.
+
+    Raises:
+        ValueError: an axis of the mesh that is not in `axes`, or two that stand for the same.
     """
     if mesh is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options_for(jax.default_backend()))
-    return ShardedStep(step, mesh)
+    return ShardedStep(step, mesh, axes)
+
+
+def rename_axes(mesh: Mesh, axes: Mapping[str, str] | None) -> Mesh:
+    """Return the mesh with the library's names: the same devices in the same order, and Auto axes.
+
+    Raises:
+        ValueError: as `jit_step`.
+    """
+    if axes is None and mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh
+    names = [(axes or {}).get(axis, axis) for axis in mesh.axis_names]
+    if sorted(names) != sorted(set(names) & set(AXES)) or set(axes or {}) - set(mesh.axis_names):
+        raise ValueError(
+            f"jit_step needs to know what the mesh's axes {', '.join(mesh.axis_names)} stand for: expected "
+            f"axes={{name: one of {', '.join(AXES)}}} with an entry for each of them and none twice, got {axes}."
+        )
+    missing = [axis for axis in AXES if axis not in names]
+    devices = mesh.devices.reshape(*mesh.devices.shape, *(1,) * len(missing))
+    return Mesh(devices, (*names, *missing), axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def options_for(platform: str) -> dict[str, bool] | None:
@@ -305,16 +499,41 @@ def jit_eval(function: Callable[..., PyTree], mesh: Mesh | None = None) -> Calla
 class ShardedStep:
     """A jitted step whose shardings follow from the trees of its first call."""
 
-    def __init__(self, step: Callable[..., PyTree], mesh: Mesh) -> None:
-        self.step, self.mesh = step, mesh
+    def __init__(self, step: Callable[..., PyTree], mesh: Mesh, axes: Mapping[str, str] | None = None) -> None:
+        self.step, self.mesh = step, rename_axes(mesh, axes)
+        self.home = mesh
+        self.names = {own: name for own, name in zip(self.mesh.axis_names, mesh.axis_names, strict=False)}
         self.compiled: Any = None
 
     def __call__(self, state: PyTree, batch: PyTree, *rest: PyTree) -> PyTree:
-        return self.jitted(state, batch, *rest)(state, batch, *rest)
+        arguments = self.without_types((state, batch, *rest))
+        return self.jitted(*arguments)(*arguments)
 
     def lower(self, state: PyTree, batch: PyTree, *rest: PyTree) -> jax.stages.Lowered:
         """Lower the step as `jax.jit(...).lower` does. Arguments may be abstract."""
-        return self.jitted(state, batch, *rest).lower(state, batch, *rest)
+        arguments = self.without_types((state, batch, *rest))
+        return self.jitted(*arguments).lower(*arguments)
+
+    def without_types(self, arguments: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        """Return arrays with Explicit axes in their types as arrays without, on the same devices."""
+        own = {name: axis for axis, name in self.names.items()}
+
+        def free(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+            sharding = getattr(x, "sharding", None)
+            if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+                return x
+            to = NamedSharding(self.mesh, renamed(sharding.spec, own))
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
+            return jax.device_put(x, to)
+
+        return jax.tree.map(free, arguments) if self.home is not self.mesh else arguments
+
+    def at_home(self, shardings: PyTree) -> PyTree:
+        """Return the shardings on the mesh that `jit_step` was given."""
+        if self.home is self.mesh:
+            return shardings
+        return jax.tree.map(lambda own: NamedSharding(self.home, renamed(own.spec, self.names)), shardings)
 
     def jitted(self, state: PyTree, batch: PyTree, *rest: PyTree) -> Any:
         """Return the jitted function, which the first call makes."""
@@ -328,8 +547,13 @@ class ShardedStep:
             self.compiled = jax.jit(
                 traced_on(self.mesh, self.step),
                 in_shardings=(state_shardings, batch_sharding(self.mesh), *rest_shardings),
-                out_shardings=(state_shardings, everywhere),
+                out_shardings=self.at_home((state_shardings, everywhere)),
                 donate_argnums=0,
                 compiler_options=options_for(self.mesh.devices.flat[0].platform),
             )
         return self.compiled
+
+
+def renamed(spec: PartitionSpec, names: Mapping[str, str]) -> PartitionSpec:
+    """Return the spec with other names for its axes, and without axes that have no name there."""
+    return PartitionSpec(*(tuple(names[axis] for axis in axes if axis in names) for axes in dimension_axes(spec)))

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 
 from cotgrpo import objectives
 from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenInputs
-from cotgrpo.sharding import axis_names, constrain, constrain_param, partition_spec
+from cotgrpo.sharding import constrain_param, vary_alike
+from cotgrpo.token_shards import ONLY_SHARD, Shard, over_shards
 from cotgrpo.types import Student, project
 from cotgrpo.xla_cpu import outer_product_sum
 
@@ -63,9 +64,11 @@ class HeadSpec:
         """Return the soft-cap and the vocabulary size of a student."""
         return cls(student.softcap, student.vocab_size)
 
-    def logits(self, rows_TD: Float[Array, "T D"], head_DV: Float[Array, "D V"] | None) -> Float[Array, "T V"]:
-        """Return float32 logits of a tile. Padded columns get `MASKED_LOGIT`."""
-        logits_TV = project(rows_TD, head_DV, self.softcap)
+    def logits(
+        self, rows_TD: Float[Array, "T D"], head_DV: Float[Array, "D V"] | None, shard: Shard = ONLY_SHARD
+    ) -> Float[Array, "S W"]:
+        """Return float32 logits of a tile, whole rows of them. Padded columns get `MASKED_LOGIT`."""
+        logits_TV = shard.whole_rows(project(rows_TD, head_DV, self.softcap))
         return jnp.where(self.is_real(logits_TV), logits_TV, MASKED_LOGIT) if self.vocab_size else logits_TV
 
     def pull_back(self, logits_TV: Float[Array, "T V"], dlogits_TV: Float[Array, "T V"]) -> Float[Array, "T V"]:
@@ -142,7 +145,7 @@ def tiled_loss(
     head_like = None if head_DV is None else jax.ShapeDtypeStruct(head_DV.shape, head_DV.dtype)
     total.defvjp(forward, backward)
     frozen = (None, None) if reference is None else (reference.hidden, reference.head)
-    return total(hidden, head_DV, (inputs, uniform, frozen))
+    return total(*vary_alike(hidden, head_DV, (inputs, uniform, frozen)))
 
 
 def default_tile_size(num_tokens: int, vocab_size: int, platform: str | None = None) -> int:
@@ -199,6 +202,7 @@ class LiveTiles(NamedTuple):
         sums, rows = jax.eval_shape(tile, padded[: self.size], jnp.ones(self.size, bool))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
         empty = jax.tree.map(lambda x: jnp.zeros((self.num_tiles * self.size, *x.shape[1:]), x.dtype), rows)
+        zeros, empty, _ = vary_alike(zeros, empty, self.order_N)
         live_tiles = (self.num_live + self.size - 1) // self.size
         if shards:
             # The collectives of the tensor axis are in this loop, so it must be equally long on every device.
@@ -209,58 +213,44 @@ class LiveTiles(NamedTuple):
 
 
 def map_live_tiles(
-    tile: Callable[[PyTree, PyTree, Bool[Array, "T"]], tuple[PyTree, PyTree]],
+    tile: Callable[[PyTree, PyTree, Bool[Array, "T"], Shard], tuple[PyTree, PyTree]],
     rows: PyTree,
     heads: PyTree,
     weight: Float[Array, "*batch"] | Bool[Array, "*batch"],
     *,
     vocab_size: int,
     tile_size: int | None = None,
+    split_vocab: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """Run a function over tiles of the live tokens of a batch, each shard of it over its own.
 
     Args:
-        tile: `tile(rows_T, heads, is_live_T) -> (sums, out_T)`.
+        tile: `tile(rows_T, heads, is_live_T, shard) -> (sums, out_T)`.
         rows: arrays `[B, T, ...]` or `[N, ...]`.
         heads: arrays `[D, V]` that every tile reads whole.
         weight: tokens of weight 0 are skipped, but a tile may hold some.
         vocab_size: V, for the size of a tile.
         tile_size: tokens a tile; None chooses.
+        split_vocab: whether `tile` may get some columns of the heads only, as `shard.vocab` says.
 
     Returns:
         The sums over all tiles, and `out` as arrays `[B, T, ...]`, zero for tokens whose tile was skipped.
     """
-    batch = weight.shape
-    spec = partition_spec("BT"[: len(batch)], batch)
-    shards, whole = axis_names(spec), jax.sharding.PartitionSpec()
 
-    def one_shard(rows: PyTree, heads: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
+    def one_shard(shard: Shard, rows: PyTree, heads: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
         shape = weight.shape
         flat = jax.tree.map(lambda x: x.reshape(weight.size, *x.shape[len(shape) :]), rows)
         live_N = weight.reshape(-1) != 0
         size = min(tile_size or default_tile_size(live_N.size, vocab_size), live_N.size)
-        tiles = LiveTiles(jnp.argsort(~live_N, stable=True), jnp.sum(live_N), size)
+        size = -(-size // shard.parts) * shard.parts
+        # JAX forgets that the result of argsort varies as its argument does.
+        tiles = LiveTiles(*vary_alike(jnp.argsort(~live_N, stable=True), jnp.sum(live_N)), size)
         pick = lambda token_T: jax.tree.map(lambda x: x[token_T], flat)
-        sums, out = tiles.loop(lambda token_T, is_live_T: tile(pick(token_T), heads, is_live_T), shards)
+        run = lambda token_T, is_live_T: tile(pick(token_T), heads, is_live_T, shard)
+        sums, out = tiles.loop(run, shard.tokens)
         return sums, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
 
-    if not shards:
-        return one_shard(rows, heads, weight)
-
-    def stacked(*arguments: PyTree) -> tuple[PyTree, PyTree]:
-        sums, out = one_shard(*arguments)
-        return jax.tree.map(lambda x: x[None], sums), out
-
-    # Heads are gathered here, and sums are added below. Collectives inside made XLA gather over the tensor axis too.
-    heads = jax.tree.map(lambda head: constrain(head, "DV"), heads)
-    partial, out = jax.shard_map(
-        stacked,
-        in_specs=(spec, whole, spec),
-        out_specs=(jax.sharding.PartitionSpec(shards), spec),
-        axis_names=set(shards),
-        check_vma=False,
-    )(rows, heads, weight)
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), partial), out
+    return over_shards(one_shard, *vary_alike(rows, heads, weight), split_vocab=split_vocab)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +268,10 @@ class TiledLoss:
     def sums(self, hidden: Float[Array, "*batch D"], head_DV: Float[Array, "D V"] | None, rest: PyTree) -> Sums:
         """Return the sums of loss and metrics."""
 
-        def tile(rows: PyTree, heads: PyTree, is_live_T: Bool[Array, "T"]) -> tuple[Sums, None]:
+        def tile(rows: PyTree, heads: PyTree, is_live_T: Bool[Array, "T"], shard: Shard) -> tuple[Sums, None]:
             hidden_TD = jnp.where(is_live_T[:, None], rows[0], 0)
             evaluate: Evaluate = lambda logits_V, inputs: (self.objective(logits_V, inputs), None)
-            sums, _ = self.tile_sums(evaluate, hidden_TD, rows[1:], heads, is_live_T)
+            sums, _ = self.tile_sums(evaluate, hidden_TD, rows[1:], heads, is_live_T, shard)
             return sums, None
 
         sums, _ = self.over_tiles(tile, hidden, head_DV, rest)
@@ -293,16 +283,18 @@ class TiledLoss:
         """Return the sums, and the gradients `(d hidden, d head)`; `d head` is float32, or None without a head."""
         evaluate = objectives.value_and_grad(self.objective)
 
-        def tile(rows: PyTree, heads: PyTree, is_live_T: Bool[Array, "T"]) -> tuple[PyTree, Float[Array, "T D"]]:
+        def tile(
+            rows: PyTree, heads: PyTree, is_live_T: Bool[Array, "T"], shard: Shard
+        ) -> tuple[PyTree, Float[Array, "T D"]]:
             # What a skipped row holds, even NaN, must not reach `d head` as NaN * 0.
             hidden_TD = jnp.where(is_live_T[:, None], rows[0], 0)
-            sums, dlogits_TV = self.tile_sums(evaluate, hidden_TD, rows[1:], heads, is_live_T)
+            sums, dlogits_TV = self.tile_sums(evaluate, hidden_TD, rows[1:], heads, is_live_T, shard)
             assert dlogits_TV is not None
             head_DV, _ = heads
             if head_DV is None:
                 return (sums, None), dlogits_TV.astype(hidden_TD.dtype)
             dlogits_TV = dlogits_TV.astype(head_DV.dtype)
-            dhidden_TD = jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=jnp.float32)
+            dhidden_TD = shard.sum_of_columns(jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=jnp.float32))
             dhead_DV = outer_product_sum(hidden_TD, dlogits_TV, jnp.float32)
             return (sums, dhead_DV), dhidden_TD.astype(hidden_TD.dtype)
 
@@ -311,7 +303,7 @@ class TiledLoss:
 
     def over_tiles(
         self,
-        tile: Callable[[PyTree, PyTree, Bool[Array, "T"]], tuple[PyTree, PyTree]],
+        tile: Callable[[PyTree, PyTree, Bool[Array, "T"], Shard], tuple[PyTree, PyTree]],
         hidden: Float[Array, "*batch D"],
         head_DV: Float[Array, "D V"] | None,
         rest: PyTree,
@@ -325,6 +317,8 @@ class TiledLoss:
             inputs.weight,
             vocab_size=hidden.shape[-1] if head_DV is None else head_DV.shape[1],
             tile_size=self.tile_size,
+            # Logits that come without a head are whole rows.
+            split_vocab=head_DV is not None and (reference_hidden is None) == (reference_head is None),
         )
 
     def tile_sums(
@@ -334,19 +328,22 @@ class TiledLoss:
         rest: PyTree,
         heads: PyTree,
         is_live_T: Bool[Array, "T"],
+        shard: Shard,
     ) -> tuple[Sums, Float[Array, "T V"] | None]:
         """Return the weighted sums of one tile, and the gradient in its logits or None."""
         (inputs, uniform, reference_TD), (head_DV, reference_head) = rest, heads
         inputs = inputs.replace(weight=jnp.where(is_live_T, inputs.weight, 0.0))
-        logits_TV = self.spec.logits(hidden_TD, head_DV)
-        reference_TV = None if reference_TD is None else self.reference_spec.logits(reference_TD, reference_head)
-        return jax.lax.platform_dependent(
+        logits_TV = self.spec.logits(hidden_TD, head_DV, shard)
+        reference_TV = None if reference_TD is None else self.reference_spec.logits(reference_TD, reference_head, shard)
+        inputs, uniform = shard.own_tokens((inputs, uniform))
+        sums, dlogits_TV = jax.lax.platform_dependent(
             logits_TV,
             inputs.replace(reference_logits=reference_TV),
             uniform,
             cpu=functools.partial(self.tile_loss_blocked, evaluate),
             default=functools.partial(self.tile_loss, evaluate),
         )
+        return sums, None if dlogits_TV is None else shard.own_columns(dlogits_TV)
 
     def tile_loss_blocked(
         self,
@@ -374,7 +371,8 @@ class TiledLoss:
 
         like = jax.eval_shape(functools.partial(self.tile_loss, evaluate), logits_TV, inputs, uniform)
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[0])
-        sums, _, tile_TV = jax.lax.fori_loop(0, tile // size, one_block, (sums, block(logits_TV, 0), logits_TV))
+        sums, first, logits_TV = vary_alike(sums, block(logits_TV, 0), logits_TV)
+        sums, _, tile_TV = jax.lax.fori_loop(0, tile // size, one_block, (sums, first, logits_TV))
         return sums, None if like[1] is None else tile_TV
 
     def tile_loss(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from cotgrpo.objectives import MASKED_LOGIT, draw, likeliest, softmax
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.tiled_loss import HeadSpec, map_live_tiles
+from cotgrpo.token_shards import Shard
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -190,7 +191,9 @@ def map_contexts(
     """
     spec = HeadSpec.of(student)
 
-    def tile(rows: PyTree, head_DV: Float[Array, "D V"] | None, is_live_T: Bool[Array, "T"]) -> tuple[None, PyTree]:
+    def tile(
+        rows: PyTree, head_DV: Float[Array, "D V"] | None, is_live_T: Bool[Array, "T"], shard: Shard
+    ) -> tuple[None, PyTree]:
         hidden_TD, columns_T = rows
         values = jax.vmap(function)(spec.logits(hidden_TD, head_DV), columns_T)
         return None, jax.tree.map(lambda x: jnp.where(is_live_T.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), values)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import MASKED, causal_segment_mask
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import axis_names, open_axes, partition_spec
+from cotgrpo.sharding import axes_size, axis_names, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int, PyTree
@@ -67,7 +66,7 @@ def block_attention(
     query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, schedule.length - T)) + ((0, 0),) * (x.ndim - 2))
     visibility = Visibility(pad(positions), pad(segment_ids + 1) - 1, window)
-    return attend(schedule, *map(pad, (query, key, value)), visibility)[:, :T]
+    return attend(schedule, *vary_alike(*map(pad, (query, key, value)), visibility))[:, :T]
 
 
 class Bucket(NamedTuple):
@@ -112,8 +111,7 @@ class BlockSchedule:
         """
         if partition_spec("BT", (batch, length))[1] is not None or length <= ROWS:
             return cls(length, (Bucket(0, length, 1),), softcap)
-        sizes = open_axes()
-        shards = math.prod(sizes[axis] for axis in axis_names(partition_spec("BTQH", (batch, length, heads, 1))))
+        shards = axes_size(axis_names(partition_spec("BTQH", (batch, length, heads, 1))))
         budget = 2**22 if jax.default_backend() == "cpu" else 2**28
         most = budget // (4 * batch * heads * length // shards)
         rows = max(ROWS, most // ROWS * ROWS)
@@ -223,7 +221,7 @@ def attend_backward(
         inner=jnp.moveaxis(inner.reshape(B, T, K, Q // K), 1, 3)[..., None],
     )
     key_BKSH, value_BKSH = heads_first(key), heads_first(value)
-    dkey, dvalue = (jnp.zeros(x.shape, jnp.float32) for x in (key_BKSH, value_BKSH))
+    dkey, dvalue, _ = vary_alike(*(jnp.zeros(x.shape, jnp.float32) for x in (key_BKSH, value_BKSH)), key)
     dquery = []
     for bucket in schedule.buckets:
         keys, values, own_dkey, own_dvalue = (x[:, :, : bucket.end] for x in (key_BKSH, value_BKSH, dkey, dvalue))

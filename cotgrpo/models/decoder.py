@@ -29,7 +29,7 @@ from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, rms_norm
 from cotgrpo.models.rotary import RopeScaling, rotate, rotation
 from cotgrpo.models.splash_attention import splash_attention
-from cotgrpo.sharding import all_gather_param, constrain
+from cotgrpo.sharding import all_gather_param, constrain, vary_alike, with_types_as_layout
 from cotgrpo.types import Params, Student
 from cotgrpo.xla_cpu import project_few_tokens
 
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         if self.plus_one:
             scale_D = 1.0 + scale_D
-        return rms_norm(x, scale_D, self.eps)
+        return rms_norm(*vary_alike(x, scale_D), self.eps)
 
 
 class TransposedDense(nn.Module):
@@ -368,7 +368,8 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
     def hidden(
         params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)[0]
+        apply = lambda params, *contexts: Decoder(config).apply({"params": params}, *contexts)[0]
+        return with_types_as_layout(apply, params, tokens, positions, segment_ids)
 
     padded = vocab_size is not None and vocab_size < config.vocab_size
     return Student(

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cotgrpo.models.decoder import TransposedDense
+from cotgrpo.sharding import with_types_as_layout
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student, TrainState
 
 if TYPE_CHECKING:
@@ -225,11 +226,11 @@ def lora_student(student: Student, params: Params, lora: LoraConfig, key: PRNGKe
     Raises:
         ValueError: when `hidden` is called: adapters of another model, or a model that does not apply them.
     """
-    adapted = with_adapters(student, key)
+    adapted, head = with_adapters(student, key), student.head
     return dataclasses.replace(
         adapted,
         hidden=lambda adapters, *context: adapted.hidden(AdaptedParams(params, adapters, lora), *context),
-        head=None if student.head is None else lambda adapters: student.head(params),
+        head=None if head is None else lambda adapters: head(params),
     )
 
 
@@ -247,10 +248,20 @@ def with_adapters(student: Student, key: PRNGKeyArray | None = None) -> Student:
     def hidden(
         params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        with apply_adapters(params, key, row_hashes(tokens)) as (whole, interceptor):
-            rows = student.hidden(whole, tokens, positions, segment_ids)
+        applied: set[Path] = set()
+
+        def rows_of(
+            params_and_key: tuple[Params, PRNGKeyArray | None], tokens: Int[Array, "B T"], *contexts: Int[Array, "B T"]
+        ) -> Array:
+            params, key = params_and_key
+            with apply_adapters(params, key, row_hashes(tokens)) as (whole, interceptor):
+                rows = student.hidden(whole, tokens, *contexts)
+            applied.update(interceptor.applied)
+            return rows
+
+        rows = with_types_as_layout(rows_of, (params, key), tokens, positions, segment_ids)
         pairs = flatten_adapters(params.adapters) if isinstance(params, AdaptedParams) else {}
-        if ignored := sorted("/".join(path) for path in pairs.keys() - interceptor.applied):
+        if ignored := sorted("/".join(path) for path in pairs.keys() - applied):
             raise ValueError(
                 f"The model does not apply the adapters of {', '.join(ignored)}: expected a Flax linen model with an "
                 "nn.Dense of this path. For another model train on merge(params, adapters, lora)."

@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import partition_spec
+from cotgrpo.sharding import in_this_layout, layout_is_hidden, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -52,10 +52,10 @@ def project_tokens(
         if x is None:
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
-        if partition_spec("BT", x.shape[:2])[1] is None:
+        if partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))
         return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision).astype(kernel.dtype)
 
-    product.defvjp(forward, backward, symbolic_zeros=True)
-    return checkpoint_name(product(x, kernel), SAVED_NAMES)
+    product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
+    return checkpoint_name(product(*vary_alike(x, kernel)), SAVED_NAMES)
