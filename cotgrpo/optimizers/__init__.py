@@ -9,6 +9,7 @@ not fit into memory.
 """
 
 from cotgrpo.optimizers.config import Optimizer, OptimizerConfig, Schedule, clip_by_norm, make_optimizer
+from cotgrpo.optimizers.extra_args import accept_extra_args
 from cotgrpo.optimizers.labels import Label, decayed, param_labels
 from cotgrpo.optimizers.rounding import Rounding, lost_share, with_rounding
 from cotgrpo.optimizers.schedule_free import gradient_params
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "Rounding",
     "Schedule",
+    "accept_extra_args",
     "clip_by_norm",
     "decayed",
     "gradient_params",

@@ -74,6 +74,8 @@ def with_rounding(
     ) -> tuple[Params, RoundingState]:
         if params is None:
             raise ValueError("with_rounding needs the parameters: call tx.update(updates, state, params).")
+        if "grad" in extra:
+            extra["grad"] = jax.tree.map(widened, extra["grad"])
         tree: Any = jax.tree.structure(params)
         leaves: list[Any] = jax.tree.leaves(params)
         lower = [None] * len(leaves) if state.carry is None else tree.flatten_up_to(state.carry)
