@@ -153,8 +153,12 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 def run_command(command: str, arguments: Sequence[str], console: Console) -> None:
     """Read the arguments of a command and run it."""
+    from cotgrpo.config import ConfigError
     from cotgrpo.config.files import Options, parse_options
 
+    for argument in arguments:
+        if "\0" in argument:
+            raise ConfigError(f"The argument {argument!r:.80} has a NUL character, which no name can have.")
     parser = make_parser(command)
     options = parse_options(parser, [command, *arguments])
     module = importlib.import_module(f"cotgrpo.commands.{command}")
@@ -180,6 +184,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     from cotgrpo.training.loop import Interrupted, TrainingStopped
 
     of_user = (ConfigError, DataError, CheckpointError, ModelError)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces each retry of a request
     try:
         join_processes(arguments)
         watched = watch_peers(together=(TrainingStopped, Interrupted), alone=of_user)

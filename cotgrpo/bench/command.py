@@ -13,14 +13,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from cotgrpo.accelerators.mfu import matrix_rate
+from cotgrpo.atomic_files import is_special, write_json
 from cotgrpo.bench.measure import machine
 from cotgrpo.bench.parts import PARTS
 from cotgrpo.bench.workload import SHAPES
+from cotgrpo.data.sources import DataError
 from cotgrpo.huge_pages import use_huge_pages
 from cotgrpo.models.config import REMAT_POLICIES
 
@@ -35,10 +37,20 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+LEAST = {"batch": 1, "seq": 1, "repeats": 1, "warmup": 0}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are DataErrors, of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}. See {self.prog} --help.")
+
+
+def make_parser() -> Parser:
     """Return the parser, with a subcommand for each part."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    parser = argparse.ArgumentParser(prog="cotgrpo bench", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="cotgrpo bench", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=part.about, description=part.about)
@@ -67,8 +79,19 @@ def table(columns: tuple[tuple[str, str, str], ...], rows: list[dict[str, Any]])
 
 
 def run_bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure one part, print it, and return what `--json` writes. None reads the arguments of the process."""
+    """Measure one part, print it, and return what `--json` writes. None reads the arguments of the process.
+
+    Raises:
+        DataError: arguments that cannot be used.
+    """
     args = make_parser().parse_args(arguments)
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise DataError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.json and (args.json.is_dir() or is_special(args.json)):
+        raise DataError(f"--json {args.json} is not a file. Choose another.")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     part = PARTS[args.part]
     config = dataclasses.replace(SHAPES[args.shape], dtype=args.dtype, remat=args.remat)
     found = part.measure(config, args)
@@ -88,8 +111,7 @@ def run_bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     print("\n".join([*table(part.columns, found["rows"]), *part.lines(result)]), flush=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     return result
 
 

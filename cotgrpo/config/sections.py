@@ -245,6 +245,7 @@ def construct(cls: type[Section], values: dict[str, Any], prefix: str) -> Sectio
         if value is None and type(None) not in typing.get_args(types[name]):
             raise ConfigError(f"{prefix}{name} must have a value, got null. Leave it out for its default.")
         check_number(value, f"{prefix}{name}")
+        check_text(value, f"{prefix}{name}")
     try:
         return cls(**values)
     except ValueError as error:
@@ -263,6 +264,15 @@ def check_number(value: object, key: str) -> None:
     if isinstance(value, list | tuple):
         for item in value:
             check_number(item, key)
+
+
+def check_text(value: object, key: str) -> None:
+    """Raise ConfigError for a text that no file can hold, nor its name: one with NUL, or with bytes besides UTF-8."""
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{key} must be text in UTF-8 without NUL characters, got {value!r:.80}.")
+    if isinstance(value, list | tuple | dict):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            check_text(item, key)
 
 
 def not_applicable(section: DataclassInstance) -> NotApplicable:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cotgrpo.atomic_files import sync, whole_folder
+from cotgrpo.atomic_files import is_special, sync, whole_folder
 from cotgrpo.data.sources import DataError
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.models.huggingface.folder import split_revision
@@ -32,6 +32,9 @@ ONE_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 LONG_WORD = re.compile(r"[^\W\d_]{1000}|(?:[^\w\s]|_){1000}")
 """The start of a word, as the tokenizer cuts texts before it merges, that is too long to learn from."""
+
+TOKENIZER_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+"""A hub id, maybe with a revision."""
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -108,6 +111,11 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: it cannot be loaded.
     """
+    folder = Path(path_or_id)
+    special = [path for path in folder.iterdir() if is_special(path)] if folder.is_dir() else []
+    if special or (not folder.is_dir() and (folder.exists() or not TOKENIZER_ID.fullmatch(str(path_or_id)))):
+        found = f" ({special[0].name} is a device, pipe or socket)" if special else ""
+        raise DataError(f"No tokenizer in {path_or_id}{found}: expected a folder with tokenizer.json, or a hub id.")
     try:
         name, revision = split_revision(str(path_or_id))
         return transformers().AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

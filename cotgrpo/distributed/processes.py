@@ -54,6 +54,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     Raises:
         ConfigError: arguments that do not fit together, or processes that do not find each other.
     """
+    if num_processes is not None and num_processes < 1:
+        raise ConfigError(f"distributed.num_processes must be at least 1, got {num_processes}.")
     if num_processes == 1 or ((coordinator, num_processes, process_id) == (None, None, None) and not on_a_cluster()):
         return
     if num_processes is not None and not (process_id is None or 0 <= process_id < num_processes):

@@ -23,6 +23,9 @@ from cotgrpo.models.huggingface.families import (
 )
 from cotgrpo.models.rotary import RopeScaling
 
+LARGEST_SIZE, MOST_LAYERS = 2**24, 10_000
+"""What a model cannot have more of. A damaged config.json would else fill the memory."""
+
 
 def decoder_config(hf: HfConfig) -> DecoderConfig:
     """Return the decoder that a config.json describes, with float32 storage and compute.
@@ -75,7 +78,7 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
 
 def family_of(hf: HfConfig) -> Family:
     """Return the row of `FAMILIES` for the `model_type` of config.json."""
-    if hf.get("model_type") not in FAMILIES:
+    if not isinstance(hf.get("model_type"), str) or hf["model_type"] not in FAMILIES:
         hint = " (its text-only checkpoints are gemma3_text)" if hf.get("model_type") == "gemma3" else ""
         raise ModelError(
             f"config.json: unknown model_type {hf.get('model_type')!r}{hint}; supported: {', '.join(FAMILIES)}."
@@ -85,10 +88,10 @@ def family_of(hf: HfConfig) -> Family:
 
 def positive(field: HfConfig, name: str) -> int:
     """Return a size from config.json."""
-    value = field.get(name)
-    if not isinstance(value, int) or value < 1:
+    value, most = field.get(name), MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         found = "is missing" if name not in field else f"is {value!r}"
-        raise ModelError(f"config.json: {name} {found}; expected a positive integer.")
+        raise ModelError(f"config.json: {name} {found}; expected a whole number from 1 to {most}.")
     return value
 
 
@@ -104,6 +107,9 @@ def rope_fields(field: dict[str, Any]) -> dict[str, Any]:
     """Convert `rope_parameters` of transformers 5 to `rope_theta`, `rope_scaling` and `rope_local_base_freq`."""
     if field["rope_scaling"] and field["rope_parameters"]:
         raise ModelError("config.json holds both rope_scaling and rope_parameters: remove one.")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(field[name] or {}, dict):
+            raise ModelError(f"config.json: {name} is {field[name]!r}; expected an object.")
     spec = dict(field["rope_scaling"] or field["rope_parameters"] or {})
     if "rope_local_base_freq" in field and {"full_attention", "sliding_attention"} & set(spec):
         local = dict(spec.pop("sliding_attention", None) or {})

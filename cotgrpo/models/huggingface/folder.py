@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cotgrpo.atomic_files import is_special, read_json
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.config import decoder_config, family_of
 from cotgrpo.models.huggingface.families import HfConfig, ModelError
@@ -119,6 +119,8 @@ def local_folder(folder_or_id: str | Path) -> Path:
         ModelError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     if Path(folder_or_id).is_dir():
+        if special := [path.name for path in Path(folder_or_id).iterdir() if is_special(path)]:
+            raise ModelError(f"{folder_or_id}: {special[0]} is a device, pipe or socket, not a file. Remove it.")
         return Path(folder_or_id)
     name, _ = split_revision(str(folder_or_id))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -162,11 +164,13 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
         ModelError: the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError as error:
         raise ModelError(f"No {path.name} in {path.parent}: expected a Hugging Face model folder.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds {type(value).__name__}; expected a JSON object.")
     return value

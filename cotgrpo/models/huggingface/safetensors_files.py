@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from cotgrpo.atomic_files import read_json
 from cotgrpo.models.huggingface.families import ModelError
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
 def read_weight_map(path: Path) -> dict[str, str]:
     """Return {name of a tensor: its shard} of an index. Every shard exists."""
     try:
-        shard_of = {str(k): str(v) for k, v in dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"]).items()}
-    except (ValueError, KeyError, TypeError) as error:
+        shard_of = {str(k): str(v) for k, v in dict(read_json(path)["weight_map"]).items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{path} is corrupt: expected JSON with a weight_map ({type(error).__name__}: {error})."
         ) from error
