@@ -40,20 +40,23 @@ def test_other_errors_pass() -> None:
 
 @pytest.mark.slow
 def test_a_limit_on_memory(tmp_path: Path) -> None:
-    """The address space is limited; the batch is too large for it, and one eighth of it is not."""
+    """The address space is limited; the batch is too large for it, and a small one is not, in the same folder."""
     write_triples(tmp_path / "rows.jsonl", ProceduralTeacher(seed=1).draw(60))
     (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path / 'run'}\n{SETTINGS}", encoding="utf-8")
     large = "--student.width 512 --student.num_heads 8 --student.num_kv_heads 8 --student.head_dim 64"
     large += " --student.mlp_width 2048 --student.num_layers 4 --data.seq_len 1024 --data.packing false --eval.rows 1"
 
-    def run(batch_size: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cotgrpo.cli", "sft", "--config", str(tmp_path / "c.yaml"), *large.split()]
-        command += ["--data.train", str(tmp_path / "rows.jsonl"), "--sft.batch_size", str(batch_size)]
+    def run(stage: str, *sizes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cotgrpo.cli", stage, "--config", str(tmp_path / "c.yaml"), *large.split()]
+        command += ["--data.train", str(tmp_path / "rows.jsonl"), f"--{stage}.steps", "2", *sizes]
         limited = ["bash", "-c", f'ulimit -v {6 << 20}; exec "$@"', "limited", *command]
         return subprocess.run(limited, capture_output=True, text=True)
 
-    failed = run(256)
-    lines = failed.stderr.strip().splitlines()
-    assert failed.returncode == 2 and lines[-1].startswith("cotgrpo: Out of memory: "), failed.stderr
-    assert "batch_size" in lines[-1] and "The same run_dir can be used." in lines[-1]
-    assert run(2).returncode == 0
+    advised = {"sft": ("--sft.batch_size", "2"), "grpo": ("--grpo.batch_size", "2")}
+    for stage, smaller in advised.items():
+        failed = run(stage, f"--{stage}.batch_size", "256")
+        lines = failed.stderr.strip().splitlines()
+        assert failed.returncode == 2 and lines[-1].startswith("cotgrpo: Out of memory: a step needs "), failed.stderr
+        assert f"{stage}.batch_size (256)" in lines[-1] and "The same run_dir can be used." in lines[-1]
+        done = run(stage, *smaller)
+        assert done.returncode == 0, done.stderr
