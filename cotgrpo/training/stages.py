@@ -26,9 +26,11 @@ from cotgrpo.checkpoints.manager import check_state, is_finite, steps_in
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.checkpoints.stops import say_stops
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
+from cotgrpo.data.tokenizer import find_tokenizer
 from cotgrpo.distributed.processes import check_shared, is_process_0, on_process_0, put_on_mesh
 from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.identity.known import forget_record, forget_split
+from cotgrpo.identity.record import find_parts
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
@@ -80,7 +82,7 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     on_process_0(lambda: check_folders(folder, config, stage, location))
     if isinstance(location.folder, Path):
         check_shared(location.folder.parent)
-    if (done := on_process_0(lambda: finished_report(folder))) is not None:
+    if (done := on_process_0(lambda: finished_report(folder, config))) is not None:
         say(console, f"{folder} is complete: {folder / 'report.html'}")
         return done
 
@@ -139,8 +141,8 @@ def check_folders(folder: Path, config: Config, stage: StageName, location: Chec
         location.check_works()
 
 
-def finished_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a finished stage, or None if it or a measurement is to be made again.
+def finished_report(folder: Path, config: Config) -> dict[str, Any] | None:
+    """Return the report of a finished stage, or None if something that the stage writes is to be made again.
 
     A page that is missing or damaged is written again.
     """
@@ -150,7 +152,10 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
         return None
     if any(find_measurement(folder / name) is None for name in ("before.json", "after.json")):
         return None
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").is_file() or find_parts(folder) is None:
+        return None
+    has_own_tokenizer = config.tokenizer.path is None and config.student.path is None
+    if has_own_tokenizer and find_tokenizer(folder / "tokenizer") is None:
         return None
     if not is_whole_page(folder / "report.html"):
         write_report(folder)
