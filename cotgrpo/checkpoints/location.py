@@ -88,4 +88,4 @@ class CheckpointLocation:
 def saved_config(stage_folder: Path) -> Config | None:
     """Return the config that a stage has saved in its folder, or None."""
     path = stage_folder / "config.yaml"
-    return load_config(path) if path.is_file() else None
+    return load_config(path, may_be_newer=True) if path.is_file() else None

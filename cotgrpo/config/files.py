@@ -31,6 +31,7 @@ from cotgrpo.config.sections import (
     tree_of,
 )
 from cotgrpo.config.settings import Config
+from cotgrpo.terminal import complain
 
 if TYPE_CHECKING:
     import yaml
@@ -231,16 +232,34 @@ FIRST_LINE, LAST_LINE = "# The settings of a run, up to the line `# end`.", "# e
 """Of a saved config. A file that was cut off has the first alone, and may be valid YAML all the same."""
 
 
-def load_config(path: Path) -> Config:
-    """Return the config that a run has saved. Raises ConfigError as `parse_settings` does."""
+def load_config(path: Path, *, may_be_newer: bool = False) -> Config:
+    """Return the config that a run has saved. Raises ConfigError as `parse_settings` does.
+
+    Args:
+        path: the file.
+        may_be_newer: ignore settings that only a newer version knows, and print them. Training does not go on so.
+    """
+    if may_be_newer:
+        values, unset = given_in(path)
+        return build(DEFAULTS, Given(values, {key: -1 if key in unset else 0 for key in values}))
     with saved_by_a_run():
         return parse_config(["--config", str(path)])
 
 
 def given_in(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return the settings that a run has saved, by dotted key, and those to ignore if they do not apply."""
+    """Return the settings that a run has saved, by dotted key, and those to ignore if they do not apply.
+
+    Settings that only a newer version knows are left out, and printed.
+    """
+    known = [setting.key for setting in settings_in(DEFAULTS)]
     with saved_by_a_run():
-        return read_settings(path, [setting.key for setting in settings_in(DEFAULTS)], settings_parser(Config))
+        return read_settings(path, known, settings_parser(Config), may_be_newer=True)
+
+
+@functools.cache
+def say_ignored(path: Path, keys: tuple[str, ...]) -> None:
+    """Print once that a saved config has settings that this version does not know."""
+    complain(f"{path} is of a newer version. Ignored, since this version does not know them: {', '.join(keys)}.")
 
 
 def save_config(config: DataclassInstance, path: Path) -> None:
@@ -271,8 +290,16 @@ def saved_by_a_run() -> Iterator[None]:
         ) from error
 
 
-def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any], frozenset[str]]:
+def read_settings(
+    path: Path, known: Sequence[str], parser: ArgumentParser, *, may_be_newer: bool = False
+) -> tuple[dict[str, Any], frozenset[str]]:
     """Return the settings in a YAML file by dotted key, and those to ignore if they do not apply.
+
+    Args:
+        path: the file.
+        known: the dotted keys.
+        parser: of these settings.
+        may_be_newer: leave unknown keys out, and print them.
 
     Raises:
         ConfigError: a file that cannot be read or is not a mapping, an unknown key, a value of the wrong type.
@@ -282,6 +309,10 @@ def read_settings(path: Path, known: Sequence[str], parser: ArgumentParser) -> t
     sections |= {section.partition(".")[0] for section in sections}
     for key in [key for key, value in settings.items() if value == {} and key in sections]:
         del settings[key]
+    newer = tuple(key for key in settings if key not in known and key not in sections) if may_be_newer else ()
+    if newer:
+        say_ignored(path, newer)
+        settings = {key: value for key, value in settings.items() if key not in newer}
     for key, value in settings.items():
         if key in sections:
             raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")

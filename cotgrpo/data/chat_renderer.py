@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
 import json
 import re
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -29,6 +33,81 @@ DAY = datetime.date(2024, 7, 26)
 FIXED_DATE = "{% macro strftime_now(format) %}{{ cotgrpo_dates.get(format, cotgrpo_dates.iso) }}{% endmacro %}\n"
 """Prepended to a template, it hides the clock that `transformers` offers; Jinja drops the newline there."""
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
+
+
+RENDER_SECONDS, SECONDS_OF_A_CHAT = 5.0, 0.05
+"""Processor time that a template may take, and what each chat of a call adds. Usual ones take under a millisecond."""
+LONGEST_TEXT = 100_000_000
+"""Characters of a rendered chat."""
+
+
+class EndlessTemplate(DataError):
+    """Raised for a chat template that computes for too long, or writes too much."""
+
+
+class RenderWatch:
+    """Ends renderings that take too long, in any thread: loops inside loops would go on for years.
+
+    Jinja's sandbox bounds one range, and no more. A thread looks at those that are going on, and raises EndlessTemplate
+    in theirs, as soon as they are between two instructions of Python.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ends: dict[int, float] = {}  # of the processor time of each thread that renders
+        self.refused: set[str] = set()
+        self.thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def limit(self, source: str, seconds: float) -> Iterator[None]:
+        """Limit what the block, which renders the template `source`, takes. One that has failed so fails at once."""
+        if source in self.refused:
+            raise self.error(seconds)
+        ident = threading.get_ident()
+        with self.lock:
+            self.ends[ident] = processor_time(ident) + seconds
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self.watch, name="chat templates", daemon=True)
+                self.thread.start()
+        try:
+            yield
+        except EndlessTemplate:
+            self.refused.add(source)
+            raise self.error(seconds) from None
+        finally:
+            with self.lock:
+                if self.ends.pop(ident, None) is None:  # the error may not have arrived yet
+                    raise_in(ident, None)
+
+    def watch(self) -> None:
+        """Look at the renderings that are going on, several times a second."""
+        while True:
+            time.sleep(0.2)
+            with self.lock:
+                for ident in [ident for ident, end in self.ends.items() if processor_time(ident) > end]:
+                    del self.ends[ident]
+                    raise_in(ident, EndlessTemplate)
+
+    def error(self, seconds: float) -> EndlessTemplate:
+        """Return the error, with what to do."""
+        return EndlessTemplate(
+            f"The chat template computes for more than {seconds:.0f} s, so it may never end. Use the template of the "
+            "model's own publisher, or data.format plain."
+        )
+
+
+WATCH = RenderWatch()
+
+
+def processor_time(ident: int) -> float:
+    """Return the processor time that a thread has taken."""
+    return time.clock_gettime(time.pthread_getcpuclockid(ident))
+
+
+def raise_in(ident: int, error: type[Exception] | None) -> None:
+    """Raise an exception in a thread at its next instruction. None takes back one that has not arrived."""
+    raised = ctypes.py_object() if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), raised)
 
 
 class Turn(NamedTuple):
@@ -113,6 +192,8 @@ class ChatRenderer:
         for form in message_forms(messages):
             try:
                 return self.apply([form], prompt, tools)[0]
+            except EndlessTemplate:
+                raise
             except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
                 refusal = refusal or error
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -127,6 +208,8 @@ class ChatRenderer:
 
         try:
             return list(self.apply(chats, prompt, ()))
+        except EndlessTemplate:
+            raise
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             rendered: list[str | DataError] = []
             for chat in chats:
@@ -142,17 +225,23 @@ class ChatRenderer:
             return []
         source = self.source(with_tools=bool(tools))
         formats = [match[1] for match in DATE_FORMAT.findall(source)]
-        texts = self.tokenizer.apply_chat_template(
-            [[dict(message) for message in chat] for chat in chats],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=FIXED_DATE + source if "strftime_now" in source else source,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            # Each template reads one of these two names.
-            enable_thinking=self.thinking,
-            thinking=self.thinking,
-            cotgrpo_dates={"iso": DAY.isoformat()} | {form: DAY.strftime(form) for form in formats},
-        )
+        with WATCH.limit(source, RENDER_SECONDS + SECONDS_OF_A_CHAT * len(chats)):
+            try:
+                texts = self.tokenizer.apply_chat_template(
+                    [[dict(message) for message in chat] for chat in chats],
+                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=FIXED_DATE + source if "strftime_now" in source else source,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    # Each template reads one of these two names.
+                    enable_thinking=self.thinking,
+                    thinking=self.thinking,
+                    cotgrpo_dates={"iso": DAY.isoformat()} | {form: DAY.strftime(form) for form in formats},
+                )
+            except (RecursionError, MemoryError, OverflowError) as error:
+                raise DataError(f"The chat template computes too much ({type(error).__name__}).") from error
+        if any(len(text) > LONGEST_TEXT for text in texts):
+            raise DataError(f"The chat template writes more than {LONGEST_TEXT:,} characters for a chat.")
         return [str(text) for text in texts]
 
     def source(self, *, with_tools: bool = False) -> str:

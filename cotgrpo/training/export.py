@@ -59,7 +59,7 @@ def run_export(
     folder = run_dir / stage
     console = console or Console()
     say_stops((run_dir / "sft", run_dir / "grpo"), console)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", may_be_newer=True)
     if allow_changed:
         allowed = allow_changed if isinstance(allow_changed, str) else list(allow_changed)
         config = dataclasses.replace(config, allow_changed=allowed)

@@ -27,6 +27,7 @@ from cotgrpo.config import (
     save_config,
     tree_of,
 )
+from cotgrpo.config.files import given_in
 from cotgrpo.config.old_names import FLAT_DEFAULTS, RENAMED_KEYS, RENAMED_VALUES
 from cotgrpo.config.sections import settings_in
 from cotgrpo.config.settings import OBJECTIVES
@@ -414,3 +415,18 @@ def test_no_setting_takes_an_absurd_number(cls: type) -> None:
 def test_files_with_slips(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(Path(write(tmp_path / "c.yaml", text)))
+
+
+def test_a_saved_config_of_a_newer_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What reads a run lists the settings that it does not know; what trains on, and a user's own file, refuse them."""
+    text = "seed: 3\nfuture: 1\nsft: {steps: 7, optimizer: {nonsense: 2}, later: {a: 1}}\n"
+    path = Path(write(tmp_path / "c.yaml", text))
+    config = load_config(path, may_be_newer=True)
+    assert (config.seed, config.sft.steps) == (3, 7) and given_in(path)[0] == {"seed": 3, "sft.steps": 7}
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "does not know them: future, sft.optimizer.nonsense, sft.later.a" in error
+    for load in (load_config, lambda path: parse_config(["--config", str(path)])):
+        with pytest.raises(ConfigError, match="unknown key 'future'"):
+            load(path)
+    with pytest.raises(ConfigError, match="seed must"):
+        load_config(Path(write(tmp_path / "d.yaml", "seed: -3\nfuture: 1")), may_be_newer=True)

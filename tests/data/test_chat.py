@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cotgrpo.cli import main
 from cotgrpo.config import Config, ConfigError, DataConfig, parse_config
+from cotgrpo.data import chat_renderer
 from cotgrpo.data.batches import make_examples
 from cotgrpo.data.chat import DAY, ChatTemplate, generation_stop_ids
 from cotgrpo.data.template import Template
@@ -732,3 +734,25 @@ def test_a_real_tokenizer() -> None:
     with pytest.raises(DataError, match="'<sep>' is ambiguous"):
         Template(smol)
     assert Template(smol, "<file_sep>").encode(TRIPLE).tokens.size > 5
+
+
+ENDLESS = {
+    "ranges in ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "texts in texts": "{% set s = 'x' * 99999 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+    "calls of calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "calls without end": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "a text larger than any memory": "{{ 'x' * 10 ** 13 }}",
+}
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["main thread", "another thread"])
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_never_ends(kind: str, aside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_renderer, "RENDER_SECONDS", 0.3)
+    tokenizer = train_tokenizer(["a b"], vocab_size=300)
+    tokenizer.chat_template = f"{ENDLESS[kind]}{{# {aside} #}}{{{{ messages[0].content }}}}"
+    render = lambda: chat_renderer.ChatRenderer(tokenizer).render([{"role": "user", "content": "hi"}])
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DataError, match="template comp"):
+        pool.submit(render).result() if aside else render()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert render() == "hi"
