@@ -100,8 +100,9 @@ class DataConfig:
             It returns None to leave the row out.
         train_split: keep only rows with this split field; for a folder or a hub id, the split to load.
         test_split: the same for the held-out rows.
-        test_rows: rows to hold out if test is empty. The seed draws them from all rows that have a right answer, even
-            if the reply is wrong.
+        test_rows: questions to hold out if test is empty. The first stage draws them, by a hash of each question's text
+            that the seed salts, from all rows that have a right answer, even if the reply is wrong. The run keeps that
+            rule for all of its stages, whatever their rows, seeds and test_rows are.
         format: plain: question, rationale and answer with a separator between; chat: the tokenizer's chat template.
         separator: plain: text between question, rationale and answer.
         reasoning: chat: form of a reply: rationale, blank line, answer; or <think>rationale</think>, answer.
