@@ -129,7 +129,7 @@ def cotgrpo_train(task: Task, turns: Turns) -> None:
         b2=b2,
         eps=EPSILON,
     )
-    state = cotgrpo.TrainState.create(params=model.params, tx=tx, key=0)
+    state = cotgrpo.TrainState.create(params=model.params, tx=tx, key=0, copy=False)
     student = model.student
     del model  # the state owns the weights, and gives them to the step
     step = cotgrpo.jit_step(cotgrpo.make_sft_step(student, tx))

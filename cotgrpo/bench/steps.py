@@ -30,7 +30,8 @@ class Running:
 
     def __init__(self, config: DecoderConfig) -> None:
         self.config, self.tx = config, make_optimizer(learning_rate=1e-4, total_steps=1_000_000)
-        self.state = TrainState.create(params=init_params(config, jax.random.key(0)), tx=self.tx, key=0)
+        params = init_params(config, jax.random.key(0))
+        self.state = TrainState.create(params=params, tx=self.tx, key=0, copy=False)
 
     def step(
         self, maker: str, batch: Batch, micro_batches: int = 1, remat: RematPolicy | None = None

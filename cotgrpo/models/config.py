@@ -81,7 +81,8 @@ class DecoderPrecision:
 
     Attributes:
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are always float32.
-        param_dtype: storage type of the parameters.
+        param_dtype: storage type of the parameters. In bfloat16, small updates are lost unless the optimizer's rounding
+            is `stochastic` or `compensated`.
         remat: what the backward pass recomputes. "none": nothing. "dots": norms, rotations and gates; matrix products
             and attention are kept. "full": whole layers; only the residual stream is kept. "offload": the same, with
             the residual stream kept in host memory.
