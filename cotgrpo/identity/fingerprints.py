@@ -115,7 +115,7 @@ def start_fingerprint(origin: Path | None, config: Config) -> dict[str, str]:
     if not steps:
         return {}
     checksums = folder / str(steps[0]) / CHECKSUMS
-    found = {"init_from": str(origin), "step": str(steps[0])}
+    found = {"step": str(steps[0])}
     if checksums.exists():
         found["checksums"] = hashlib.blake2b(checksums.read_bytes(), digest_size=HASH_BYTES).hexdigest()
     return found

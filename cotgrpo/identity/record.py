@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from cotgrpo.atomic_files import find_json_object, whole_file, write_json
+from cotgrpo.data.questions import Question, question_text
 from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.identity.fingerprints import array_hash
+from cotgrpo.identity.split import text_hash
 
 FILE, ARRAYS = "inputs.json", "inputs.npz"
 NO_ROWS = np.zeros(0, np.uint64)
@@ -108,6 +110,11 @@ class InputsRecord:
     versions: dict[str, str]
     split: dict[str, Any] | None
     streamed: bool = False
+
+    def with_trained(self, questions: Iterable[Question]) -> InputsRecord:
+        """Return the record of a stage that is trained on these questions too."""
+        more = np.fromiter((text_hash(question_text(question)) for question in questions), np.uint64)
+        return dataclasses.replace(self, trained=np.union1d(self.trained, more))
 
     def save(self, folder: Path) -> None:
         """Write the record. A reader finds it whole, or none."""

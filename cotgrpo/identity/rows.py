@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class StageRows:
         test: all held-out rows.
         reports: what was left out, by name.
         held_out: the questions that must not be trained on.
+        asked: those of them that these rows ask. Questions from elsewhere may be trained on, even if the split would
+            hold them out.
         split_text: how the held-out rows were chosen, in one line.
         train_record, test_record: what the run records of them.
         changes: a sentence on each kind of rows that has changed since the record: "data", "held_out".
@@ -63,6 +65,7 @@ class StageRows:
     test: list[Question]
     reports: dict[str, DropReport]
     held_out: HeldOutQuestions
+    asked: Container[str]
     split_text: str
     train_record: RowsRecord
     test_record: RowsRecord
@@ -128,6 +131,7 @@ def read_test_alone(config: Config, console: Console, known: Known) -> StageRows
         chosen.rows,
         {"held-out rows": report},
         HeldOutQuestions(known.split, frozenset(map(question_text, candidates))),
+        frozenset(map(question_text, candidates)),
         split_text(config, known.split, chosen.rows, known),
         RowsRecord({}),
         chosen.record,
@@ -177,6 +181,7 @@ def read_into_memory(config: Config, console: Console, known: Known) -> StageRow
         chosen.rows,
         reports,
         held_out,
+        held_out if data.test else frozenset(map(question_text, candidates)),
         split_text(config, held_out.split, chosen.rows, known),
         record,
         chosen.record,
@@ -386,6 +391,7 @@ def stream_rows(config: Config, console: Console, known: Known) -> StageRows:
         chosen.rows,
         {"held-out rows": report},
         held_out,
+        held_out if data.test else frozenset(map(question_text, candidates)),
         split_text(config, held_out.split, chosen.rows, known),
         record,
         chosen.record,

@@ -6,7 +6,7 @@ GRPO is GhostRespond Policy Optimization, not Group Relative.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -34,7 +34,6 @@ from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import process_rows
-from cotgrpo.identity.split import HeldOutQuestions
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
@@ -374,7 +373,7 @@ def read_prompts(
         )
     inputs.reports["prompts"] = report
     columns = data.seq_len - ghosts.max_new_tokens
-    held_out = HeldOutQuestions() if inputs.rows is None else inputs.rows.held_out
+    held_out: Container[str] = () if inputs.rows is None else inputs.rows.asked
     kept = []
     for question, prompt in zip(questions, inputs.template.prompts_of(questions), strict=True):
         if question_text(question) in held_out:
@@ -385,6 +384,7 @@ def read_prompts(
             report.drop(REFUSED, str(prompt))
         elif fits(question.source, len(prompt), columns, data.too_long, report, "prompt"):
             kept.append(dataclasses.replace(question, prompt=prompt))
+            inputs.prompts.append(question)
     return kept
 
 

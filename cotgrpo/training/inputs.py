@@ -127,6 +127,7 @@ class StageInputs:
         stream: reads the training rows during the training, if `data.streaming` is set; `train` is then empty.
         rows: the rows as they were read, and how they were held out.
         record: what the run records of the inputs.
+        prompts: further questions that the student replies to, once they are read.
     """
 
     model: Model
@@ -139,6 +140,7 @@ class StageInputs:
     stream: WindowReader | None = None
     rows: StageRows | None = None
     record: InputsRecord | None = None
+    prompts: list[Question] = dataclasses.field(default_factory=list)
 
     @property
     def split_text(self) -> str:
@@ -448,7 +450,7 @@ def claim_folder(folder: Path, inputs: StageInputs) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = inputs.model
     if inputs.record is not None and inputs.rows is not None:
-        save_inputs(inputs.record, inputs.rows, folder)
+        save_inputs(inputs.record.with_trained(inputs.prompts), inputs.rows, folder)
     if model.config.tokenizer.path is None and model.source is None:
         save_tokenizer(model.tokenizer, folder / "tokenizer")
     if model.source is not None:

@@ -16,6 +16,7 @@ from helpers.stage_inputs import begin, small_config, sum_row, write_jsonl
 
 from cotgrpo.atomic_files import read_json
 from cotgrpo.config import Config, ConfigError, StudentConfig
+from cotgrpo.data.questions import Question
 from cotgrpo.identity.known import EXPORTED, HELD_OUT, copy_split
 from cotgrpo.identity.record import InputsRecord
 from cotgrpo.training.inputs import load_eval_inputs
@@ -113,6 +114,10 @@ def test_a_test_question_that_was_trained_on(tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [sum_row(n) for n in range(38, 50)])
     with pytest.raises(ConfigError, match=rf"2 of 12 held-out questions were trained on \(first: {other}:1\)"):
         begin(small_config(tmp_path, test=str(other)), "grpo", tmp_path / "run" / "sft")
+    first = InputsRecord.load(tmp_path / "run" / "sft")
+    assert first is not None
+    asked = first.with_trained([Question("new?", "1"), Question(ROWS[0]["question"], "1")])
+    assert len(asked.trained) == len(first.trained) + 1
     with pytest.raises(ConfigError, match=r"trained on all of them. Name held-out rows in data\.test"):
         begin(small_config(tmp_path), "grpo", tmp_path / "run" / "sft")
 
