@@ -275,7 +275,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints. There is always one at the end.
-        keep: number of newest checkpoints to keep.
+        keep: number of newest checkpoints to keep. One more stays until a later step shows that the newest is good.
         keep_best: number of checkpoints with the lowest held-out loss to keep besides. Unless it is 0, each evaluation
             (eval_every) is saved.
         folder: where checkpoints go: a disk, or a bucket (gs://, s3:// or another store of fsspec). sft and grpo have
