@@ -518,7 +518,7 @@ class ShardedStep:
         """Return arrays with Explicit axes in their types as arrays without, on the same devices."""
         own = {name: axis for axis, name in self.names.items()}
 
-        def free(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        def free(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
             sharding = getattr(x, "sharding", None)
             if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
                 return x
