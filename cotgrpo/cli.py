@@ -170,7 +170,11 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
 
     Errors of the user end as one line on stderr.
     """
-    import jax
+    try:
+        import jax
+    except ValueError as error:  # a variable that it reads
+        complain(f"JAX does not start ({error}). Check the variables whose names begin with JAX_.")
+        return 2
 
     from cotgrpo.checkpoints.manager import CheckpointError
     from cotgrpo.checkpoints.object_stores import without_tracebacks
@@ -186,6 +190,8 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
     of_user = (ConfigError, DataError, CheckpointError, ModelError)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces each retry of a request
     try:
+        if jax.config.read("jax_enable_x64"):
+            raise ConfigError("JAX_ENABLE_X64 is set, but every command computes in 32 bits or fewer. Unset it.")
         join_processes(arguments)
         watched = watch_peers(together=(TrainingStopped, Interrupted), alone=of_user)
         with watched, without_tracebacks(), explain_disk_errors():
@@ -200,7 +206,9 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
         return fail(error, 128 + (STOPS.received or error.signal_number))
     except of_user as error:
         code = fail(error, 2)
-    except Exception:
+    except Exception as error:
+        if "Unable to initialize backend" in str(error):
+            return fail(error, 2)
         if not jax.distributed.is_initialized():
             raise
         import traceback
@@ -239,10 +247,15 @@ def use_compilation_cache() -> None:
 
     An empty `JAX_COMPILATION_CACHE_DIR` turns the cache off.
     """
+    import tempfile
+
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = os.path.expanduser("~")  # stays "~" for a user without a home
+        cache = Path(
+            os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir() if home == "~" else home) / ".cache"
+        )
         jax.config.update("jax_compilation_cache_dir", str(cache / "cotgrpo" / "jax"))
 
 

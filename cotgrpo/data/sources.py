@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import re
 import unicodedata
@@ -388,6 +389,7 @@ def load_dataset(name: str | Path, *args: str | None, **kwargs: str) -> Iterable
     """Call `datasets.load_dataset`, streamed, without a cache. A failure becomes a `DataError` about `name`."""
     import datasets
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL + 1)  # it prints what it raises as well
     try:
         return datasets.load_dataset(*args, **kwargs, streaming=True)
     except Exception as error:  # the library raises many kinds: network, file system, arrow, its own

@@ -11,6 +11,7 @@ firewall between them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,10 +21,14 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from cotgrpo.disk_errors import first_line
 from cotgrpo.distributed.processes import is_process_0, on_process_0
@@ -36,12 +41,22 @@ HELLO_SECONDS = 10.0
 """A process introduces itself within this time."""
 LONGEST_MESSAGE = 4096
 """Bytes."""
+MOST_GUESTS = 256
+"""Connections that have not introduced themselves. The oldest is closed for one more."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """Seconds of silence before the first probe, seconds between probes, and probes without an answer.
 
 Together a lost machine is noticed after 30 s.
 """
+
+
+@dataclasses.dataclass
+class Guest:
+    """A connection that has not introduced itself: how long it may take, and what it has said."""
+
+    until: float
+    said: bytes = b""
 
 
 class PeerMonitor:
@@ -56,9 +71,10 @@ class PeerMonitor:
         self.peers: dict[int, socket.socket] = {}  # process 0: to every other one; the others: to process 0
         self.gone: set[int] = set()
         self.leaving = False
-        listener = socket.create_server(("", 0), backlog=self.count) if is_process_0() else None
+        at = meeting_addresses(on_one_machine())
+        listener = listen(at, self.count) if is_process_0() else None
         port = listener.getsockname()[1] if listener is not None else 0
-        here = {"at": own_addresses(), "port": port, "token": secrets.token_hex(8)}
+        here = {"at": at, "port": port, "token": secrets.token_hex(8)}
         meeting: dict[str, Any] = on_process_0(lambda: here | self.about())
         if listener is not None:
             self.start(self.watch_others, listener, meeting["token"])
@@ -86,39 +102,78 @@ class PeerMonitor:
 
     def watch_others(self, listener: socket.socket, token: str) -> None:
         """Accept the others' connections on process 0, and read them until one closes without a goodbye."""
+        guests: dict[socket.socket, Guest] = {}  # the oldest first
+        listener.setblocking(False)
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
-                    if key.fileobj is listener:
-                        self.welcome(listener, token, selector)
-                        continue
-                    selector.unregister(key.fileobj)
-                    assert isinstance(key.fileobj, socket.socket)
-                    self.gone.add(key.data)
-                    with key.fileobj as connection:
-                        goodbye = receive(connection)
-                    if not goodbye.get("done"):
-                        self.end(key.data, goodbye.get("because"))
+                for key, _ in selector.select(timeout=1):
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)
+                    if connection is listener:
+                        self.admit(listener, guests, selector)
+                    elif connection in guests:
+                        self.welcome(connection, guests, token, selector)
+                    else:
+                        self.hear(connection, key.data, selector)
+                now = time.monotonic()
+                late = [connection for connection, guest in guests.items() if guest.until < now]
+                for connection in [*late, *list(guests)[: max(len(guests) - MOST_GUESTS, 0)]]:
+                    if guests.pop(connection, None) is not None:
+                        selector.unregister(connection)
+                        connection.close()
 
-    def welcome(self, listener: socket.socket, token: str, selector: selectors.BaseSelector) -> None:
-        """Accept one connection, and keep it if it is that of a process of this run. Anybody may connect."""
+    def admit(
+        self, listener: socket.socket, guests: dict[socket.socket, Guest], selector: selectors.BaseSelector
+    ) -> None:
+        """Accept one connection. Anybody may connect, so nothing here waits for what it sends."""
         try:
             connection, _ = listener.accept()
         except OSError:  # it was closed again at once
+            time.sleep(0.01)
             return
-        connection.settimeout(HELLO_SECONDS)
-        hello = receive(connection, time.monotonic() + HELLO_SECONDS)
+        connection.setblocking(False)
+        guests[connection] = Guest(time.monotonic() + HELLO_SECONDS)
+        selector.register(connection, selectors.EVENT_READ)
+
+    def welcome(
+        self,
+        connection: socket.socket,
+        guests: dict[socket.socket, Guest],
+        token: str,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        """Read on what a connection says first, and keep it if it is that of a process of this run."""
+        guest = guests[connection]
+        try:
+            data = connection.recv(LONGEST_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        guest.said += data
+        if data and b"\n" not in guest.said and len(guest.said) <= LONGEST_MESSAGE:
+            return
+        del guests[connection]
+        selector.unregister(connection)
+        hello = parse_message(guest.said)
         who, name = hello.get("id"), hello.get("name")
-        if hello.get("token") != token or not isinstance(who, int) or not isinstance(name, str):
-            connection.close()
-            return
-        if not 0 < who < self.count or who in self.peers:
+        known = hello.get("token") == token and isinstance(who, int) and isinstance(name, str)
+        if not known or not 0 < who < self.count or who in self.peers:
             connection.close()
             return
         keep_alive(connection)
         self.peers[who], self.names[who] = connection, name
         selector.register(connection, selectors.EVENT_READ, who)
+
+    def hear(self, connection: socket.socket, who: int, selector: selectors.BaseSelector) -> None:
+        """Read the last words of another process, and end if it has ended without a goodbye."""
+        selector.unregister(connection)
+        self.gone.add(who)
+        with connection:
+            goodbye = receive(connection)
+        if not goodbye.get("done"):
+            self.end(who, goodbye.get("because"))
 
     def watch_process_0(self, connection: socket.socket) -> None:
         """Wait for a message from process 0, or for its end."""
@@ -187,6 +242,28 @@ def watch_peers(together: tuple[type[Exception], ...], alone: tuple[type[Excepti
     monitor.leave()
 
 
+def on_one_machine() -> bool:
+    """Return whether all processes share the network of one machine. Every process calls it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/net")]
+    found = multihost_utils.process_allgather(np.uint32(zlib.crc32("\n".join(parts).encode())))
+    return len(np.unique(np.asarray(found))) == 1
+
+
+def meeting_addresses(one_machine: bool) -> list[str]:
+    """Return where the others find process 0, and it listens at the first: loopback, or the way to other machines."""
+    return ["127.0.0.1"] if one_machine else own_addresses()
+
+
+def listen(addresses: list[str], backlog: int) -> socket.socket:
+    """Return a listener at the first address alone, or at all of this machine if that is not one of its own."""
+    try:
+        return socket.create_server((addresses[0], 0), backlog=backlog)
+    except OSError:
+        return socket.create_server(("", 0), backlog=backlog)
+
+
 def own_addresses() -> list[str]:
     """Return addresses where other machines may find this one, the likeliest first."""
     found = []
@@ -239,8 +316,16 @@ def receive(connection: socket.socket, until: float = math.inf) -> dict[str, Any
             if len(data) > LONGEST_MESSAGE or time.monotonic() > until or not (byte := connection.recv(1)):
                 return {}
             data += byte
+    except OSError:
+        return {}
+    return parse_message(data)
+
+
+def parse_message(data: bytes) -> dict[str, Any]:
+    """Return the message in a line; empty if it is anything else."""
+    try:
         message = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}
 

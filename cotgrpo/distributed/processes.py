@@ -66,7 +66,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         raise ConfigError(f"distributed.coordinator must be HOST:PORT, got {coordinator!r}.")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:
         raise ConfigError(
             f"The processes of this run did not find each other ({' '.join(str(error).split())}). Give every one of "
             "them --distributed.coordinator HOST:PORT, --distributed.num_processes N and its own "
@@ -81,11 +81,22 @@ def on_a_cluster() -> bool:
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         return True
     if "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-        return any(int(os.environ.get(name, 1)) > 1 for name in several)
+        return any(count_in(name) > 1 for name in several)
     if workers is not None:
         return "," in workers
     # JAX sets TPU_SKIP_MDS_QUERY itself on machines without a TPU.
     return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
+
+
+def count_in(name: str) -> int:
+    """Return the number in a variable of the environment; 1 if it is not set."""
+    value = os.environ.get(name, "1")
+    if not value.strip().isdigit():
+        raise ConfigError(
+            f"The variable {name} must be the number of processes, got {value!r}. Unset it, or give "
+            "--distributed.num_processes 1 if this is the only one."
+        )
+    return int(value)
 
 
 def is_process_0() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -70,6 +71,35 @@ def test_any_bytes_are_survived(monitor: tuple[PeerMonitor, int]) -> None:
             send(second, {"token": TOKEN, "id": 1, "name": "other"})
             assert receive(second) == {}
         assert watching.names[1] == "one"
+
+
+def test_a_flood_keeps_nobody_out(monitor: tuple[PeerMonitor, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent connections, and more than are kept, while a process joins in pieces, and another at once."""
+    watching, port = monitor
+    monkeypatch.setattr(peer_monitor, "MOST_GUESTS", 20)
+    monkeypatch.setattr(peer_monitor, "HELLO_SECONDS", 60)
+    hello = json.dumps({"token": TOKEN, "id": 1, "name": "slow"}).encode() + b"\n"
+    with contextlib.ExitStack() as stack:
+        connect = lambda: stack.enter_context(socket.create_connection(("localhost", port)))
+        for number in range(50):
+            connect().sendall(b"x" * number)
+        slow = connect()
+        for byte in hello[:-1]:
+            slow.sendall(bytes([byte]))
+        send(connect(), {"token": TOKEN, "id": 2, "name": "quick"})
+        wait_for(1, watching)
+        slow.sendall(hello[-1:])
+        wait_for(2, watching)
+        assert watching.names == {0: "here", 1: "slow", 2: "quick"}
+
+
+def test_it_listens_where_it_must() -> None:
+    """At loopback alone for one machine; else at the address of one interface."""
+    assert peer_monitor.meeting_addresses(one_machine=True) == ["127.0.0.1"]
+    assert peer_monitor.meeting_addresses(one_machine=False) == peer_monitor.own_addresses()
+    for addresses, bound in ((["127.0.0.1"], "127.0.0.1"), (["192.0.2.77", "localhost"], "0.0.0.0")):
+        with peer_monitor.listen(addresses, 2) as listener:
+            assert listener.getsockname()[0] == bound
 
 
 @pytest.mark.parametrize("sent", HOSTILE[:11])
