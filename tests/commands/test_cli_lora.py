@@ -15,7 +15,10 @@ from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
 from cotgrpo.config import parse_config
 from cotgrpo.models import load_pretrained
+from cotgrpo.models.lora import AdaptedParams
+from cotgrpo.rollouts.rollouts import Rollouts
 from cotgrpo.training import stages
+from cotgrpo.training import weights as weights_module
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.weights import restore_weights
 
@@ -132,6 +135,35 @@ def test_beside_a_trained_stage_and_back(folder: Path, tmp_path: Path, capsys: p
     assert main(["grpo", *again, "--grpo.init_from", str(run / "grpo")]) == 0
     measured = read(tmp_path / "again" / "grpo" / "report.json")["held_out_loss"]
     assert measured["sft"] == pytest.approx(loss["grpo"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["privileged_self", "verified_reward"])
+def test_nothing_is_merged_while_a_student_is_trained(
+    source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts, the live ghost, the reference and all measurements apply the adapters next to the base."""
+    shutil.copytree(folder / "run" / "sft", tmp_path / "run" / "sft")
+    (tmp_path / "run" / "sft" / "after.json").unlink()  # it is measured again
+    drawn: list[object] = []
+    set_params = Rollouts.set_params
+
+    def note(self: Rollouts, trained: object) -> None:
+        set_params(self, trained)
+        drawn.append(self.params)
+
+    monkeypatch.setattr(Rollouts, "set_params", note)
+    monkeypatch.setattr(weights_module, "merge", lambda *args: pytest.fail("the adapters are merged"))
+    more = ["--grpo.ghosts.source", source, "--grpo.ghosts.max_new_tokens", "8", "--run_dir", str(tmp_path / "run")]
+    if source == "privileged_self":
+        more += ["--grpo.reference_kl", "0.1"]
+    else:
+        more += ["--grpo.objective.name", "group_relative", "--grpo.ghosts.num_generations", "2"]
+    assert main(["grpo", *options(folder, *LORA, *more)]) == 0
+    assert len(drawn) == 2 and all(isinstance(params, AdaptedParams) for params in drawn)
+    assert main(["eval", "--run_dir", str(tmp_path / "run")]) == 0
+    measured, trained = (read(tmp_path / "run" / "grpo" / name) for name in ("eval.json", "after.json"))
+    assert measured["loss"] == trained["loss"] and measured["replies"] == trained["replies"]
 
 
 def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
