@@ -135,7 +135,7 @@ def test_no_held_out_question_is_ever_trained_on(
     path = write_jsonl(folder / "rows.jsonl", rows)
     sft = folder / "run" / "sft"
     # A removed row is an error without this, which other tests hold.
-    options = {"allow_changed": "data,held_out", "streaming": streaming}
+    options: dict[str, Any] = {"allow_changed": "data,held_out", "streaming": streaming}
     first = begin(small_config(folder, seed=seeds[0], test_rows=test_rows[0], **options), "sft")
     assert len(first.held_out) == test_rows[0] and not first.held_out & first.trained
     stages = [first]
