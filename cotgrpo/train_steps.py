@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import checkify
 
 from cotgrpo import objectives
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
-from cotgrpo.optimizers import gradient_params
+from cotgrpo.optimizers import accept_extra_args, gradient_params
 from cotgrpo.tiled_loss import HeadSpec, Reference, tiled_loss
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState, check_arrays
 
@@ -44,12 +45,13 @@ def make_sft_step(
     *,
     micro_batches: int = 1,
     tile_size: int | None = None,
+    debug: bool = False,
 ) -> Step:
     """Build the supervised step: the next-token loss `-log p(target)`, averaged over the supervised tokens.
 
     It is `make_grpo_step` with the objective `Nll`, and takes the same arguments.
     """
-    return make_grpo_step(student, tx, objective, micro_batches=micro_batches, tile_size=tile_size)
+    return make_grpo_step(student, tx, objective, micro_batches=micro_batches, tile_size=tile_size, debug=debug)
 
 
 def make_grpo_step(
@@ -61,6 +63,7 @@ def make_grpo_step(
     micro_batches: int = 1,
     tile_size: int | None = None,
     reward_gain: bool = False,
+    debug: bool = False,
 ) -> Step:
     """Build the GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
 
@@ -72,8 +75,9 @@ def make_grpo_step(
 
     Args:
         student: the model's pure functions.
-        tx: an optax transformation. The metric `learning_rate` appears if its state holds exactly one, as that of
-            `cotgrpo.optimizers.make_optimizer` does.
+        tx: an optax transformation. It gets `value`, `grad` and `value_fn`, the batch's mean loss as a function of the
+            parameters, if it takes them (L-BFGS, Polyak's step size, reduce-on-plateau). The metric `learning_rate`
+            appears if its state holds exactly one, as that of `cotgrpo.optimizers.make_optimizer` does.
         objective: a function of one token, see `cotgrpo.objectives.Objective`.
         reference: a frozen model for objectives with `needs_reference`. The step then takes its parameters as a third
             argument, so that they are neither baked into the program nor part of the state.
@@ -81,25 +85,32 @@ def make_grpo_step(
         tile_size: tokens a tile of the loss; None chooses.
         reward_gain: adds the metric `reward_gain`, what the update did to the reward on this batch
             (`cotgrpo.objectives.RewardGain`). It takes two more forward passes.
+        debug: ids outside [0, V) are errors. The step is then for `jax.experimental.checkify.checkify`.
 
     Returns:
         `step(state, batch[, reference_params]) -> (state, metrics)`, not jitted. Metrics: `loss`, what the objective
-        reports, `grad_norm`, `learning_rate`, `skipped` (0 or 1), `tokens` (real ones), `padded_tokens`.
+        reports, `grad_norm`, `learning_rate`, `skipped` (0 or 1), `tokens` (real ones), `padded_tokens`, and
+        `invalid_tokens`, supervised ones whose ghost or drawn id is not in [0, V): they do not train.
 
     Raises:
         ValueError: an objective that needs a reference without one, or the reverse; `micro_batches` or `tile_size`
-            below 1. When the step is traced: a batch whose arrays do not fit each other, or lack an extra array that
-            the objective needs.
+            below 1. When the step is traced: a batch whose arrays do not fit each other, lack an extra array that the
+            objective needs, or have another number of drawn tokens; no `reference_params` for a reference; a metric of
+            the objective by the name of one of the step's.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
-    gradient = jax.value_and_grad(make_batch_loss(student, objective, reference, tile_size), has_aux=True)
+    batch_loss = make_batch_loss(student, objective, reference, tile_size)
+    gradient = jax.value_and_grad(batch_loss, has_aux=True)
+    tx = accept_extra_args(tx)
     gain_loss = make_batch_loss(student, objectives.RewardGain(), student, tile_size)
 
     def step(
         state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        ghosts = as_ghosts(batch)
+        if reference is not None and reference_params is None:
+            raise ValueError("The step was built with a reference: expected step(state, batch, reference_params).")
+        ghosts, invalid = leave_out_invalid(as_ghosts(batch), objective, student, state.params, debug=debug)
         uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
         at = gradient_params(state.params, state.opt_state)
         (loss, (sums, weight)), grads = accumulate(
@@ -110,8 +121,14 @@ def make_grpo_step(
         grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state.params)
         grad_norm = optax.tree.norm(grads)
 
+        def mean_loss(params: Params) -> Float[Array, ""]:
+            part_loss = lambda part: batch_loss(params, *part, reference_params)
+            total, (_, weight) = accumulate(part_loss, (ghosts, uniform), micro_batches)
+            return total / weight
+
         def advance(opt_state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
-            updates, opt_state = tx.update(grads, opt_state, params)
+            given = {"value": loss / weight, "grad": grads, "value_fn": mean_loss}  # what is not used is not computed
+            updates, opt_state = tx.update(grads, opt_state, params, **given)
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = advance(state.opt_state, state.params)
@@ -129,6 +146,7 @@ def make_grpo_step(
         if len(rates) == 1:
             metrics["learning_rate"] = Metric(rates[0].astype(jnp.float32), jnp.ones(()))
         metrics["skipped"] = Metric(1.0 - one, jnp.ones(()))
+        metrics["invalid_tokens"] = Metric(invalid, jnp.ones(()))
         if reward_gain:
             _, (gains, gain_weight) = accumulate(
                 lambda part: gain_loss(new_state.params, part, None, state.params), ghosts, micro_batches
@@ -151,15 +169,17 @@ def make_eval_step(
         ValueError: an objective that draws tokens or needs a reference. Evaluation is deterministic.
     """
     if objectives.num_draws(objective):
-        raise ValueError(
-            f"make_eval_step needs an objective that draws no tokens, got {objective!r}; use its exact form."
-        )
+        fix = "use its exact form"
+        if not hasattr(objective, "num_draws"):
+            fix = "a plain function gets one draw at each context; if yours reads none, set its attribute num_draws = 0"
+        raise ValueError(f"make_eval_step needs an objective that draws no tokens, got {objective!r}; {fix}.")
     batch_loss = make_batch_loss(student, objective, None, tile_size)
 
     def eval_step(params: Params, batch: SftBatch | GhostBatch) -> Metrics:
-        ghosts = as_ghosts(batch)
+        ghosts, invalid = leave_out_invalid(as_ghosts(batch), objective, student, params)
         loss, (sums, weight) = batch_loss(params, ghosts, None, None)
-        return {name: Metric(total, weight) for name, total in {"loss": loss, **sums}.items()} | token_counts(ghosts)
+        metrics = {name: Metric(total, weight) for name, total in {"loss": loss, **sums}.items()}
+        return metrics | {"invalid_tokens": Metric(invalid, jnp.ones(()))} | token_counts(ghosts)
 
     return eval_step
 
@@ -170,7 +190,9 @@ def make_batch_loss(
     """Return `batch_loss(params, ghosts, uniform, reference_params) -> (loss_sum, (metric_sums, weight_sum))`."""
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size must be at least 1 or None, got {tile_size}.")
-    if objectives.needs_reference(objective) != (reference is not None):
+    needs = objectives.needs_reference(objective)
+    plain = not any(hasattr(objective, name) for name in ("num_draws", "batch_fields", "needs_reference"))
+    if needs != (reference is not None) and not (plain and reference is not None):  # it may read what it is given
         wants = "needs" if reference is None else "does not use"
         raise ValueError(
             f"The objective {objective!r} {wants} a frozen reference model. Objectives with needs_reference, such as "
@@ -190,16 +212,20 @@ def make_batch_loss(
             head = None if reference.head is None else reference.head(fixed)
             frozen = Reference(reference.hidden(fixed, *contexts), head, HeadSpec.of(reference))
         inputs = token_inputs(objective, ghosts)
-        loss, sums = tiled_loss(
-            objective,
-            student.hidden(params, *contexts),
-            None if student.head is None else student.head(params),
-            inputs,
-            uniform=uniform,
-            reference=frozen,
-            spec=HeadSpec.of(student),
-            tile_size=tile_size,
-        )
+        try:
+            loss, sums = tiled_loss(
+                objective,
+                student.hidden(params, *contexts),
+                None if student.head is None else student.head(params),
+                inputs,
+                uniform=uniform,
+                reference=frozen,
+                spec=HeadSpec.of(student),
+                tile_size=tile_size,
+            )
+        except TypeError as error:
+            raise explain_missing_reference(objective, reference, error) from error
+        check_names(objective, sums)
         return loss, (sums, jnp.sum(inputs.weight))
 
     return batch_loss
@@ -232,6 +258,69 @@ def token_inputs(objective: Objective, ghosts: GhostBatch) -> TokenInputs:
         drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
         extra={name: jnp.asarray(ghosts.extra[name]) for name in names},
     )
+
+
+RESERVED = ("loss", "learning_rate", "grad_norm", "skipped", "tokens", "padded_tokens", "invalid_tokens")
+"""Metrics of the step itself, which an objective must not report."""
+
+
+def check_names(objective: Objective, sums: Mapping[str, Any]) -> None:
+    """Raise ValueError if an objective reports a metric by the name of one of the step's."""
+    for name in RESERVED:
+        if name in sums:
+            raise ValueError(
+                f"{objective!r} reports a metric {name!r}, which is the step's own: give it another name "
+                f"(reserved are {', '.join(RESERVED)})."
+            )
+
+
+def explain_missing_reference(objective: Objective, reference: Student | None, error: TypeError) -> Exception:
+    """Return a ValueError if an objective failed because it reads a reference that it has not got, else the error."""
+    if reference is not None or "NoneType" not in str(error):
+        return error
+    return ValueError(
+        f"{objective!r} failed on an input that is None ({error}). If it reads inputs.reference_logits, build the step "
+        "with reference=Student."
+    )
+
+
+def leave_out_invalid(
+    ghosts: GhostBatch, objective: Objective, student: Student, params: Params, *, debug: bool = False
+) -> tuple[GhostBatch, Float[Array, ""]]:
+    """Give weight 0 to tokens whose ghost or drawn id is not in [0, V). Return the batch and how many they are.
+
+    Raises:
+        ValueError: another number of drawn tokens than the objective has.
+    """
+    draws, drawn = objectives.num_draws(objective), ghosts.drawn_tokens
+    ids = [ghosts.ghost_tokens[..., None]]
+    if draws and drawn is not None:
+        drawn = drawn.reshape(*ghosts.tokens.shape, -1)
+        if drawn.shape[-1] != draws:
+            raise ValueError(
+                f"{objective!r} takes {draws} drawn tokens at each context: expected drawn_tokens of the shape "
+                f"{(*ghosts.tokens.shape, draws)}, got {ghosts.drawn_tokens.shape}."
+            )
+        ids.append(drawn)
+    size = vocabulary_size(student, params, ghosts)
+    valid = functools.reduce(jnp.logical_and, [jnp.all((i >= 0) & (i < size), axis=-1) for i in ids])
+    weighted = ghosts.loss_mask != 0
+    count = jnp.sum(weighted & ~valid).astype(jnp.float32)
+    if debug:
+        checkify.check(
+            count == 0, "{count} supervised tokens have a ghost or drawn id outside [0, " + str(size) + ")", count=count
+        )
+    return ghosts.replace(loss_mask=jnp.where(valid, ghosts.loss_mask, jnp.zeros_like(ghosts.loss_mask))), count
+
+
+def vocabulary_size(student: Student, params: Params, ghosts: GhostBatch) -> int:
+    """Return V, from the student or the shape of its logits. Nothing is computed."""
+    if student.vocab_size is not None:
+        return student.vocab_size
+    if student.head is not None:
+        return jax.eval_shape(student.head, params).shape[-1]
+    contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
+    return jax.eval_shape(student.hidden, params, *contexts).shape[-1]
 
 
 def uniforms_for(objective: Objective, ghosts: GhostBatch, key: PRNGKeyArray) -> Float[Array, "B T G"] | None:

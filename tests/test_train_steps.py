@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 import cotgrpo
 from cotgrpo import GhostBatch, Metric, Nll, Pair, ReferenceKl, Reinforce, RewardGradient, SftBatch, Student, TrainState
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
+from cotgrpo.objectives import GroupRelative
 
 CONFIG = DecoderConfig(vocab_size=61, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
 B, T = 8, 24
@@ -385,7 +387,8 @@ def test_training_learns() -> None:
         (lambda s, tx: cotgrpo.make_grpo_step(s, tx, tile_size=0), "tile_size must be at least 1 or None, got 0"),
         (lambda s, tx: cotgrpo.make_grpo_step(s, tx, ReferenceKl(Pair())), "needs a frozen reference model"),
         (lambda s, tx: cotgrpo.make_grpo_step(s, tx, Pair(), reference=s), "does not use a frozen reference model"),
-        (lambda s, tx: cotgrpo.make_eval_step(s, Reinforce()), "draws no tokens"),
+        (lambda s, tx: cotgrpo.make_eval_step(s, Reinforce()), "draws no tokens, got Reinforce.*use its exact form"),
+        (lambda s, tx: cotgrpo.make_eval_step(s, steep), "if yours reads none, set its attribute num_draws = 0"),
     ],
 )
 def test_bad_settings_are_errors_when_the_step_is_built(build: Any, message: str) -> None:
@@ -396,3 +399,135 @@ def test_bad_settings_are_errors_when_the_step_is_built(build: Any, message: str
 def test_micro_batches_must_divide_the_batch() -> None:
     with pytest.raises(ValueError, match="micro_batches=3 must divide the batch, which has 8 sequences"):
         run(cotgrpo.make_sft_step, make_batch(), micro_batches=3)
+
+
+def make_small(**options: Any) -> tuple[Any, TrainState]:
+    """A pure step of a student that compiles fast, and its first state."""
+    tx = options.pop("tx", optax.sgd(0.1))
+    student = Student(lambda params, tokens, *_: params["embedding"][tokens], lambda params: params["head"])
+    params = {"embedding": jax.random.normal(jax.random.key(0), (61, 16)), "head": jnp.eye(16, 61)}
+    if options.pop("with_reference", False):
+        options["reference"] = student
+    return cotgrpo.make_grpo_step(student, tx, **options), TrainState.create(params=params, tx=tx, key=0)
+
+
+WITH_VALUES = {
+    "reduce_on_plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak_sgd": lambda: optax.polyak_sgd(max_learning_rate=0.5, f_min=1.0),
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+    "backtracking": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_VALUES)
+def test_optimizers_get_the_loss_the_gradient_and_the_loss_as_a_function(name: str) -> None:
+    batch = make_batch()
+    losses = {}
+    for micro_batches in (1, 4):
+        step, state = make_small(tx=WITH_VALUES[name](), objective=Nll(), micro_batches=micro_batches)
+        compiled = jax.jit(step)
+        for _ in range(4):
+            state, metrics = compiled(state, batch)
+            losses.setdefault(micro_batches, []).append(metrics["loss"].mean())
+            assert metrics["skipped"].mean() == 0
+    assert losses[1][-1] < losses[1][0]
+    np.testing.assert_allclose(losses[4], losses[1], rtol=2e-3)
+
+
+def test_value_is_the_mean_loss_and_value_fn_gives_it_for_any_parameters() -> None:
+    seen: dict[str, Any] = {}
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, grad: Any, value_fn: Any) -> Any:
+        found = value_fn(params), jax.grad(value_fn)(params)
+        jax.debug.callback(
+            lambda *got: seen.update(zip(("value", "grad", "found"), got, strict=True)), value, grad, found
+        )
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    step, state = make_small(tx=tx, micro_batches=2)
+    _, metrics = jax.jit(step)(state, make_batch())
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen["value"], metrics["loss"].mean(), rtol=1e-6)
+    np.testing.assert_allclose(seen["found"][0], seen["value"], rtol=1e-6)
+    assert_same(seen["found"][1], seen["grad"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "grad_norm", "skipped", "tokens", "padded_tokens"])
+def test_a_metric_by_the_name_of_one_of_the_step_s_is_refused(name: str) -> None:
+    def own(logits_V: jax.Array, token: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return -logits_V[token.ghost], {name: jnp.float32(1)}
+
+    step, state = make_small(objective=own)
+    with pytest.raises(ValueError, match=f"reports a metric {name!r}, which is the step's own: give it another name"):
+        step(state, make_batch())
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 61, 2**31 - 1])
+@pytest.mark.parametrize("which", ["ghost_tokens", "drawn_tokens"])
+def test_ids_that_are_not_in_the_vocabulary_are_counted_and_do_not_train(which: str, wrong: int) -> None:
+    batch = GhostBatch.teacher_forced(make_batch())
+    batch = batch.replace(drawn_tokens=(batch.ghost_tokens + 1) % 61)
+    place = tuple(int(i) for i in np.argwhere(np.asarray(batch.loss_mask))[3])
+    step, state = make_small(objective=Pair(estimator="drawn"))
+    compiled = jax.jit(step)
+    without, expected = compiled(state, batch.replace(loss_mask=batch.loss_mask.at[place].set(0.0)))
+    got, metrics = compiled(state, batch.replace(**{which: getattr(batch, which).at[place].set(wrong)}))
+    assert metrics["invalid_tokens"].mean() == 1 and expected["invalid_tokens"].mean() == 0
+    assert_same(got.params, without.params, rtol=0.0, atol=0.0)
+    assert_same(metrics["loss"], expected["loss"], rtol=0.0, atol=0.0)
+    padding = batch.replace(**{which: jnp.where(batch.loss_mask == 0, wrong, getattr(batch, which))})
+    assert compiled(state, padding)[1]["invalid_tokens"].mean() == 0  # padding may hold anything
+
+
+def test_ids_that_are_not_in_the_vocabulary_are_errors_with_debug() -> None:
+    step, state = make_small(debug=True)
+    checked = jax.jit(checkify.checkify(step))
+    batch = make_batch()
+    error, (_, metrics) = checked(state, batch)
+    error.throw()
+    assert metrics["skipped"].mean() == 0
+    error, _ = checked(state, batch.replace(targets=jnp.full_like(batch.targets, 61)))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"supervised tokens have a ghost or drawn id outside \[0, 61\)"):
+        error.throw()
+
+
+def reads_reference(logits_V: jax.Array, token: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return jnp.sum((logits_V - token.reference_logits) ** 2), {}
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        (
+            {"objective": RewardGradient(samples=2)},
+            {"drawn_tokens": (B, T)},
+            r"takes 2 drawn tokens.*\(8, 24, 2\), got",
+        ),
+        ({"objective": RewardGradient()}, {"drawn_tokens": (B, T, 3)}, r"takes 1 drawn tokens.*, got \(8, 24, 3\)"),
+        (
+            {"objective": ReferenceKl(Pair()), "with_reference": True},
+            {},
+            r"expected step\(state, batch, reference_params\)",
+        ),
+        ({"objective": reads_reference}, {}, "reads inputs.reference_logits, build the step with reference=Student"),
+        (
+            {"objective": ReferenceKl(GroupRelative()), "with_reference": True},
+            {"drawn_tokens": (B, T), "reference": True},
+            "needs the extra array 'drawn_log_probs'",
+        ),
+    ],
+)
+def test_what_is_forgotten_is_one_sentence(options: Any, change: Any, message: str) -> None:
+    step, state = make_small(**options)
+    batch = GhostBatch.teacher_forced(make_batch())
+    if "drawn_tokens" in change:
+        batch = batch.replace(drawn_tokens=jnp.zeros(change["drawn_tokens"], jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        step(state, batch, *((state.params,) if "reference" in change else ()))
+
+
+def test_a_plain_function_may_read_a_reference() -> None:
+    step, state = make_small(objective=reads_reference, with_reference=True)
+    _, metrics = jax.jit(step)(state, make_batch(), state.params)
+    assert metrics["loss"].mean() == 0 and metrics["skipped"].mean() == 0
