@@ -22,6 +22,7 @@ is not offered: it has the bytes of float32 weights, and the copy on top.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,11 +42,11 @@ ROWS = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=5e-6)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     weights = 0.02 * jax.random.normal(jax.random.key(0), SHAPE)
     print(f"lost to nearest rounding if every update is {arguments.rate:g}: ", end="")
     print(f"{lost_share(weights.astype(jnp.bfloat16), arguments.rate):.0%}")
