@@ -105,7 +105,8 @@ class Journal:
             self.file.close()
             raise
         if is_new:
-            sync(path.parent)
+            with explain_disk_errors(path):
+                sync(path.parent)
 
     def read(self) -> list[Record]:
         """Read all records, and cut off a last one that a killed process left unfinished."""

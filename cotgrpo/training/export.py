@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,16 @@ def run_export(
     card = model_card_facts(config, stage, step, template, folder)
     if adapter:
         check_adapter(weights, folder, dtype)
-        write_adapter(out, model, weights, card, console)
+        write_adapter(out, run_dir, model, weights, card, console)
     else:
-        write_student(out, model, weights, template, card, dtype, console)
-    copy_split(run_dir, out)
+        write_student(out, run_dir, model, weights, template, card, dtype, console)
     say(console, f"{'adapter of ' * adapter}{folder} at step {step} written to {out}")
     return out
 
 
 def write_student(
     out: Path,
+    run_dir: Path,
     model: Model,
     weights: StageWeights,
     template: AnyTemplate,
@@ -110,10 +111,13 @@ def write_student(
         generation_config={"eos_token_id": stops if len(stops) > 1 else stops[0]},
         card=card,
         dtype=dtype,
+        also=functools.partial(copy_split, run_dir),
     )
 
 
-def write_adapter(out: Path, model: Model, weights: StageWeights, card: dict[str, Any], console: Console) -> None:
+def write_adapter(
+    out: Path, run_dir: Path, model: Model, weights: StageWeights, card: dict[str, Any], console: Console
+) -> None:
     """Write the adapters alone. Say if the pretrained student that they belong to has changed since."""
     source = model.source
     assert weights.lora is not None and source is not None
@@ -123,7 +127,15 @@ def write_adapter(out: Path, model: Model, weights: StageWeights, card: dict[str
             console,
             f"{source.name} has other {' and other '.join(changed)} now: the adapters belong to what it was",
         )
-    save_adapter(out, weights.trained, weights.lora, weights.base_name, card, revision=weights.base_revision)
+    save_adapter(
+        out,
+        weights.trained,
+        weights.lora,
+        weights.base_name,
+        card,
+        revision=weights.base_revision,
+        also=functools.partial(copy_split, run_dir),
+    )
 
 
 def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:

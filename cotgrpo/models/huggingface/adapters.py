@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def save_adapter(
     card: Mapping[str, Any] | None = None,
     *,
     revision: str | None = None,
+    also: Callable[[Path], None] = lambda partial: None,
 ) -> Path:
     """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically.
 
@@ -64,6 +65,7 @@ def save_adapter(
         base_model_name: hub id or folder of the frozen model, for `peft`'s `AutoPeftModel`. None: left out.
         card: facts for a model card (`cotgrpo.models.huggingface.model_card.model_card`). None: no card.
         revision: the commit of the frozen model, if its name is a hub id.
+        also: writes further files into the folder before it counts. Called on process 0.
 
     Raises:
         ModelError: the folder is not empty, or Hugging Face's models do not have an adapted projection.
@@ -91,6 +93,7 @@ def save_adapter(
                 base = {"base_model": base_model_name} if base_model_name else {}
                 text = model_card(folder.name, base | dict(card), library="peft")
                 (partial / "README.md").write_text(text, encoding="utf-8")
+            also(partial)
     return folder
 
 

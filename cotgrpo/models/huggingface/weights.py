@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -280,6 +280,7 @@ def save_pretrained(
     card: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    also: Callable[[Path], None] = lambda partial: None,
 ) -> Path:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, atomically.
 
@@ -297,6 +298,7 @@ def save_pretrained(
         card: facts for the model card (`cotgrpo.models.huggingface.model_card.model_card`).
         dtype: "float32", "bfloat16" or "float16". None: as in `params`.
         max_shard_bytes: larger weights are split into several files. Process 0 holds one file in memory at a time.
+        also: writes further files into the folder before it counts. Called on process 0.
 
     Raises:
         ModelError: the folder is not empty, the parameters or the tokenizer belong to another model, or `config`
@@ -318,6 +320,7 @@ def save_pretrained(
             write_tensors(partial, tensors, max_shard_bytes)
             write_configs(partial, hf, source, tokenizer, generation_config or {})
             (partial / "README.md").write_text(readme, encoding="utf-8")
+            also(partial)
     else:
         for tensor in tensors:
             tensor.array()  # takes part in gathering the tensor
