@@ -93,6 +93,9 @@ def choose(arguments: list[str]) -> int:
         return importlib.import_module("cotgrpo.commands.bench").main(arguments[1:])
     if command in COMMANDS and not {"-h", "--help"} & set(arguments):
         return run(lambda rest, console: run_command(command, rest, console), arguments[1:])
+    if command.startswith("-") and command not in ("-h", "--help", "--version"):
+        complain(f"expected a command before {command!r}: one of {', '.join(COMMANDS)}.")
+        return 2
     try:
         make_parser(command if command in COMMANDS else None).parse_args([command, "--help"])
     except SystemExit:  # the help was printed, or the version

@@ -354,6 +354,8 @@ def check_keys_once(node: yaml.Node | None, path: Path, prefix: str = "") -> Non
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         line = key.start_mark.line + 1
         name = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
+        if isinstance(key.value, str) and not key.tag.endswith((":str", ":merge")):
+            raise ConfigError(f"{path}: unknown key {name!r} in line {line}: keys are text.")
         if name in seen:
             raise ConfigError(f"{path}: {name} is set twice, in lines {seen[name]} and {line}. Remove one.")
         seen[name] = line

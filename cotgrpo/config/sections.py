@@ -171,6 +171,8 @@ class OptionalSection:
         switch = f"{key}.{self.switch}"
         own = {field.name: f"{key}.{field.name}" for field in dataclasses.fields(self.section)}
         own = {name: given.values[full] for name, full in own.items() if full in given.values}
+        if own.get(self.switch, 0) is None:
+            raise ConfigError(f"{switch} must have a value, got null. 0 turns the section off.")
         if not own.get(self.switch, 0 if value is None else getattr(value, self.switch)):
             for name in own:
                 if name != self.switch:

@@ -72,7 +72,8 @@ def train_tokenizer(
         chat: add `CHAT_TOKENS` and `CHAT_TEMPLATE`, so the tokenizer renders chats.
 
     Raises:
-        ValueError: `vocab_size` too small, or a special token missing.
+        DataError: `vocab_size` too small.
+        ValueError: a special token is missing.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -81,7 +82,9 @@ def train_tokenizer(
     special_tokens = [*special_tokens, *(CHAT_TOKENS if chat else ())]
     least = 256 + len(special_tokens)
     if vocab_size < least:
-        raise ValueError(f"vocab_size must be at least {least} (256 bytes and the special tokens), got {vocab_size}.")
+        raise DataError(
+            f"tokenizer.vocab_size must be at least {least} (256 bytes and the special tokens), got {vocab_size}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
