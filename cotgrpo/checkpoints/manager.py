@@ -329,7 +329,9 @@ def find_step(
     step, damaged = newest_undamaged(folder, unusable)
     if step is None:
         problems = listed({**unusable, **damaged}) or "the folder holds none"
-        raise CheckpointError(f"No checkpoint in {folder} can be read: {problems}.")
+        raise CheckpointError(
+            f"No checkpoint in {folder} can be read: {problems}. Put a copy back, or move the folder away and train again."
+        )
     check_arrays(folder / str(step), part(read_position(folder / str(step))["arrays"]), arrays)
     return step
 
