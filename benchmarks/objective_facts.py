@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def print_head(*columns: str) -> None:
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="folder of a pretrained student")
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rows", help="file of question, rationale, answer")
     parser.add_argument("--separator", default="<sep>", help="between question, rationale and answer")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.student is None) != (args.rows is None):
         parser.error("--student and --rows belong together.")
     if args.student is None:
