@@ -330,7 +330,8 @@ def find_step(
     if step is None:
         problems = listed({**unusable, **damaged}) or "the folder holds none"
         raise CheckpointError(
-            f"No checkpoint in {folder} can be read: {problems}. Put a copy back, or move the folder away and train again."
+            f"No checkpoint in {folder} can be read: {problems}. "
+            "Put a copy back, or move the folder away and train again."
         )
     check_arrays(folder / str(step), part(read_position(folder / str(step))["arrays"]), arrays)
     return step
