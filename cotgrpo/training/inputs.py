@@ -326,9 +326,12 @@ def model_of(
     stages = [folder] if origin is None else [folder, origin]
     if config.student.path is not None:
         return pretrained_model(config, stages, copy=copy)
-    path = config.tokenizer.path
-    tokenizer_from = None if path is None else reopen_tokenizer(path, stages, copy=copy)
-    tokenizer = tokenizer_of(config, folder, origin, train, console) if path is None else load_tokenizer(tokenizer_from)
+    tokenizer_from = None
+    if config.tokenizer.path is not None:
+        tokenizer_from = reopen_tokenizer(config.tokenizer.path, stages, copy=copy)
+        tokenizer = load_tokenizer(tokenizer_from)
+    else:
+        tokenizer = tokenizer_of(config, folder, origin, train, console)
     decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
     check_model(config, decoder)
     return Model(config, tokenizer, decoder, len(tokenizer), tokenizer_from=tokenizer_from)
