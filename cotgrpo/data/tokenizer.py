@@ -131,8 +131,9 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
 
 def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that a run keeps in a folder; None if it is missing or cannot be read."""
+    whole = all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     try:
-        return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+        return load_tokenizer(folder) if whole else None
     except DataError:
         return None
 
