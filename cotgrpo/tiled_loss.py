@@ -244,7 +244,8 @@ def map_live_tiles(
         size = min(tile_size or default_tile_size(live_N.size, vocab_size), live_N.size)
         size = -(-size // shard.parts) * shard.parts
         # JAX forgets that the result of argsort varies as its argument does.
-        tiles = LiveTiles(*vary_alike(jnp.argsort(~live_N, stable=True), jnp.sum(live_N)), size)
+        order_N, num_live = vary_alike(jnp.argsort(~live_N, stable=True), jnp.sum(live_N))
+        tiles = LiveTiles(order_N, num_live, size)
         pick = lambda token_T: jax.tree.map(lambda x: x[token_T], flat)
         run = lambda token_T, is_live_T: tile(pick(token_T), heads, is_live_T, shard)
         sums, out = tiles.loop(run, shard.tokens)

@@ -167,7 +167,7 @@ def over_hidden_shards(
 ) -> tuple[PyTree, PyTree]:
     """Do what `over_shards` does, once XLA has chosen the layouts. On one device it is the function itself."""
     leaves, tree = jax.tree.flatten(arguments)
-    whole = lambda *leaves: function(Shard(), *tree.unflatten(leaves))
+    whole = lambda *leaves: function(Shard(), *jax.tree.unflatten(tree, leaves))
     jaxpr, shapes = jax.make_jaxpr(whole, return_shape=True)(*leaves)
     if any(isinstance(constant, jax.core.Tracer) for constant in jaxpr.consts):
         # The function is traced again when the program is compiled, and arrays of this trace are gone then.
@@ -211,7 +211,7 @@ class HiddenShards:
 
     def kinds(self) -> tuple[list[str], list[str]]:
         """Return what each argument and each result is: "row", "head" or "sum"."""
-        rows, heads, _ = self.tree.unflatten(range(self.tree.num_leaves))
+        rows, heads, _ = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
         count = lambda tree: len(jax.tree.leaves(tree))
         arguments = ["row"] * count(rows) + ["head"] * count(heads) + ["row"]
         first = self.shapes[count(rows)] if count(heads) else None
@@ -273,7 +273,7 @@ class HiddenShards:
         )
 
         def one_device(*operands: Array) -> tuple[Array, ...]:
-            sums, out = self.function(shard, *self.tree.unflatten(operands[: self.tree.num_leaves]))
+            sums, out = self.function(shard, *jax.tree.unflatten(self.tree, operands[: self.tree.num_leaves]))
             parts = jax.tree.leaves((sums, out))
             return tuple(map(added, parts, result_kinds, scatter))
 
