@@ -295,11 +295,11 @@ def leave_out_invalid(
     draws, drawn = objectives.num_draws(objective), ghosts.drawn_tokens
     ids = [ghosts.ghost_tokens[..., None]]
     if draws and drawn is not None:
-        drawn = drawn.reshape(*ghosts.tokens.shape, -1)
+        given, drawn = drawn.shape, drawn.reshape(*ghosts.tokens.shape, -1)
         if drawn.shape[-1] != draws:
             raise ValueError(
                 f"{objective!r} takes {draws} drawn tokens at each context: expected drawn_tokens of the shape "
-                f"{(*ghosts.tokens.shape, draws)}, got {ghosts.drawn_tokens.shape}."
+                f"{(*ghosts.tokens.shape, draws)}, got {given}."
             )
         ids.append(drawn)
     size = vocabulary_size(student, params, ghosts)
