@@ -135,6 +135,8 @@ class Choice:
     def build(self, value: DataclassInstance, given: Given, key: str) -> Any:
         """Return the chosen alternative with what was given."""
         name = given.values.get(f"{key}.{self.switch}", self.name(value))
+        if name is None:
+            raise ConfigError(f"{key}.{self.switch} must have a value, got null. Leave it out for its default.")
         alternative = self.alternatives[name]
         names = [field.name for field in dataclasses.fields(alternative)]
         for other in given.values:

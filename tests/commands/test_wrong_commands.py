@@ -183,7 +183,7 @@ def test_an_option_that_is_misspelt(command: str, capsys: pytest.CaptureFixture[
     """The nearest option is named, with its whole key."""
     names = {name for name in option_names(make_parser(command)) if not name.endswith("+")} - {"help", "version"}
     assert len(names) > 3
-    for name in names:
+    for name in sorted(names)[:: max(len(names) // 12, 1)]:
         assert f"Did you mean --{name}?" in refused(capsys, command, f"--{name}z", "1"), name
 
 
