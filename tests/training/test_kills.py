@@ -29,7 +29,7 @@ from cotgrpo.training.loop import TIME_KEYS
 
 pytestmark = pytest.mark.slow
 
-OF_A_FOLDER = ("wall_seconds", "command", "config")
+OF_A_FOLDER = ("wall_seconds", "command", "config", "held_out_split", "notes")
 """What the report of a run in another folder has otherwise."""
 LORA = ["--lora.rank", "4", "--lora.targets", "[query, value, down]", "--data.format", "chat"]
 LIVE = ["--grpo.ghosts.max_new_tokens", "8", "--grpo.eval_every", "2", "--data.format", "chat"]
