@@ -11,7 +11,17 @@ from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape
 from cotgrpo.models.lora import LoraConfig
-from cotgrpo.objectives import ForwardKl, GroupRelative, Nll, Objective, Pair, ReferenceKl, Reinforce, RewardGradient
+from cotgrpo.objectives import (
+    ForwardKl,
+    GroupRelative,
+    Nll,
+    Objective,
+    Pair,
+    ReferenceKl,
+    Reinforce,
+    RewardGradient,
+    num_draws,
+)
 from cotgrpo.optimizers import OptimizerConfig
 from cotgrpo.sharding import MeshConfig
 
@@ -222,6 +232,11 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 "objective.name group_relative and ghosts.source verified_reward belong together, as the one objective "
                 f"without a ghost: got {name} with {source}. Set both, or neither."
+            )
+        if self.ghosts.on_policy and num_draws(self.objective) > 1:
+            raise ConfigError(
+                f"objective.samples must be 1 with ghosts.source {source}, got {num_draws(self.objective)}: the token "
+                "drawn at a context is that of the student's reply. Set it to 1, or take ghosts.source teacher_forced."
             )
         if isinstance(self.objective, GroupRelative) and self.reward_gain:
             raise ConfigError("reward_gain is that of a ghost token, and group_relative has none. Remove it.")
