@@ -48,7 +48,13 @@ def free_logits(objective: Objective, sharpness: float) -> tuple[float, float, f
 
     other = drawn != ghosts
     ghost_gain, drawn_gain = np.asarray(change(logits, jnp.asarray(ghosts), jnp.asarray(drawn)))[other].T
-    return tuple(float(np.mean(x)) for x in (ghost_gain > 0, ghost_gain > drawn_gain, drawn_gain < 0))
+    return shares(ghost_gain, drawn_gain)
+
+
+def shares(ghost_gain: np.ndarray, drawn_gain: np.ndarray) -> tuple[float, float, float]:
+    """Return how often p(y*) and R rise and p(y) falls."""
+    rises, gains, falls = ghost_gain > 0, ghost_gain > drawn_gain, drawn_gain < 0
+    return float(np.mean(rises)), float(np.mean(gains)), float(np.mean(falls))
 
 
 def resting_point(q: np.ndarray, objective: Objective) -> np.ndarray:
@@ -117,8 +123,7 @@ def one_update(args: argparse.Namespace, objective: Objective) -> tuple[float, f
         np.take_along_axis(np.asarray(gain), np.asarray(ids)[..., None], -1)[..., 0][counted]
         for ids in (batch.targets, drawn)
     )
-    shares = (float(np.mean(x)) for x in (ghost_gain > 0, ghost_gain > drawn_gain, drawn_gain < 0))
-    return (*shares, int(counted.sum()))
+    return (*shares(ghost_gain, drawn_gain), int(counted.sum()))
 
 
 def print_head(*columns: str) -> None:
@@ -142,16 +147,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_head("objective", "logits", "p(y*) rises", "R rises", "p(y) falls")
             for name, objective in OBJECTIVES.items():
                 for sharpness in (0.5, 2.0, 5.0):
-                    shares = free_logits(objective, sharpness)
-                    print(f"| {name} | {sharpness:g} N(0, 1) | " + " | ".join(f"{x:.1%}" for x in shares) + " |")
+                    found = free_logits(objective, sharpness)
+                    print(f"| {name} | {sharpness:g} N(0, 1) | " + " | ".join(f"{x:.1%}" for x in found) + " |")
             print_head("ghosts q", "objective", "q of the first", "p", "entropy of q", "of p", "KL(q, p)")
             print("\n".join(fixed_points()))
         return
     print_head("objective, one AdamW step", "contexts with y != y*", "p(y*) rises", "R rises", "p(y) falls")
     for name, objective in OBJECTIVES.items():
         if not num_draws(objective):
-            *shares, count = one_update(args, objective)
-            print(f"| {name} | {count} | " + " | ".join(f"{x:.0%}" for x in shares) + " |")
+            *parts, count = one_update(args, objective)
+            print(f"| {name} | {count} | " + " | ".join(f"{x:.0%}" for x in parts) + " |")
 
 
 if __name__ == "__main__":

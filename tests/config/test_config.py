@@ -157,7 +157,10 @@ def test_objectives(arguments: list[str], want: Any) -> None:
         ),
         (["--grpo.ghosts.source", "verified_reward"], "belong together.* got Pair with verified_reward"),
         (
-            "--grpo.objective.name reward_gradient --grpo.objective.samples 2 --grpo.ghosts.source privileged_self".split(),
+            [
+                *("--grpo.objective.name", "reward_gradient", "--grpo.objective.samples", "2"),
+                *("--grpo.ghosts.source", "privileged_self"),
+            ],
             "objective.samples must be 1",
         ),
         (
