@@ -54,7 +54,7 @@ def explain_disk_errors(path: PurePath | None = None) -> Iterator[None]:
         found = None if is_own or (path is not None and not isinstance(path, Path)) else find_disk_error(error)
         if found is None:
             raise
-        raise CheckpointError(describe(*found, path)) from error
+        raise CheckpointError(describe(*found, path if isinstance(path, Path) else None)) from error
 
 
 def find_disk_error(error: BaseException | None) -> tuple[int, OSError | None] | None:

@@ -240,9 +240,10 @@ class ChatRenderer:
                 )
             except (RecursionError, MemoryError, OverflowError) as error:
                 raise DataError(f"The chat template computes too much ({type(error).__name__}).") from error
-        if any(len(text) > LONGEST_TEXT for text in texts):
+        rendered = [str(text) for text in texts]
+        if any(len(text) > LONGEST_TEXT for text in rendered):
             raise DataError(f"The chat template writes more than {LONGEST_TEXT:,} characters for a chat.")
-        return [str(text) for text in texts]
+        return rendered
 
     def source(self, *, with_tools: bool = False) -> str:
         """Return the template itself; a tokenizer may have another one for chats with tools."""

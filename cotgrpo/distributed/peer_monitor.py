@@ -158,8 +158,10 @@ class PeerMonitor:
         selector.unregister(connection)
         hello = parse_message(guest.said)
         who, name = hello.get("id"), hello.get("name")
-        known = hello.get("token") == token and isinstance(who, int) and isinstance(name, str)
-        if not known or not 0 < who < self.count or who in self.peers:
+        if not isinstance(who, int) or not isinstance(name, str) or hello.get("token") != token:
+            connection.close()
+            return
+        if not 0 < who < self.count or who in self.peers:
             connection.close()
             return
         keep_alive(connection)
