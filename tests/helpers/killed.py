@@ -103,12 +103,13 @@ class Killed:
         arguments += self.command(self.folder)
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def kill(self, count: int, targets: tuple[str, ...] = ()) -> None:
+    def kill(self, count: int, targets: tuple[str, ...] = (), delay: float = 0.03) -> None:
         """Kill the command `count` times and at every target, from early moments to late ones, and let it end.
 
         Args:
             count: of kills at random moments, each equally likely among the command's file operations.
             targets: parts of moments; the first that has it is one.
+            delay: most seconds after a random moment. A command that cannot be repeated once it is done has none.
         """
         self.run()
         done = list(dict.fromkeys((self.base / "whole.record").read_text().splitlines()))
@@ -116,7 +117,7 @@ class Killed:
         wanted = {next(i for i, each in enumerate(done) if target in each) for target in targets}
         others = [i for i in range(len(done)) if i not in wanted]
         for i in sorted({*wanted, *self.rng.sample(others, min(count, len(others)))}):
-            self.once(done[i], 0.0 if i in wanted or self.rng.random() < 0.4 else self.rng.random() * 0.03)
+            self.once(done[i], 0.0 if i in wanted or self.rng.random() < 0.4 else self.rng.random() * delay)
         while len(self.moments) < count + len(targets):  # a delay passed over the next moment
             self.once(self.rng.choice(done), 0.0)
         self.run()

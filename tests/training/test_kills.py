@@ -80,7 +80,9 @@ def arrays(folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
         warnings.simplefilter("ignore")  # sharding is that of the file
         tree = checkpointer.restore(folder / "checkpoints" / str(step) / "state")
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    plain = jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plain)}
 
 
 def assert_same_stage(run: Killed, name: str) -> None:
@@ -208,7 +210,7 @@ def test_export(trained: Path, tmp_path: Path, rng: random.Random) -> None:
         return ["export", "--run_dir", str(trained / "of_model"), "--out", str(folder / "student")]
 
     run = Killed(tmp_path / "runs", command, rng)
-    run.kill(3, ("rename student",))
+    run.kill(3, ("rename student",), delay=0.0)
     print(f"{len(run.moments)} kills: {run.moments}")
     whole = {path.name: path.read_bytes() for path in (run.whole / "student").iterdir()}
     for folder in run.ended:
