@@ -25,6 +25,7 @@ from cotgrpo.bench.workload import SHAPES
 from cotgrpo.data.sources import DataError
 from cotgrpo.huge_pages import use_huge_pages
 from cotgrpo.models.config import REMAT_POLICIES
+from cotgrpo.terminal import complain
 
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": str,
@@ -41,10 +42,11 @@ LEAST = {"batch": 1, "seq": 1, "repeats": 1, "warmup": 0}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are DataErrors, of one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message}. See {self.prog} --help.")
+        complain(f"{message}. See {self.prog} --help.")
+        raise SystemExit(2)
 
 
 def make_parser() -> Parser:

@@ -15,8 +15,6 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with explain_disk_errors():
             run_bench(arguments)
-    except SystemExit:  # the help was printed
-        return 0
     except (DataError, CheckpointError) as error:
         complain(str(error))
         return 2

@@ -116,7 +116,8 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(path_or_id)
     special = [path for path in folder.iterdir() if is_special(path)] if folder.is_dir() else []
-    if special or (not folder.is_dir() and (folder.exists() or not TOKENIZER_ID.fullmatch(str(path_or_id)))):
+    is_path = folder.exists() or folder.is_symlink() or not TOKENIZER_ID.fullmatch(str(path_or_id))
+    if special or (is_path and not folder.is_dir()):
         found = f" ({special[0].name} is a device, pipe or socket)" if special else ""
         raise DataError(f"No tokenizer in {path_or_id}{found}: expected a folder with tokenizer.json, or a hub id.")
     try:

@@ -59,7 +59,11 @@ def there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail, and return its line."""
-    assert main(list(arguments)) == 2, arguments
+    try:
+        code = main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    assert code == 2, arguments
     error = capsys.readouterr().err
     assert error.startswith("cotgrpo: ") and error.count("\n") == 1 and "Traceback" not in error, error
     return error

@@ -158,8 +158,9 @@ def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     model = make_torch(case).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    loaded = load_pretrained(tmp_path / "in")
+    loaded = load_pretrained(tmp_path / "in", "stored")
     assert loaded.config.param_dtype == dtype
+    assert load_pretrained(tmp_path / "in").config.param_dtype == "float32"
     save_pretrained(tmp_path / "out", loaded.config, loaded.params, source=loaded, max_shard_bytes=30_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 

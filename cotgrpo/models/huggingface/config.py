@@ -91,7 +91,7 @@ def positive(field: HfConfig, name: str) -> int:
     value, most = field.get(name), MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         found = "is missing" if name not in field else f"is {value!r}"
-        raise ModelError(f"config.json: {name} {found}; expected a whole number from 1 to {most}.")
+        raise ModelError(f"config.json: {name} {found}; expected a positive integer, at most {most}.")
     return value
 
 
