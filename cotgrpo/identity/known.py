@@ -121,7 +121,7 @@ def split_of_run(run: Path, config: Config, first: Path | None) -> dict[str, Any
     if kept is not None:
         return kept
     for folder in sorted(folders, key=lambda folder: folder != first):
-        saved = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+        saved = load_config(folder / "config.yaml", may_be_newer=True) if (folder / "config.yaml").is_file() else None
         if saved is None or saved.data.test or config.data.test:
             continue
         if "allow_changed" in given_in(folder / "config.yaml")[0]:
