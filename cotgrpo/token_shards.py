@@ -35,6 +35,7 @@ from cotgrpo.sharding import (
     layout_is_hidden,
     partition_spec,
     type_spec,
+    vary_alike,
 )
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def over_named_shards(
         axis_names=set(shards),
         check_vma=False,
     )(rows, heads, weight)
+    # Without `check_vma` the results look as if they were the same on all devices of a surrounding `shard_map`.
+    *_, partial, out = vary_alike(rows, heads, weight, partial, out)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), partial), out
 
 

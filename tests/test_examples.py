@@ -24,7 +24,8 @@ def test_example(path: Path, devices: int, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"XLA_FLAGS": flags},
+        # XLA's CPU devices share a pool of this many threads. With one for each, collectives can wait for each other.
+        env=os.environ | {"XLA_FLAGS": flags, "NPROC": "32"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -106,7 +106,8 @@ def without_tracebacks() -> Iterator[None]:
     """Log the errors of storage libraries as one line each. The error itself is raised and reported once."""
 
     def shorten(record: logging.LogRecord) -> bool:
-        record.exc_info = None
+        # Orbax writes tracebacks of its threads into messages too.
+        record.msg, record.args, record.exc_info = record.getMessage().partition("\n")[0], (), None
         return True
 
     for name in LOGGERS:
