@@ -180,7 +180,7 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
         return 2
 
     from cotgrpo.checkpoints.manager import CheckpointError
-    from cotgrpo.checkpoints.object_stores import without_tracebacks
+    from cotgrpo.checkpoints.object_stores import shorten_logs
     from cotgrpo.config import ConfigError
     from cotgrpo.data.sources import DataError
     from cotgrpo.disk_errors import explain_disk_errors
@@ -197,7 +197,8 @@ def run(command: Callable[[Sequence[str], Console], None], arguments: Sequence[s
             raise ConfigError("JAX_ENABLE_X64 is set, but every command computes in 32 bits or fewer. Unset it.")
         join_processes(arguments)
         watched = watch_peers(together=(TrainingStopped, Interrupted), alone=of_user)
-        with watched, without_tracebacks(), explain_disk_errors():
+        shorten_logs()
+        with watched, explain_disk_errors():
             use_compilation_cache()
             command(arguments, process_console())
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import glob
 import hashlib
@@ -11,7 +10,6 @@ import importlib.util
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -101,9 +99,12 @@ def check_folder_works(folder: Folder) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def without_tracebacks() -> Iterator[None]:
-    """Log the errors of storage libraries as one line each. The error itself is raised and reported once."""
+@functools.cache
+def shorten_logs() -> None:
+    """Log the errors of storage libraries as one line each, for the rest of the process.
+
+    The error itself is raised and reported once. Threads of the libraries may log after that.
+    """
 
     def shorten(record: logging.LogRecord) -> bool:
         # Orbax writes tracebacks of its threads into messages too.
@@ -112,8 +113,3 @@ def without_tracebacks() -> Iterator[None]:
 
     for name in LOGGERS:
         logging.getLogger(name).addFilter(shorten)
-    try:
-        yield
-    finally:
-        for name in LOGGERS:
-            logging.getLogger(name).removeFilter(shorten)
