@@ -104,11 +104,11 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     after_sft = origin if stage == "grpo" and origin == run_dir / "sft" else None
     cache = MeasurementCache(folder, held_out, after_sft, location.exists())
-    with explain_out_of_memory(lambda: advice_for_eval(config)):
+    with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         before = cache.measure("before.json", weights.adapted, f"before {stage}")
     with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
         state = train_stage(stage, config, inputs.model, weights, batches, held_out, console)
-    with explain_out_of_memory(lambda: advice_for_eval(config)):
+    with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
 
     points = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
@@ -264,12 +264,12 @@ def advice_for_training(stage: StageName, config: Config, weights: StageWeights)
     )
 
 
-def advice_for_eval(config: Config) -> str:
+def advice_for_eval(stage: StageName, config: Config) -> str:
     """Return which settings of a measurement take memory."""
     return (
         f"Lower eval.batch_size ({config.eval.batch_size}) or eval.max_new_tokens ({config.eval.max_new_tokens}); for "
-        f"the held-out loss, the stage's batch_size or data.seq_len ({config.data.seq_len}). The same run_dir can be "
-        "used."
+        f"the held-out loss, {stage}.batch_size ({getattr(config, stage).batch_size}) or data.seq_len "
+        f"({config.data.seq_len}). The same run_dir can be used."
     )
 
 
@@ -317,7 +317,8 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
     inputs = load_eval_inputs(config, console, folder, origin_of(stage, config, run_dir))
     weights, step = restore_weights(folder, inputs.model)
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
-    measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
+    with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
+        measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
     check_loss(measured["loss"], f"{folder} at step {step}")
     about = {"student": str(folder), "step": step, "held_out_split": inputs.split_text}
     return write_eval(about | measured, folder, console)
@@ -334,7 +335,8 @@ def run_eval_pretrained(config: Config, out: Path | None = None, console: Consol
     params = inputs.model.first_params()
     if not is_finite(params):
         raise ConfigError(f"{name} holds parameters that are not finite, so there is nothing to measure.")
-    measured = about | held_out.measure(params, name)
+    with explain_out_of_memory(lambda: advice_for_eval("sft", config)):
+        measured = about | held_out.measure(params, name)
     check_loss(measured["loss"], name)
     return measured if out is None else write_eval(measured, out, console)
 
