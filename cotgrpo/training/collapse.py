@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from cotgrpo.logs.metrics_log import read_metrics
@@ -23,13 +24,17 @@ class CollapseDetector(Hook):
     - Sampled replies become less accurate while greedy replies stay as accurate as before. The likeliest token is still
       right, and the probability of all others grows.
 
+    A fall of the sampled accuracy within two standard errors is chance.
+
     Args:
         folder: of the stage, with its `metrics.jsonl`.
         entropy_growth: above 1, or None to ignore the entropy.
+        replies: sampled in a step; None: so many that there is no chance.
     """
 
-    def __init__(self, folder: Path, entropy_growth: float | None) -> None:
-        self.folder, self.entropy_growth = folder, entropy_growth
+    def __init__(self, folder: Path, entropy_growth: float | None, replies: int | None = None) -> None:
+        self.folder, self.entropy_growth, self.replies = folder, entropy_growth, replies
+        self.evaluated_step = 0
         self.first_entropy: float | None = None
         self.high_rows = 0
         self.calm_step = self.best_step = 0  # the newest step before the entropy rose, and before accuracy fell
@@ -59,7 +64,7 @@ class CollapseDetector(Hook):
             self.sampled.append(sampled)
         if row.get("eval/accuracy") is not None and self.sampled:
             self.check_accuracy(step, sum(self.sampled) / len(self.sampled), row["eval/accuracy"])
-            self.sampled = []
+            self.sampled, self.evaluated_step = [], step
 
     def check_entropy(self, step: int, entropy: float, growth: float) -> None:
         """Raise TrainingStopped if the entropy is too high for the second time in a row."""
@@ -79,7 +84,11 @@ class CollapseDetector(Hook):
 
     def check_accuracy(self, step: int, sampled: float, greedy: float) -> None:
         """Raise TrainingStopped if sampled replies are worse than before, and greedy ones are not."""
-        if sampled < self.best_sampled - SAMPLED_FALL and greedy >= self.best_greedy - GREEDY_SLACK:
+        mean, fall = (sampled + self.best_sampled) / 2, SAMPLED_FALL
+        if self.replies is not None:
+            count = self.replies * (step - self.evaluated_step)
+            fall = max(fall, 2 * math.sqrt(2 * mean * (1 - mean) / count))
+        if sampled < self.best_sampled - fall and greedy >= self.best_greedy - GREEDY_SLACK:
             raise TrainingStopped(
                 f"Sampled replies are {sampled:.1%} right up to step {step}, and were {self.best_sampled:.1%} right "
                 f"before. Greedy replies stay at {greedy:.1%}: probability leaks from the right tokens to all others. "

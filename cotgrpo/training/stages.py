@@ -233,7 +233,9 @@ def train_stage(
         ),
         extra=(*base, *reference),
         evaluate=lambda trained: measure(weights.adapted(trained)),
-        hooks=[CollapseDetector(folder, config.grpo.max_entropy_growth)] if stage == "grpo" else [],
+        hooks=[CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)]
+        if stage == "grpo"
+        else [],
         console=console,
     )
 

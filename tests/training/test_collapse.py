@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,12 @@ def test_a_resumed_run_counts_the_rows_before_it(tmp_path: Path) -> None:
     log.close()
     with pytest.raises(TrainingStopped, match=r"at step 30, more than 2 times the initial 0\.300"):
         CollapseDetector(tmp_path, 2.0).on_row(30, {"train/entropy": 0.65})
+
+
+@pytest.mark.parametrize(("replies", "stops"), [(None, True), (8, False), (400, True)])
+def test_a_fall_within_two_standard_errors_is_chance(tmp_path: Path, replies: int | None, stops: bool) -> None:
+    """Three steps of 8 replies each say little of 31 % against 12 %; 1,200 replies do."""
+    detector = CollapseDetector(tmp_path, None, replies)
+    detector.on_row(3, {"train/accuracy": 0.31, "eval/accuracy": 1.0})
+    with pytest.raises(TrainingStopped) if stops else contextlib.nullcontext():
+        detector.on_row(6, {"train/accuracy": 0.12, "eval/accuracy": 1.0})
