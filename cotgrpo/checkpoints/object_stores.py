@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import shutil
+import sys
 import tempfile
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -113,3 +114,11 @@ def shorten_logs() -> None:
 
     for name in LOGGERS:
         logging.getLogger(name).addFilter(shorten)
+    others = sys.unraisablehook
+
+    def unraisable(raised: sys.UnraisableHookArgs) -> None:
+        # After a failed write Orbax closes its event loop, and TensorStore still reports each array of it to that loop.
+        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+            others(raised)
+
+    sys.unraisablehook = unraisable
