@@ -304,24 +304,48 @@ def read_settings(
     Raises:
         ConfigError: a file that cannot be read or is not a mapping, an unknown key, a value of the wrong type.
     """
-    settings, unset = translate(dict(flat(read_mapping(path), leaves=known)))
+    return checked_settings(read_mapping(path), known, parser, f"{path}: ", may_be_newer=path if may_be_newer else None)
+
+
+def checked_settings(
+    tree: Mapping[str, Any],
+    known: Sequence[str],
+    parser: ArgumentParser,
+    where: str = "",
+    *,
+    may_be_newer: Path | None = None,
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the settings in nested mappings by dotted key, and those to ignore if they do not apply.
+
+    Args:
+        tree: the mappings.
+        known: the dotted keys.
+        parser: of these settings.
+        where: names the mappings, in front of messages.
+        may_be_newer: the file they come from, if unknown keys are to be left out and printed.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    settings, unset = translate(dict(flat(tree, leaves=known)))
     sections = {key.rpartition(".")[0] for key in known} - {""}
     sections |= {section.partition(".")[0] for section in sections}
     for key in [key for key, value in settings.items() if value == {} and key in sections]:
         del settings[key]
-    newer = tuple(key for key in settings if key not in known and key not in sections) if may_be_newer else ()
-    if newer:
-        say_ignored(path, newer)
+    if may_be_newer is not None:
+        newer = tuple(key for key in settings if key not in known and key not in sections)
+        if newer:
+            say_ignored(may_be_newer, newer)
         settings = {key: value for key, value in settings.items() if key not in newer}
     for key, value in settings.items():
         if key in sections:
-            raise ConfigError(f"{path}: {key} is a section: expected a mapping of its settings, got {value!r}.")
+            raise ConfigError(f"{where}{key} is a section: expected a mapping of its settings, got {value!r}.")
         if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+            raise ConfigError(f"{where}unknown key {key!r}.{nearest(key, known)}")
     try:
         parsed = parser.parse_object(settings)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}{' '.join(str(error).split())}") from error
     return {key: parsed[key] for key in settings}, unset
 
 

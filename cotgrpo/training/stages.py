@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import complain, say
 from cotgrpo.training.batch_sources import make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
+from cotgrpo.training.hooks import Hook
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
 from cotgrpo.training.loop import BatchSource, LoopSettings, train
 from cotgrpo.training.mesh import check_stage_batch
@@ -54,28 +56,33 @@ from cotgrpo.training.weights import (
 from cotgrpo.types import Params, TrainState
 
 
-def run_sft(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Train a student on triples with the next-token loss, in `run_dir/sft`. Resume if run again. Return the report."""
-    return run_stage("sft", config, console or Console())
+def run_sft(config: Config, console: Console | None = None, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
+    """Train a student on triples with the next-token loss, in `run_dir/sft`. Resume if run again. Return the report.
+
+    `hooks` are called between the steps, after the run's own.
+    """
+    return run_stage("sft", config, console or Console(), hooks)
 
 
-def run_grpo(config: Config, console: Console | None = None) -> dict[str, Any]:
+def run_grpo(config: Config, console: Console | None = None, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
     """Train the SFT student, or `grpo.init_from`, with a GhostRespond objective, in `run_dir/grpo`.
 
-    Resume if run again. Return the report.
+    Resume if run again. Return the report. `hooks` are called between the steps, after the run's own.
     """
-    return run_stage("grpo", config, console or Console())
+    return run_stage("grpo", config, console or Console(), hooks)
 
 
-def run_stage(stage: StageName, config: Config, console: Console) -> dict[str, Any]:
+def run_stage(stage: StageName, config: Config, console: Console, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
     """Run a whole stage, or resume it. A finished one only returns its report."""
     check_stage_batch(config, stage)
     run_dir = Path(config.run_dir)
     with locked(run_dir) if is_process_0() else contextlib.nullcontext():
-        return run_locked_stage(stage, config, console, run_dir)
+        return run_locked_stage(stage, config, console, run_dir, hooks)
 
 
-def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir: Path) -> dict[str, Any]:
+def run_locked_stage(
+    stage: StageName, config: Config, console: Console, run_dir: Path, hooks: Sequence[Hook]
+) -> dict[str, Any]:
     """Run a stage in a run folder that no other process writes."""
     folder, origin = run_dir / stage, origin_of(stage, config, run_dir)
     location = CheckpointLocation.resolve(folder, config)
@@ -107,7 +114,7 @@ def run_locked_stage(stage: StageName, config: Config, console: Console, run_dir
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         before = cache.measure("before.json", weights.adapted, f"before {stage}")
     with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
-        state = train_stage(stage, config, inputs.model, weights, batches, held_out, console)
+        state = train_stage(stage, config, inputs.model, weights, batches, held_out, console, hooks)
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
 
@@ -201,6 +208,7 @@ def train_stage(
     batches: BatchSource,
     held_out: HeldOut,
     console: Console,
+    hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Train to the last step. `weights.trained` are donated, unless they are the reference."""
     settings, mesh = getattr(config, stage), model.mesh
@@ -217,6 +225,7 @@ def train_stage(
     on_policy = stage == "grpo" and config.grpo.ghosts.on_policy
     measure = held_out.loss_and_accuracy if on_policy else held_out.loss
     folder = Path(config.run_dir) / stage
+    detector = CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)
     return train(
         jit_step(step, mesh),
         new_state(stage, config, weights.trained, copy=with_reference),
@@ -233,9 +242,7 @@ def train_stage(
         ),
         extra=(*base, *reference),
         evaluate=lambda trained: measure(weights.adapted(trained)),
-        hooks=[CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)]
-        if stage == "grpo"
-        else [],
+        hooks=[*([detector] if stage == "grpo" else []), *hooks],
         console=console,
     )
 
