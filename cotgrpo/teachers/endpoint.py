@@ -21,7 +21,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from urllib.parse import quote, urlsplit
 
 from cotgrpo.teachers.completions import AttemptFailed as AttemptFailed
@@ -96,21 +96,14 @@ class Teacher(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EndpointSettings:
-    """Settings of a model behind an OpenAI-compatible endpoint.
+class ConnectionSettings:
+    """How a server is reached, and what happens if it fails.
 
     Attributes:
         base_url: the endpoint, such as http://localhost:8000/v1; null: OPENAI_BASE_URL, or OpenAI's own.
         model: the model's name at the endpoint.
         api_key_env: name of the environment variable that holds the key. The key itself is not a setting and is written
             nowhere. An endpoint on this machine needs none.
-        temperature: sampling temperature; 0 is greedy; null: not sent, as some reasoning models demand.
-        top_p: sample from the fewest likeliest tokens that hold this much probability; null: not sent.
-        max_tokens: longest reply in tokens, reasoning included.
-        token_limit_field: the endpoint's name of max_tokens; OpenAI's reasoning models want max_completion_tokens. If
-            the server refuses one name, requests use the other.
-        stream: whether replies come as streams; auto: only if the server sends nothing else. A stream also keeps
-            proxies from closing a connection that waits for a long reply.
         extra_body: a JSON object of further fields of each request, such as {"top_k": 20}.
         concurrency: requests in flight at a time.
         requests_per_minute: most requests started in a minute, retries included; 0: no limit.
@@ -120,17 +113,11 @@ class EndpointSettings:
             of the server wins.
         longest_delay: seconds, the upper bound of the backoff.
         longest_wait: seconds, the longest Retry-After that is waited for. A longer one stops the run.
-        failures_in_a_row: consecutive requests that may fail for good before the run stops.
     """
 
     base_url: str | None = None
     model: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
-    temperature: float | None = 0.7
-    top_p: float | None = None
-    max_tokens: int = 1024
-    token_limit_field: LimitField = "max_tokens"
-    stream: bool | Literal["auto"] = "auto"
     extra_body: str = ""
     concurrency: int = 8
     requests_per_minute: float = 0.0
@@ -139,27 +126,25 @@ class EndpointSettings:
     retry_delay: float = 1.0
     longest_delay: float = 60.0
     longest_wait: float = 600.0
-    failures_in_a_row: int = 10
+
+    section: ClassVar[str] = "teacher"
+    """The section of the settings, as messages name it."""
 
     def __post_init__(self) -> None:
-        minima = dict.fromkeys(("max_tokens", "concurrency", "failures_in_a_row"), 1)
+        minima = {"concurrency": 1}
         minima |= dict.fromkeys(("requests_per_minute", "retries", "retry_delay", "longest_delay", "longest_wait"), 0)
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be positive, got {self.timeout}.")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0, or null, got {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], or be null, got {self.top_p}.")
         if not VARIABLE_NAME.fullmatch(self.api_key_env):
             raise ValueError(  # without the value, which may be the key itself
                 "api_key_env must be the name of an environment variable in capitals, such as OPENAI_API_KEY, "
                 "not the key."
             )
         if self.base_url is not None:
-            check_url(self.base_url)
+            check_url(self.base_url, self.section)
         self.extra_fields()
 
     def extra_fields(self) -> dict[str, Any]:
@@ -171,6 +156,65 @@ class EndpointSettings:
         if not isinstance(fields, dict):
             raise ValueError(f"extra_body must be a JSON object, got {type(fields).__name__}.")
         return fields
+
+    def api_key(self) -> str:
+        """Return the key in the environment, or a placeholder for an endpoint on this machine.
+
+        Raises:
+            TeacherError: a key is needed and missing, or cannot be sent.
+        """
+        key = os.environ.get(self.api_key_env, "").strip()
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        if url:
+            try:
+                check_url(url, self.section)
+            except ValueError as error:
+                where = f"{self.section}.base_url" if self.base_url else "OPENAI_BASE_URL"
+                raise TeacherError(f"{where} cannot be used: {error}") from None
+        host = urlsplit(url).hostname
+        if not key and host not in LOOPBACK:
+            raise TeacherError(
+                f"The environment variable {self.api_key_env} is not set: expected the teacher's key in it. Export it, "
+                f"or name another variable in {self.section}.api_key_env."
+            )
+        if not all(" " < letter <= "~" for letter in key):
+            raise TeacherError(
+                f"The key in {self.api_key_env} holds characters that an HTTP header cannot: copy it again."
+            )
+        return key or NO_KEY
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointSettings(ConnectionSettings):
+    """Settings of a model behind an OpenAI-compatible endpoint.
+
+    Attributes:
+        temperature: sampling temperature; 0 is greedy; null: not sent, as some reasoning models demand.
+        top_p: sample from the fewest likeliest tokens that hold this much probability; null: not sent.
+        max_tokens: longest reply in tokens, reasoning included.
+        token_limit_field: the endpoint's name of max_tokens; OpenAI's reasoning models want max_completion_tokens. If
+            the server refuses one name, requests use the other.
+        stream: whether replies come as streams; auto: only if the server sends nothing else. A stream also keeps
+            proxies from closing a connection that waits for a long reply.
+        failures_in_a_row: consecutive requests that may fail for good before the run stops.
+    """
+
+    temperature: float | None = 0.7
+    top_p: float | None = None
+    max_tokens: int = 1024
+    token_limit_field: LimitField = "max_tokens"
+    stream: bool | Literal["auto"] = "auto"
+    failures_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "failures_in_a_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, or null, got {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], or be null, got {self.top_p}.")
+        super().__post_init__()
 
     @property
     def longest_reply(self) -> int:
@@ -191,34 +235,8 @@ class EndpointSettings:
         """Return the body fields of a request in this form, besides model and messages."""
         return self.sampling_fields() | {form.limit_field: self.max_tokens} | form.fields() | self.extra_fields()
 
-    def api_key(self) -> str:
-        """Return the key in the environment, or a placeholder for an endpoint on this machine.
 
-        Raises:
-            TeacherError: a key is needed and missing, or cannot be sent.
-        """
-        key = os.environ.get(self.api_key_env, "").strip()
-        url = self.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if url:
-            try:
-                check_url(url)
-            except ValueError as error:
-                where = "teacher.base_url" if self.base_url else "OPENAI_BASE_URL"
-                raise TeacherError(f"{where} cannot be used: {error}") from None
-        host = urlsplit(url).hostname
-        if not key and host not in LOOPBACK:
-            raise TeacherError(
-                f"The environment variable {self.api_key_env} is not set: expected the teacher's key in it. Export it, "
-                "or name another variable in teacher.api_key_env."
-            )
-        if not all(" " < letter <= "~" for letter in key):
-            raise TeacherError(
-                f"The key in {self.api_key_env} holds characters that an HTTP header cannot: copy it again."
-            )
-        return key or NO_KEY
-
-
-def check_url(base_url: str) -> None:
+def check_url(base_url: str, section: str = "teacher") -> None:
     """Raise ValueError unless this is the plain URL of an endpoint."""
     url = urlsplit(base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
@@ -226,41 +244,23 @@ def check_url(base_url: str) -> None:
     if url.username is not None or url.query:
         raise ValueError(
             "base_url holds a user name or a query, which may be a key, and settings are saved with the "
-            "output. Give the endpoint alone, and the key in the environment (teacher.api_key_env)."
+            f"output. Give the endpoint alone, and the key in the environment ({section}.api_key_env)."
         )
 
 
-class EndpointTeacher:
-    """A model behind an OpenAI-compatible endpoint: `POST base_url/chat/completions`, through the `openai` client.
-
-    A request is retried after a failed connection, a timeout, HTTP 408, 409, 425, 429 and 5xx, a body without a reply
-    and a reply that the server broke off. Other statuses fail at once. If the server names the form of the request as
-    the fault (the name of the token limit, a stream), requests change their form. Before retry k it waits for
-
-        min(longest_delay, retry_delay 2^(k-1)) u    seconds,    u uniform in [1/2, 1]
-
-    or for the server's Retry-After, which then holds up all requests.
+class Connection:
+    """A server that is reached through the `openai` client, its key, and the meaning of its errors.
 
     Args:
-        settings: the endpoint. The key is read from the environment here.
+        settings: the server. The key is read from the environment here.
         say: prints a line for the user.
 
     Raises:
-        TeacherError: `settings.model` is not set, or the key is missing.
+        TeacherError: the key is missing.
     """
 
-    def __init__(self, settings: EndpointSettings, say: Callable[[str], None] = lambda line: None) -> None:
-        if settings.model is None:
-            raise TeacherError("teacher.model is not set: expected the model's name at the endpoint.")
+    def __init__(self, settings: ConnectionSettings, say: Callable[[str], None] = lambda line: None) -> None:
         self.settings, self.api_key, self.say = settings, settings.api_key(), say
-
-    def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
-        """Hand every request to `done` with its outcome.
-
-        Raises:
-            TeacherError: the teacher cannot be asked, or asking further is useless. Outcomes handed over before stay.
-        """
-        asyncio.run(Session(self).run(iter(requests), done))
 
     def redact(self, text: str) -> str:
         """Return the text without the key, and without any part of it of `MIN_SECRET_LENGTH` letters."""
@@ -285,6 +285,83 @@ class EndpointTeacher:
         )
         return text if len(text) <= DETAIL_LENGTH else text[: DETAIL_LENGTH - 1] + "…"
 
+    def meaning(self, error: ServerError, complaint: Complaint | None = None) -> AttemptFailed | TeacherError:
+        """Return what an HTTP error means: this attempt failed, or every request would."""
+        settings, where, words = self.settings, self.where, self.shorten(error.message)
+        if error.status == 401:  # the message of a 401 may hold a part of the key
+            fix = f"Check the variable that {settings.section}.api_key_env names."
+        else:
+            fix = f"Check {settings.section}.base_url and {settings.section}.model. The server's message: {words}"
+        if error.no_quota:
+            return TeacherError(f"The teacher at {where} has no quota left for this key. The server's message: {words}")
+        if error.status in FATAL_STATUSES:
+            status = f"HTTP {error.status}; model {settings.model!r}"
+            return TeacherError(f"The teacher at {where} {FATAL_STATUSES[error.status]} ({status}). {fix}")
+        if complaint is not None and not complaint.of_every_request:
+            return AttemptFailed(f"HTTP {error.status}", f"{complaint.fix} {error.message}", retryable=False)
+        if complaint is not None:
+            return TeacherError(
+                f"The teacher at {where} refuses a setting (HTTP {error.status}; model {settings.model!r}). "
+                f"{complaint.fix} The server's message: {words}"
+            )
+        wait = parse_retry_after(error.headers)
+        if wait is not None and wait > settings.longest_wait:
+            return TeacherError(
+                f"The teacher at {where} asks for a pause of {wait:.0f} s (HTTP {error.status}), longer than "
+                f"{settings.section}.longest_wait ({settings.longest_wait:g} s). Run the same command later to "
+                f"continue. The server's message: {words}"
+            )
+        return AttemptFailed(f"HTTP {error.status}", error.message, retryable=error.retryable, retry_after=wait)
+
+    @property
+    def where(self) -> str:
+        """The endpoint's address."""
+        return self.settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "OpenAI"
+
+    def make_client(self) -> Any:
+        """Return the `openai` client. Its retries are off: they ignore broken bodies and hold up one request only."""
+        try:
+            from openai import AsyncOpenAI
+        except ImportError as error:
+            raise TeacherError('A teacher behind an endpoint needs openai: pip install "cotgrpo[teacher]".') from error
+        settings = self.settings
+        return AsyncOpenAI(api_key=self.api_key, base_url=settings.base_url, max_retries=0, timeout=settings.timeout)
+
+
+class EndpointTeacher(Connection):
+    """A model behind an OpenAI-compatible endpoint: `POST base_url/chat/completions`, through the `openai` client.
+
+    A request is retried after a failed connection, a timeout, HTTP 408, 409, 425, 429 and 5xx, a body without a reply
+    and a reply that the server broke off. Other statuses fail at once. If the server names the form of the request as
+    the fault (the name of the token limit, a stream), requests change their form. Before retry k it waits for
+
+        min(longest_delay, retry_delay 2^(k-1)) u    seconds,    u uniform in [1/2, 1]
+
+    or for the server's Retry-After, which then holds up all requests.
+
+    Args:
+        settings: the endpoint. The key is read from the environment here.
+        say: prints a line for the user.
+
+    Raises:
+        TeacherError: `settings.model` is not set, or the key is missing.
+    """
+
+    settings: EndpointSettings
+
+    def __init__(self, settings: EndpointSettings, say: Callable[[str], None] = lambda line: None) -> None:
+        if settings.model is None:
+            raise TeacherError("teacher.model is not set: expected the model's name at the endpoint.")
+        super().__init__(settings, say)
+
+    def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
+        """Hand every request to `done` with its outcome.
+
+        Raises:
+            TeacherError: the teacher cannot be asked, or asking further is useless. Outcomes handed over before stay.
+        """
+        asyncio.run(Session(self).run(iter(requests), done))
+
     def redact_reply(self, reply: TeacherReply) -> TeacherReply:
         """Return the reply with texts that do not hold the key."""
         texts = {n: self.redact(getattr(reply, n)) for n in ("text", "reasoning", "finish_reason", "refusal", "model")}
@@ -305,48 +382,6 @@ class EndpointTeacher:
             stream=settings.stream,
             has_system=has_system,
         )
-
-    def meaning(self, error: ServerError, complaint: Complaint | None = None) -> AttemptFailed | TeacherError:
-        """Return what an HTTP error means: this attempt failed, or every request would."""
-        settings, where, words = self.settings, self.where, self.shorten(error.message)
-        if error.status == 401:  # the message of a 401 may hold a part of the key
-            fix = "Check the variable that teacher.api_key_env names."
-        else:
-            fix = f"Check teacher.base_url and teacher.model. The server's message: {words}"
-        if error.no_quota:
-            return TeacherError(f"The teacher at {where} has no quota left for this key. The server's message: {words}")
-        if error.status in FATAL_STATUSES:
-            status = f"HTTP {error.status}; model {settings.model!r}"
-            return TeacherError(f"The teacher at {where} {FATAL_STATUSES[error.status]} ({status}). {fix}")
-        if complaint is not None and not complaint.of_every_request:
-            return AttemptFailed(f"HTTP {error.status}", f"{complaint.fix} {error.message}", retryable=False)
-        if complaint is not None:
-            return TeacherError(
-                f"The teacher at {where} refuses a setting (HTTP {error.status}; model {settings.model!r}). "
-                f"{complaint.fix} The server's message: {words}"
-            )
-        wait = parse_retry_after(error.headers)
-        if wait is not None and wait > settings.longest_wait:
-            return TeacherError(
-                f"The teacher at {where} asks for a pause of {wait:.0f} s (HTTP {error.status}), longer than "
-                f"teacher.longest_wait ({settings.longest_wait:g} s). Run the same command later to continue. "
-                f"The server's message: {words}"
-            )
-        return AttemptFailed(f"HTTP {error.status}", error.message, retryable=error.retryable, retry_after=wait)
-
-    @property
-    def where(self) -> str:
-        """The endpoint's address."""
-        return self.settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "OpenAI"
-
-    def make_client(self) -> Any:
-        """Return the `openai` client. Its retries are off: they ignore broken bodies and hold up one request only."""
-        try:
-            from openai import AsyncOpenAI
-        except ImportError as error:
-            raise TeacherError('A teacher behind an endpoint needs openai: pip install "cotgrpo[teacher]".') from error
-        settings = self.settings
-        return AsyncOpenAI(api_key=self.api_key, base_url=settings.base_url, max_retries=0, timeout=settings.timeout)
 
 
 def cut_out(text: str, parts: re.Pattern[str]) -> str:
