@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotgrpo.config import Config, ConfigError
-from cotgrpo.config.files import Options, add_settings, given_in
+from cotgrpo.config.files import Options, add_settings
 from cotgrpo.config.sections import build
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-TRAINING = ("sft", "grpo", "max_skipped", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best")
+TRAINING = (
+    *("sft", "grpo", "max_skipped", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
+    *("callbacks", "trackers", "tracker", "profile"),
+)
 """Settings that measuring does not read, accepted for files and scripts that hold them."""
 
 
@@ -30,7 +33,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Options, console: Console) -> None:
     """Measure the student of a run, or a model."""
-    from cotgrpo.training.stages import newest_stage, run_eval, run_eval_pretrained
+    from cotgrpo.runs import Run
+    from cotgrpo.training.stages import run_eval_pretrained
 
     given, model, out = options.given(Config()), options.values.model, options.values.out
     if model is not None:
@@ -43,6 +47,4 @@ def run(options: Options, console: Console) -> None:
         given.values["student.path"], given.sources["student.path"] = model, latest + 1
         run_eval_pretrained(build(Config(), given), None if out is None else Path(out), console)
         return
-    run_dir = Path(given.values.get("run_dir", Config().run_dir))
-    saved, unset = given_in(run_dir / newest_stage(run_dir) / "config.yaml")
-    run_eval(build(Config(), given.over(saved, unset)), console)
+    Run.of(given, console).evaluate()

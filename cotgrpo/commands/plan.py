@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+NOT_PLANNED = ("eval", "checkpoint", "max_skipped", "verify", "callbacks", "trackers", "tracker", "profile")
+"""Settings of a run that a plan does not read."""
+
+
 def add_options(parser: ArgumentParser) -> None:
     """Add the chips, the stage, whether to search, and the settings of a run."""
     add = parser.add_argument
@@ -29,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--stage", type=Literal["sft", "grpo"], default="grpo", metavar="{sft,grpo}", help="the stage (default: grpo)")
     add("--search", action="store_true", help="rank meshes, remat policies and micro-batches")
     add("--out", type=str, metavar="FILE.json", help="the plan; its table goes next to it (default: in run_dir/plans)")
-    add_settings(parser, Config(), hidden=("eval", "checkpoint", "max_skipped"))
+    add_settings(parser, Config(), hidden=NOT_PLANNED)
 
 
 def run(options: Options, console: Console) -> None:

@@ -7,6 +7,7 @@ import functools
 from typing import Literal
 
 from cotgrpo.config.ghosts import SOURCES, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
+from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, TrackerConfig, check_callbacks
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape
@@ -32,6 +33,7 @@ OBJECTIVES = {
     "reward_gradient": RewardGradient,
     "reinforce": Reinforce,
     "group_relative": GroupRelative,
+    "own": OwnObjective,
 }
 SHAPE = tuple(field.name for field in dataclasses.fields(DecoderShape))
 """The settings of a student that a pretrained one does not have."""
@@ -233,7 +235,8 @@ class GrpoConfig(StageConfig):
                 "objective.name group_relative and ghosts.source verified_reward belong together, as the one objective "
                 f"without a ghost: got {name} with {source}. Set both, or neither."
             )
-        if self.ghosts.on_policy and num_draws(self.objective) > 1:
+        own = isinstance(self.objective, OwnObjective)  # the stage checks it, so that other commands need not load it
+        if self.ghosts.on_policy and not own and num_draws(self.objective) > 1:
             raise ConfigError(
                 f"objective.samples must be 1 with ghosts.source {source}, got {num_draws(self.objective)}: the token "
                 "drawn at a context is that of the student's reply. Set it to 1, or take ghosts.source teacher_forced."
@@ -329,6 +332,12 @@ class Config:
         sft: supervised fine-tuning on the triples (chain-of-thought distillation).
         grpo: GhostRespond Policy Optimization (not Group Relative).
         eval: how exact match is measured.
+        verify: functions of your own that judge replies, in every command.
+        callbacks: callbacks of your own, as one or several "package.module:name" (`cotgrpo.training.hooks.Callback`).
+        trackers: one or several of wandb, mlflow and trackio, or "package.module:name" of your own
+            (`cotgrpo.logs.trackers.Tracker`). metrics.jsonl and TensorBoard's events are always written.
+        tracker: where the trackers log.
+        profile: which steps are profiled.
         checkpoint: when and where the run is saved.
         mesh: how the devices share the work.
     """
@@ -344,12 +353,18 @@ class Config:
     sft: StageConfig = StageConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
+    verify: OwnVerifier = OwnVerifier()
+    callbacks: list[str] | str = dataclasses.field(default_factory=list)
+    trackers: list[str] | str = dataclasses.field(default_factory=list)
+    tracker: TrackerConfig = TrackerConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed")
         at_least(1, self, "max_skipped")
+        check_callbacks(self.callbacks, self.trackers)
         expect(self.allowed_changes <= {*CHANGES}, self, "allow_changed", f"some of {', '.join(CHANGES)}")
         expect(bool(self.run_dir.strip()), self, "run_dir", "the name of a folder")
         if "://" in self.run_dir:

@@ -18,6 +18,7 @@ import numpy as np
 
 from cotgrpo.data.chat_renderer import DAY as DAY
 from cotgrpo.data.chat_renderer import PROBE, PROBE_WITH_SYSTEM, Turn, TurnRenderer, any_of, is_long, placed, texts_in
+from cotgrpo.data.own.verifier import EXACT_MATCH, Verifier
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate, Example, PromptRow, attempt, or_raise
@@ -68,6 +69,7 @@ class ChatTemplate(AnyTemplate):
         more_stop_ids: further tokens that end a generated reply (of the model's generation config).
         turns: "last": one sequence a triple, and "completion" supervises its last reply; "all": every reply, apart
             from a greeting before the first message of the user, and from earlier ones with `weight: 0`.
+        verifier: judges replies.
 
     Raises:
         ValueError: a setting outside its range.
@@ -82,6 +84,7 @@ class ChatTemplate(AnyTemplate):
     loss_on: Literal["sequence", "completion"] = "sequence"
     more_stop_ids: tuple[int, ...] = ()
     turns: Literal["last", "all"] = "last"
+    verifier: Verifier = EXACT_MATCH
 
     def __post_init__(self) -> None:
         if self.loss_on not in ("sequence", "completion"):

@@ -67,6 +67,12 @@ class Question:
         return template.prompt_of(self) if self.prompt is None else self.prompt
 
 
+def place_of(row: Question | Triple) -> str:
+    """Return the place of a row, and the beginning of its question, for errors."""
+    asked = f"the question {squeeze(row.question)!r:.60}"
+    return f"{row.source} ({asked})" if row.source else asked
+
+
 def question_text(row: Question | Triple | Row) -> str:
     """Return what a row asks, as one text. White space and Unicode's form of a letter do not count.
 

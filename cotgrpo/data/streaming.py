@@ -291,6 +291,7 @@ class StreamedTriples:
         files: the rows.
         split, bad_rows, keep_incorrect, columns, row_function: as in `read_triples`.
         held_out: the `question_text` of questions that are left out: a set, or a rule with `in`.
+        keep_rows: whether each triple holds its row as it was read.
     """
 
     files: RowFiles
@@ -300,6 +301,7 @@ class StreamedTriples:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     row_function: str = ""
     held_out: Container[str] = frozenset()
+    keep_rows: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes. A function of the user's own is imported again in another process."""
@@ -331,7 +333,11 @@ class StreamedTriples:
     def read(self, numbers: Sequence[int]) -> tuple[list[Triple], DropReport]:
         """Return the triples of these rows, maybe none, and the report of what was left out."""
         triples, report = triples_in(
-            self.parsed(numbers), bad_rows=self.bad_rows, keep_incorrect=self.keep_incorrect, deduplicate=False
+            self.parsed(numbers),
+            bad_rows=self.bad_rows,
+            keep_incorrect=self.keep_incorrect,
+            deduplicate=False,
+            keep_rows=self.keep_rows,
         )
         kept = []
         for triple in triples:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, ru
 
 import numpy as np
 
+from cotgrpo.data.own.verifier import EXACT_MATCH, Verifier
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.tokenizer import decode_text
 from cotgrpo.data.triples import Triple
@@ -68,15 +69,19 @@ class AnyTemplate(abc.ABC):
         tokenizer: a `transformers` tokenizer.
         loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the
             reply.
+        verifier: judges replies.
     """
 
     tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["sequence", "completion"]
+    verifier: Verifier
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the settings alone, for another process."""
+        """Return the settings alone, for another process, which renders rows and judges no reply."""
         cached = functools.cached_property
-        return {name: v for name, v in vars(self).items() if not isinstance(getattr(type(self), name, None), cached)}
+        state = {name: v for name, v in vars(self).items() if not isinstance(getattr(type(self), name, None), cached)}
+        state.pop("verifier", None)
+        return state
 
     @property
     @abc.abstractmethod
@@ -211,6 +216,7 @@ class Template(AnyTemplate):
         separator: text between the three parts, best a token of its own (`<sep>` of a tokenizer trained here).
         loss_on: "sequence" supervises every token but the first (the method's own definition); "completion" only the
             tokens after the first separator.
+        verifier: judges replies.
 
     Raises:
         DataError: no eos token, or a separator that holds it or that the tokenizer merges with the text around it.
@@ -219,6 +225,7 @@ class Template(AnyTemplate):
     tokenizer: PreTrainedTokenizerBase
     separator: str = "<sep>"
     loss_on: Literal["sequence", "completion"] = "sequence"
+    verifier: Verifier = EXACT_MATCH
 
     def __post_init__(self) -> None:
         if self.loss_on not in ("sequence", "completion"):

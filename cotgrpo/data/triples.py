@@ -29,6 +29,7 @@ class Triple:
             message, as the row has them. Empty: the question is the only message.
         tools: the tools of the chat, as JSON schemas for the chat template.
         verbatim: whether `answer` is the whole reply, to be trained as it is. Then `rationale` is empty.
+        row: the row as it was read, if rows are kept for a verifier of the user's own.
     """
 
     question: str
@@ -40,6 +41,7 @@ class Triple:
     context: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     verbatim: bool = False
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def asked(self) -> str:
@@ -88,9 +90,17 @@ def read_triples(
 
 
 def triples_in(
-    rows: Iterable[RowResult], *, bad_rows: BadRows = "error", keep_incorrect: bool = False, deduplicate: bool = True
+    rows: Iterable[RowResult],
+    *,
+    bad_rows: BadRows = "error",
+    keep_incorrect: bool = False,
+    deduplicate: bool = True,
+    keep_rows: bool = False,
 ) -> tuple[list[Triple], DropReport]:
-    """Return the triples of rows that `read_rows` has read, maybe none, and the report."""
+    """Return the triples of rows that `read_rows` has read, maybe none, and the report.
+
+    With `keep_rows` each holds its row as it was read.
+    """
 
     def make(row: Row) -> tuple[Triple, Sequence[str]]:
         gold = row.fields.get("gold", row.gold or None)
@@ -98,6 +108,8 @@ def triples_in(
         if not keep_incorrect and row.marked_correct is False:  # a known mistake may lack an answer
             raise wrong
         triple = triple_of(row)
+        if keep_rows:
+            triple = dataclasses.replace(triple, row=row.fields)
         if row.no_gold and row.marked_correct is None and not keep_incorrect:
             raise DataError(row.no_gold)
         if not keep_incorrect and not row.grade.correct:

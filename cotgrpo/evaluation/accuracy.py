@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 
-from cotgrpo.data.answers import grade
-from cotgrpo.data.questions import Question
+from cotgrpo.data.questions import Question, place_of
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.tokenizer import decode_text
 from cotgrpo.distributed.processes import fetch
@@ -41,6 +40,8 @@ class Reply:
         answer: the answer that the template finds (plain: the text after the separator), or None.
         correct: whether the answer is right.
         finished: whether the reply ended with a stop token instead of the length limit.
+        reward: by the reward of the user's own; None without one.
+        message: what the user's own verifier says; empty without one.
     """
 
     question: str
@@ -49,6 +50,18 @@ class Reply:
     answer: str | None
     correct: bool
     finished: bool
+    reward: float | None = None
+    message: str = ""
+
+    @property
+    def score(self) -> float:
+        """The reward, or else 1 for a right reply and 0 for a wrong one."""
+        return float(self.correct) if self.reward is None else self.reward
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, without a reward and a message if there is none."""
+        own = {"reward": self.reward is not None, "message": bool(self.message)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if own.get(name, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Accuracy:
         truncated: replies cut off at the token limit.
         unparsable: replies without an answer (plain: without a separator); they count as wrong.
         replies: one for each row, in order.
+        reward: the mean reward of the user's own; None without one.
     """
 
     value: float
@@ -71,6 +85,7 @@ class Accuracy:
     truncated: int
     unparsable: int
     replies: list[Reply]
+    reward: float | None = None
 
     def figures(self) -> dict[str, float | int]:
         """Return value, n and interval, for a report."""
@@ -147,14 +162,28 @@ class ExactMatch:
             truncated=sum(not reply.finished for reply in in_order),
             unparsable=sum(reply.answer is None for reply in in_order),
             replies=in_order,
+            reward=mean_reward(in_order),
         )
 
 
 def judge(template: AnyTemplate, question: Question, ids: np.ndarray, finished: bool) -> Reply:
-    """Split a reply and grade its answer."""
+    """Split a reply and ask the template's verifier about it.
+
+    Raises:
+        OwnCodeError: a function of the user's own failed. The message names it and the row.
+    """
     _, answer = template.split_reply(ids)
-    text = decode_text(template.tokenizer, ids)
-    return Reply(question.question, question.gold, text, answer, grade(answer, question.gold).correct, finished)
+    text, verifier = decode_text(template.tokenizer, ids), template.verifier
+    row = question.row or {"question": question.question, "gold": question.gold}
+    verdict = verifier(template.decode(ids), answer, question.gold, row, place_of(question))
+    message = verdict.message if verifier.verify is not None else ""
+    return Reply(question.question, question.gold, text, answer, verdict.correct, finished, verdict.reward, message)
+
+
+def mean_reward(replies: Sequence[Reply]) -> float | None:
+    """Return the mean of the rewards of the user's own; None without them."""
+    rewards = [reply.reward for reply in replies if reply.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -36,6 +36,11 @@ class HeldOut:
         lambda done: None
     )
 
+    @property
+    def verify(self) -> dict[str, str]:
+        """The user's own functions that judge the replies, by setting."""
+        return self.exact_match.template.verifier.names
+
     def loss(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         """Return the mean NLL of the reference replies and its companion metrics; nothing if there are none."""
         if not self.num_references:
@@ -45,7 +50,9 @@ class HeldOut:
 
     def loss_and_accuracy(self, params: Params) -> dict[str, float]:
         """Return the metrics of `loss`, and the accuracy of greedy replies."""
-        return self.loss(params) | {"accuracy": self.exact_match(params).value}
+        accuracy = self.exact_match(params)
+        reward = {} if accuracy.reward is None else {"reply_reward": accuracy.reward}
+        return self.loss(params) | {"accuracy": accuracy.value} | reward
 
     def measure(self, params: Params, when: str) -> dict[str, Any]:
         """Return accuracy, loss (None without a correct reference) and replies, and print them with `when` in front."""
@@ -59,15 +66,21 @@ class HeldOut:
             if loss is not None
             else ("no loss: no row has a correct reply that fits")
         )
-        say(self.console, f"{when}: held-out accuracy {accuracy}, {shown}")
-        return {
-            "accuracy": accuracy.figures(),
-            "truncated": accuracy.truncated,
-            "unparsable": accuracy.unparsable,
-            "loss": loss,
-            "loss_rows": self.num_references,
-            "replies": [dataclasses.asdict(reply) for reply in accuracy.replies],
-        }
+        reward = "" if accuracy.reward is None else f", mean reward {accuracy.reward:.4g}"
+        say(self.console, f"{when}: held-out accuracy {accuracy}{reward}, {shown}")
+        own = {"verify": self.verify} if self.verify else {}
+        return (
+            {
+                "accuracy": accuracy.figures(),
+                "truncated": accuracy.truncated,
+                "unparsable": accuracy.unparsable,
+                "loss": loss,
+                "loss_rows": self.num_references,
+                "replies": [reply.to_dict() for reply in accuracy.replies],
+            }
+            | own
+            | ({} if accuracy.reward is None else {"reward": accuracy.reward})
+        )
 
 
 def counted_batches(batches: Iterable[SftBatch], progress: Callable[[int], None]) -> Iterator[SftBatch]:

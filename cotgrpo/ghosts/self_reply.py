@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cotgrpo.data.answers import grade
+from cotgrpo.data.questions import place_of
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.triples import Triple
+from cotgrpo.data.triples import Triple, row_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,8 @@ class SampledReply:
 def best_reply(template: AnyTemplate, question: Triple, replies: Iterable[SampledReply]) -> Triple | None:
     """Return the likeliest correct reply that has finished and can be rendered as training text, or None.
 
+    With a reward of the user's own it is the one with the highest reward. The likeliest wins a tie.
+
     Args:
         template: splits replies, and must give the text back unchanged.
         question: the row; its answer is the right one.
@@ -44,14 +46,18 @@ def best_reply(template: AnyTemplate, question: Triple, replies: Iterable[Sample
     correct = []
     for reply in replies:
         rationale, answer = template.split_reply(reply.ids)
-        if not reply.finished or answer is None or not grade(answer, question.answer).correct:
+        if not reply.finished or answer is None:
+            continue
+        row = question.row or row_of(question)
+        verdict = template.verifier(template.decode(reply.ids), answer, question.answer, row, place_of(question))
+        if not verdict.correct:
             continue
         if question.context:  # rows of several turns are whole replies
             rationale, answer = "", template.decode(reply.ids).strip()
         triple = dataclasses.replace(question, rationale=rationale, answer=answer)
         if can_render(template, triple):
-            correct.append((reply.log_prob, triple))
-    return max(correct, key=lambda found: found[0])[1] if correct else None
+            correct.append((verdict.reward or 0.0, reply.log_prob, triple))
+    return max(correct, key=lambda found: found[:2])[2] if correct else None
 
 
 def can_render(template: AnyTemplate, triple: Triple) -> bool:

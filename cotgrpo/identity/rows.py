@@ -154,7 +154,12 @@ def read_into_memory(config: Config, console: Console, known: Known) -> StageRow
             rows = in_recorded_order(list(progress.over(rows)), hashes, known)
         phase = PhaseProgress("looking for duplicates", console, len(rows))
     with phase as progress:
-        train, report = triples_in(progress.over(rows), bad_rows=data.bad_rows, keep_incorrect=data.keep_incorrect)
+        train, report = triples_in(
+            progress.over(rows),
+            bad_rows=data.bad_rows,
+            keep_incorrect=data.keep_incorrect,
+            keep_rows=config.verify.is_own,
+        )
     check_usable(train, names, report)
     reports = {"training rows": report}
     if data.test:
@@ -409,7 +414,13 @@ def indexed(config: Config, folder: Path, console: Console) -> StreamedTriples:
         with PhaseProgress("indexing rows", console) as progress:
             files = index_rows(names, folder, split=data.train_split, progress=progress)
         return StreamedTriples(
-            files, data.train_split, data.bad_rows, data.keep_incorrect, data.columns, data.row_function
+            files,
+            data.train_split,
+            data.bad_rows,
+            data.keep_incorrect,
+            data.columns,
+            data.row_function,
+            keep_rows=config.verify.is_own,
         )
 
     on_process_0(lambda: len(index().files))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cotgrpo.data import answers
 from cotgrpo.data.answers import answers_match, begins_with_number, grade, split_reply, split_thought
-from cotgrpo.data.layouts.own import load_function
+from cotgrpo.data.own.loading import load_function
 from cotgrpo.data.questions import Question
 from cotgrpo.data.rows import squeeze
 from cotgrpo.teachers.completions import TeacherReply, ending

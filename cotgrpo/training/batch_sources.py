@@ -313,6 +313,7 @@ def asked_by(triple: Triple) -> Question:
         triple,
         triple.source,
         triple.system,
+        row=triple.row,
         context=triple.context,
         tools=triple.tools,
     )

@@ -404,12 +404,14 @@ def template_of(
 
     The stop tokens of a chat are those of the model at `stops_from`; None: of `student.path` or `tokenizer.path`.
     """
-    data = config.data
+    data, verifier = config.data, config.verify.verifier
     if data.format == "plain":
-        return Template(tokenizer, data.separator, loss_on)
+        return Template(tokenizer, data.separator, loss_on, verifier)
     path = stops_from or config.student.path or config.tokenizer.path
     stops = () if path is None else generation_stop_ids(path)
-    return ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops, data.turns)
+    return ChatTemplate(
+        tokenizer, data.reasoning, data.answer_format, data.system, loss_on, stops, data.turns, verifier
+    )
 
 
 def check_same_run(folder: Path, config: Config, stage: str) -> None:
@@ -437,9 +439,10 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     whole = tree_of(config)
     own = {key: value for key, value in whole[stage].items() if key not in FREE_SETTINGS}
     data = {key: value for key, value in whole["data"].items() if key not in FREE_DATA_SETTINGS}
-    return dict(
-        flat({name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}, leaves=("data.columns",))
-    )
+    sections = {name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}
+    if stage == "grpo":  # it may learn from verdicts
+        sections["verify"] = whole["verify"]
+    return dict(flat(sections, leaves=("data.columns", "grpo.objective.options")))
 
 
 def claim_folder(folder: Path, inputs: StageInputs) -> None:

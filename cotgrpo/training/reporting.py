@@ -108,7 +108,8 @@ class MeasurementCache:
         """Return whether a measurement was made on the held-out rows of now."""
         rows = [[question.question, question.gold] for question in self.held_out.exact_match.questions]
         measured = [[reply["question"], reply["gold"]] for reply in found["replies"]]
-        return measured == rows and found["loss_rows"] == self.held_out.num_references
+        same_verifier = found.get("verify", {}) == self.held_out.verify
+        return measured == rows and found["loss_rows"] == self.held_out.num_references and same_verifier
 
 
 def find_measurement(path: Path) -> dict[str, Any] | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from cotgrpo.data.layouts.columns import OWN_NAMES, dig, map_columns
+from cotgrpo.data.own.loading import OwnCodeError, call, load_function, path_problem
 from cotgrpo.data.sources import DataError
 
 
@@ -27,33 +24,7 @@ def columns_problem(columns: Mapping[str, str]) -> str:
 
 def row_function_problem(name: str) -> str:
     """Return what is wrong with the setting `row_function`; empty if nothing is."""
-    module, colon, function = name.partition(":")
-    if name and not (colon and module.strip() and function.strip()):
-        return f"row_function must be package.module:function, got {name!r}."
-    return ""
-
-
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """Import the function "package.module:function"; modules of the working directory count.
-
-    Raises:
-        DataError: the module or the function is missing, or it is not a function.
-    """
-    module, _, function = name.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    try:
-        found: object = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"{setting}: {name} cannot be loaded ({error}). Expected a module that Python finds from here, and a "
-            "function in it."
-        ) from error
-    if not callable(found):
-        raise DataError(f"{setting}: {name} must be a function, got a {type(found).__name__}.")
-    return found
+    return path_problem(name, "row_function")
 
 
 class OwnLayout:
@@ -73,7 +44,7 @@ class OwnLayout:
         if problem:
             raise DataError(f"data.{problem}")
         self.name = row_function
-        self.function = load_function(row_function, "data.row_function") if row_function else None
+        self.function = load_function(row_function, "data.row_function", ("row",)) if row_function else None
         self.unseen = dict(self.columns)
         self.had: list[str] = []
 
@@ -84,13 +55,9 @@ class OwnLayout:
             DataError: the function failed, or returned something else.
         """
         if self.function is not None:
-            try:
-                made = self.function(dict(row))
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise DataError(f"{place}: data.row_function {self.name} failed ({what}). Fix it.") from error
+            made = call(self.function, self.name, "data.row_function", place, dict(row))
             if made is not None and not isinstance(made, Mapping):
-                raise DataError(
+                raise OwnCodeError(
                     f"{place}: data.row_function {self.name} must return a row (a dict) or None, got "
                     f"{type(made).__name__}."
                 )
