@@ -32,7 +32,7 @@ from cotgrpo.rollouts.rollouts import (
 )
 from cotgrpo.sampling import Replies, Sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
-from cotgrpo.types import GhostBatch, Metrics, Params
+from cotgrpo.types import GhostBatch, Metric, Metrics, Params
 
 
 class GroupRelativeBatches(Rollouts):
@@ -74,11 +74,13 @@ class GroupRelativeBatches(Rollouts):
         pending, prompts = self.pending or self.draw(number), self.prompts_for(number)
         self.prefetch_next()
         on_host = jax.device_get(pending.replies)
-        correct = self.correct(prompts, on_host)
+        correct, rewards = self.judged(prompts, on_host)
         self.metrics = rollout_metrics(correct, on_host)
+        if self.template.verifier.reward is not None:
+            self.metrics["reply_reward"] = Metric(np.sum(rewards, dtype=np.float32), np.float32(len(rewards)))
         if self.completions is not None and self.completions.due(number + 1) and is_process_0():
-            self.log(self.completions, number + 1, prompts, on_host, correct)
-        return RolloutBatch(self.batch((), (self.padded(prompts), pending.replies, correct.astype(np.float32))))
+            self.log(self.completions, number + 1, prompts, on_host, rewards)
+        return RolloutBatch(self.batch((), (self.padded(prompts), pending.replies, rewards)))
 
     def draw(self, number: int) -> PendingReplies:
         """Queue the replies of batch `number` on the device."""
@@ -89,14 +91,17 @@ class GroupRelativeBatches(Rollouts):
         is_last = self.taken % self.settings.updates_per_rollout == 0
         self.pending = self.draw(self.taken) if self.prefetch and is_last else None
 
-    def correct(self, prompts: Sequence[RolloutPrompt], replies: Replies) -> np.ndarray:
-        """Return 1 for each reply that is right, and 0 for the others."""
+    def judged(self, prompts: Sequence[RolloutPrompt], replies: Replies) -> tuple[np.ndarray, np.ndarray]:
+        """Return 1 for each reply that is right and 0 for the others, and the float32 reward of each."""
         count, rows = len(prompts), np.arange(len(prompts))
         if self.mesh is not None and jax.process_count() > 1:
             rows = process_rows(batch_sharding(self.mesh), replies.tokens.shape)
         own = jax.tree.map(lambda x: x[rows], replies)
         graded = grade_replies(self.template, [prompts[int(row)] for row in rows], own)
-        return gather_rows(rows, np.array([[reply.correct for reply in graded]], np.uint32), count)[0]
+        scores = np.array([reply.score for reply in graded], np.float32)
+        own_values = np.stack([np.array([reply.correct for reply in graded], np.uint32), scores.view(np.uint32)])
+        correct, bits = gather_rows(rows, own_values, count)
+        return correct, bits.view(np.float32)
 
     def log(
         self,
@@ -104,14 +109,14 @@ class GroupRelativeBatches(Rollouts):
         step: int,
         prompts: Sequence[RolloutPrompt],
         replies: Replies,
-        correct: np.ndarray,
+        rewards: np.ndarray,
     ) -> None:
         """Log some of the replies. Each token's reward is the advantage of its reply."""
-        advantages = np.asarray(group_advantages(correct.astype(np.float32), self.group))
+        advantages = np.asarray(group_advantages(rewards, self.group))
         first = jax.tree.map(lambda x: x[: log.rows], replies)
         graded = grade_replies(self.template, prompts[: log.rows], first)
-        rewards = np.broadcast_to(advantages[:, None], replies.tokens.shape)
-        log.write(step, self.template.tokenizer, graded, token_ids(first), None, rewards)
+        shown = np.broadcast_to(advantages[:, None], replies.tokens.shape)
+        log.write(step, self.template.tokenizer, graded, token_ids(first), None, shown)
 
     def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
         """Return the same batch, which holds the log-probabilities of its replies already."""
