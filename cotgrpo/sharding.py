@@ -350,9 +350,11 @@ def in_auto_mode(
 
 
 def with_types_as_layout(
-    function: Callable[..., Array], params: PyTree, tokens: Shaped[Array, "B T"], *rest: PyTree
-) -> Array:
-    """Return `function(params, tokens, *rest)`, arrays `[B, T, ...]`, of a model that is written for Auto axes.
+    function: Callable[..., PyTree], params: PyTree, tokens: Shaped[Array, "B T"], *rest: PyTree
+) -> PyTree:
+    """Return `function(params, tokens, *rest)`, of a model that is written for Auto axes.
+
+    The results are arrays `[B, T, ...]` or `[B]`, and scalars.
 
     On a mesh with Explicit axes the model's constraints follow the types of its inputs. On any other this does nothing.
     """
@@ -360,8 +362,8 @@ def with_types_as_layout(
     mesh = explicit_mesh(arguments)
     if mesh is None:
         return function(*arguments)
-    spec = PartitionSpec(*type_spec(tokens))
-    specs = lambda results: jax.tree.map(lambda _: spec, results)
+    spec = type_spec(tokens)
+    specs = lambda results: jax.tree.map(lambda x: PartitionSpec(*spec[: x.ndim]), results)
     return in_auto_mode(function, arguments, mesh, layout_of_types(params, tokens), specs)
 
 
