@@ -13,13 +13,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cotgrpo.terminal import complain, show_cursor
 
 GRACE_SECONDS = {"end": 1.0, "raise": 5.0, "save": 1.0}
 """The main thread has this time to end by itself."""
+LOOK_SECONDS = 0.1
+"""How often a wait looks for a signal."""
+
+T = TypeVar("T")
+
+
+class StopRequested(RuntimeError):
+    """Raised in place of a wait, if a signal has asked the training loop to save and end. Holds the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} while waiting")
+        self.signal_number = number
 
 
 class Stops:
@@ -28,12 +41,14 @@ class Stops:
     Attributes:
         received: the signal that ends it, or None.
         mode: what the first signal does: end the process, raise KeyboardInterrupt, or nothing here, since a loop saves.
+        saving_for: the signal that a training loop has noted and will save for, or None.
         ending: held by the thread that ends the process.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.mode: Literal["end", "raise", "save"] = "end"
+        self.saving_for: int | None = None
         self.ending = threading.RLock()
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -104,3 +119,17 @@ def saving_first() -> contextlib.AbstractContextManager[None]:
 def raising() -> contextlib.AbstractContextManager[None]:
     """Let the first signal raise KeyboardInterrupt in the block, which ends soon after."""
     return STOPS.in_mode("raise")
+
+
+def wait_for(future: Future[T]) -> T:
+    """Return the result of work in another thread.
+
+    Raises:
+        StopRequested: a signal has asked the training loop to end. The work goes on.
+    """
+    while not future.done():
+        if STOPS.saving_for is not None:
+            raise StopRequested(STOPS.saving_for)
+        with contextlib.suppress(TimeoutError):
+            future.exception(LOOK_SECONDS)
+    return future.result()

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from cotgrpo.config import ConfigError
-from cotgrpo.distributed.interrupts import saving_first
+from cotgrpo.distributed.interrupts import STOPS, saving_first
 
 if TYPE_CHECKING:
     from cotgrpo.types import AnyArray, PyTree
@@ -252,7 +252,7 @@ class Signals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Record the signal. A second one then acts at once."""
-        self.received = number
+        self.received = STOPS.saving_for = number
         self.restore()
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -273,5 +273,6 @@ class Signals:
         self.previous = {}
 
     def __exit__(self, *exception: object) -> None:
+        STOPS.saving_for = None
         self.restore()
         self.saving.close()

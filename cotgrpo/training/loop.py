@@ -27,6 +27,7 @@ from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import Checkpoints
 from cotgrpo.checkpoints.stops import clear_stop, last_good_step, record_stop
 from cotgrpo.config import CheckpointConfig
+from cotgrpo.distributed.interrupts import StopRequested
 from cotgrpo.distributed.processes import (
     Signals,
     gather_rows,
@@ -321,7 +322,14 @@ class Loop:
     def run(self, state: TrainState, position: dict[str, Any]) -> TrainState:
         """Run every step after the one in `state`."""
         self.skipped_in_a_row, self.window = position["skipped_in_a_row"], Window(position["window"])
-        batch = self.next_batch(state)
+        try:
+            batch = self.next_batch(state)
+        except StopRequested as stop:
+            raise Interrupted(
+                stop.signal_number,
+                f"Stopped by a signal after step {int(state.step)}, with nothing new to save: run the same command to "
+                "resume.",
+            ) from None
         on_devices = self.to_devices(batch)
         self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
         self.settled_step = self.trained_step = int(state.step)
@@ -334,8 +342,9 @@ class Loop:
             self.state, self.number = state, number
             self.window.add(metrics | self.observed(), batch, self.rows)
             if not self.schedule.is_last(number):
-                batch = self.next_batch(state)  # made, and copied to the device, while the step runs
-                on_devices = self.to_devices(batch)
+                with contextlib.suppress(StopRequested):  # `pause` then saves, and ends the run
+                    batch = self.next_batch(state)  # made, and copied to the device, while the step runs
+                    on_devices = self.to_devices(batch)
             self.write_closed()
             if self.schedule.logs(number):
                 self.closed, self.window = (number, self.window), Window()
