@@ -7,6 +7,7 @@ import os
 import string
 from typing import Literal
 
+from cotgrpo.config.own_code import OwnVerifier
 from cotgrpo.config.sections import ConfigError, at_least
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.teachers.endpoint import EndpointSettings
@@ -75,7 +76,7 @@ class PromptConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(OwnVerifier):
     """How replies are verified, and which right ones become triples.
 
     Attributes:
@@ -83,8 +84,9 @@ class VerifyConfig:
             as function(row, rationale, answer) with the question's row, and returns whether the reply is right.
         without_gold: what to do with a question that has no right answer, without check. error: stop. majority: take
             the answer of most of its replies. unverified: keep each reply that has an answer.
-        keep: right replies of a question to keep: all, the shortest, or those that differ most.
-        keep_at_most: number of replies of a question that shortest and diverse keep.
+        keep: right replies of a question to keep: all, the shortest, those that differ most, or those with the highest
+            verify.reward.
+        keep_at_most: number of replies of a question that shortest, diverse and best keep.
         test_sets: files or hub ids of test questions. Questions and replies that share an n-gram with one are dropped.
         ngram: words of an n-gram that must not be shared with a test question. A shorter test question must
             be equal as a whole. In scripts without spaces, an ideograph is a word, and so are two kana or letters.
@@ -92,13 +94,18 @@ class VerifyConfig:
 
     check: str = ""
     without_gold: Literal["error", "majority", "unverified"] = "error"
-    keep: Literal["all", "shortest", "diverse"] = "all"
+    keep: Literal["all", "shortest", "diverse", "best"] = "all"
     keep_at_most: int = 1
     test_sets: list[str] | str = dataclasses.field(default_factory=list)
     ngram: int = 13
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "keep_at_most", "ngram")
+        if (self.keep == "best") != bool(self.reward):
+            raise ConfigError("reward and keep best belong together: the best replies have the highest reward.")
+        if self.check and self.function:
+            raise ConfigError("function and check both decide which replies are right: give one of them.")
         module, colon, function = self.check.partition(":")
         if self.check and not (colon and module.strip(string.whitespace) and function):
             raise ConfigError(f"check must be package.module:function, got {self.check!r}.")

@@ -23,6 +23,7 @@ from rich.console import Console
 from cotgrpo.atomic_files import write_json
 from cotgrpo.config import ConfigError, GenerateConfig, differences, flat, parse_settings, save_config
 from cotgrpo.config.files import saved_by_a_run
+from cotgrpo.data.own.loading import OwnCodeError
 from cotgrpo.data.questions import Question, read_questions
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
@@ -46,6 +47,7 @@ from cotgrpo.teachers.filtering import (
     Candidate,
     Judge,
     Verdict,
+    best,
     commonest,
     control_token,
     distinct,
@@ -85,14 +87,14 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
     questions, report, test = load_questions(config, console)
     say(console, f"questions: {report}")
     without = sum(not question.gold for question in questions)
-    if without and not config.verify.check:
+    if without and not (config.verify.check or config.verify.function):
         say(console, f"{without} of them have no right answer (verify.without_gold: {config.verify.without_gold}).")
     out = Path(config.out)
     check_same_teacher(out, config)
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / "replies.jsonl") as journal:
         check = load_check(config.verify.check) if config.verify.check else None
-        judge = Judge(check, test, config.teacher.longest_reply)
+        judge = Judge(check, test, config.teacher.longest_reply, config.verify.verifier)
         generation = Generation(config, questions, journal, judge, console)
         try:
             generation.judge_again()
@@ -129,7 +131,7 @@ def load_questions(
     )
     with PhaseProgress("reading questions", console) as phase:
         read, report = read_rows(config.questions, split=config.split, bad_rows=config.bad_rows, progress=phase)
-    needs_gold = not verify.check and verify.without_gold == "error"
+    needs_gold = not (verify.check or verify.function) and verify.without_gold == "error"
     questions = identify(with_gold(read, report) if needs_gold and config.bad_rows == "drop" else read, report)
     test = None
     if verify.test_sets:
@@ -372,6 +374,10 @@ class Generation:
         Raises:
             TeacherError: no reply could be kept.
         """
+        if self.judge.failed is not None:
+            raise OwnCodeError(
+                f"{self.judge.failed} All replies are in {self.journal.path}: run the same command again."
+            )
         rows, verdicts = self.choose()
         summary = self.summary(report, rows, verdicts) | {"seconds": round(time.monotonic() - started, 1)}
         out = Path(self.config.out)
@@ -412,7 +418,8 @@ class Generation:
         for number, record in records.items():
             if record.accepted and isinstance(record.outcome, TeacherReply):
                 rationale, answer = parts_of(record.outcome)
-                candidates.append(Candidate(number, rationale, answer or ""))
+                reward = self.judge.reward(self.chats[chat][0], record.outcome)
+                candidates.append(Candidate(number, rationale, answer or "", reward))
         for reason, select in self.filters(list(final.values())):
             selected = select(candidates)
             for candidate in candidates:
@@ -428,6 +435,7 @@ class Generation:
             "all": lambda candidates: candidates,
             "shortest": lambda candidates: shortest(candidates, verify.keep_at_most),
             "diverse": lambda candidates: most_diverse(candidates, verify.keep_at_most),
+            "best": lambda candidates: best(candidates, verify.keep_at_most),
         }
         filters: list[tuple[str, Filter]] = [
             ("duplicate", distinct),

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from cotgrpo.data import answers
 from cotgrpo.data.answers import answers_match, begins_with_number, grade, split_reply, split_thought
-from cotgrpo.data.own.loading import load_function
-from cotgrpo.data.questions import Question
+from cotgrpo.data.own.loading import OwnCodeError, load_function
+from cotgrpo.data.own.verifier import EXACT_MATCH, Verifier
+from cotgrpo.data.questions import Question, place_of
 from cotgrpo.data.rows import squeeze
 from cotgrpo.teachers.completions import TeacherReply, ending
 from cotgrpo.teachers.decontamination import TestQuestions, ngrams, words
@@ -108,11 +109,13 @@ class Candidate:
     Attributes:
         number: its number among the replies to a question, from 0.
         rationale, answer: its parts.
+        reward: the reward of the user's own; 0 without one.
     """
 
     number: int
     rationale: str
     answer: str
+    reward: float = 0.0
 
 
 class Judge:
@@ -122,12 +125,21 @@ class Judge:
         check: decides instead of the row's right answer; None: answers are compared, if the row has one.
         test: questions that must not be learned from, or None.
         max_tokens: the longest reply that was allowed; None: not known.
+        verifier: decides if it has a function of the user's own.
+
+    Attributes:
+        failed: the first error of that function, after which every verdict is to be made again.
     """
 
     def __init__(
-        self, check: Check | None = None, test: TestQuestions | None = None, max_tokens: int | None = None
+        self,
+        check: Check | None = None,
+        test: TestQuestions | None = None,
+        max_tokens: int | None = None,
+        verifier: Verifier = EXACT_MATCH,
     ) -> None:
-        self.check, self.test, self.max_tokens = check, test, max_tokens
+        self.check, self.test, self.max_tokens, self.verifier = check, test, max_tokens, verifier
+        self.failed: OwnCodeError | None = None
 
     def __call__(self, question: Question, reply: TeacherReply) -> Verdict:
         """Return the first verdict that holds.
@@ -156,7 +168,7 @@ class Judge:
 
     def fingerprint(self, question: Question) -> str:
         """Return a hash of what a verdict depends on besides the reply; empty with a check, which may change unseen."""
-        if self.check is not None:
+        if self.check is not None or self.verifier.verify is not None:
             return ""
         test = None if self.test is None else self.test.fingerprint
         return hashlib.sha256(repr((rules_version(), question.gold, test, self.max_tokens)).encode()).hexdigest()[:16]
@@ -169,10 +181,27 @@ class Judge:
             except Exception as error:  # of the user's code, which a bad reply may trip
                 return Verdict(False, "check failed", f"{type(error).__name__}: {error}"[:200])
             return Verdict(True, "correct") if right else Verdict(False, "wrong answer", repr(answer)[:80])
+        if self.verifier.verify is not None:
+            return self.own_verdict(question, whole, answer)
         if not question.gold:
             return Verdict(True, "unverified")
         graded = grade(whole, question.gold)
         return Verdict(True, "correct") if graded.correct else Verdict(False, "wrong answer", graded.why)
+
+    def own_verdict(self, question: Question, whole: str, answer: str) -> Verdict:
+        """Return the verdict of the user's own function. An error is kept: a reply that was paid for is not lost."""
+        try:
+            found = self.verifier(whole, answer, question.gold, question.row, place_of(question))
+        except OwnCodeError as error:
+            self.failed = self.failed or error
+            return Verdict(False, "check failed", str(error)[:200])
+        if found.correct:
+            return Verdict(True, "correct", found.message[:80])
+        return Verdict(False, "wrong answer", (found.message or repr(answer))[:80])
+
+    def reward(self, question: Question, reply: TeacherReply) -> float:
+        """Return the reward of the user's own; 0 without one."""
+        return self.verifier.reward_of(reply.whole_text, question.gold, question.row, place_of(question)) or 0.0
 
 
 @functools.cache
@@ -242,6 +271,11 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 def shortest(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """Return the `count` candidates with the fewest characters; the earlier one wins a tie."""
     return sorted(candidates, key=lambda candidate: (len(candidate.rationale), candidate.number))[:count]
+
+
+def best(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Return the `count` candidates with the highest reward; the earlier one wins a tie."""
+    return sorted(candidates, key=lambda candidate: (-candidate.reward, candidate.number))[:count]
 
 
 def most_diverse(candidates: Sequence[Candidate], count: int) -> list[Candidate]:

@@ -89,10 +89,7 @@ class Verifier:
         else:
             given = call(self.verify, self.verify_name, "verify.function", place, reply, gold, dict(row))
             correct, message = self.verdict_of(given, place)
-        if self.reward is None:
-            return Verdict(correct, message=message)
-        given = call(self.reward, self.reward_name, "verify.reward", place, reply, gold, dict(row))
-        return Verdict(correct, self.reward_of(given, place), message)
+        return Verdict(correct, self.reward_of(reply, gold, row, place), message)
 
     def verdict_of(self, given: object, place: str) -> tuple[bool, str]:
         """Return the two parts of what `verify` returned."""
@@ -104,11 +101,14 @@ class Verifier:
             )
         return bool(correct), message
 
-    def reward_of(self, given: object, place: str) -> float:
-        """Return what `reward` returned, as a number."""
+    def reward_of(self, reply: str, gold: str, row: Mapping[str, Any], place: str) -> float | None:
+        """Return the reward of a reply; None without a function. Arguments and errors are those of `__call__`."""
+        if self.reward is None:
+            return None
+        given = call(self.reward, self.reward_name, "verify.reward", place, reply, gold, dict(row))
         is_scalar = isinstance(given, numbers.Real | np.bool_) or getattr(given, "shape", None) == ()
         try:
-            value = float(given) if is_scalar else math.nan  # type: ignore[arg-type]
+            value = float(given) if is_scalar else math.nan
         except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
