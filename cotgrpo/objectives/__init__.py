@@ -18,14 +18,15 @@ update does"). y = y* contributes exactly nothing. The objectives differ only in
     Pair, calibrated        the same, y ~ p^(1-beta)                 fixed point: q
     Pair(), the default     s(y) = p(y) (1 + 0.6 sigmoid(-D(y)))     fixed point: between q and q^(1/2), near q
 
-`ForwardKl` compares with the ghost's whole distribution. `ReferenceKl` keeps any objective near a frozen reference.
+`ForwardKl`, `ReverseKl`, `JensenShannon` and `SkewedKl` compare with the ghost's whole distribution, and rest at it.
+`GhostRespond` is the drawn pair alone, the method as stated. `ReferenceKl` keeps any objective near a frozen reference.
 `GroupRelative` has no ghost. `RewardGain` measures what an update did to R.
 """
 
 from cotgrpo.objectives.distribution import MASKED_LOGIT, Distribution, ghost_reward, softmax
-from cotgrpo.objectives.divergences import ForwardKl, ReferenceKl
+from cotgrpo.objectives.divergences import ForwardKl, JensenShannon, ReferenceKl, ReverseKl, SkewedKl
 from cotgrpo.objectives.drawing import draw, likeliest
-from cotgrpo.objectives.ghost import Nll, Pair, Reinforce, RewardGradient
+from cotgrpo.objectives.ghost import GhostRespond, Nll, Pair, Reinforce, RewardGradient
 from cotgrpo.objectives.group_relative import GroupRelative
 from cotgrpo.objectives.protocol import (
     Objective,
@@ -43,14 +44,18 @@ __all__ = [
     "MASKED_LOGIT",
     "Distribution",
     "ForwardKl",
+    "GhostRespond",
     "GroupRelative",
+    "JensenShannon",
     "Nll",
     "Objective",
     "Pair",
     "ReferenceKl",
     "Reinforce",
+    "ReverseKl",
     "RewardGain",
     "RewardGradient",
+    "SkewedKl",
     "TokenInputs",
     "batch_fields",
     "draw",

@@ -20,7 +20,7 @@ from cotgrpo.objectives.distribution import (
     softplus,
     toward_ghost,
 )
-from cotgrpo.objectives.protocol import TokenInputs, require
+from cotgrpo.objectives.protocol import TokenInputs, require, value_and_grad
 from cotgrpo.xla_cpu import vocab_sum
 
 if TYPE_CHECKING:
@@ -182,3 +182,47 @@ class Pair:
         lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[inputs.ghost]))
         slope_V = self.nll_weight * student.p_V + (2 * self.pair_weight) * n_V * lost_V
         return self(logits_V, inputs), toward_ghost(slope_V, inputs.ghost)
+
+
+@dataclasses.dataclass(frozen=True)
+class GhostRespond:
+    """The method as it is stated: the student draws one y, and the update moves probability from y to y*.
+
+        (2 / beta) softplus(-beta R),    R = log p(y*) - log p(y),    y ~ p held fixed,    w(R) = 2 sigmoid(-beta R)
+
+    Logit gradient: `w(R) (e_y - e_{y*})`. A step down it raises p(y*) and lowers p(y), and nothing else: every other
+    logit stays. The reward is the weight. At beta = 1, `w = 2 p(y) / (p(y) + p(y*))`: 2 if the student prefers its own
+    token by far, 1 if both are equally likely, 0 if the ghost has won. y = y* has no gradient. At beta = 0 the loss is
+    `-R` and w = 1, the plain ascent on the reward, whose mean over y is SFT (`RewardGradient`).
+
+    Why not `-R log p(y)`: there the ghost drops out of the mean, see `Reinforce`. This loss is that of
+    `Pair(beta, nll_weight=0, pair_weight=1, estimator="drawn")`, with its fixed point: against ghosts drawn from q, p
+    proportional to q^(1/(1+beta)), flatter than q. Against a ghost that is always the same token, that token. There is
+    no anchor here, so choose beta = 0, or `Pair()`, if ghost tokens are samples.
+
+    Attributes:
+        beta: how sharply the reward decides the weight, >= 0.
+    """
+
+    beta: float = 1.0
+
+    num_draws = 1
+    batch_fields = ()
+
+    def __post_init__(self) -> None:
+        require(self.beta >= 0, "GhostRespond.beta", "a number of at least 0", self.beta)
+
+    @property
+    def update(self) -> Pair | RewardGradient:
+        """The objective of this formula."""
+        if self.beta == 0:
+            return RewardGradient()
+        return Pair(self.beta, nll_weight=0.0, pair_weight=1.0, estimator="drawn")
+
+    def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
+        return self.update(logits_V, inputs)
+
+    def value_and_grad(
+        self, logits_V: Float[Array, "V"], inputs: TokenInputs
+    ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
+        return value_and_grad(self.update)(logits_V, inputs)

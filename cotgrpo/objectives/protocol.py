@@ -81,8 +81,8 @@ def needs_reference(objective: Objective) -> bool:
 
 
 def top_k(objective: Objective) -> int:
-    """Return how many of the ghost's likeliest tokens the objective reads; 0 if it reads the ghost token alone."""
-    return getattr(objective, "top_k", 0)
+    """Return how many of the ghost's likeliest tokens the batch holds for the objective; 0 if it needs none."""
+    return getattr(objective, "top_k", 0) or 0
 
 
 def draw_logits(objective: Objective, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
