@@ -37,6 +37,7 @@ ROOMS = (
     "terminal",
     "ghosts",
     "teachers",
+    "teacher_servers",
     "config",
     "distributed",
     "checkpoints",

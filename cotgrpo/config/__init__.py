@@ -9,6 +9,7 @@ from cotgrpo.config.ghosts import (
     SelfReply,
     TeacherForced,
     TeacherModel,
+    TeacherServer,
     VerifiedReward,
 )
 from cotgrpo.config.sections import ConfigError, tree_of
@@ -47,6 +48,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherForced",
     "TeacherModel",
+    "TeacherServer",
     "TokenizerConfig",
     "VerifiedReward",
     "VerifyConfig",

@@ -9,6 +9,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from cotgrpo.config.sections import ConfigError, at_least, expect
+from cotgrpo.teacher_servers.server import ServerSettings
 
 PRIVILEGED_PROMPT = (
     "{question}\n\nA correct solution, for reference:\n{rationale}\n{answer}\n\nNow answer the question: {question}"
@@ -115,6 +116,35 @@ class TeacherModel(LiveGhosts, Prompted):
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherServer(LiveGhosts, Prompted, ServerSettings):
+    """A live ghost behind an endpoint: a server that returns the log-probabilities of a given text.
+
+    docs/teachers.md has the commands for vLLM, SGLang and llama.cpp.
+
+    Attributes:
+        top_logprobs: likeliest tokens that the server is asked for at each prefix; null: as many as the objective
+            reads, or 20 for drawn ghosts, or 1.
+        prefetch_rollouts: draw replies one update ahead, and let the server score them while the device works. They
+            come from the student before that update.
+    """
+
+    top_logprobs: int | None = None
+    prefetch_rollouts: bool = False
+
+    source: ClassVar[str] = "teacher_server"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ServerSettings.__post_init__(self)
+        expect(bool(self.base_url), self, "base_url", "the server's address, such as http://localhost:8000/v1")
+        expect(self.top_logprobs is None or self.top_logprobs >= 1, self, "top_logprobs", "at least 1 or null")
+
+    def wanted(self, top_k: int) -> int:
+        """Return how many tokens the server is asked for, if the objective reads `top_k` of them."""
+        return max(self.top_logprobs or (20 if self.choice == "drawn" else 1), top_k)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrivilegedSelf(LiveGhosts):
     """A live ghost that is the student before this stage, with the row's solution in its prompt.
 
@@ -190,6 +220,7 @@ class VerifiedReward(StudentReplies, Prompted):
 
 
 SOURCES: dict[str, type[Ghosts]] = {
-    kind.source: kind for kind in (TeacherForced, TeacherModel, PrivilegedSelf, SelfReply, VerifiedReward)
+    kind.source: kind
+    for kind in (TeacherForced, TeacherModel, TeacherServer, PrivilegedSelf, SelfReply, VerifiedReward)
 }
 """Each source by its name."""

@@ -123,6 +123,14 @@ def on_process_0(make: Callable[[], T]) -> T:
     return json.loads(np.asarray(whole, np.uint8).tobytes())
 
 
+def broadcast_arrays(make: Callable[[], Tree], like: Tree) -> Tree:
+    """Call `make()` on process 0 only, and return its NumPy arrays on every process. `like` has their shapes."""
+    if jax.process_count() == 1:
+        return make()
+    found = multihost_utils.broadcast_one_to_all(make() if is_process_0() else like)
+    return jax.tree.map(np.asarray, found)
+
+
 def check_shared(folder: Path) -> None:
     """Check that every process sees the folder of process 0: each reads a random text that process 0 has written.
 

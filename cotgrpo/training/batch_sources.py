@@ -24,6 +24,7 @@ from cotgrpo.config import (
     SelfReply,
     TeacherForced,
     TeacherModel,
+    TeacherServer,
     VerifiedReward,
 )
 from cotgrpo.data.batches import REFUSED, fits, make_batches
@@ -33,7 +34,7 @@ from cotgrpo.data.sources import DataError
 from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
-from cotgrpo.distributed.processes import process_rows
+from cotgrpo.distributed.processes import on_process_0, process_rows
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
@@ -44,8 +45,11 @@ from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
+from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, sample_texts
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
+from cotgrpo.teacher_servers.server import ScoringServer
+from cotgrpo.teacher_servers.vocabulary import Vocabulary
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import QUIET, Model, StageInputs
 from cotgrpo.training.loop import BatchSource
@@ -165,24 +169,13 @@ def live_batches(
         DataError, ConfigError: rows that leave no room for a reply, or a mesh that does not fit the teacher.
     """
     model = inputs.model
+    if isinstance(ghosts, TeacherServer):
+        return served_batches(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
         teacher, teacher_params = model.student, weights.adapted(jax.tree.map(jnp.copy, weights.trained))
-    top_k = objectives.top_k(config.grpo.full_objective)
-    if top_k > model.vocab_size:
-        raise ModelError(
-            f"grpo.objective.top_k is {top_k}, but the student's tokenizer has {model.vocab_size} tokens: lower it."
-        )
-    forced_rows = ghosts.forced_rows(config.grpo.batch_size)
-    settings = RolloutSettings(
-        replies=config.grpo.batch_size - forced_rows,
-        seq_len=config.data.seq_len,
-        max_new_tokens=ghosts.max_new_tokens,
-        forced_rows=forced_rows,
-        updates_per_rollout=ghosts.updates_per_rollout,
-        ratio_clip=ghosts.ratio_clip,
-    )
+    settings, top_k = live_settings(ghosts, config), listed_tokens(config, model)
     draw = make_draw(
         student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size),
         teacher,
@@ -198,7 +191,79 @@ def live_batches(
         settings,
         seed=config.seed,
         merged=weights.adapted,
-        forced=text_batches(config, inputs, forced_rows, console=console) if forced_rows else None,
+        forced=text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
+        completions=completions_log(config, folder),
+        mesh=model.mesh,
+    )
+
+
+def live_settings(ghosts: LiveGhosts, config: Config) -> RolloutSettings:
+    """Return the sizes of the batches of a live ghost."""
+    forced_rows = ghosts.forced_rows(config.grpo.batch_size)
+    return RolloutSettings(
+        replies=config.grpo.batch_size - forced_rows,
+        seq_len=config.data.seq_len,
+        max_new_tokens=ghosts.max_new_tokens,
+        forced_rows=forced_rows,
+        updates_per_rollout=ghosts.updates_per_rollout,
+        ratio_clip=ghosts.ratio_clip,
+    )
+
+
+def listed_tokens(config: Config, model: Model) -> int:
+    """Return how many of the ghost's likeliest tokens the objective reads. Raises ModelError if there are fewer."""
+    top_k = objectives.top_k(config.grpo.full_objective)
+    if top_k > model.vocab_size:
+        raise ModelError(
+            f"grpo.objective.top_k is {top_k}, but the student's tokenizer has {model.vocab_size} tokens: lower it."
+        )
+    return top_k
+
+
+def served_batches(
+    ghosts: TeacherServer,
+    config: Config,
+    inputs: StageInputs,
+    weights: StageWeights,
+    folder: Path,
+    console: Console = QUIET,
+) -> ServedGhostBatches:
+    """Return the batches of a stage whose live ghost is on a server, which is asked for a sample first.
+
+    Raises:
+        TeacherError: the server returns no log-probabilities, or has another tokenizer.
+        ModelError, DataError: as `live_batches` does.
+    """
+    model, settings, top_k = inputs.model, live_settings(ghosts, config), listed_tokens(config, inputs.model)
+    questions = rollout_prompts(ghosts, config, inputs, console)
+    scored_top_k = min(ghosts.wanted(top_k), model.vocab_size)
+    server: ScoringServer | None = None
+
+    def connect() -> list[float]:
+        nonlocal server
+        samples = sample_texts(questions, [example.tokens for example in inputs.train[:8]])
+        warn = lambda line: say(console, line, style="yellow")
+        server = ScoringServer(ghosts, Vocabulary(model.tokenizer, model.vocab_size), scored_top_k, samples, warn)
+        return server.connect()
+
+    fingerprint = on_process_0(connect)
+    return ServedGhostBatches(
+        jit_eval(
+            student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size), model.mesh
+        ),
+        server,
+        model.student,
+        inputs.template,
+        questions,
+        settings,
+        seed=config.seed,
+        drawn_ghosts=ghosts.choice == "drawn",
+        scored_top_k=scored_top_k,
+        top_k=top_k,
+        prefetch=ghosts.prefetch_rollouts,
+        fingerprint=fingerprint,
+        merged=weights.adapted,
+        forced=text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
         completions=completions_log(config, folder),
         mesh=model.mesh,
     )
@@ -286,7 +351,7 @@ def rollout_prompts(
     For `privileged_self` each also has the prompt that holds the solution. Streamed rows are read by index.
     """
     template = inputs.template
-    if isinstance(ghosts, TeacherModel | VerifiedReward) and ghosts.prompts:
+    if isinstance(ghosts, TeacherModel | TeacherServer | VerifiedReward) and ghosts.prompts:
         questions = read_prompts(ghosts, config, inputs, console)
         return [RolloutPrompt(question, question.prompt_tokens(template)) for question in questions]
     if inputs.stream is not None:
@@ -356,7 +421,7 @@ class StreamedPrompts(Sequence[RolloutPrompt]):
 
 
 def read_prompts(
-    ghosts: TeacherModel | VerifiedReward, config: Config, inputs: StageInputs, console: Console
+    ghosts: TeacherModel | TeacherServer | VerifiedReward, config: Config, inputs: StageInputs, console: Console
 ) -> list[Question]:
     """Read and tokenize the questions of `grpo.ghosts.prompts`, without those of the test.
 

@@ -39,6 +39,7 @@ from cotgrpo.models.huggingface.pinned import keep_student, keep_tokenizer, reop
 from cotgrpo.models.huggingface.weights import read_weights
 from cotgrpo.models.lora import with_adapters
 from cotgrpo.sharding import jit_eval
+from cotgrpo.teachers.endpoint import ConnectionSettings
 from cotgrpo.terminal import say
 from cotgrpo.train_steps import make_eval_step
 from cotgrpo.training.mesh import abstract_on_mesh, check_model, init_on_mesh, run_mesh
@@ -53,6 +54,8 @@ FREE_SETTINGS = ("log_every", "eval_every", "max_entropy_growth", "reward_gain")
 """Settings of a stage that do not change what it learns."""
 FREE_DATA_SETTINGS = ("num_workers",)
 """The same of its rows."""
+FREE_SERVER_SETTINGS = tuple(f"grpo.ghosts.{field.name}" for field in dataclasses.fields(ConnectionSettings))
+"""The same of a live ghost on a server: how it is reached. It is known by what it answers."""
 TOKENIZER_ROWS, TOKENIZER_CHARACTERS = 50_000, 10_000_000
 """Most rows and characters that a tokenizer is trained on if the rows are streamed."""
 MEMORY_OF_A_BYTE = 6
@@ -442,7 +445,8 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     sections = {name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}
     if stage == "grpo":  # it may learn from verdicts
         sections["verify"] = whole["verify"]
-    return dict(flat(sections, leaves=("data.columns", "grpo.objective.options")))
+    settings = flat(sections, leaves=("data.columns", "grpo.objective.options"))
+    return {key: value for key, value in settings if key not in FREE_SERVER_SETTINGS}
 
 
 def claim_folder(folder: Path, inputs: StageInputs) -> None:
