@@ -70,6 +70,23 @@ def memory_stats(device: jax.Device) -> dict[str, int]:
         return {}
 
 
+def memory_in_use() -> dict[str, float]:
+    """Return the memory that this process takes, in GB.
+
+    On devices that tell, it is that of the fullest: `memory_gb` now, and `peak_memory_gb` at most so far. Elsewhere it
+    is the process's share of the machine's memory: `host_memory_gb`. Empty if neither is known.
+    """
+    stats = [found for found in map(memory_stats, jax.local_devices()) if "bytes_in_use" in found]
+    if stats:
+        names = {"memory_gb": "bytes_in_use", "peak_memory_gb": "peak_bytes_in_use"}
+        return {ours: max(found[key] for found in stats) / 1e9 for ours, key in names.items() if key in stats[0]}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"host_memory_gb": pages * os.sysconf("SC_PAGE_SIZE") / 1e9}
+
+
 def address_space_left() -> int | None:
     """Return the bytes that this process may still map; None without a limit."""
     try:

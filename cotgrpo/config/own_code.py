@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from cotgrpo.config.sections import ConfigError, NotApplicable
 from cotgrpo.data.own.loading import OwnCodeError, call, load_object, path_problem
@@ -83,8 +85,19 @@ class OwnObjective:
         return found
 
     def __call__(self, logits_V: Any, token: Any) -> Any:
-        """Return the loss and the metrics of one token."""
-        return self.call(self.objective, logits_V, token)
+        """Return the loss and the metrics of one token. Raises OwnCodeError if the user's objective returns others."""
+        found = self.call(self.objective, logits_V, token)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise OwnCodeError(
+                f"grpo.objective.function {self.function} must return (loss, metrics), a scalar and a dict of scalars, "
+                f"got {type(found).__name__} {found!r:.80}."
+            )
+        for name, value in {"the loss": found[0], **found[1]}.items():
+            if getattr(value, "shape", () if isinstance(value, int | float) else None) != ():
+                raise OwnCodeError(
+                    f"grpo.objective.function {self.function}: {name} must be a scalar, got {value!r:.80}."
+                )
+        return jnp.asarray(found[0], logits_V.dtype), dict(found[1])
 
     def __getattr__(self, name: str) -> Any:
         """Return an optional attribute of the user's objective."""
@@ -106,8 +119,8 @@ class TrackerConfig:
     Attributes:
         project: project of the tracker (an experiment in MLflow).
         name: name of the run; empty: that of run_dir. The stage follows it.
-        offline: keep everything on this disk, in the stage's folder, without a server.
-        uri: address of the tracker's server (MLflow), or its space (trackio); empty: its own default.
+        offline: keep everything on this disk, without a server: in the stage's folder, or where trackio keeps its runs.
+        uri: address of the tracker's server (MLflow, trackio), or its Space (trackio); empty: its own default.
     """
 
     project: str = "cotgrpo"

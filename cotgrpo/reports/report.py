@@ -50,13 +50,14 @@ class ReportError(ValueError):
     """Raised for a run folder without a valid report; the message names the file, what was expected and the fix."""
 
 
-def write_report(folder: Path) -> Path:
-    """Write `folder/report.html`.
+def write_report(folder: Path, report: Mapping[str, Any] | None = None) -> Path:
+    """Write `folder/report.html`, atomically.
 
     Args:
         folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of several (in the
             folders of `STAGE_FOLDERS`). Without rows in the logs the page lacks curves. If a `completions.jsonl` is
             next to the log, the page shows its newest replies.
+        report: of a run that is not finished, in place of `report.json`. Its `stage` names the stage of the log.
 
     Returns:
         The page's path.
@@ -64,7 +65,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         ReportError: `report.json` is missing or does not match `SHAPE`.
     """
-    report = read_report(folder / "report.json")
+    report = read_report(folder / "report.json") if report is None else report
     logged = read_completions(completions_folder(folder), COMPLETIONS_READ)
     replies = choose_replies([row for row in logged if is_completion(row)])
     page = render(report, read_stages(folder, report), replies)
@@ -169,5 +170,6 @@ def read_stages(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[
     """
     if (folder / "metrics.jsonl").is_file():
         measured = [stage for stage in TRAINED if stage in report["accuracy"]]
+        measured += [report["stage"]] if "stage" in report else []
         return {measured[-1] if measured else folder.resolve().name: read_metrics(folder)}
     return {stage: rows for stage in TRAINED if (rows := read_metrics(folder / STAGE_FOLDERS[stage]))}

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cotgrpo.accelerators.memory import check_step
+from cotgrpo.accelerators.memory import check_step, memory_in_use
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import Checkpoints
@@ -68,6 +68,9 @@ TIME_KEYS = (
     "train/padded_tokens_per_sec",
     "train/rollout_tokens_per_sec",
     "train/mfu",
+    "train/memory_gb",
+    "train/peak_memory_gb",
+    "train/host_memory_gb",
 )
 """The keys of a row that differ between a run and its repetition. All others are equal to the bit."""
 
@@ -161,6 +164,7 @@ class Window:
         row["train/step_time"] = self.seconds / self.steps_here
         row["train/tokens_per_sec"] = row["train/tokens"] / row["train/step_time"]
         row["train/padded_tokens_per_sec"] = row["train/padded_tokens"] / row["train/step_time"]
+        row |= {f"train/{name}": value for name, value in memory_in_use().items()}
         if "rollout_tokens" in self.sums:
             row["train/rollout_tokens_per_sec"] = row["train/rollout_tokens"] / row["train/step_time"]
         if flops is not None:
@@ -238,6 +242,9 @@ def train(
         if evaluate is not None:
             every_hook.append(EvaluationHook(evaluate, schedule))
         every_hook.append(CheckpointHook(checkpoints, schedule, signals, line.say, lambda: clear_stop(folder)))
+        for hook in every_hook:
+            stack.callback(hook.on_end)
+            hook.on_start(done)
         good = on_process_0(lambda: last_good_step(folder)) == done
         loop = Loop(step, batches, settings, schedule, extra, every_hook, good_step=done if good else done - 1)
         try:
@@ -369,6 +376,8 @@ class Loop:
         """Return the next batch. A source that samples from the student gets the newest parameters first."""
         if hasattr(self.batches, "set_params"):
             self.batches.set_params(state.params)
+        if hasattr(self.batches, "set_opt_state"):
+            self.batches.set_opt_state(state.opt_state)
         return next(self.batches)
 
     def observed(self) -> Metrics:
@@ -402,6 +411,9 @@ class Loop:
             hook.on_pause(pause)
         if pause.saved_unconfirmed:
             self.probe = (number, used)
+        if pause.saved:
+            for hook in self.hooks:
+                hook.on_checkpoint(number)
         self.clock = time.perf_counter()
 
     def good_until(self) -> int:

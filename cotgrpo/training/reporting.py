@@ -147,8 +147,37 @@ def write_stage_report(
         console: where the page's path is printed.
     """
     folder = Path(config.run_dir) / stage
-    saved = folder / "config.yaml"
-    report = {
+    report = stage_report(stage, config, inputs, measured, wall)
+    write_json(folder / "report.json", report)
+    say(console, f"report: {write_report(folder)}")
+    return report
+
+
+def write_live_report(
+    stage: StageName,
+    config: Config,
+    inputs: StageInputs,
+    measured: dict[str, dict[str, Any]],
+    wall: dict[str, float],
+    step: int,
+) -> None:
+    """Write `report.html` of a stage that is not finished, after `step`. See `write_stage_report`."""
+    report = stage_report(stage, config, inputs, measured, wall)
+    done = f"This run is not finished: the page shows it up to step {step} of {getattr(config, stage).steps}."
+    report |= {"title": f"{report['title']} (not finished)", "stage": stage, "notes": [done, *report["notes"]]}
+    write_report(Path(config.run_dir) / stage, report)
+
+
+def stage_report(
+    stage: StageName,
+    config: Config,
+    inputs: StageInputs,
+    measured: dict[str, dict[str, Any]],
+    wall: dict[str, float],
+) -> dict[str, Any]:
+    """Return what `report.json` holds. Arguments are those of `write_stage_report`."""
+    saved = Path(config.run_dir) / stage / "config.yaml"
+    report: dict[str, Any] = {
         "title": f"cotgrpo {stage}",
         "command": f"cotgrpo {stage} --config {shlex.quote(str(saved))}",
         "accuracy": {name: m["accuracy"] for name, m in measured.items()},
@@ -164,8 +193,6 @@ def write_stage_report(
     report["notes"] = [sentence(inputs.split_text)]
     if stage == "grpo" and isinstance(config.grpo.ghosts, VerifiedReward):
         report["notes"] = [GROUP_RELATIVE, *report["notes"]]
-    write_json(folder / "report.json", report)
-    say(console, f"report: {write_report(folder)}")
     return report
 
 

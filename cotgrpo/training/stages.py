@@ -36,14 +36,28 @@ from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import complain, say
-from cotgrpo.training.batch_sources import make_stage_batches
+from cotgrpo.training.batch_sources import live_teacher_of, make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
-from cotgrpo.training.hooks import Hook
+from cotgrpo.training.hooks import Hook, ReportHook, hooks_of_settings, send_missing_rows
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
 from cotgrpo.training.loop import BatchSource, LoopSettings, train
 from cotgrpo.training.mesh import check_stage_batch
-from cotgrpo.training.reporting import MeasurementCache, Timer, find_measurement, print_reports, write_stage_report
-from cotgrpo.training.steps import StageName, needs_reference, stage_step
+from cotgrpo.training.reporting import (
+    MeasurementCache,
+    Timer,
+    find_measurement,
+    print_reports,
+    write_live_report,
+    write_stage_report,
+)
+from cotgrpo.training.steps import (
+    StageName,
+    check_own_code,
+    needs_reference,
+    needs_teacher,
+    stage_optimizer,
+    stage_step,
+)
 from cotgrpo.training.weights import (
     WHOLE,
     StageWeights,
@@ -75,6 +89,8 @@ def run_grpo(config: Config, console: Console | None = None, hooks: Sequence[Hoo
 def run_stage(stage: StageName, config: Config, console: Console, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
     """Run a whole stage, or resume it. A finished one only returns its report."""
     check_stage_batch(config, stage)
+    check_own_code(config, stage)
+    hooks = [*hooks_of_settings(stage, config), *hooks]
     run_dir = Path(config.run_dir)
     with locked(run_dir) if is_process_0() else contextlib.nullcontext():
         return run_locked_stage(stage, config, console, run_dir, hooks)
@@ -91,6 +107,7 @@ def run_locked_stage(
         check_shared(location.folder.parent)
     if (done := on_process_0(lambda: finished_report(folder, config))) is not None:
         say(console, f"{folder} is complete: {folder / 'report.html'}")
+        send_missing_rows(hooks)
         return done
 
     timer = Timer()
@@ -113,13 +130,14 @@ def run_locked_stage(
     cache = MeasurementCache(folder, held_out, after_sft, location.exists())
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         before = cache.measure("before.json", weights.adapted, f"before {stage}")
+    points = {} if before is None else {"base" if stage == "sft" or origin is None else "sft": before}
+    live_report = ReportHook(lambda step: write_live_report(stage, config, inputs, points, timer.seconds(), step))
     with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
-        state = train_stage(stage, config, inputs.model, weights, batches, held_out, console, hooks)
+        state = train_stage(stage, config, inputs.model, weights, batches, held_out, console, [live_report, *hooks])
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
 
-    points = {"base" if stage == "sft" or origin is None else "sft": before, stage: after}
-    measured = {name: found for name, found in points.items() if found is not None}
+    measured = points | ({} if after is None else {stage: after})
     if (base := on_process_0(lambda: cache.of_sft("before.json"))) is not None:
         measured = {"base": base} | measured
     wall = timer.seconds()
@@ -178,7 +196,8 @@ def initial_weights(
     first weights later, as a reference or as a teacher, it reads those.
     """
     folder = Path(config.run_dir) / stage
-    is_own_teacher = stage == "grpo" and isinstance(config.grpo.ghosts, PrivilegedSelf)
+    ghosts = config.grpo.ghosts
+    is_own_teacher = stage == "grpo" and isinstance(ghosts, PrivilegedSelf) and ghosts.self == "frozen"
     measured = on_process_0(lambda: find_measurement(folder / "before.json") is not None)
     if measured and location.exists() and not (is_own_teacher or needs_reference(config, stage)):
         origin = folder
@@ -196,8 +215,7 @@ def initial_weights(
 
 def new_state(stage: StageName, config: Config, trained: Params, copy: bool = False) -> TrainState:
     """Return the train state before the first step. It takes the arrays of `trained`, or copies of them."""
-    settings = getattr(config, stage)
-    return TrainState.create(params=trained, tx=settings.optimizer.build(settings.steps), key=config.seed, copy=copy)
+    return TrainState.create(params=trained, tx=stage_optimizer(config, stage), key=config.seed, copy=copy)
 
 
 def train_stage(
@@ -212,10 +230,11 @@ def train_stage(
 ) -> TrainState:
     """Train to the last step. `weights.trained` are donated, unless they are the reference."""
     settings, mesh = getattr(config, stage), model.mesh
-    with_reference = needs_reference(config, stage)
-    step = stage_step(config, stage, model.student, settings.optimizer.build(settings.steps))
+    is_reference = needs_reference(config, stage) and not needs_teacher(config, stage)
+    teacher, teacher_params = live_teacher_of(batches) if needs_teacher(config, stage) else (None, None)
+    step = stage_step(config, stage, model.student, stage_optimizer(config, stage), teacher=teacher)
     base = () if weights.lora is None else (weights.base,)
-    reference = (weights.adapted(),) if with_reference else ()
+    reference = (weights.adapted(),) if is_reference else () if teacher is None else (teacher_params,)
     flops = StepFlops.of(
         model.decoder,
         config.data.seq_len,
@@ -228,7 +247,7 @@ def train_stage(
     detector = CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)
     return train(
         jit_step(step, mesh),
-        new_state(stage, config, weights.trained, copy=with_reference),
+        new_state(stage, config, weights.trained, copy=is_reference),
         batches,
         folder,
         LoopSettings(

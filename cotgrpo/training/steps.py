@@ -7,12 +7,18 @@ from typing import Any, Literal
 import optax
 
 from cotgrpo import objectives
-from cotgrpo.config import Config
+from cotgrpo.config import Config, ConfigError, PrivilegedSelf
+from cotgrpo.config.own_code import OwnObjective
+from cotgrpo.data.own.loading import OwnCodeError
 from cotgrpo.models.lora import make_lora_step
+from cotgrpo.optimizers import with_moving_average
+from cotgrpo.testing.objectives import check_objective
 from cotgrpo.train_steps import Step, make_grpo_step, make_sft_step
 from cotgrpo.types import Student
 
 StageName = Literal["sft", "grpo"]
+TRIED_CASES = 2
+"""Cases of each kind that an objective of the user's own is tried on."""
 
 
 def stage_step(
@@ -22,14 +28,18 @@ def stage_step(
     tx: optax.GradientTransformation,
     *,
     tile_size: int | None = None,
+    teacher: Student | None = None,
 ) -> Step:
     """Return the pure step of a stage, without jit: `step(state, batch, *rest)`.
 
     With LoRA the state holds adapters, and `rest` starts with their frozen base. If `needs_reference`, the reference's
-    parameters follow. `tile_size` is that of `cotgrpo.tiled_loss`; None: its default on JAX's platform here.
+    parameters follow. If `needs_teacher`, the reference is the live `teacher`; None: a model of the student's form.
+    `tile_size` is that of `cotgrpo.tiled_loss`; None: its default on JAX's platform here.
     """
     parts: dict[str, Any] = {"micro_batches": getattr(config, stage).micro_batches, "tile_size": tile_size}
     reference = student if needs_reference(config, stage) else None
+    if teacher is not None and needs_teacher(config, stage):
+        reference = teacher
 
     def make_step(student: Student) -> Step:
         if stage == "sft":
@@ -41,6 +51,47 @@ def stage_step(
     return make_step(student) if lora is None else make_lora_step(make_step, student, lora)
 
 
+def check_own_code(config: Config, stage: StageName) -> None:
+    """Load the functions of the user's own that a stage calls, and try the objective, before anything is read.
+
+    An objective that reads extra arrays of a batch (`batch_fields`) is not tried here.
+
+    Raises:
+        OwnCodeError: one that cannot be loaded, takes other arguments, or is no objective.
+        ConfigError: an objective that does not go with the source of the ghosts.
+    """
+    _ = config.verify.verifier
+    own = config.grpo.objective
+    if stage != "grpo" or not isinstance(own, OwnObjective):
+        return
+    draws = objectives.num_draws(own)
+    if config.grpo.ghosts.on_policy and draws > 1:
+        raise ConfigError(
+            f"grpo.objective.function {own.function} draws {draws} tokens, but grpo.ghosts.source "
+            f"{config.grpo.ghosts.source} has one at a context, that of the student's reply. Set its num_draws to 1."
+        )
+    if not objectives.batch_fields(own):
+        try:
+            check_objective(own, num_cases=TRIED_CASES)
+        except AssertionError as error:
+            found = " ".join(str(error).split())
+            raise OwnCodeError(f"grpo.objective.function {own.function} is no objective: {found}") from error
+
+
+def stage_optimizer(config: Config, stage: StageName) -> optax.GradientTransformation:
+    """Return the optimizer of a stage. It averages the parameters too if the student's average is the live ghost."""
+    settings, ghosts = getattr(config, stage), config.grpo.ghosts
+    tx: optax.GradientTransformation = settings.optimizer.build(settings.steps)
+    if stage == "grpo" and isinstance(ghosts, PrivilegedSelf) and ghosts.self == "ema":
+        return with_moving_average(tx, ghosts.decay)
+    return tx
+
+
 def needs_reference(config: Config, stage: StageName) -> bool:
-    """Return whether the objective reads the student as it was before this stage."""
+    """Return whether the objective reads a frozen model: the student before this stage, or the live teacher."""
     return stage == "grpo" and objectives.needs_reference(config.grpo.full_objective)
+
+
+def needs_teacher(config: Config, stage: StageName) -> bool:
+    """Return whether that model is the live teacher."""
+    return stage == "grpo" and objectives.reads_teacher(config.grpo.full_objective)

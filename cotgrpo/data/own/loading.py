@@ -15,6 +15,8 @@ from cotgrpo.data.sources import DataError
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+GIVEN: dict[str, object] = {}
+"""Objects of this process that have no path of their own, by the path that `path_of` made up for them."""
 LONGEST_ERROR = 300
 """Characters of an error of the user's code that a message shows."""
 
@@ -31,6 +33,31 @@ def path_problem(name: str, setting: str) -> str:
     return ""
 
 
+def path_of(given: object) -> str:
+    """Return a path that `load_object` finds an object by, for settings: its own, if it has one, else one made up.
+
+    An object without a path of its own, such as a lambda, is found in this process only.
+    """
+    name = given if isinstance(given, str) else name_of(given)
+    if isinstance(given, str) or (hasattr(given, "__qualname__") and resolved(name) is given):
+        return name
+    for path, known in GIVEN.items():
+        if known is given:
+            return path
+    made = f"{name}_{sum(path.startswith(name) for path in GIVEN)}"
+    GIVEN[made] = given
+    return made
+
+
+def resolved(name: str) -> object:
+    """Return what a path names among the modules that are imported, or None."""
+    module, _, attribute = name.partition(":")
+    found: object = sys.modules.get(module)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def load_object(name: str, setting: str) -> object:
     """Return what "package.module:name" names. Modules of the working directory count.
 
@@ -39,6 +66,8 @@ def load_object(name: str, setting: str) -> object:
     """
     if problem := path_problem(name, setting):
         raise OwnCodeError(problem)
+    if name in GIVEN:
+        return GIVEN[name]
     module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
