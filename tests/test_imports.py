@@ -48,6 +48,7 @@ ROOMS = (
     "reports",
     "identity",
     "training",
+    "runs",
     "generation",
     "planning",
     "quickstart",

@@ -19,6 +19,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Options, console: Console) -> None:
     """Train, in `run_dir/grpo`."""
-    from cotgrpo.training.stages import run_grpo
+    from cotgrpo.runs import Run
 
-    run_grpo(options.settings(Config()), console)
+    Run.of(options.given(Config()), console).grpo()

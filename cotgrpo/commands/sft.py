@@ -19,6 +19,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Options, console: Console) -> None:
     """Train, in `run_dir/sft`."""
-    from cotgrpo.training.stages import run_sft
+    from cotgrpo.runs import Run
 
-    run_sft(options.settings(Config()), console)
+    Run.of(options.given(Config()), console).sft()
