@@ -103,7 +103,7 @@ def tiled_loss(
     head_DV: Float[Array, "D V"] | None,
     inputs: TokenInputs,
     *,
-    uniform: Float[Array, "*batch G"] | None = None,
+    uniform: Float[Array, "*batch G"] | Float[Array, "*batch G 2"] | None = None,
     reference: Reference | None = None,
     spec: HeadSpec = HeadSpec(),
     tile_size: int | None = None,
@@ -118,7 +118,8 @@ def tiled_loss(
         head_DV: the head in the compute type, or None if the hidden rows are logits.
         inputs: ghost ids `[B, T]` or `[N]`, weights, drawn ids `[B, T, G]` if they came with the batch, and extra
             arrays. Tokens with weight 0 are skipped.
-        uniform: in [0, 1), one random number for each token to draw here, or None.
+        uniform: in [0, 1), one random number for each token to draw here, or pairs of `objectives.draw_uniform`; None:
+            nothing is drawn.
         reference: the frozen reference model, or None.
         spec: soft-cap and real vocabulary size.
         tile_size: tokens a tile; None chooses (see `default_tile_size`).
@@ -351,7 +352,7 @@ class TiledLoss:
         evaluate: Evaluate,
         logits_TV: Float[Array, "T V"],
         inputs: TokenInputs,
-        uniform: Float[Array, "T G"] | None,
+        uniform: Float[Array, "T G"] | Float[Array, "T G 2"] | None,
     ) -> tuple[Sums, Float[Array, "T V"] | None]:
         """Compute `tile_loss` a few rows at a time, which stay in a CPU's caches.
 
@@ -381,7 +382,7 @@ class TiledLoss:
         evaluate: Evaluate,
         logits_TV: Float[Array, "T V"],
         inputs: TokenInputs,
-        uniform: Float[Array, "T G"] | None,
+        uniform: Float[Array, "T G"] | Float[Array, "T G 2"] | None,
     ) -> tuple[Sums, Float[Array, "T V"] | None]:
         """Return the weighted sums of rows of logits, and the gradient in the logits or None."""
         if uniform is not None:

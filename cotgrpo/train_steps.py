@@ -202,7 +202,7 @@ def make_batch_loss(
     def batch_loss(
         params: Params,
         ghosts: GhostBatch,
-        uniform: Float[Array, "B T G"] | None,
+        uniform: Float[Array, "B T G 2"] | None,
         reference_params: Params | None,
     ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
         contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
@@ -323,15 +323,15 @@ def vocabulary_size(student: Student, params: Params, ghosts: GhostBatch) -> int
     return jax.eval_shape(student.hidden, params, *contexts).shape[-1]
 
 
-def uniforms_for(objective: Objective, ghosts: GhostBatch, key: PRNGKeyArray) -> Float[Array, "B T G"] | None:
-    """Return `[B, T, G]` numbers in [0, 1) for the tokens that the step has to draw, or None.
+def uniforms_for(objective: Objective, ghosts: GhostBatch, key: PRNGKeyArray) -> Float[Array, "B T G 2"] | None:
+    """Return `[B, T, G]` pairs of `objectives.draw_uniform` for the tokens that the step has to draw, or None.
 
     They are drawn for the whole batch at once, so that neither tiles nor micro-batches change what is drawn.
     """
     draws = objectives.num_draws(objective)
     if not draws or ghosts.drawn_tokens is not None:
         return None
-    return jax.random.uniform(key, (*ghosts.tokens.shape, draws))
+    return objectives.draw_uniform(key, (*ghosts.tokens.shape, draws))
 
 
 def accumulate(gradient: Callable[[PyTree], PyTree], batch: PyTree, micro_batches: int) -> PyTree:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.objectives import MASKED_LOGIT, draw, likeliest, softmax
+from cotgrpo.objectives import MASKED_LOGIT, draw, draw_uniform, likeliest, softmax
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.tiled_loss import HeadSpec, map_live_tiles
 from cotgrpo.token_shards import Shard
@@ -85,16 +85,16 @@ def live_ghosts(
     """
     own = with_replies(prompts, replies)
     read = own if reads is None else with_replies(reads, replies)
-    uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
+    uniform_BT2 = None if key is None else draw_uniform(key, read.tokens.shape)
 
-    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, ""] | None) -> tuple[Array, dict[str, Array]]:
+    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, "2"] | None) -> tuple[Array, dict[str, Array]]:
         token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
         if not top_k:
             return token, {}
         top_K, ids_K = jax.lax.top_k(logits_V, top_k)
         return token, {"top_ids": ids_K, "top_log_probs": top_K - softmax(logits_V).log_z}
 
-    chosen = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT, tile_size=tile_size)
+    chosen = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT2, tile_size=tile_size)
     # In both batches the contexts are the last N + 1 columns but one: in a row of another width they only move.
     N = replies.tokens.shape[1]
     columns = ((0, 0), (own.tokens.shape[1] - N - 1, 0))

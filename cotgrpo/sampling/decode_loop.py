@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student, unstack_layers
 from cotgrpo.models.lora import apply_adapters
-from cotgrpo.objectives import draw, likeliest, softmax
+from cotgrpo.objectives import draw, draw_uniform, likeliest, softmax
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
 from cotgrpo.sharding import batch_shards, open_axes
@@ -347,7 +347,7 @@ def sample_tokens(
     if settings.temperature == 0:
         token_B = jax.vmap(likeliest)(logits_BV)
     else:
-        uniform_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
+        uniform_B2 = jax.vmap(lambda key, index: draw_uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
-        token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B)
+        token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B2)
     return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)
