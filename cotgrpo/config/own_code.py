@@ -90,12 +90,12 @@ class OwnObjective:
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise OwnCodeError(
                 f"grpo.objective.function {self.function} must return (loss, metrics), a scalar and a dict of scalars, "
-                f"got {type(found).__name__} {found!r:.80}."
+                f"got {shown(found)}."
             )
         for name, value in {"the loss": found[0], **found[1]}.items():
             if getattr(value, "shape", () if isinstance(value, int | float) else None) != ():
                 raise OwnCodeError(
-                    f"grpo.objective.function {self.function}: {name} must be a scalar, got {value!r:.80}."
+                    f"grpo.objective.function {self.function}: {name} must be a scalar, got {shown(value)}."
                 )
         return jnp.asarray(found[0], logits_V.dtype), dict(found[1])
 
@@ -160,6 +160,13 @@ class ProfileConfig:
     def range(self) -> tuple[int, int] | None:
         """The first and the last step, or None."""
         return None if not self.steps else (int(self.steps.split(":")[0]), int(self.steps.split(":")[1]))
+
+
+def shown(value: object) -> str:
+    """Return what a value is, for a message. Of an array, that is its shape: it has no numbers while it is traced."""
+    if hasattr(value, "shape"):
+        return f"an array of the shape {value.shape}"
+    return f"{type(value).__name__} {value!r:.80}"
 
 
 def check_paths(section: object, *names: str) -> None:

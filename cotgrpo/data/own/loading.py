@@ -14,7 +14,8 @@ from typing import Any
 from cotgrpo.data.sources import DataError
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
 GIVEN: dict[str, object] = {}
 """Objects of this process that have no path of their own, by the path that `path_of` made up for them."""
 LONGEST_ERROR = 300
@@ -149,5 +150,6 @@ def describe(error: BaseException) -> str:
         return f"({shown}) at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if not frame.filename.startswith(("<", PACKAGE + os.sep))]
-    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
+    installed = [frame for frame in frames if frame.filename.startswith(LIBRARIES) or "site-packages" in frame.filename]
+    own = [f for f in frames if f not in installed and not f.filename.startswith(STANDARD)] or installed
     return f"({shown}) at {own[-1].filename}:{own[-1].lineno}" if own else f"({shown})"
