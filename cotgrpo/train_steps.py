@@ -149,7 +149,9 @@ def make_grpo_step(
         metrics["invalid_tokens"] = Metric(invalid, jnp.ones(()))
         if reward_gain:
             _, (gains, gain_weight) = accumulate(
-                lambda part: gain_loss(new_state.params, part, None, state.params), ghosts, micro_batches
+                lambda part: gain_loss(new_state.params, part, None, state.params),
+                ghosts.replace(extra={}),  # the rows of another reference are not the student's
+                micro_batches,
             )
             metrics["reward_gain"] = counted(gains["reward_gain"], gain_weight)
         return new_state, metrics | token_counts(ghosts)
@@ -210,7 +212,11 @@ def make_batch_loss(
         if reference is not None:
             fixed = jax.lax.stop_gradient(reference_params)
             head = None if reference.head is None else reference.head(fixed)
-            frozen = Reference(reference.hidden(fixed, *contexts), head, HeadSpec.of(reference))
+            rows = ghosts.extra.get("reference_rows")  # what the head reads, if the reference has been run already
+            rows = reference.hidden(fixed, *contexts) if rows is None else rows
+            if head is not None and "reference_rows" in ghosts.extra:
+                rows = rows.astype(head.dtype)
+            frozen = Reference(rows, head, HeadSpec.of(reference))
         inputs = token_inputs(objective, ghosts)
         try:
             loss, sums = tiled_loss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from cotgrpo.config.sections import ConfigError, at_least, expect
+from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, expect
 from cotgrpo.teacher_servers.server import ServerSettings
 
 PRIVILEGED_PROMPT = (
@@ -76,6 +76,9 @@ class LiveGhosts(StudentReplies):
         updates_per_rollout: updates on the same replies. A later update weights each context by how much likelier the
             student now makes it.
         ratio_clip: bound of the weights of later updates: they lie in [1 - ratio_clip, 1 + ratio_clip].
+        num_generations: replies to each question of a batch.
+        when: contexts at which the ghost counts: always; only in replies that are wrong; or only where the ghost token
+            is not the one that the student drew. At the others only grpo.reward_weight teaches.
     """
 
     choice: Literal["argmax", "drawn"] = "argmax"
@@ -83,14 +86,21 @@ class LiveGhosts(StudentReplies):
     teacher_forced_share: float = 0.0
     updates_per_rollout: int = 1
     ratio_clip: float = 0.2
+    num_generations: int = 1
+    when: Literal["always", "wrong", "disagree"] = "always"
 
     on_policy: ClassVar[bool] = True
+
+    @property
+    def is_fixed_model(self) -> bool:
+        """Whether the ghost is one frozen model of this process, which a step can compare with exactly."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self.temperature > 0, self, "temperature", "above 0, so that replies differ")
         expect(0 <= self.teacher_forced_share < 1, self, "teacher_forced_share", "in [0, 1)")
-        at_least(1, self, "updates_per_rollout")
+        at_least(1, self, "updates_per_rollout", "num_generations")
         expect(0 < self.ratio_clip < 1, self, "ratio_clip", "in (0, 1)")
 
     def forced_rows(self, batch_size: int) -> int:
@@ -109,6 +119,10 @@ class TeacherModel(LiveGhosts, Prompted):
     teacher: str | None = None
 
     source: ClassVar[str] = "teacher_model"
+
+    @property
+    def is_fixed_model(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,18 +160,41 @@ class TeacherServer(LiveGhosts, Prompted, ServerSettings):
 
 @dataclasses.dataclass(frozen=True)
 class PrivilegedSelf(LiveGhosts):
-    """A live ghost that is the student before this stage, with the row's solution in its prompt.
+    """A live ghost that is the student itself, with the row's solution in its prompt.
 
     Attributes:
-        privileged_prompt: template of the live ghost's prompt, with {question}, {rationale} and {answer}.
+        privileged_prompt: template of the live ghost's prompt, with {question}, {rationale} and {answer}. {reply} is
+            the reply of the student that the ghost is asked about, and {feedback} what the verifier says of it. With
+            one of them the device waits while the replies are judged.
+        self: the ghost's parameters: those before the stage (frozen), the student's present ones (live), or their
+            exponential moving average (ema).
+        decay: share of the moving average that stays at each update, in (0, 1).
     """
 
     privileged_prompt: str = PRIVILEGED_PROMPT
+    self: Literal["frozen", "live", "ema"] = "frozen"
+    decay: float = 0.99
 
     source: ClassVar[str] = "privileged_self"
 
+    @property
+    def is_fixed_model(self) -> bool:
+        return self.self == "frozen" and not self.reads_reply
+
+    @property
+    def reads_reply(self) -> bool:
+        """Whether the prompt of the ghost depends on the reply."""
+        return self.privileged("", "", "", "\0", "\0") != self.privileged("", "", "")
+
+    def not_applicable(self) -> NotApplicable:
+        """Return `decay` without a moving average."""
+        if self.self == "ema":
+            return NotApplicable()
+        return NotApplicable(("decay",), "self", f"grpo.ghosts.self {self.self}. Set it to ema, or remove decay.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect(0 < self.decay < 1, self, "decay", "in (0, 1)")
         try:
             text = self.privileged(question="\0q", rationale="\0r", answer="\0a")
         except (KeyError, IndexError, ValueError) as error:
@@ -165,9 +202,11 @@ class PrivilegedSelf(LiveGhosts):
         complete = "\0q" in text and "\0a" in text
         expect(complete, self, "privileged_prompt", "a text with {question} and {answer}")
 
-    def privileged(self, question: str, rationale: str, answer: str) -> str:
-        """Return the question together with its solution."""
-        return self.privileged_prompt.format(question=question, rationale=rationale, answer=answer)
+    def privileged(self, question: str, rationale: str, answer: str, reply: str = "", feedback: str = "") -> str:
+        """Return the question together with its solution, and the reply with what the verifier says of it."""
+        return self.privileged_prompt.format(
+            question=question, rationale=rationale, answer=answer, reply=reply, feedback=feedback
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,11 @@ class Choice:
         own = {field: given.values[f"{key}.{field}"] for field in names if f"{key}.{field}" in given.values}
         if type(value) is alternative:
             own = shallow(value) | own
-        return construct(alternative, own, f"{key}.")
+        built = construct(alternative, own, f"{key}.")
+        unused = not_applicable(built)
+        for name in unused.names:
+            given.check_applies(f"{key}.{name}", f"{key}.{unused.switch}", unused.reason)
+        return construct(alternative, {k: v for k, v in own.items() if k not in unused.names}, f"{key}.")
 
     def tree(self, value: DataclassInstance) -> dict[str, Any]:
         """Return the alternative's name and its settings."""

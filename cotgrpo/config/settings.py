@@ -13,15 +13,22 @@ from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import (
+    Divergence,
     ForwardKl,
+    GhostRespond,
     GroupRelative,
+    JensenShannon,
     Nll,
     Objective,
     Pair,
     ReferenceKl,
     Reinforce,
+    ReverseKl,
+    RewardedGhost,
     RewardGradient,
+    SkewedKl,
     num_draws,
+    reads_teacher,
 )
 from cotgrpo.optimizers import OptimizerConfig
 from cotgrpo.sharding import MeshConfig
@@ -30,6 +37,10 @@ OBJECTIVES = {
     "pair": Pair,
     "nll": Nll,
     "forward_kl": ForwardKl,
+    "reverse_kl": ReverseKl,
+    "jensen_shannon": JensenShannon,
+    "skewed_kl": SkewedKl,
+    "ghost_respond": GhostRespond,
     "reward_gradient": RewardGradient,
     "reinforce": Reinforce,
     "group_relative": GroupRelative,
@@ -216,6 +227,8 @@ class GrpoConfig(StageConfig):
         ghosts: source of the ghost tokens, and of the contexts.
         reference_kl: weight of KL(student || student before this stage); 0: none. group_relative has
             grpo.objective.kl_weight instead.
+        reward_weight: weight of the group-relative loss of the replies' verified reward, which is added to the
+            objective of a live ghost; 0: none. It compares the replies to a question (ghosts.num_generations).
         max_entropy_growth: stop if the student's entropy grows by more than this factor; null: never.
         reward_gain: log the change of the reward on each batch by its own update, at the price of two forward passes.
     """
@@ -223,12 +236,13 @@ class GrpoConfig(StageConfig):
     objective: Objective = choice("name", OBJECTIVES, Pair())
     ghosts: Ghosts = choice("source", SOURCES, TeacherForced())
     reference_kl: float = 0.0
+    reward_weight: float = 0.0
     max_entropy_growth: float | None = 2.0
     reward_gain: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, self, "reference_kl")
+        at_least(0, self, "reference_kl", "reward_weight")
         name, source = type(self.objective).__name__, self.ghosts.source
         if isinstance(self.objective, GroupRelative) != isinstance(self.ghosts, VerifiedReward):
             raise ConfigError(
@@ -243,11 +257,8 @@ class GrpoConfig(StageConfig):
             )
         if isinstance(self.objective, GroupRelative) and self.reward_gain:
             raise ConfigError("reward_gain is that of a ghost token, and group_relative has none. Remove it.")
-        if isinstance(self.objective, ForwardKl) and not isinstance(self.ghosts, LiveGhosts):
-            raise ConfigError(
-                "objective.name forward_kl needs the distribution of a live ghost: set grpo.ghosts.source to "
-                f"teacher_model or privileged_self, got {source}."
-            )
+        self.check_divergence()
+        self.check_replies()
         if isinstance(self.ghosts, VerifiedReward) and self.batch_size % self.ghosts.num_generations:
             raise ConfigError(
                 "batch_size counts replies with group_relative: expected a multiple of ghosts.num_generations, "
@@ -255,6 +266,60 @@ class GrpoConfig(StageConfig):
             )
         growth = self.max_entropy_growth
         expect(growth is None or growth > 1, self, "max_entropy_growth", "above 1 or null")
+
+    def check_divergence(self) -> None:
+        """Raise ConfigError if the ghosts do not hand over what a divergence compares with."""
+        if not isinstance(self.objective, Divergence):
+            return
+        name = next((name for name, kind in OBJECTIVES.items() if type(self.objective) is kind), "a divergence")
+        if not isinstance(self.ghosts, LiveGhosts):
+            raise ConfigError(
+                f"objective.name {name} needs the distribution of a live ghost: set grpo.ghosts.source to "
+                f"teacher_model or privileged_self, got {self.ghosts.source}."
+            )
+        if not reads_teacher(self.objective):
+            return
+        exact = f"objective.top_k null takes the whole distribution of the live ghost for {name}"
+        if not self.ghosts.is_fixed_model:
+            raise ConfigError(
+                f"{exact}, which has to be a frozen model in this process, got ghosts.source {self.ghosts.source}. "
+                "Set a number of tokens, such as 16, or take one of teacher_model and privileged_self (self frozen)."
+            )
+        if self.ghosts.teacher_forced_share:
+            raise ConfigError(f"{exact}, which rows of text do not have: set ghosts.teacher_forced_share to 0.")
+        if self.reference_kl:
+            raise ConfigError(f"{exact} in the place of the reference: set reference_kl to 0, or top_k to a number.")
+
+    def check_replies(self) -> None:
+        """Raise ConfigError if the replies of a batch cannot be compared as the settings want it."""
+        live = isinstance(self.ghosts, LiveGhosts)
+        if self.reward_weight and not live:
+            raise ConfigError(
+                "reward_weight adds a reward to the objective of a live ghost: set grpo.ghosts.source to teacher_model "
+                f"or privileged_self, got {self.ghosts.source}. For a reward without a ghost, set objective.name "
+                "group_relative and ghosts.source verified_reward."
+            )
+        if not isinstance(self.ghosts, LiveGhosts):
+            return
+        count = self.ghosts.num_generations
+        if self.reward_weight and count < 2:
+            raise ConfigError(
+                "reward_weight compares the replies to a question: set ghosts.num_generations to 2 or more, which "
+                f"divides batch_size, got {count}."
+            )
+        if self.reward_weight and self.ghosts.temperature != 1:
+            raise ConfigError(
+                "reward_weight needs replies of the student's own distribution: set ghosts.temperature to 1, got "
+                f"{self.ghosts.temperature}."
+            )
+        if self.reward_weight and self.ghosts.teacher_forced_share:
+            raise ConfigError("reward_weight needs replies in every row: set ghosts.teacher_forced_share to 0.")
+        replies = self.batch_size - self.ghosts.forced_rows(self.batch_size)
+        if replies % count:
+            raise ConfigError(
+                f"batch_size leaves {replies} replies: expected a multiple of ghosts.num_generations, {count} to each "
+                f"question. batch_size is {self.batch_size}, less the rows of ghosts.teacher_forced_share."
+            )
 
     def not_applicable(self) -> NotApplicable:
         """Return `reference_kl`, if the objective has its own."""
@@ -265,8 +330,11 @@ class GrpoConfig(StageConfig):
 
     @functools.cached_property
     def full_objective(self) -> Objective:
-        """The objective, with the KL to the reference if `reference_kl` is set."""
-        return ReferenceKl(self.objective, self.reference_kl) if self.reference_kl else self.objective
+        """The objective, gated or with a reward if the settings say so, and with the KL if `reference_kl` is set."""
+        objective, ghosts = self.objective, self.ghosts
+        if isinstance(ghosts, LiveGhosts) and (ghosts.when != "always" or self.reward_weight):
+            objective = RewardedGhost(objective, self.reward_weight, ghosts.ratio_clip)
+        return ReferenceKl(objective, self.reference_kl) if self.reference_kl else objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.objectives import MASKED_LOGIT, draw, draw_uniform, likeliest, softmax
+from cotgrpo.objectives import MASKED_LOGIT, draw, likeliest, softmax
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.tiled_loss import HeadSpec, map_live_tiles
 from cotgrpo.token_shards import Shard
@@ -61,6 +61,7 @@ def live_ghosts(
     reads: Prompts | None = None,
     key: PRNGKeyArray | None = None,
     top_k: int = 0,
+    rows: bool = False,
     tile_size: int | None = None,
 ) -> GhostBatch:
     """Return the student's replies with the ghost token at each of their prefixes.
@@ -76,30 +77,37 @@ def live_ghosts(
         reads: what the teacher reads instead of `prompts`, a row for each reply, of any width; None: the same.
         key: draws each ghost token from the teacher's distribution; None: takes the likeliest, the first of equals.
         top_k: how many of the teacher's likeliest tokens come with their log-probabilities, for
-            `cotgrpo.objectives.ForwardKl`; at most its vocabulary; 0: none.
+            `cotgrpo.objectives.ForwardKl` and its kin; at most its vocabulary; 0: none.
+        rows: whether the rows that the teacher's head reads come too. A step whose reference is the teacher takes them
+            from the batch, for objectives with `top_k=None`, and does not run the teacher again.
         tile_size: rows whose logits exist at one time; None chooses.
 
     Returns:
         A batch `[B, P + N]` as `with_replies` lays it out. `drawn_tokens` are the student's own. With `top_k` its extra
-        arrays are `top_ids` and `top_log_probs`. Ghost and top tokens are 0 at contexts that are not supervised.
+        arrays are `top_ids` and `top_log_probs`, with `rows` float32 `reference_rows` `[B, T, D]`. All of them are 0 at
+        contexts that are not supervised.
     """
     own = with_replies(prompts, replies)
     read = own if reads is None else with_replies(reads, replies)
-    uniform_BT2 = None if key is None else draw_uniform(key, read.tokens.shape)
+    uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
 
-    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, "2"] | None) -> tuple[Array, dict[str, Array]]:
+    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, ""] | None) -> tuple[Array, dict[str, Array]]:
         token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
         if not top_k:
             return token, {}
         top_K, ids_K = jax.lax.top_k(logits_V, top_k)
         return token, {"top_ids": ids_K, "top_log_probs": top_K - softmax(logits_V).log_z}
 
-    chosen = map_contexts(teacher, jax.lax.stop_gradient(params), read, choose, uniform_BT2, tile_size=tile_size)
+    fixed = jax.lax.stop_gradient(params)
+    (ghost_BT, extra), read_BTD = map_contexts_and_rows(teacher, fixed, read, choose, uniform_BT, tile_size=tile_size)
+    if rows:
+        supervised_BT1 = jnp.asarray(read.loss_mask)[..., None] != 0
+        extra = extra | {"reference_rows": jnp.where(supervised_BT1, read_BTD, 0).astype(jnp.float32)}
     # In both batches the contexts are the last N + 1 columns but one: in a row of another width they only move.
     N = replies.tokens.shape[1]
     columns = ((0, 0), (own.tokens.shape[1] - N - 1, 0))
     move = lambda x: jnp.pad(x[:, -N - 1 :], (*columns, *((0, 0),) * (x.ndim - 2)))
-    ghost_BT, extra = jax.tree.map(move, chosen)
+    ghost_BT, extra = jax.tree.map(move, (ghost_BT, extra))
     return GhostBatch(
         tokens=own.tokens,
         ghost_tokens=ghost_BT,
@@ -145,7 +153,8 @@ def reweighted(
 
     A context consists of the reply's tokens before it. So the ratio that turns the mean over the old student's contexts
     into that over the present one's is the product over those tokens. The token drawn at the context itself has no part
-    in it. This takes one forward pass, without gradient.
+    in it. This takes one forward pass, without gradient. If the batch has `ghost_weights`, the weights go there, and
+    not to the loss mask: a reward's likelihood ratio is its own weight.
 
     Args:
         student: the student.
@@ -160,6 +169,8 @@ def reweighted(
     change_BT = jnp.where(jnp.asarray(ghosts.loss_mask) != 0, now_BT - log_probs, 0.0)
     before_BT = jnp.cumsum(change_BT, axis=1) - change_BT
     weight_BT = jnp.where(own, jnp.clip(jnp.exp(before_BT), 1 - clip, 1 + clip), 1.0)
+    if "ghost_weights" in ghosts.extra:
+        return ghosts.replace(extra={**ghosts.extra, "ghost_weights": ghosts.extra["ghost_weights"] * weight_BT})
     return ghosts.replace(loss_mask=ghosts.loss_mask * weight_BT)
 
 
@@ -189,6 +200,19 @@ def map_contexts(
         columns: a pytree of `[B, T]` arrays, or None.
         tile_size: rows of logits at a time; None chooses.
     """
+    return map_contexts_and_rows(student, params, batch, function, columns, tile_size=tile_size)[0]
+
+
+def map_contexts_and_rows(
+    student: Student,
+    params: Params,
+    batch: SftBatch | GhostBatch,
+    function: Callable[[Float[Array, "V"], PyTree], PyTree],
+    columns: PyTree,
+    *,
+    tile_size: int | None = None,
+) -> tuple[PyTree, Float[Array, "B T D"]]:
+    """Return `map_contexts`, and the rows that the head reads."""
     spec = HeadSpec.of(student)
 
     def tile(
@@ -208,4 +232,4 @@ def map_contexts(
         vocab_size=hidden_BTD.shape[-1] if head_DV is None else head_DV.shape[1],
         tile_size=tile_size,
     )
-    return values
+    return values, hidden_BTD

@@ -24,8 +24,8 @@ update does"). y = y* contributes exactly nothing. The objectives differ only in
 """
 
 from cotgrpo.objectives.distribution import MASKED_LOGIT, Distribution, ghost_reward, softmax
-from cotgrpo.objectives.divergences import ForwardKl, JensenShannon, ReferenceKl, ReverseKl, SkewedKl
-from cotgrpo.objectives.drawing import draw, draw_uniform, likeliest
+from cotgrpo.objectives.divergences import Divergence, ForwardKl, JensenShannon, ReferenceKl, ReverseKl, SkewedKl
+from cotgrpo.objectives.drawing import draw, likeliest
 from cotgrpo.objectives.ghost import GhostRespond, Nll, Pair, Reinforce, RewardGradient
 from cotgrpo.objectives.group_relative import GroupRelative
 from cotgrpo.objectives.protocol import (
@@ -35,14 +35,17 @@ from cotgrpo.objectives.protocol import (
     draw_logits,
     needs_reference,
     num_draws,
+    reads_teacher,
     top_k,
     value_and_grad,
 )
 from cotgrpo.objectives.reward_gain import RewardGain
+from cotgrpo.objectives.rewarded_ghost import RewardedGhost
 
 __all__ = [
     "MASKED_LOGIT",
     "Distribution",
+    "Divergence",
     "ForwardKl",
     "GhostRespond",
     "GroupRelative",
@@ -55,16 +58,17 @@ __all__ = [
     "ReverseKl",
     "RewardGain",
     "RewardGradient",
+    "RewardedGhost",
     "SkewedKl",
     "TokenInputs",
     "batch_fields",
     "draw",
     "draw_logits",
-    "draw_uniform",
     "ghost_reward",
     "likeliest",
     "needs_reference",
     "num_draws",
+    "reads_teacher",
     "softmax",
     "top_k",
     "value_and_grad",

@@ -98,6 +98,9 @@ class Divergence(abc.ABC):
     def needs_reference(self) -> bool:
         return self.top_k is None
 
+    reads_teacher = needs_reference
+    """Whether the reference is the live teacher."""
+
     @abc.abstractmethod
     def terms(self, outcomes: Outcomes) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         """Return the terms that sum to the divergence, and the pulls. The pulls may differ by a multiple of p."""
@@ -303,9 +306,8 @@ class ReferenceKl:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "ReferenceKl.weight", "a number of at least 0", self.weight)
-        exact = isinstance(self.objective, Divergence) and self.objective.top_k is None
         one = "an objective with a top_k, since the exact divergence reads the teacher in the reference's place"
-        require(not exact, "ReferenceKl.objective", one, self.objective)
+        require(not protocol.reads_teacher(self.objective), "ReferenceKl.objective", one, self.objective)
 
     @property
     def num_draws(self) -> int:

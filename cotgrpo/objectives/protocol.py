@@ -80,6 +80,11 @@ def needs_reference(objective: Objective) -> bool:
     return getattr(objective, "needs_reference", False)
 
 
+def reads_teacher(objective: Objective) -> bool:
+    """Return whether the reference of the objective is the live teacher, and not the student before the stage."""
+    return getattr(objective, "reads_teacher", False)
+
+
 def top_k(objective: Objective) -> int:
     """Return how many of the ghost's likeliest tokens the batch holds for the objective; 0 if it needs none."""
     return getattr(objective, "top_k", 0) or 0

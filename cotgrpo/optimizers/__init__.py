@@ -8,6 +8,7 @@
 not fit into memory.
 """
 
+from cotgrpo.optimizers.average import MovingAverage, with_moving_average
 from cotgrpo.optimizers.config import Optimizer, OptimizerConfig, Schedule, clip_by_norm, make_optimizer
 from cotgrpo.optimizers.extra_args import accept_extra_args
 from cotgrpo.optimizers.labels import Label, decayed, param_labels
@@ -16,6 +17,7 @@ from cotgrpo.optimizers.schedule_free import gradient_params
 
 __all__ = [
     "Label",
+    "MovingAverage",
     "Optimizer",
     "OptimizerConfig",
     "Rounding",
@@ -27,5 +29,6 @@ __all__ = [
     "lost_share",
     "make_optimizer",
     "param_labels",
+    "with_moving_average",
     "with_rounding",
 ]

@@ -38,7 +38,7 @@ from cotgrpo.sharding import (
 )
 from cotgrpo.tiled_loss import default_tile_size
 from cotgrpo.train_steps import Step
-from cotgrpo.training.steps import StageName, needs_reference, stage_step
+from cotgrpo.training.steps import StageName, needs_reference, stage_optimizer, stage_step
 from cotgrpo.types import TrainState
 
 
@@ -118,7 +118,7 @@ class StagePlan:
 
     def step(self) -> tuple[Step, StepArguments]:
         """Return the stage's step, not jitted, and its arguments."""
-        tx = self.settings.optimizer.build(self.settings.steps)
+        tx = stage_optimizer(self.config, self.stage)
         step = stage_step(self.config, self.stage, make_student(self.decoder), tx, tile_size=self.tile_size)
 
         key = jax.eval_shape(jax.random.key, 0)

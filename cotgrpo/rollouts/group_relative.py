@@ -1,10 +1,9 @@
 """Batches for the comparison with Group Relative Policy Optimization, with the same loop and sampler.
 
 GRPO in this library is GhostRespond Policy Optimization. The group-relative method is called `group_relative`
-everywhere. Its signal is
-which replies are right, and only the host can compute it: the device waits before each new batch. With `prefetch`,
-    replies are drawn one
-update ahead and graded while the previous step runs. Their parameters are then one update older.
+everywhere. Its signal is which replies are right, and only the host can compute it: the device waits before each new
+batch. With `prefetch`, replies are drawn one update ahead and graded while the previous step runs. Their parameters are
+then one update older.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.distributed.processes import gather_rows, is_process_0, process_rows
+from cotgrpo.distributed.processes import is_process_0
 from cotgrpo.ghosts.group_relative import group_advantages, group_batch
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.rollouts.rollouts import (
@@ -27,12 +26,11 @@ from cotgrpo.rollouts.rollouts import (
     RolloutSettings,
     grade_replies,
     metric,
-    rollout_metrics,
     token_ids,
 )
 from cotgrpo.sampling import Replies, Sampler
-from cotgrpo.sharding import batch_sharding, jit_eval
-from cotgrpo.types import GhostBatch, Metric, Metrics, Params
+from cotgrpo.sharding import jit_eval
+from cotgrpo.types import GhostBatch, Metrics, Params
 
 
 class GroupRelativeBatches(Rollouts):
@@ -62,8 +60,8 @@ class GroupRelativeBatches(Rollouts):
         completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        super().__init__(template, questions, settings, seed=seed, merged=merged, group=group)
-        self.sample, self.mesh, self.completions = sample, mesh, completions
+        super().__init__(template, questions, settings, seed=seed, merged=merged, group=group, mesh=mesh)
+        self.sample, self.completions = sample, completions
         self.batch = jit_eval(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
         self.metrics: Metrics = {}
         self.prefetch = prefetch
@@ -75,9 +73,7 @@ class GroupRelativeBatches(Rollouts):
         self.prefetch_next()
         on_host = jax.device_get(pending.replies)
         correct, rewards = self.judged(prompts, on_host)
-        self.metrics = rollout_metrics(correct, on_host)
-        if self.template.verifier.reward is not None:
-            self.metrics["reply_reward"] = Metric(np.sum(rewards, dtype=np.float32), np.float32(len(rewards)))
+        self.metrics = self.judged_metrics(correct, rewards, on_host)
         if self.completions is not None and self.completions.due(number + 1) and is_process_0():
             self.log(self.completions, number + 1, prompts, on_host, rewards)
         return RolloutBatch(self.batch((), (self.padded(prompts), pending.replies, rewards)))
@@ -90,18 +86,6 @@ class GroupRelativeBatches(Rollouts):
         """Queue the next batch's replies if the batch just taken is the last one of its rollout."""
         is_last = self.taken % self.settings.updates_per_rollout == 0
         self.pending = self.draw(self.taken) if self.prefetch and is_last else None
-
-    def judged(self, prompts: Sequence[RolloutPrompt], replies: Replies) -> tuple[np.ndarray, np.ndarray]:
-        """Return 1 for each reply that is right and 0 for the others, and the float32 reward of each."""
-        count, rows = len(prompts), np.arange(len(prompts))
-        if self.mesh is not None and jax.process_count() > 1:
-            rows = process_rows(batch_sharding(self.mesh), replies.tokens.shape)
-        own = jax.tree.map(lambda x: x[rows], replies)
-        graded = grade_replies(self.template, [prompts[int(row)] for row in rows], own)
-        scores = np.array([reply.score for reply in graded], np.float32)
-        own_values = np.stack([np.array([reply.correct for reply in graded], np.uint32), scores.view(np.uint32)])
-        correct, bits = gather_rows(rows, own_values, count)
-        return correct, bits.view(np.float32)
 
     def log(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ import numpy as np
 from cotgrpo.data.template import AnyTemplate
 from cotgrpo.distributed.processes import is_process_0
 from cotgrpo.ghosts.live import certain, live_ghosts, reply_rewards, reweighted
+from cotgrpo.ghosts.verdicts import with_advantages, with_ghost_weights
 from cotgrpo.logs.completions import CompletionsLog
+from cotgrpo.optimizers import MovingAverage
 from cotgrpo.rollouts.rollouts import (
     RolloutBatch,
     RolloutPrompt,
@@ -35,7 +37,9 @@ from cotgrpo.sharding import jit_eval
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
 
-def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0) -> Callable[..., Any]:
+def make_draw(
+    sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0, rows: bool = False
+) -> Callable[..., Any]:
     """Return a pure function that draws replies with their ghosts.
 
     Its form is `draw((params, teacher_params), (prompts, teacher_prompts, forced), key) -> (batch, replies,
@@ -47,6 +51,7 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, 
         drawn_ghosts: draw ghost tokens from the teacher's distribution, instead of taking its likeliest.
         top_k: tokens of that distribution in the batch, for `ForwardKl`. Teacher-forced rows then get a one-hot
             distribution.
+        rows: hand over what the teacher's head reads, for objectives with `top_k=None`. No forced rows then.
 
     Returns:
         The function. `teacher_prompts` replace the prompts for the teacher, unless they are None. `forced` are
@@ -69,6 +74,7 @@ def make_draw(sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, 
             reads=teacher_prompts,
             key=for_ghosts if drawn_ghosts else None,
             top_k=top_k,
+            rows=rows,
         )
         columns = ((0, 0), (prompts.tokens.shape[1] - 1, 1))
         log_probs = jnp.pad(replies.log_probs, columns)
@@ -94,6 +100,9 @@ class OnPolicyBatches(Rollouts):
         forced: an iterator of teacher-forced batches of the same width. Their rows join each batch. Or None.
         completions: a log of some replies with their rewards, or None.
         mesh: of the parameters and the batches; None: JAX's default device.
+        teacher: the live ghost, for a step whose reference it is; None: no step needs it.
+        moving: "live": the teacher's parameters are the student's present ones; "ema": their moving average, from the
+            optimizer's state (`cotgrpo.optimizers.with_moving_average`); "frozen": they are `teacher_params`.
     """
 
     def __init__(
@@ -110,9 +119,12 @@ class OnPolicyBatches(Rollouts):
         forced: Any = None,
         completions: CompletionsLog | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        teacher: Student | None = None,
+        moving: Literal["frozen", "live", "ema"] = "frozen",
     ) -> None:
-        super().__init__(template, questions, settings, seed=seed, merged=merged)
-        self.draw, self.teacher_params = draw, teacher_params
+        super().__init__(template, questions, settings, seed=seed, merged=merged, mesh=mesh)
+        self.draw, self.teacher, self.teacher_params, self.moving = draw, teacher, teacher_params, moving
+        self.verdicts: tuple[np.ndarray, np.ndarray] | None = None  # of the newest replies
         self.forced, self.completions = forced, completions
         self.teacher_columns = max(len(q.teacher_prompt) if q.teacher_prompt is not None else 0 for q in questions)
         self.rewards = jit_eval(functools.partial(reply_rewards, student), mesh)
@@ -124,6 +136,24 @@ class OnPolicyBatches(Rollouts):
 
         self.reweighted = jit_eval(reweight, mesh)
 
+        def judge(_: object, rows: tuple[GhostBatch, jax.Array, jax.Array, jax.Array]) -> GhostBatch:
+            batch, log_probs, correct, rewards = rows
+            batch = with_ghost_weights(batch, correct, settings.when, settings.replies)
+            return with_advantages(batch, log_probs, rewards, self.group) if settings.rewarded else batch
+
+        self.with_verdicts = jit_eval(judge, mesh)
+
+    def set_params(self, trained: Params) -> None:
+        super().set_params(trained)
+        if self.moving == "live":
+            self.teacher_params = self.params
+
+    def set_opt_state(self, opt_state: Any) -> None:
+        """Take the moving average of the parameters, if it is the teacher. Called after `set_params`."""
+        if self.moving == "ema":
+            assert isinstance(opt_state, MovingAverage)
+            self.teacher_params = self.merged(opt_state.average)
+
     def roll_out(self, number: int) -> RolloutBatch:
         """Queue new replies on the device, without waiting for them."""
         prompts, pad_id = self.prompts_for(number), self.template.pad_id
@@ -133,11 +163,23 @@ class OnPolicyBatches(Rollouts):
         batch, replies, log_probs = self.draw(
             (self.params, self.teacher_params), (self.padded(prompts), teacher_prompts, forced), self.key_of(number)
         )
+        if self.settings.when != "always" or self.settings.rewarded:
+            batch = self.judge_batch(prompts, batch, replies, log_probs)
         log, rewards = self.completions, None
         if log is not None and log.due(number + 1):
             shown = jax.tree.map(lambda x: x[: log.rows], batch.replace(drawn_tokens=None))
             rewards = shown.ghost_tokens, self.rewards(self.params, shown)
         return RolloutBatch(batch, log_probs, prompts, replies, rewards)
+
+    def judge_batch(
+        self, prompts: Sequence[RolloutPrompt], batch: GhostBatch, replies: Replies, log_probs: jax.Array
+    ) -> GhostBatch:
+        """Return the batch with what the verdicts on its replies decide. Waits for the replies if any are needed."""
+        values = np.zeros((2, len(batch.tokens)), np.float32)
+        if self.settings.when == "wrong" or self.settings.rewarded:
+            self.verdicts = self.judged(prompts, jax.device_get(replies))
+            values[:, : len(prompts)] = self.verdicts
+        return self.with_verdicts((), (batch, log_probs, *values))
 
     def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
         """Return the replies of an earlier student, with importance weights for the present one."""
@@ -149,11 +191,15 @@ class OnPolicyBatches(Rollouts):
             return {"rollout_tokens": metric(0, 1)}
         newest, prompts, self.newest = self.newest, self.newest.prompts, dataclasses.replace(self.newest, prompts=None)
         written, rewards = jax.device_get((newest.replies, newest.rewards))
-        replies = grade_replies(self.template, prompts, written)
+        verdicts, self.verdicts = self.verdicts, None
+        shown = len(prompts) if self.completions is None or verdicts is None else self.completions.rows
+        replies = grade_replies(self.template, prompts[:shown], jax.tree.map(lambda x: x[:shown], written))
         if self.completions is not None and rewards is not None and is_process_0():
             ghosts, values = (part[:, self.settings.prompt_columns - 1 : -1] for part in rewards)
             tokenizer = self.template.tokenizer
             self.completions.write(self.taken, tokenizer, replies, token_ids(written), ghosts, values)
+        if verdicts is not None:
+            return self.judged_metrics(*verdicts, written)
         return rollout_metrics([reply.correct for reply in replies], written)
 
     def get_state(self) -> dict[str, Any]:

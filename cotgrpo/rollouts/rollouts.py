@@ -21,8 +21,11 @@ import numpy as np
 from cotgrpo.data.questions import Question
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import AnyTemplate
+from cotgrpo.distributed.processes import gather_rows, process_rows
 from cotgrpo.evaluation.accuracy import Reply, judge
+from cotgrpo.ghosts.verdicts import When
 from cotgrpo.sampling import Prompts, Replies, pad_prompts
+from cotgrpo.sharding import batch_sharding
 from cotgrpo.types import GhostBatch, Metric, Metrics, Params
 
 ROLLOUTS = 0x726F6C6C
@@ -55,6 +58,9 @@ class RolloutSettings:
         forced_rows: further rows that are teacher-forced.
         updates_per_rollout: updates on the same replies.
         ratio_clip: bound of the weights of a later update, as in `cotgrpo.ghosts.live`.
+        group: replies to each question, adjacent in a batch; divides `replies`.
+        when: the contexts at which a live ghost counts, as in `cotgrpo.ghosts.verdicts`.
+        rewarded: whether a batch also carries the advantages of its replies.
     """
 
     replies: int
@@ -63,6 +69,9 @@ class RolloutSettings:
     forced_rows: int = 0
     updates_per_rollout: int = 1
     ratio_clip: float = 0.2
+    group: int = 1
+    when: When = "always"
+    rewarded: bool = False
 
     @property
     def prompt_columns(self) -> int:
@@ -151,7 +160,8 @@ class Rollouts(abc.ABC):
         settings: sizes, and how often replies are used.
         seed: of the order of the questions, and of the draws.
         merged: returns what the student computes with for the trained parameters: for LoRA, `AdaptedParams`.
-        group: replies to each question, adjacent in a batch; divides `settings.replies`.
+        group: in place of `settings.group`.
+        mesh: of the parameters and the batches; None: JAX's default device.
 
     Raises:
         DataError: no questions, or a prompt that leaves no room for the reply.
@@ -165,14 +175,16 @@ class Rollouts(abc.ABC):
         *,
         seed: int,
         merged: Callable[[Params], Params] = lambda trained: trained,
-        group: int = 1,
+        group: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         import grain
 
         if isinstance(questions, list | tuple):
             check_questions(questions, settings)
         self.template, self.questions, self.settings = template, questions, settings
-        self.merged, self.group = merged, group
+        self.merged, self.mesh = merged, mesh
+        self.group = settings.group if group is None else group
         self.order = grain.MapDataset.range(len(questions)).seed(seed).shuffle().repeat(None)
         self.key = jax.random.fold_in(jax.random.key(seed), ROLLOUTS)
         self.taken = 0
@@ -210,6 +222,28 @@ class Rollouts(abc.ABC):
         first = number // self.settings.updates_per_rollout * count
         asked = [self.questions[int(self.order[i])] for i in range(first, first + count)]
         return [question for question in asked for _ in range(self.group)]
+
+    def judged(self, prompts: Sequence[RolloutPrompt], replies: Replies) -> tuple[np.ndarray, np.ndarray]:
+        """Return 1 for each reply that is right and 0 for the others, and the float32 reward of each.
+
+        With several processes each grades its share of the replies.
+        """
+        count, rows = len(prompts), np.arange(len(prompts))
+        if self.mesh is not None and jax.process_count() > 1:
+            rows = process_rows(batch_sharding(self.mesh), replies.tokens.shape)
+        own = jax.tree.map(lambda x: x[rows], replies)
+        graded = grade_replies(self.template, [prompts[int(row)] for row in rows], own)
+        scores = np.array([reply.score for reply in graded], np.float32)
+        own_values = np.stack([np.array([reply.correct for reply in graded], np.uint32), scores.view(np.uint32)])
+        correct, bits = gather_rows(rows, own_values, count)
+        return correct, bits.view(np.float32)
+
+    def judged_metrics(self, correct: np.ndarray, rewards: np.ndarray, replies: Replies) -> Metrics:
+        """Return the metrics of replies that were judged."""
+        metrics = rollout_metrics(correct, replies)
+        if self.template.verifier.reward is not None:
+            metrics["reply_reward"] = Metric(np.sum(rewards, dtype=np.float32), np.float32(len(rewards)))
+        return metrics
 
     def padded(self, prompts: Sequence[RolloutPrompt]) -> Prompts:
         """Return what the student reads, padded."""

@@ -162,7 +162,7 @@ def live_batches(
     folder: Path,
     console: Console = QUIET,
 ) -> OnPolicyBatches:
-    """Return the batches of a stage with live ghosts. `privileged_self` keeps a copy of what is trained.
+    """Return the batches of a stage with live ghosts. A frozen `privileged_self` keeps a copy of what is trained.
 
     Raises:
         ModelError: a teacher that cannot be read, or has another tokenizer.
@@ -174,13 +174,17 @@ def live_batches(
     if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
-        teacher, teacher_params = model.student, weights.adapted(jax.tree.map(jnp.copy, weights.trained))
+        frozen = isinstance(ghosts, PrivilegedSelf) and ghosts.self == "frozen"
+        teacher = model.student
+        teacher_params = weights.adapted(jax.tree.map(jnp.copy, weights.trained)) if frozen else None
+    is_reference = objectives.reads_teacher(config.grpo.full_objective)
     settings, top_k = live_settings(ghosts, config), listed_tokens(config, model)
     draw = make_draw(
         student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size),
         teacher,
         drawn_ghosts=ghosts.choice == "drawn",
         top_k=top_k,
+        rows=is_reference,
     )
     return OnPolicyBatches(
         jit_eval(draw, model.mesh),
@@ -194,7 +198,31 @@ def live_batches(
         forced=text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
         completions=completions_log(config, folder),
         mesh=model.mesh,
+        teacher=with_columns_of(model, teacher, teacher_params) if is_reference else None,
+        moving=ghosts.self if isinstance(ghosts, PrivilegedSelf) else "frozen",
     )
+
+
+def live_teacher_of(batches: BatchSource) -> tuple[Student, Params]:
+    """Return the live teacher of batches, and its parameters."""
+    assert isinstance(batches, OnPolicyBatches) and batches.teacher is not None
+    return batches.teacher, batches.teacher_params
+
+
+def with_columns_of(model: Model, teacher: Student, params: Params) -> Student:
+    """Return the teacher with as many columns in its head as the student's has. Those that are added are no tokens."""
+    shape = lambda student, params: jax.eval_shape(student.head, params).shape[1]
+    columns, own = shape(model.student, model.abstract_params()), shape(teacher, params)
+    if columns == own:
+        return teacher
+    make_head = teacher.head
+    assert make_head is not None
+
+    def head(params: Params) -> jax.Array:
+        head_DV = make_head(params)[:, :columns]
+        return jnp.pad(head_DV, ((0, 0), (0, columns - head_DV.shape[1])))
+
+    return dataclasses.replace(teacher, head=head)
 
 
 def live_settings(ghosts: LiveGhosts, config: Config) -> RolloutSettings:
@@ -207,6 +235,9 @@ def live_settings(ghosts: LiveGhosts, config: Config) -> RolloutSettings:
         forced_rows=forced_rows,
         updates_per_rollout=ghosts.updates_per_rollout,
         ratio_clip=ghosts.ratio_clip,
+        group=ghosts.num_generations,
+        when=ghosts.when,
+        rewarded=config.grpo.reward_weight > 0,
     )
 
 
