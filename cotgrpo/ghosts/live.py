@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.objectives import MASKED_LOGIT, draw, likeliest, softmax
+from cotgrpo.objectives import MASKED_LOGIT, draw, draw_uniform, likeliest, softmax
 from cotgrpo.sampling import Prompts, Replies
 from cotgrpo.tiled_loss import HeadSpec, map_live_tiles
 from cotgrpo.token_shards import Shard
@@ -89,9 +89,9 @@ def live_ghosts(
     """
     own = with_replies(prompts, replies)
     read = own if reads is None else with_replies(reads, replies)
-    uniform_BT = None if key is None else jax.random.uniform(key, read.tokens.shape)
+    uniform_BT2 = None if key is None else draw_uniform(key, read.tokens.shape)
 
-    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, ""] | None) -> tuple[Array, dict[str, Array]]:
+    def choose(logits_V: Float[Array, "V"], uniform: Float[Array, "2"] | None) -> tuple[Array, dict[str, Array]]:
         token = likeliest(logits_V) if uniform is None else draw(logits_V, uniform[None])[0]
         if not top_k:
             return token, {}
@@ -99,7 +99,7 @@ def live_ghosts(
         return token, {"top_ids": ids_K, "top_log_probs": top_K - softmax(logits_V).log_z}
 
     fixed = jax.lax.stop_gradient(params)
-    (ghost_BT, extra), read_BTD = map_contexts_and_rows(teacher, fixed, read, choose, uniform_BT, tile_size=tile_size)
+    (ghost_BT, extra), read_BTD = map_contexts_and_rows(teacher, fixed, read, choose, uniform_BT2, tile_size=tile_size)
     if rows:
         supervised_BT1 = jnp.asarray(read.loss_mask)[..., None] != 0
         extra = extra | {"reference_rows": jnp.where(supervised_BT1, read_BTD, 0).astype(jnp.float32)}

@@ -25,7 +25,7 @@ update does"). y = y* contributes exactly nothing. The objectives differ only in
 
 from cotgrpo.objectives.distribution import MASKED_LOGIT, Distribution, ghost_reward, softmax
 from cotgrpo.objectives.divergences import Divergence, ForwardKl, JensenShannon, ReferenceKl, ReverseKl, SkewedKl
-from cotgrpo.objectives.drawing import draw, likeliest
+from cotgrpo.objectives.drawing import draw, draw_uniform, likeliest
 from cotgrpo.objectives.ghost import GhostRespond, Nll, Pair, Reinforce, RewardGradient
 from cotgrpo.objectives.group_relative import GroupRelative
 from cotgrpo.objectives.protocol import (
@@ -64,6 +64,7 @@ __all__ = [
     "batch_fields",
     "draw",
     "draw_logits",
+    "draw_uniform",
     "ghost_reward",
     "likeliest",
     "needs_reference",
