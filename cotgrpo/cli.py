@@ -1,4 +1,4 @@
-"""The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | plan | export | bench`.
+"""The command line: `cotgrpo quickstart | generate | gold | sft | grpo | eval | compare | plan | export | bench`.
 
 GRPO here is GhostRespond Policy Optimization, not Group Relative. An error of the user is one line on stderr.
 The exit codes are
@@ -36,6 +36,7 @@ COMMANDS = {
     "sft": "chain-of-thought distillation: fine-tune a student on triples",
     "grpo": "GhostRespond Policy Optimization, from the student of sft",
     "eval": "exact match and loss on held-out rows, of a run or of any model",
+    "compare": "several runs in one page: settings, accuracies and curves",
     "plan": "whether a run fits on TPUs or GPUs that are not here, and how fast it can be",
     "export": "the newest student of a run as a folder that transformers loads",
     "bench": "how fast steps, generation, input pipeline and checkpoints are on this machine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ class Wandb(NamedTracker):
     """Weights & Biases. Offline runs are in the folder `wandb`, for `wandb sync`."""
 
     package = "wandb"
+    file: Path | None = None
 
     @classmethod
     def check_ready(cls, offline: bool) -> None:
@@ -64,9 +66,11 @@ class Wandb(NamedTracker):
         self.run.log({"step": step, **row})
 
     def log_file(self, path: Path) -> None:
-        self.run.save(path, base_path=path.parent, policy="now")
+        self.file = path
 
     def close(self) -> None:
+        if self.file is not None:
+            self.run.save(self.file, base_path=self.file.parent, policy="now")
         self.run.finish()
 
 
@@ -76,6 +80,7 @@ class Mlflow(NamedTracker):
     package = "mlflow"
 
     def start(self, run: TrackedRun) -> str:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
         folder = run.folder.resolve()

@@ -44,17 +44,19 @@ class Curve:
         stage: "sft", "grpo", or any other; curves of one stage share its part of the axis.
         label: what the values are, if a chart has several kinds; else "".
         points: at least one `(step, value)`, steps ascending from 0 or more, values finite.
-        second: whether it is drawn dashed and in the colour of comparisons.
+        second: whether it is drawn dashed, and in the colour of comparisons unless it has its own.
+        colour: the colour of this stage in place of its own; empty: by the stage.
     """
 
     stage: str
     label: str
     points: Sequence[tuple[float, float]]
     second: bool = False
+    colour: str = ""
 
     @property
     def style(self) -> str:
-        return series_style("other" if self.second else self.stage)
+        return series_style(self.colour or ("other" if self.second else self.stage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Scale:
         return (warp(value) - warp(self.bottom)) / (warp(self.top) - warp(self.bottom))
 
 
-def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, log: bool = False) -> Markup:
+def curve_chart(
+    title: str, curves: Sequence[Curve], *, percent: bool = False, log: bool = False, last_values: bool = True
+) -> Markup:
     """Draw the curves as an SVG. Each stage has its own part of the axis of steps, after the one before.
 
     Args:
@@ -89,11 +93,12 @@ def curve_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, l
         curves: at least one.
         percent: whether values are fractions, shown as percentages.
         log: whether a logarithmic axis may be used. It is used if the values span a factor of `LOG_FROM`.
+        last_values: whether the legend has the last value of each kind of curve: there is room for a few.
     """
     show = format_percent if percent else format_number
     curves = [dataclasses.replace(c, points=[(s, min(max(v, -LARGEST), LARGEST)) for s, v in c.points]) for c in curves]
     scale = scale_of([value for curve in curves for _, value in curve.points], log, 1.0 if percent else math.inf)
-    parts = [*legend(curves, show), *horizontal_rules(scale, show)]
+    parts = [*legend(curves, show if last_values else None), *horizontal_rules(scale, show)]
     described = []
     for stage, (start, end) in stage_places(curves).items():
         own = [curve for curve in curves if curve.stage == stage]
@@ -122,8 +127,8 @@ def stage_places(curves: Sequence[Curve]) -> dict[str, tuple[float, float]]:
     return dict(zip(steps, itertools.pairwise(edges), strict=True))
 
 
-def legend(curves: Sequence[Curve], show: Callable[[float], str]) -> list[str]:
-    """Draw each kind of curve with its last value, in a row at the top.
+def legend(curves: Sequence[Curve], show: Callable[[float], str] | None) -> list[str]:
+    """Draw each kind of curve in a row at the top, with its last value if `show` writes it.
 
     A kind that goes through several stages shows their colours.
     """
@@ -134,12 +139,12 @@ def legend(curves: Sequence[Curve], show: Callable[[float], str]) -> list[str]:
             line = f'<path class="{line_class(curve)}" style="{curve.style}" d="M{left:.1f} 12h14"/>'
             parts.append(line)
             left += 18
-        last = show(own[-1].points[-1][1])
+        last = "" if show is None else show(own[-1].points[-1][1])
         named = label or "last"
         parts.append(
             f'<text x="{left:.1f}" y="16">{escape_text(named)} <tspan class="strong">{escape_text(last)}</tspan></text>'
         )
-        left += LETTER * (len(named) + len(last) + 1) + 22
+        left += LETTER * (len(named) + len(last) + 1) + (22 if last else 4)
     return parts
 
 
