@@ -271,6 +271,9 @@ class Echo(Dialect):
         """Return the likeliest tokens of one place. Texts that are no token of the student are left out."""
         if not isinstance(entries, Mapping) or not entries:
             raise Malformed(f"place {place + 1} has no log-probabilities")
+        unknown = [text for text in entries if self.vocabulary.id_of(str(text)) is None]
+        if unknown and len(entries) < min(top_k, self.vocabulary.size):
+            return None  # several tokens with one text, such as parts of a character: only one of them is given
         top = self.top(list(entries.items()), place, top_k)
         likeliest = max(log_prob_of(value, place) for value in entries.values())
         return top if top and top[0][1] >= min(likeliest, 0.0) else None  # without its first, the list is of no use

@@ -41,7 +41,7 @@ SAID_AGAIN_AFTER = 600.0
 """Seconds between two such lines."""
 LARGEST_DRIFT = 0.5
 """Nats by which a server's log-probabilities of one text may differ from one time to another. Rounding gives less."""
-PROBED_TOKENS = 64
+PROBED_TOKENS = 32
 """Places of the text that shows whether a server still has the same model."""
 CLOSING_SECONDS = 5.0
 TOO_MANY = re.compile(
@@ -214,10 +214,10 @@ class ScoringServer:
             for kind in wanted:
                 dialect = kind(str(settings.base_url), settings.model, self.vocabulary)
                 try:
-                    found = await self.score_once(dialect, Text(sample.context, sample.scored[:1]))
-                    if found != [None]:
+                    found = await self.score_once(dialect, Text(sample.context, sample.scored[:PROBED_TOKENS]))
+                    if any(found):
                         return dialect
-                    refusals.append(f"{kind.name}: no token of the student is among the likeliest")
+                    refusals.append(f"{kind.name}: its likeliest tokens are none of the student's")
                 except Refused as refused:
                     self.raise_if_fatal(refused.error)
                     refusals.append(f"{kind.name}: HTTP {refused.error.status} {refused.error.message}")

@@ -51,6 +51,7 @@ class ScoringServer:
         self.fault, self.change = fault, change
         self.asked: list[tuple[str, Any]] = []
         self.lock = threading.Lock()
+        self.closed = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,6 +59,9 @@ class ScoringServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if outer.closed:  # on a connection from before
+                    self.close_connection = True
+                    return
                 with outer.lock:
                     outer.asked.append((self.path, body))
                 sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -92,6 +96,9 @@ class ScoringServer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self.closed:
+            return
+        self.closed = True
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
