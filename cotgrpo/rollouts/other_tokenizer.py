@@ -57,7 +57,8 @@ class Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self.tokenizer, self.end_ids = tokenizer, tuple(int(i) for i in end_ids)
-        self.before = (self.encode("a") or [None])[-1]
+        letter = self.encode("a")
+        self.before = letter[-1] if letter else None
         self.piece = functools.lru_cache(maxsize=None)(self.find_piece)
 
     def encode(self, text: str) -> list[int]:
@@ -175,9 +176,9 @@ class LocalScorer:
         tokens, mask = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), np.float32)
         lengths = np.zeros((len(texts), 1), np.int64)
         for row, text in enumerate(texts):
-            ids = [*text.context, *text.scored]
-            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-            mask[row, len(text.context) - 1 : len(ids) - 1] = 1
+            whole = [*text.context, *text.scored]
+            tokens[row, : len(whole)], lengths[row] = whole, len(whole)
+            mask[row, len(text.context) - 1 : len(whole) - 1] = 1
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
         segments = (positions < lengths).astype(np.int32)
         batch = SftBatch(tokens, np.roll(tokens, -1, axis=1), positions * segments, segments, mask)
