@@ -112,6 +112,8 @@ def check_signature(function: Callable[..., Any], name: str, setting: str, argum
     try:
         signature.bind(*arguments)
     except TypeError:
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        signature = signature.replace(parameters=bare, return_annotation=signature.empty)
         raise OwnCodeError(
             f"{setting}: {name} must take ({', '.join(arguments)}), got a function of {signature}."
         ) from None
