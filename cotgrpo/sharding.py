@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cotgrpo.types import GhostBatch, SftBatch, check_arrays
@@ -194,7 +195,12 @@ def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
-    """Lay out `x` by its dimensions' letters on the ambient mesh, as `constrain(x_BTD, "BTD")`."""
+    """Lay out `x` by its dimensions' letters on the ambient mesh, as `constrain(x_BTD, "BTD")`.
+
+    If the layout is hidden, XLA chooses the axes of the dimensions in `DIMENSIONS`, and the others are not split.
+    """
+    if layout_is_hidden(x):
+        return keep_whole(tuple(letter in DIMENSIONS for letter in letters), x)
     return apply_constraint(x, partition_spec(letters, x.shape))
 
 
@@ -215,7 +221,40 @@ def all_gather_param(x: Shaped[Array, "..."], letters: str, name: str) -> Shaped
     # Two constraints, which XLA makes one reduce-scatter. With the second alone it moves the activations instead.
     backward = in_this_layout(lambda _, g: (constrain_param(constrain(g, letters), name),))
     gather.defvjp(lambda x: (constrain(x, letters), None), backward)
-    return gather(x) if open_axes() else x
+    return gather(x) if open_axes() or layout_is_hidden(x) else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def keep_whole(splits: tuple[bool, ...], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Return `x`, with XLA free to split the dimensions of `splits` alone. Its gradient is laid out so too.
+
+    If one axis of a user's mesh splits sequences and parameters, XLA would split activations as the parameters are, and
+    compute each of them for all sequences. A sharding constraint needs a mesh, which JAX may show only when the program
+    is compiled.
+    """
+    # A factor of its own on each side, so that nothing is propagated through a dimension that stays whole.
+    left, right = (
+        [f"{'split' if split else side}{index}" for index, split in enumerate(splits)] for side in ("left", "right")
+    )
+    whole = tuple(name for name in (*left, *right) if not name.startswith("split"))
+
+    def partition(
+        mesh: Mesh, arguments: tuple[jax.ShapeDtypeStruct], result: jax.ShapeDtypeStruct
+    ) -> tuple[Mesh, Callable[[Array], Array], NamedSharding, tuple[NamedSharding]]:
+        axes = dimension_axes(arguments[0].sharding.spec)
+        layout = NamedSharding(mesh, PartitionSpec(*(own if split else None for own, split in zip(axes, splits))))
+        return mesh, lambda x: x, layout, (layout,)
+
+    partitioned = custom_partitioning(lambda x: x)
+    options = {"need_replication_factors": whole} if whole else {}
+    rule = f"{' '.join(left)} -> {' '.join(right)}"
+    partitioned.def_partition(partition, sharding_rule=lambda *_: (rule, options))
+    call = jax.custom_batching.custom_vmap(partitioned)
+    call.def_vmap(lambda size, is_batched, x: (keep_whole((True, *splits), x), True))
+    return call(x)
+
+
+keep_whole.defvjp(lambda splits, x: (keep_whole(splits, x), None), lambda splits, _, g: (keep_whole(splits, g),))
 
 
 def apply_constraint(x: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "..."]:

@@ -207,7 +207,7 @@ class Layer(nn.Module):
             dtype=jnp.dtype(c.dtype),
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
-            dot_general=project_tokens,
+            dot_general=functools.partial(project_tokens, letters="FD" if to_residual else "DF"),
         )
 
 

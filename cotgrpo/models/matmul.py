@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import in_this_layout, layout_is_hidden, partition_spec, vary_alike
+from cotgrpo.sharding import constrain, in_this_layout, layout_is_hidden, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -26,16 +26,24 @@ def project_tokens(
     precision: jax.lax.PrecisionLike = None,
     *,
     preferred_element_type: DTypeLike | None = None,
+    letters: str = "DF",
 ) -> Float[Array, "B T F"]:
     """Return `x W`: a `dot_general` for `flax.linen.Dense`.
 
     The gradient `dW = sum_n x_n dy_n^T` sums over B and T. Autodiff writes it as `(dy^T x)^T` over two dimensions.
     For that, XLA's CPU compiler writes out a transposed `dy` and repeats the elementwise work that makes it.
     One product over the B T rows needs no copy.
+
+    If the layout is hidden, `letters` are the kernel's dimensions as `constrain` reads them. So an axis that splits
+    both sequences and parameters gathers the kernel and not the activations.
     """
+
+    # Gathered at each use: the forward pass keeps the kernel as it lies.
+    gathered = lambda kernel: constrain(kernel, letters) if layout_is_hidden(kernel) else kernel
 
     @jax.custom_vjp
     def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
+        kernel = gathered(kernel)
         return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=preferred_element_type)
 
     def forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array | None, Array]]:
@@ -48,14 +56,15 @@ def project_tokens(
         x, kernel = kept
         if isinstance(dy, SymbolicZero):
             return None, None
-        dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), precision).astype(dy.dtype)
+        dx = jax.lax.dot_general(dy, gathered(kernel), (((dy.ndim - 1,), (1,)), ((), ())), precision).astype(dy.dtype)
         if x is None:
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
         if partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))
-        return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision).astype(kernel.dtype)
+        dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision)
+        return dx, gathered(dkernel).astype(kernel.dtype)
 
     product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
     return checkpoint_name(product(*vary_alike(x, kernel)), SAVED_NAMES)
