@@ -242,7 +242,9 @@ def keep_whole(splits: tuple[bool, ...], x: Shaped[Array, "..."]) -> Shaped[Arra
         mesh: Mesh, arguments: tuple[jax.ShapeDtypeStruct], result: jax.ShapeDtypeStruct
     ) -> tuple[Mesh, Callable[[Array], Array], NamedSharding, tuple[NamedSharding]]:
         axes = dimension_axes(arguments[0].sharding.spec)
-        layout = NamedSharding(mesh, PartitionSpec(*(own if split else None for own, split in zip(axes, splits))))
+        layout = NamedSharding(
+            mesh, PartitionSpec(*(own if split else None for own, split in zip(axes, splits, strict=False)))
+        )
         return mesh, lambda x: x, layout, (layout,)
 
     partitioned = custom_partitioning(lambda x: x)

@@ -37,7 +37,6 @@ def project_tokens(
     If the layout is hidden, `letters` are the kernel's dimensions as `constrain` reads them. So an axis that splits
     both sequences and parameters gathers the kernel and not the activations.
     """
-
     # Gathered at each use: the forward pass keeps the kernel as it lies.
     gathered = lambda kernel: constrain(kernel, letters) if layout_is_hidden(kernel) else kernel
 
