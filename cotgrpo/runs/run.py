@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,13 @@ from rich.console import Console
 from cotgrpo.config import Config, flat, tree_of
 from cotgrpo.config.files import checked_settings, given_in, settings_parser
 from cotgrpo.config.sections import DataclassInstance, Given, build, dependent, settings_in
+from cotgrpo.config.settings import OBJECTIVES
+from cotgrpo.data.own.loading import path_of
 from cotgrpo.disk_errors import explain_disk_errors
 from cotgrpo.models.huggingface.folder import ModelFolder
 from cotgrpo.runs.given import keep, place_of
 from cotgrpo.runs.trained import Trained
 from cotgrpo.training.export import run_export
-from cotgrpo.training.hooks import Hook
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.stages import newest_stage, run_eval, run_grpo, run_sft
 from cotgrpo.training.weights import restore_weights
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 KEYS = [setting.key for setting in settings_in(Config())]
 """Every setting, by its dotted key."""
+CODE = ("callbacks", "trackers", "function", "reward", "row_function")
+"""Settings that are Python paths, by the last part of their names."""
 
 
 class Run:
@@ -48,7 +51,8 @@ class Run:
         tokenizer: a folder, a hub id, or a tokenizer of `transformers`. None: that of the student.
         console: where progress is printed. None: standard output.
         settings: further settings, by section. Rows and models may be objects here too, as in
-            `grpo={"ghosts": {"source": "teacher_model", "teacher": "org/name", "prompts": rows}}`.
+            `grpo={"ghosts": {"source": "teacher_model", "teacher": "org/name", "prompts": rows}}`, and functions of
+            your own need no path: `verify={"function": is_right}`, `callbacks=[Mine()]` (docs/own_code.md).
 
     Objects are written to `RUN_DIR/given`, so that the run can be resumed without them.
 
@@ -121,27 +125,26 @@ class Run:
                 keep(key, value, place, run_dir)
         self.given, self.config = given, config
 
-    def sft(self, *, hooks: Sequence[Hook] = (), **settings: Any) -> dict[str, Any]:
+    def sft(self, **settings: Any) -> dict[str, Any]:
         """Train with the next-token loss on the rows' own text, in `RUN_DIR/sft`. Return the stage's report.
 
         Args:
-            hooks: called between the steps.
             settings: of the section `sft`, such as `steps=300`.
         """
         self.update({"sft": settings})
         with explain_disk_errors():
-            return run_sft(self.config, self.console, hooks)
+            return run_sft(self.config, self.console)
 
-    def grpo(self, *, hooks: Sequence[Hook] = (), **settings: Any) -> dict[str, Any]:
+    def grpo(self, **settings: Any) -> dict[str, Any]:
         """Train with GhostRespond Policy Optimization, in `RUN_DIR/grpo`. Return the stage's report.
 
         Args:
-            hooks: called between the steps.
-            settings: of the section `grpo`, such as `steps=100, ghosts={"source": "privileged_self"}`.
+            settings: of the section `grpo`, such as `steps=100, ghosts={"source": "privileged_self"}`. The objective
+                may be a function of your own.
         """
         self.update({"grpo": settings})
         with explain_disk_errors():
-            return run_grpo(self.config, self.console, hooks)
+            return run_grpo(self.config, self.console)
 
     def evaluate(self, *, test: object = None, **settings: Any) -> dict[str, Any]:
         """Measure the newest student on held-out rows. Return accuracy with its interval, loss and replies.
@@ -207,13 +210,15 @@ def as_mapping(section: DataclassInstance, values: Mapping[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = getattr(section, name, None)
-        if is_section(value):
-            kind = dependent(fields[name]) if name in fields else None
+        kind = dependent(fields[name]) if name in fields else None
+        if name == "objective" and callable(value) and not isinstance(value, tuple(OBJECTIVES.values())):
+            found[name] = {"name": "own", "function": path_of(value)}
+        elif is_section(value):
             found[name] = tree_of(value) if kind is None else kind.tree(value)
         elif isinstance(value, Mapping) and inner is not None and is_section(inner):
             found[name] = as_mapping(inner, value)
         else:
-            found[name] = plain_value(value)
+            found[name] = plain_value(name, value)
     return found
 
 
@@ -222,10 +227,12 @@ def is_section(value: object) -> TypeGuard[DataclassInstance]:
     return dataclasses.is_dataclass(value) and not isinstance(value, type | ModelFolder)
 
 
-def plain_value(value: object) -> object:
-    """Return a value as YAML holds it: paths as text, tuples of names and numbers as lists."""
+def plain_value(name: str, value: object) -> object:
+    """Return the value of a setting as YAML holds it: code by its Python path, paths as text, tuples as lists."""
+    if name in CODE and not isinstance(value, str):
+        return [path_of(part) for part in value] if isinstance(value, list | tuple) else path_of(value)
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, list | tuple) and all(isinstance(part, str | PurePath | int | float) for part in value):
-        return [plain_value(part) for part in value]
+        return [plain_value(name, part) for part in value]
     return value

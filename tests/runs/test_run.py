@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -172,8 +173,6 @@ def test_a_pretrained_student_and_its_tokenizer_as_objects(tmp_path: Path) -> No
     folder = write_model(tmp_path / "model", [row["question"] + row["rationale"] for row in ROWS])
     given = load_pretrained(folder)
     params = jax.tree.map(lambda x: x * 1.5, given.params)
-    import dataclasses
-
     changed = dataclasses.replace(given, params=params)
     rows = {"train": TRIPLES}
     run = run_of(tmp_path / "run", text=PRETRAINED_SETTINGS, student=changed, **rows)
@@ -184,6 +183,49 @@ def test_a_pretrained_student_and_its_tokenizer_as_objects(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="other weights"):
         run_of(tmp_path / "run", text=PRETRAINED_SETTINGS, student=given, **rows)
     assert Run.open(tmp_path / "run").model().tokenizer.get_vocab() == run.model().tokenizer.get_vocab()
+
+
+class Seen:
+    """A callback."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_row(self, step: int, row: dict[str, Any]) -> None:
+        self.rows.append(step)
+
+
+def trusted(logits_V: Any, token: Any) -> Any:
+    """An objective of one's own: the next-token loss."""
+    log_p = jax.nn.log_softmax(logits_V)[token.ghost]
+    return -log_p, {"own_prob": jnp.exp(log_p)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """The same as an object with a setting."""
+
+    weight: float
+
+    def __call__(self, logits_V: Any, token: Any) -> Any:
+        loss, metrics = trusted(logits_V, token)
+        return self.weight * loss, metrics
+
+
+@pytest.mark.parametrize("objective", [trusted, Weighted(0.5)], ids=["function", "object"])
+def test_code_of_ones_own_needs_no_path(objective: Any, tmp_path: Path) -> None:
+    seen, asked = Seen(), list[str]()
+
+    def is_right(reply: str, gold: str, row: dict[str, Any]) -> tuple[bool, str]:
+        asked.append(row["question"])
+        return True, ""
+
+    run = run_of(tmp_path / "run", train=ROWS, callbacks=[seen], verify={"function": is_right})
+    assert run.sft(steps=2)["accuracy"]["sft"]["value"] == 1.0
+    assert set(asked) <= {row["question"] for row in ROWS} and len(asked) == 40
+    run.grpo(steps=2, objective=objective)
+    assert seen.rows[:2] == [2, 2] and len(seen.rows) >= 4
+    assert "train/own_prob" in numbers(tmp_path / "run" / "grpo")[0]
 
 
 def test_settings_may_be_dataclasses(tmp_path: Path) -> None:
