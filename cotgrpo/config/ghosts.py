@@ -199,8 +199,8 @@ class PrivilegedSelf(LiveGhosts):
             text = self.privileged(question="\0q", rationale="\0r", answer="\0a")
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(f"privileged_prompt holds a field that is not known: {error}.") from None
-        complete = "\0q" in text and "\0a" in text
-        expect(complete, self, "privileged_prompt", "a text with {question} and {answer}")
+        complete = "\0q" in text and ("\0a" in text or self.reads_reply)
+        expect(complete, self, "privileged_prompt", "a text with {question} and {answer}, or {feedback}")
 
     def privileged(self, question: str, rationale: str, answer: str, reply: str = "", feedback: str = "") -> str:
         """Return the question together with its solution, and the reply with what the verifier says of it."""

@@ -283,7 +283,8 @@ class GrpoConfig(StageConfig):
         if not self.ghosts.is_fixed_model:
             raise ConfigError(
                 f"{exact}, which has to be a frozen model in this process, got ghosts.source {self.ghosts.source}. "
-                "Set a number of tokens, such as 16, or take one of teacher_model and privileged_self (self frozen)."
+                "Set a number of tokens, such as 16, or take teacher_model, or a frozen privileged_self that reads no "
+                "reply."
             )
         if self.ghosts.teacher_forced_share:
             raise ConfigError(f"{exact}, which rows of text do not have: set ghosts.teacher_forced_share to 0.")

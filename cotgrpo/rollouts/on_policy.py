@@ -38,7 +38,7 @@ from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
 
 def make_draw(
-    sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0, rows: bool = False
+    sample: Sampler, teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0, reference_rows: bool = False
 ) -> Callable[..., Any]:
     """Return a pure function that draws replies with their ghosts.
 
@@ -51,7 +51,7 @@ def make_draw(
         drawn_ghosts: draw ghost tokens from the teacher's distribution, instead of taking its likeliest.
         top_k: tokens of that distribution in the batch, for `ForwardKl`. Teacher-forced rows then get a one-hot
             distribution.
-        rows: hand over what the teacher's head reads, for objectives with `top_k=None`. No forced rows then.
+        reference_rows: hand over what the teacher's head reads, for objectives with `top_k=None`. No forced rows then.
 
     Returns:
         The function. `teacher_prompts` replace the prompts for the teacher, unless they are None. `forced` are
@@ -59,6 +59,7 @@ def make_draw(
         since those rows have none. If the objective needs some, the step draws them. `log_probs` `[B, T]` are the
         student's, of the token after each context of a reply, and 0 elsewhere.
     """
+    ghosts_of = make_ghosts(teacher, drawn_ghosts=drawn_ghosts, top_k=top_k, reference_rows=reference_rows)
 
     def draw(
         models: tuple[Params, Params], rows: tuple[Prompts, Prompts | None, SftBatch | None], key: jax.Array
@@ -66,27 +67,44 @@ def make_draw(
         (params, teacher_params), (prompts, teacher_prompts, forced) = models, rows
         for_sampling, for_ghosts = jax.random.split(key)
         replies = sample(params, prompts, for_sampling)
+        ghosts, log_probs = ghosts_of(teacher_params, (prompts, replies, teacher_prompts, forced), for_ghosts)
+        return ghosts, replies, log_probs
+
+    return draw
+
+
+def make_ghosts(
+    teacher: Student, *, drawn_ghosts: bool = False, top_k: int = 0, reference_rows: bool = False
+) -> Callable[..., Any]:
+    """Return the second half of `make_draw`: the ghosts of replies that are there.
+
+    Its form is `ghosts(teacher_params, (prompts, replies, teacher_prompts, forced), key) -> (batch, log_probs)`.
+    """
+
+    def ghosts_of(
+        teacher_params: Params, rows: tuple[Prompts, Replies, Prompts | None, SftBatch | None], key: jax.Array
+    ) -> tuple[GhostBatch, jax.Array]:
+        prompts, replies, teacher_prompts, forced = rows
         ghosts = live_ghosts(
             teacher,
             teacher_params,
             prompts,
             replies,
             reads=teacher_prompts,
-            key=for_ghosts if drawn_ghosts else None,
+            key=key if drawn_ghosts else None,
             top_k=top_k,
-            rows=rows,
+            rows=reference_rows,
         )
-        columns = ((0, 0), (prompts.tokens.shape[1] - 1, 1))
-        log_probs = jnp.pad(replies.log_probs, columns)
+        log_probs = jnp.pad(replies.log_probs, ((0, 0), (prompts.tokens.shape[1] - 1, 1)))
         if forced is not None:
             text = GhostBatch.teacher_forced(forced)
             text = certain(text, top_k) if top_k else text
             join = lambda own, more: jnp.concatenate([own, jnp.asarray(more, own.dtype)])
             ghosts = jax.tree.map(join, ghosts.replace(drawn_tokens=None), text)
             log_probs = jnp.pad(log_probs, ((0, forced.tokens.shape[0]), (0, 0)))
-        return ghosts, replies, log_probs
+        return ghosts, log_probs
 
-    return draw
+    return ghosts_of
 
 
 class OnPolicyBatches(Rollouts):

@@ -6,12 +6,14 @@ GRPO is GhostRespond Policy Optimization, not Group Relative.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from cotgrpo import objectives
@@ -32,6 +34,7 @@ from cotgrpo.data.questions import Question, question_text, read_questions
 from cotgrpo.data.rows import DropReport
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
+from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import on_process_0, process_rows
@@ -41,8 +44,9 @@ from cotgrpo.models.decoder import make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import open_folder
 from cotgrpo.models.huggingface.weights import load_pretrained
+from cotgrpo.rollouts.feedback import FeedbackBatches
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
-from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw
+from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw, make_ghosts
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, sample_texts
@@ -179,28 +183,47 @@ def live_batches(
         teacher_params = weights.adapted(jax.tree.map(jnp.copy, weights.trained)) if frozen else None
     is_reference = objectives.reads_teacher(config.grpo.full_objective)
     settings, top_k = live_settings(ghosts, config), listed_tokens(config, model)
-    draw = make_draw(
-        student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size),
-        teacher,
-        drawn_ghosts=ghosts.choice == "drawn",
-        top_k=top_k,
-        rows=is_reference,
-    )
-    return OnPolicyBatches(
-        jit_eval(draw, model.mesh),
-        teacher_params,
-        model.student,
-        inputs.template,
-        rollout_prompts(ghosts, config, inputs, console),
-        settings,
-        seed=config.seed,
-        merged=weights.adapted,
-        forced=text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
-        completions=completions_log(config, folder),
-        mesh=model.mesh,
-        teacher=with_columns_of(model, teacher, teacher_params) if is_reference else None,
-        moving=ghosts.self if isinstance(ghosts, PrivilegedSelf) else "frozen",
-    )
+    sampler = student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size)
+    drawn = {"drawn_ghosts": ghosts.choice == "drawn", "top_k": top_k, "reference_rows": is_reference}
+    questions = rollout_prompts(ghosts, config, inputs, console)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "merged": weights.adapted,
+        "forced": text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
+        "completions": completions_log(config, folder),
+        "mesh": model.mesh,
+        "teacher": with_columns_of(model, teacher, teacher_params) if is_reference else None,
+        "moving": ghosts.self if isinstance(ghosts, PrivilegedSelf) else "frozen",
+    }
+    rest = (teacher_params, model.student, inputs.template, questions, settings)
+    if isinstance(ghosts, PrivilegedSelf) and ghosts.reads_reply:
+        compiled = jit_eval(sampler, model.mesh), jit_eval(make_ghosts(teacher, **drawn), model.mesh)
+        prompt_with = functools.partial(prompt_with_feedback, ghosts, inputs.template)
+        return FeedbackBatches(*compiled, prompt_with, *rest, **options)
+    return OnPolicyBatches(jit_eval(make_draw(sampler, teacher, **drawn), model.mesh), *rest, **options)
+
+
+def prompt_with_feedback(
+    ghosts: PrivilegedSelf, template: AnyTemplate, question: RolloutPrompt, reply: str, feedback: str
+) -> np.ndarray:
+    """Return the ghost's prompt with a reply and what the verifier says of it.
+
+    A reply that the template cannot hold, since it has its marks, is left out.
+    """
+    assert question.question.reference is not None
+    try:
+        return privileged_prompt(ghosts, template, question.question.reference, reply, feedback)
+    except DataError:
+        return privileged_prompt(ghosts, template, question.question.reference)
+
+
+def privileged_prompt(
+    ghosts: PrivilegedSelf, template: AnyTemplate, triple: Triple, reply: str = "", feedback: str = ""
+) -> np.ndarray:
+    """Return the int32 tokens of the ghost's prompt for a row."""
+    text = ghosts.privileged(triple.question, triple.rationale, triple.answer, reply, feedback)
+    row = with_question(triple, text)
+    return template.prompt_of(row) if triple.context else template.prompt(text, triple.system)
 
 
 def live_teacher_of(batches: BatchSource) -> tuple[Student, Params]:
@@ -392,10 +415,8 @@ def rollout_prompts(
     prompts = {example.source: example.tokens[: example.prompt_length] for example in inputs.train}
     for triple in inputs.train_triples:
         teacher_prompt = None
-        if isinstance(ghosts, PrivilegedSelf):
-            text = ghosts.privileged(triple.question, triple.rationale, triple.answer)
-            row = with_question(triple, text)
-            teacher_prompt = template.prompt_of(row) if triple.context else template.prompt(text, triple.system)
+        if isinstance(ghosts, PrivilegedSelf) and not ghosts.reads_reply:
+            teacher_prompt = privileged_prompt(ghosts, template, triple)
         asked = f"{triple.system}\n{triple.asked}"
         found.setdefault(asked, RolloutPrompt(asked_by(triple), prompts[triple.source], teacher_prompt))
     return list(found.values())
