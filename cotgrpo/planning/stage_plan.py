@@ -128,7 +128,7 @@ class StagePlan:
         trained = params if lora is None else jax.eval_shape(functools.partial(init_lora, params, lora), key)
         state = jax.eval_shape(lambda params, key: TrainState.create(params=params, tx=tx, key=key), trained, key)
         objective = self.config.grpo.full_objective if self.stage == "grpo" else Nll()
-        batch = abstract_batch(objective, self.settings.batch_size, self.config.data.seq_len)
+        batch = abstract_batch(objective, self.settings.batch_size, self.config.data.seq_len, self.decoder.width)
         return step, StepArguments(state, batch, frozen)
 
     def figures(self, by_arithmetic: bool = False) -> dict[str, Any]:

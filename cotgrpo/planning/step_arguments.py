@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from cotgrpo import objectives
-from cotgrpo.objectives import GroupRelative, Objective
+from cotgrpo.objectives import Objective
 from cotgrpo.sharding import batch_sharding, state_sharding
 from cotgrpo.types import GhostBatch, SftBatch, TrainState
 
@@ -45,17 +45,18 @@ def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
     return sum(jax.tree.leaves(jax.tree.map(of, tree, shardings)))
 
 
-def abstract_batch(objective: Objective, batch_size: int, seq_len: int) -> SftBatch | GhostBatch:
-    """Return the shapes of a batch with the arrays that the objective reads."""
+def abstract_batch(objective: Objective, batch_size: int, seq_len: int, width: int) -> SftBatch | GhostBatch:
+    """Return the shapes of a batch with the arrays that the objective reads; `width` is that of the live teacher."""
     shape, top_k = (batch_size, seq_len), objectives.top_k(objective)
     ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if isinstance(objective, GroupRelative):
-        return GhostBatch(ids, ids, ids, ids, floats, ids, dict.fromkeys(GroupRelative.batch_fields, floats))
-    if top_k:
-        tops: dict[str, Any] = {
-            "top_ids": jax.ShapeDtypeStruct((*shape, top_k), jnp.int32),
-            "top_log_probs": jax.ShapeDtypeStruct((*shape, top_k), jnp.float32),
-        }
-        return GhostBatch(ids, ids, ids, ids, floats, extra=tops)
-    return SftBatch(ids, ids, ids, ids, floats)
+    wide: dict[str, Any] = {
+        "top_ids": jax.ShapeDtypeStruct((*shape, top_k), jnp.int32),
+        "top_log_probs": jax.ShapeDtypeStruct((*shape, top_k), jnp.float32),
+        "reference_rows": jax.ShapeDtypeStruct((*shape, width), jnp.float32),
+    }
+    names = (objectives.batch_fields(objective) or ()) + ("reference_rows",) * objectives.reads_teacher(objective)
+    if not names:
+        return SftBatch(ids, ids, ids, ids, floats)
+    drawn = ids if "drawn_log_probs" in names else None
+    return GhostBatch(ids, ids, ids, ids, floats, drawn, {name: wide.get(name, floats) for name in names})

@@ -38,6 +38,7 @@ from cotgrpo.planning.search import candidates
 from cotgrpo.planning.stage_plan import StagePlan
 from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, no_compilation_cache, tpu_devices
 from cotgrpo.sharding import batch_sharding, make_mesh, mesh_shape, state_sharding
+from cotgrpo.training.steps import stage_optimizer
 from cotgrpo.types import TrainState
 from cotgrpo.xla_cpu import vocab_sum
 
@@ -103,8 +104,13 @@ def test_bytes_of_llama_3_8b_are_the_arithmetic(topology: str, devices: int, par
     [
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"grpo": COMPARISON | {"optimizer": OptimizerConfig("adafactor")}}),
         ({"fsdp": 4, "context": 2}, {"grpo": DISTRIBUTION | {"reference_kl": 0.1}, "lora": LoraConfig(rank=4)}),
+        ({"fsdp": 8}, {"grpo": {"reward_weight": 0.5, "ghosts": PrivilegedSelf(num_generations=2, self="ema")}}),
     ],
-    ids=["group_relative and adafactor", "the ghost's distribution, LoRA and a reference"],
+    ids=[
+        "group_relative and adafactor",
+        "the ghost's distribution, LoRA and a reference",
+        "a reward and a ghost whose parameters are an average",
+    ],
 )
 def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: dict[str, Any]) -> None:
     """On eight devices: the plan, the compiled program and the arrays of a real start."""
@@ -117,7 +123,7 @@ def test_argument_bytes_are_those_of_real_arrays(mesh: dict[str, int], changes: 
     assert expected == arguments.bytes_on(real_mesh)
     program = compile_step(step, real_mesh, arguments)
 
-    tx, lora, key = grpo.optimizer.build(grpo.steps), config.lora, jax.random.key(0)
+    tx, lora, key = stage_optimizer(config, "grpo"), config.lora, jax.random.key(0)
     params = init_params(plan.decoder, key)
     trained = params if lora is None else init_lora(params, lora, key)
     state = TrainState.create(params=trained, tx=tx, key=key)
