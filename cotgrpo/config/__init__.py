@@ -3,6 +3,7 @@
 from cotgrpo.config.files import differences, flat, load_config, parse_config, parse_settings, save_config
 from cotgrpo.config.generate import GenerateConfig, PromptConfig, TeacherConfig, VerifyConfig
 from cotgrpo.config.ghosts import (
+    Cached,
     Ghosts,
     LiveGhosts,
     PrivilegedSelf,
@@ -28,6 +29,7 @@ from cotgrpo.config.settings import (
 )
 
 __all__ = [
+    "Cached",
     "CheckpointConfig",
     "Config",
     "ConfigError",

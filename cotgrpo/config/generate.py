@@ -8,7 +8,7 @@ import string
 from typing import Literal
 
 from cotgrpo.config.own_code import OwnVerifier
-from cotgrpo.config.sections import ConfigError, at_least
+from cotgrpo.config.sections import ConfigError, at_least, expect
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.teachers.endpoint import EndpointSettings
 
@@ -127,6 +127,10 @@ class GenerateConfig:
             bad row of a test set is always an error.
         max_questions: use the first questions only; 0: all.
         candidates: replies to each question.
+        top_logprobs: keep this many of the teacher's likeliest tokens, with their log-probabilities, at every token of
+            its replies, in ghosts.parquet, for grpo.ghosts.source cached; 0: none.
+        score_for: folder of a stage, such as runs/run/sft. The rows then hold replies, such as a student's own. The
+            teacher's server scores them (top_logprobs) in the tokens of that student, and writes none; null: off.
         out: folder of everything that the command writes. Run again, the command resumes there.
         format: file format of the triples.
         teacher: the model that writes the replies.
@@ -141,6 +145,8 @@ class GenerateConfig:
     bad_rows: Literal["error", "drop"] = "error"
     max_questions: int = 0
     candidates: int = 1
+    top_logprobs: int = 0
+    score_for: str | None = None
     out: str = "ghosts"
     format: Literal["jsonl", "parquet"] = "jsonl"
     teacher: TeacherConfig = TeacherConfig()
@@ -149,7 +155,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "candidates")
-        at_least(0, self, "max_questions")
+        at_least(0, self, "max_questions", "top_logprobs")
         if problem := columns_problem(self.columns) or row_function_problem(self.row_function):
             raise ConfigError(problem)
         if self.candidates > 1 and self.teacher.temperature == 0:
@@ -169,6 +175,14 @@ class GenerateConfig:
                 "questions is empty: name at least one .jsonl or .parquet file of questions, or a hub id."
             )
         teacher = self.teacher
+        if self.score_for is not None:
+            expect(self.top_logprobs >= 1, self, "top_logprobs", "at least 1 with score_for")
+            if teacher.path is not None or teacher.batch or not teacher.base_url:
+                raise ConfigError(
+                    "score_for needs a server that returns log-probabilities of a given text: set teacher.base_url, "
+                    "without teacher.path and teacher.batch."
+                )
+            return
         if (teacher.path is None) == (teacher.model is None):
             raise ConfigError(
                 "Name one teacher: teacher.model (with teacher.base_url) for an endpoint, or teacher.path for a model "

@@ -260,6 +260,27 @@ class VerifiedReward(StudentReplies, Prompted):
 
 SOURCES: dict[str, type[Ghosts]] = {
     kind.source: kind
-    for kind in (TeacherForced, TeacherModel, TeacherServer, PrivilegedSelf, SelfReply, VerifiedReward)
+    for kind in (TeacherForced, Cached, TeacherModel, TeacherServer, PrivilegedSelf, SelfReply, VerifiedReward)
 }
 """Each source by its name."""
+@dataclasses.dataclass(frozen=True)
+class Cached(Ghosts):
+    """The text of the training rows, with a teacher's distribution at its tokens that was kept before.
+
+    Attributes:
+        path: ghosts.parquet, as `cotgrpo generate --top_logprobs K` writes it.
+        choice: ghost token: the teacher's likeliest where it is known, or the row's own token.
+        missing: what to do with a training row without an entry in the file; text: learn from the text alone.
+    """
+
+    path: str | None = None
+    choice: Literal["argmax", "text"] = "argmax"
+    missing: Literal["error", "text"] = "error"
+
+    source: ClassVar[str] = "cached"
+    is_fixed_model: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        expect(bool(self.path), self, "path", "the file of cached ghosts, such as ghosts/ghosts.parquet")
+
+

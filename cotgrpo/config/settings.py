@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Literal
 
-from cotgrpo.config.ghosts import SOURCES, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
+from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
 from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, TrackerConfig, check_callbacks
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
@@ -272,10 +272,10 @@ class GrpoConfig(StageConfig):
         if not isinstance(self.objective, Divergence):
             return
         name = next((name for name, kind in OBJECTIVES.items() if type(self.objective) is kind), "a divergence")
-        if not isinstance(self.ghosts, LiveGhosts):
+        if not isinstance(self.ghosts, LiveGhosts | Cached):
             raise ConfigError(
                 f"objective.name {name} needs the distribution of a live ghost: set grpo.ghosts.source to "
-                f"teacher_model or privileged_self, got {self.ghosts.source}."
+                f"teacher_model, teacher_server, privileged_self or cached, got {self.ghosts.source}."
             )
         if not reads_teacher(self.objective):
             return
@@ -286,7 +286,7 @@ class GrpoConfig(StageConfig):
                 "Set a number of tokens, such as 16, or take teacher_model, or a frozen privileged_self that reads no "
                 "reply."
             )
-        if self.ghosts.teacher_forced_share:
+        if isinstance(self.ghosts, LiveGhosts) and self.ghosts.teacher_forced_share:
             raise ConfigError(f"{exact}, which rows of text do not have: set ghosts.teacher_forced_share to 0.")
         if self.reference_kl:
             raise ConfigError(f"{exact} in the place of the reference: set reference_kl to 0, or top_k to a number.")

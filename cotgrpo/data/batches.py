@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, Literal
@@ -238,7 +238,8 @@ def make_batches(
 
     def fill(batch: Sequence[tuple[int, ...]]) -> SftBatch:
         rows_here = [row if b in mine else () for b, row in enumerate(batch)]
-        return filled([[shifted(examples[i]) for i in row] for row in rows_here], batch_size, seq_len)
+        documents = [[shifted(examples[i]) for i in row] for row in rows_here]
+        return filled(documents, batch_size, seq_len, examples[0].extra)
 
     dataset = grain.MapDataset.source(rows).seed(seed)
     dataset = (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)
@@ -293,23 +294,33 @@ def packed_rows(lengths: Sequence[int], seq_len: int, progress: Progress = no_pr
     return sorted(tuple(sorted(row)) for row in rows)
 
 
-def shifted(example: Example) -> dict[str, np.ndarray]:
+def shifted(example: Example) -> dict[str, Any]:
     """Return the inputs, targets and weights of a document: position t predicts token t + 1."""
     return {
         "tokens": example.tokens[:-1],
         "targets": example.tokens[1:],
         "loss_mask": example.supervised[1:].astype(np.float32),
+        "extra": example.extra,
     }
 
 
-def filled(rows: Sequence[Sequence[dict[str, np.ndarray]]], batch_size: int, seq_len: int) -> SftBatch:
-    """Lay documents out in their rows as a batch: segments from 1, positions from 0, zeros in the padding."""
+def filled(
+    rows: Sequence[Sequence[dict[str, Any]]],
+    batch_size: int,
+    seq_len: int,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> SftBatch:
+    """Lay documents out in their rows as a batch: segments from 1, positions from 0, zeros in the padding.
+
+    `extra` has the types of the documents' further arrays.
+    """
     batch = SftBatch(
         tokens=np.zeros((batch_size, seq_len), np.int32),
         targets=np.zeros((batch_size, seq_len), np.int32),
         positions=np.zeros((batch_size, seq_len), np.int32),
         segment_ids=np.zeros((batch_size, seq_len), np.int32),
         loss_mask=np.zeros((batch_size, seq_len), np.float32),
+        extra={name: np.zeros((batch_size, seq_len, *x.shape[1:]), x.dtype) for name, x in (extra or {}).items()},
     )
     for b, row in enumerate(rows):
         start = 0
@@ -319,6 +330,8 @@ def filled(rows: Sequence[Sequence[dict[str, np.ndarray]]], batch_size: int, seq
             batch.tokens[place], batch.targets[place] = document["tokens"], document["targets"]
             batch.positions[place], batch.segment_ids[place] = np.arange(length), segment
             batch.loss_mask[place] = document["loss_mask"]
+            for name, array in batch.extra.items():
+                array[place] = document["extra"][name]
             start += length
     return batch
 

@@ -38,12 +38,14 @@ class Example:
         supervised: bool `[n]`, True if the token is a target of the loss; never the first, which nothing predicts.
         source: the triple's source.
         prompt_length: tokens before the last reply.
+        extra: further arrays `[n - 1, ...]` of the targets, by name; all examples of a batch have the same.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     source: str = ""
     prompt_length: int = 0
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

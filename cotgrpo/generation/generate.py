@@ -29,8 +29,10 @@ from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
 from cotgrpo.distributed.interrupts import raising
 from cotgrpo.generation.progress import ReplyProgress
+from cotgrpo.generation.score import run_score
 from cotgrpo.generation.triple_files import write_card, write_rows
 from cotgrpo.logs.progress import PhaseProgress
+from cotgrpo.rollouts.cached_ghosts import CachedReply, cached_reply, write_cache
 from cotgrpo.teachers.batches import BatchTeacher
 from cotgrpo.teachers.decontamination import TestQuestions
 from cotgrpo.teachers.endpoint import (
@@ -83,6 +85,9 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
     config.check_complete()
     started = time.monotonic()
     console = console or Console()
+    if config.score_for is not None:
+        check_same_teacher(Path(config.out), config)
+        return score_replies(config, console)
     say(console, "reading the questions")
     questions, report, test = load_questions(config, console)
     say(console, f"questions: {report}")
@@ -111,6 +116,17 @@ def run_generate(config: GenerateConfig, console: Console | None = None) -> dict
             ) from None
         save_config(config, out / "config.yaml")
         return generation.finish(report, started)
+
+
+def score_replies(config: GenerateConfig, console: Console) -> dict[str, Any]:
+    """Score the replies of the rows for a student. Raises as `run_generate` does."""
+    try:
+        with raising():
+            return run_score(config, console)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            signal.SIGINT, f"stopped; what is scored is in {config.out}. Run the same command to continue."
+        ) from None
 
 
 def load_questions(
@@ -240,6 +256,7 @@ def check_same_teacher(out: Path, config: GenerateConfig) -> None:
 def reply_settings(config: GenerateConfig) -> dict[str, Any]:
     """Return the settings that change the replies, by dotted key."""
     teacher = {f"teacher.{name}": getattr(config.teacher, name) for name in REPLY_SETTINGS}
+    teacher |= {"top_logprobs": config.top_logprobs, "score_for": config.score_for}
     return teacher | {f"prompt.{name}": value for name, value in dataclasses.asdict(config.prompt).items()}
 
 
@@ -248,9 +265,9 @@ def make_teacher(config: GenerateConfig, console: Console | None = None) -> Teac
     settings = config.teacher
     note = functools.partial(say, console or Console(quiet=True))
     if settings.batch:
-        return BatchTeacher(settings, Path(config.out) / "batches.json", note)
+        return BatchTeacher(settings, Path(config.out) / "batches.json", note, config.top_logprobs)
     if settings.path is None:
-        return EndpointTeacher(settings, note)
+        return EndpointTeacher(settings, note, config.top_logprobs)
     from cotgrpo.teachers.local import LocalTeacher
 
     assert settings.temperature is not None  # as check_complete has seen
@@ -262,6 +279,7 @@ def make_teacher(config: GenerateConfig, console: Console | None = None) -> Teac
         batch_size=settings.batch_size,
         dtype=settings.dtype,
         seed=settings.seed,
+        top_logprobs=config.top_logprobs,
     )
 
 
@@ -378,7 +396,7 @@ class Generation:
             raise OwnCodeError(
                 f"{self.judge.failed} All replies are in {self.journal.path}: run the same command again."
             )
-        rows, verdicts = self.choose()
+        rows, verdicts, cached = self.choose()
         summary = self.summary(report, rows, verdicts) | {"seconds": round(time.monotonic() - started, 1)}
         out = Path(self.config.out)
         write_json(out / "summary.json", summary)
@@ -389,25 +407,34 @@ class Generation:
                 f"reasons: {'; '.join(reasons)}."
             )
         write_rows(out, rows, self.config.format)
+        if self.config.top_logprobs:
+            write_cache(out / "ghosts.parquet", cached, self.config.top_logprobs)
+            say(self.console, f"written: {out / 'ghosts.parquet'}, for grpo.ghosts.source cached")
         write_card(out, self.config, summary)
         for line in summary_lines(summary):
             say(self.console, line)
         say(self.console, f"written: {out / f'triples.{self.config.format}'}, with README.md and summary.json")
         return summary
 
-    def choose(self) -> tuple[list[dict[str, Any]], list[Verdict]]:
-        """Return the rows of triples and the final verdict of each record, question by question.
+    def choose(self) -> tuple[list[dict[str, Any]], list[Verdict], list[CachedReply]]:
+        """Return the rows of triples, the final verdict of each record, and cached ghosts, question by question.
 
         Accepted replies pass through `filters` in sequence; each filter gives its reason to those it leaves out.
         """
         rows: list[dict[str, Any]] = []
         verdicts: list[Verdict] = []
+        cached: list[CachedReply] = []
         with PhaseProgress("choosing replies", self.console, len(self.chats)) as phase:
             for chat, (question, _) in phase.over(self.chats.items()):
                 chosen, final = self.choose_for(chat)
                 rows += [self.row(question, c, final[c.number].reason == "correct") for c in chosen]
                 verdicts += final.values()
-        return rows, verdicts
+                for candidate in chosen:
+                    outcome = self.journal.records[chat, candidate.number].outcome
+                    if isinstance(outcome, TeacherReply) and outcome.logprobs:
+                        key = (question.question, candidate.rationale, candidate.answer)
+                        cached.append(cached_reply(key, outcome.logprobs))
+        return rows, verdicts, cached
 
     def choose_for(self, chat: str) -> tuple[list[Candidate], dict[int, Verdict]]:
         """Return the replies to one question that become triples, and the final verdict of each by number."""

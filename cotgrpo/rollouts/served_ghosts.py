@@ -65,7 +65,7 @@ def scored_batch(
     known: Float[AnyArray, "B N"],
     tops: tuple[Int[AnyArray, "B N K"], Float[AnyArray, "B N K"]] | None = None,
     forced: SftBatch | None = None,
-) -> tuple[GhostBatch, Float[AnyArray, "B T"]]:
+) -> tuple[GhostBatch, Float[AnyArray, "rows T"]]:
     """Return replies with ghosts that were chosen elsewhere, laid out as `cotgrpo.ghosts.live.live_ghosts` does.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -54,17 +55,27 @@ class Vocabulary:
         written = WRITTEN_ID.fullmatch(token)
         return int(written[1]) if written else self.ids_by_text.get(token)
 
+    def id_of_bytes(self, piece: bytes) -> int | None:
+        """Return the id of the token with these bytes, or None if no token has them, or several."""
+        return self.ids_by_bytes.get(piece)
+
+    @functools.cached_property
+    def ids_by_bytes(self) -> dict[bytes, int]:
+        """The id of all bytes that one token alone has."""
+        before = (self.encode("a") or [None])[-1]
+        found: dict[bytes, list[int]] = collections.defaultdict(list)
+        for i in range(self.size):
+            found[token_bytes(self.tokenizer, i, before)].append(i)
+        return {piece: ids[0] for piece, ids in found.items() if len(ids) == 1}
+
     @functools.cached_property
     def ids_by_text(self) -> dict[str, int]:
         """The id of each text that one token alone has. A part of a character has no text."""
-        before = (self.encode("a") or [None])[-1]
-        found: dict[str, list[int]] = collections.defaultdict(list)
-        for i in range(self.size):
-            try:
-                found[token_bytes(self.tokenizer, i, before).decode()].append(i)
-            except UnicodeDecodeError:
-                continue
-        return {text: ids[0] for text, ids in found.items() if len(ids) == 1}
+        found: dict[str, int] = {}
+        for piece, i in self.ids_by_bytes.items():
+            with contextlib.suppress(UnicodeDecodeError):
+                found[piece.decode()] = i
+        return found
 
 
 def first_difference(vocabulary: Vocabulary, own: Sequence[int], theirs: Sequence[Token]) -> str | None:

@@ -72,14 +72,21 @@ class BatchTeacher:
         settings: the endpoint. Replies do not come as streams.
         path: the file of the batches that are under way.
         say: prints a line for the user.
+        top_logprobs: as in `EndpointTeacher`.
 
     Raises:
         TeacherError: `settings.model` is not set, or the key is missing.
     """
 
-    def __init__(self, settings: EndpointSettings, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        path: Path,
+        say: Callable[[str], None] = lambda line: None,
+        top_logprobs: int = 0,
+    ) -> None:
         self.settings, self.path, self.say = settings, path, say
-        self.endpoint = EndpointTeacher(settings, say)
+        self.endpoint = EndpointTeacher(settings, say, top_logprobs)
         self.form = dataclasses.replace(settings.first_form(), stream=False)
         self.refusal: TeacherError | None = None
 
@@ -157,7 +164,7 @@ class BatchTeacher:
 
     def line(self, request: Request) -> bytes:
         """Return the line of a request in a file of requests."""
-        body = {"model": self.settings.model, "messages": request.messages, **self.settings.fields_of(self.form)}
+        body = {"model": self.settings.model, "messages": request.messages, **self.endpoint.fields_of(self.form)}
         line = {"custom_id": request_id(request), "method": "POST", "url": self.url, "body": body}
         return json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n"
 

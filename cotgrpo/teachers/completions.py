@@ -43,6 +43,8 @@ class TeacherReply:
         refusal: why the model refused, if that comes in a field of its own.
         prompt_tokens, completion_tokens: the teacher's counts; None if it gave none.
         model: the model's name as the endpoint reports it.
+        logprobs: the likeliest tokens at each token of the reply, if they were asked for, or None. For each token: its
+            piece, and pairs of a piece and its log-probability. A piece is a text, or a list of bytes if it is none.
         attempts: requests sent, failed ones included.
         seconds: from the first attempt to the reply.
     """
@@ -54,6 +56,7 @@ class TeacherReply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     model: str = ""
+    logprobs: list[Any] | None = None
     attempts: int = 1
     seconds: float = 0.0
 
@@ -161,6 +164,7 @@ def parse_completion(answer: object, max_tokens: int | None = None) -> TeacherRe
         prompt_tokens=count_in(usage.get("prompt_tokens", usage.get("input_tokens"))),
         completion_tokens=count_in(usage.get("completion_tokens", usage.get("output_tokens"))),
         model=clean(deep_text(answer.get("model"))),
+        logprobs=token_log_probs(choice.get("logprobs")),
     )
     end = ending(reply, max_tokens)
     if end == "broken off":
@@ -170,6 +174,46 @@ def parse_completion(answer: object, max_tokens: int | None = None) -> TeacherRe
     if not has_text and end == "whole":
         raise AttemptFailed("reply is empty", json.dumps(choice, ensure_ascii=False))
     return reply
+
+
+def token_log_probs(logprobs: object) -> list[Any] | None:
+    """Return the `logprobs` of a chat completion as `TeacherReply.logprobs`, or None if they are not usable."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not content:
+        return None
+    try:
+        return [
+            [piece_of(entry), [[piece_of(other), log_prob_in(other)] for other in entry["top_logprobs"]]]
+            for entry in content
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def piece_of(entry: Mapping[str, Any]) -> str | list[int]:
+    """Return a token's text, or its bytes if they are no text. Raises TypeError or ValueError without either."""
+    raw = entry.get("bytes")
+    if raw is not None:
+        return as_piece(bytes(raw))
+    if not isinstance(entry["token"], str):
+        raise TypeError("a token that is no text")
+    return entry["token"]
+
+
+def as_piece(raw: bytes) -> str | list[int]:
+    """Return bytes as a piece of `TeacherReply.logprobs`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+def log_prob_in(entry: Mapping[str, Any]) -> float:
+    """Return a token's log-probability. Raises ValueError for NaN and for a positive one."""
+    value = float(entry["logprob"])
+    if not value <= 0.01:
+        raise ValueError(f"a log-probability of {value}")
+    return round(min(value, 0.0), 6)
 
 
 def stream_events(text: str) -> list[object]:
@@ -199,6 +243,7 @@ def join_events(events: Sequence[object]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     pieces: dict[str, list[object]] = {}
     choice: dict[str, Any] = {}
+    logprobs: list[Any] = []
     for event in events:
         if not isinstance(event, dict):
             continue
@@ -216,9 +261,11 @@ def join_events(events: Sequence[object]) -> dict[str, Any]:
             for name, value in (delta | {"content": delta.get("content") or part.get("text")}).items():
                 pieces.setdefault(name, []).extend(value if isinstance(value, list) else [value])
             choice |= {name: part[name] for name in (*FINISH_FIELDS, "usage") if part.get(name)}
+            own = part.get("logprobs")
+            logprobs += own["content"] if isinstance(own, dict) and isinstance(own.get("content"), list) else []
     if not finish_word(choice) and "[DONE]" not in events:
         raise AttemptFailed("stream broke off", f"{len(events)} events, and no end")
-    return whole | {"choices": [choice | {"message": pieces}]}
+    return whole | {"choices": [choice | {"message": pieces, "logprobs": {"content": logprobs}}]}
 
 
 def finish_word(choice: Mapping[str, Any]) -> str:

@@ -342,6 +342,7 @@ class EndpointTeacher(Connection):
     Args:
         settings: the endpoint. The key is read from the environment here.
         say: prints a line for the user.
+        top_logprobs: how many of the likeliest tokens come with each token of a reply; 0: none.
 
     Raises:
         TeacherError: `settings.model` is not set, or the key is missing.
@@ -349,10 +350,13 @@ class EndpointTeacher(Connection):
 
     settings: EndpointSettings
 
-    def __init__(self, settings: EndpointSettings, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, settings: EndpointSettings, say: Callable[[str], None] = lambda line: None, top_logprobs: int = 0
+    ) -> None:
         if settings.model is None:
             raise TeacherError("teacher.model is not set: expected the model's name at the endpoint.")
         super().__init__(settings, say)
+        self.top_logprobs = top_logprobs
 
     def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
         """Hand every request to `done` with its outcome.
@@ -362,10 +366,27 @@ class EndpointTeacher(Connection):
         """
         asyncio.run(Session(self).run(iter(requests), done))
 
+    def fields_of(self, form: RequestForm) -> dict[str, Any]:
+        """Return the body fields of a request in this form, besides model and messages."""
+        wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}
+        return wanted | self.settings.fields_of(form)
+
     def redact_reply(self, reply: TeacherReply) -> TeacherReply:
-        """Return the reply with texts that do not hold the key."""
+        """Return the reply with texts that do not hold the key. One that held it loses its log-probabilities.
+
+        Raises:
+            AttemptFailed: the reply has no log-probabilities, and they were asked for.
+        """
+        if self.top_logprobs and reply.logprobs is None and reply.text:
+            raise AttemptFailed(
+                "reply has no logprobs",
+                "The server sends none with a chat completion (logprobs, top_logprobs). Turn them on there, or leave "
+                "top_logprobs out.",
+                retryable=False,
+            )
         texts = {n: self.redact(getattr(reply, n)) for n in ("text", "reasoning", "finish_reason", "refusal", "model")}
-        return dataclasses.replace(reply, **texts)  # type: ignore[arg-type]
+        changed = any(texts[name] != getattr(reply, name) for name in ("text", "reasoning"))
+        return dataclasses.replace(reply, **texts, logprobs=None if changed else reply.logprobs)  # type: ignore[arg-type]
 
     def complaint(self, error: ServerError, request: Request, form: RequestForm) -> Complaint | None:
         """Return the server's complaint about a field of the request, if it is one."""
@@ -499,7 +520,7 @@ class Session:
             async with asyncio.timeout(settings.timeout):
                 # The raw body: the client returns whatever it cannot parse. It reads a stream as a whole, too.
                 answer = await self.client.chat.completions.with_raw_response.create(
-                    model=settings.model, messages=request.messages, extra_body=settings.fields_of(form)
+                    model=settings.model, messages=request.messages, extra_body=self.teacher.fields_of(form)
                 )
             return self.teacher.redact_reply(parse_reply(answer.http_response.content, settings.longest_reply))
         except AttemptFailed as failed:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.sources import DataError
-from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.data.tokenizer import load_tokenizer, token_bytes
+from cotgrpo.ghosts.live import live_ghosts
 from cotgrpo.models.config import Dtype
 from cotgrpo.models.decoder import unstack_layers
 from cotgrpo.models.huggingface.weights import load_pretrained
 from cotgrpo.sampling import QUEUE, Prompts, Replies, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.teachers.completions import as_piece
 from cotgrpo.teachers.endpoint import Outcome, Request, TeacherReply
 
 PROMPT_COLUMNS = 64
@@ -35,6 +39,7 @@ class LocalTeacher:
             that ends.
         dtype: "float32" or "bfloat16"; None: as in the checkpoint.
         seed: seed of the draws, which also depend on the first request of a batch.
+        top_logprobs: how many of the likeliest tokens come with each token of a reply; 0: none.
 
     Raises:
         ModelError, DataError: not a model folder, or a tokenizer without a chat template.
@@ -50,6 +55,7 @@ class LocalTeacher:
         batch_size: int = 16,
         dtype: Dtype | None = None,
         seed: int = 0,
+        top_logprobs: int = 0,
     ) -> None:
         self.tokenizer = load_tokenizer(path)
         if not self.tokenizer.chat_template:
@@ -70,6 +76,9 @@ class LocalTeacher:
             pad_id=self.template.pad_id,
         )
         self.rows = QUEUE * batch_size
+        self.top_logprobs = min(top_logprobs, model.student.vocab_size or model.config.vocab_size)
+        self.scorer = jax.jit(functools.partial(live_ghosts, model.student, top_k=self.top_logprobs))
+        self.whole_params = model.params if top_logprobs else None  # the sampler's are unstacked
         self.sampler = jax.jit(make_sampler(model.config, settings, model.student.vocab_size, batch_size))
 
     def ask(self, requests: Iterable[Request], done: Callable[[Request, Outcome], None]) -> None:
@@ -86,9 +95,11 @@ class LocalTeacher:
         columns = -(-max(map(len, prompts)) // PROMPT_COLUMNS) * PROMPT_COLUMNS
         padded = pad_prompts(prompts, length=columns, rows=self.rows, pad_id=self.template.pad_id)
         written = self.sample(padded, batch[0].key)
+        logprobs = self.log_probs(padded, written, len(batch)) if self.top_logprobs else [None] * len(batch)
         seconds = round(time.monotonic() - started, 3)
         return [
             TeacherReply(
+                logprobs=logprobs[row],
                 text=self.template.decode(np.asarray(written.tokens[row, : written.lengths[row]])).strip(),
                 finish_reason="stop" if written.finished[row] else "length",
                 prompt_tokens=len(prompts[row]),
@@ -97,6 +108,25 @@ class LocalTeacher:
             )
             for row in range(len(batch))
         ]
+
+    def log_probs(self, prompts: Prompts, written: Replies, count: int) -> list[list[Any] | None]:
+        """Return the likeliest tokens at each token of the first replies, as `TeacherReply.logprobs`."""
+        extra = jax.device_get(self.scorer(self.whole_params, prompts, written).extra)
+        first = prompts.tokens.shape[1] - 1
+        piece = functools.cache(lambda token: as_piece(token_bytes(self.tokenizer, token, self.before)))
+        found: list[list[Any] | None] = []
+        for row in range(count):
+            length, rows = int(written.lengths[row]), slice(first, first + int(written.lengths[row]))
+            tops = zip(extra["top_ids"][row, rows], extra["top_log_probs"][row, rows], strict=True)
+            pairs = [[[piece(int(i)), round(float(p), 6)] for i, p in zip(*top, strict=True)] for top in tops]
+            tokens = [piece(int(token)) for token in written.tokens[row, :length]]
+            found.append([[token, top] for token, top in zip(tokens, pairs, strict=True)])
+        return found
+
+    @functools.cached_property
+    def before(self) -> int:
+        """A token before which another one is written as in the middle of a text."""
+        return int(self.tokenizer.encode("a", add_special_tokens=False)[-1])
 
     def sample(self, prompts: Prompts, key: tuple[str, int]) -> Replies:
         """Sample replies, with a random key that depends on the seed and the first request alone."""

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cotgrpo import objectives
 from cotgrpo.config import (
+    Cached,
     Config,
     ConfigError,
     Ghosts,
@@ -39,12 +40,14 @@ from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import on_process_0, process_rows
 from cotgrpo.logs.completions import CompletionsLog
+from cotgrpo.identity.fingerprints import tokenizer_fingerprint
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import open_folder
 from cotgrpo.models.huggingface.weights import load_pretrained
 from cotgrpo.rollouts.feedback import FeedbackBatches
+from cotgrpo.rollouts.cached_ghosts import CachedBatches, check_tokenizer, read_cache, with_cached_ghosts
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw, make_ghosts
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
@@ -93,6 +96,8 @@ def make_stage_batches(
         return live_batches(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, SelfReply):
         return self_reply_batches(ghosts, config, inputs, weights, folder)
+    if isinstance(ghosts, Cached):
+        return cached_batches(ghosts, config, inputs, console)
     if isinstance(ghosts, VerifiedReward):
         return group_relative_batches(ghosts, config, inputs, weights, folder, console)
     batch_size = getattr(config, stage).batch_size
@@ -101,7 +106,7 @@ def make_stage_batches(
 
 def check_streaming(config: Config, ghosts: Ghosts) -> None:
     """Raise ConfigError if the rows are streamed, and these ghosts need all of their questions in memory."""
-    if config.data.streaming and isinstance(ghosts, PrivilegedSelf | SelfReply):
+    if config.data.streaming and isinstance(ghosts, PrivilegedSelf | SelfReply | Cached):
         raise ConfigError(
             f"grpo.ghosts.source {ghosts.source} needs the questions of all training rows in memory, which "
             "data.streaming leaves on disk. Set data.streaming to false, with fewer rows in data.train, or choose "
@@ -160,6 +165,36 @@ def text_batches(
 
 def live_batches(
     ghosts: LiveGhosts,
+def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console: Console = QUIET) -> CachedBatches:
+    """Return packed batches of the training rows with the teacher's distribution from a file.
+
+    Raises:
+        DataError: a file that cannot be read, or is of another tokenizer, or lacks what the objective or a row needs.
+    """
+    model, data, batch_size = inputs.model, config.data, config.grpo.batch_size
+    cache, vocabulary = read_cache(str(ghosts.path)), Vocabulary(model.tokenizer, model.vocab_size)
+    check_tokenizer(cache, vocabulary, tokenizer_fingerprint(model.tokenizer))
+    examples, report = with_cached_ghosts(
+        inputs.train,
+        inputs.train_triples,
+        cache,
+        vocabulary,
+        top_k=listed_tokens(config, model),
+        choice=ghosts.choice,
+        missing=ghosts.missing,
+    )
+    say(console, f"{ghosts.path}: {report}")
+    batches = make_batches(
+        examples,
+        batch_size=batch_size,
+        seq_len=data.seq_len,
+        seed=config.seed,
+        packing=data.packing,
+        only_rows=own_rows(model, batch_size),
+    )
+    return CachedBatches(batches)
+
+
     config: Config,
     inputs: StageInputs,
     weights: StageWeights,
