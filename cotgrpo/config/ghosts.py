@@ -258,11 +258,6 @@ class VerifiedReward(StudentReplies, Prompted):
         at_least(1, self, "updates_per_rollout")
 
 
-SOURCES: dict[str, type[Ghosts]] = {
-    kind.source: kind
-    for kind in (TeacherForced, Cached, TeacherModel, TeacherServer, PrivilegedSelf, SelfReply, VerifiedReward)
-}
-"""Each source by its name."""
 @dataclasses.dataclass(frozen=True)
 class Cached(Ghosts):
     """The text of the training rows, with a teacher's distribution at its tokens that was kept before.
@@ -284,3 +279,8 @@ class Cached(Ghosts):
         expect(bool(self.path), self, "path", "the file of cached ghosts, such as ghosts/ghosts.parquet")
 
 
+SOURCES: dict[str, type[Ghosts]] = {
+    kind.source: kind
+    for kind in (TeacherForced, Cached, TeacherModel, TeacherServer, PrivilegedSelf, SelfReply, VerifiedReward)
+}
+"""Each source by its name."""

@@ -39,15 +39,15 @@ from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import on_process_0, process_rows
-from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.identity.fingerprints import tokenizer_fingerprint
+from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import make_student
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import open_folder
 from cotgrpo.models.huggingface.weights import load_pretrained
-from cotgrpo.rollouts.feedback import FeedbackBatches
 from cotgrpo.rollouts.cached_ghosts import CachedBatches, check_tokenizer, read_cache, with_cached_ghosts
+from cotgrpo.rollouts.feedback import FeedbackBatches
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw, make_ghosts
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
@@ -94,10 +94,10 @@ def make_stage_batches(
     check_streaming(config, ghosts)
     if isinstance(ghosts, LiveGhosts):
         return live_batches(ghosts, config, inputs, weights, folder, console)
-    if isinstance(ghosts, SelfReply):
-        return self_reply_batches(ghosts, config, inputs, weights, folder)
     if isinstance(ghosts, Cached):
         return cached_batches(ghosts, config, inputs, console)
+    if isinstance(ghosts, SelfReply):
+        return self_reply_batches(ghosts, config, inputs, weights, folder)
     if isinstance(ghosts, VerifiedReward):
         return group_relative_batches(ghosts, config, inputs, weights, folder, console)
     batch_size = getattr(config, stage).batch_size
@@ -163,8 +163,6 @@ def text_batches(
         )
 
 
-def live_batches(
-    ghosts: LiveGhosts,
 def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console: Console = QUIET) -> CachedBatches:
     """Return packed batches of the training rows with the teacher's distribution from a file.
 
@@ -195,6 +193,8 @@ def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console:
     return CachedBatches(batches)
 
 
+def live_batches(
+    ghosts: LiveGhosts,
     config: Config,
     inputs: StageInputs,
     weights: StageWeights,
