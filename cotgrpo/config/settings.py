@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Literal
 
 from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
@@ -46,6 +47,8 @@ OBJECTIVES = {
     "group_relative": GroupRelative,
     "own": OwnObjective,
 }
+SET_NAME = re.compile(r"\w[\w.-]{0,63}")
+"""The name of a test set."""
 SHAPE = tuple(field.name for field in dataclasses.fields(DecoderShape))
 """The settings of a student that a pretrained one does not have."""
 
@@ -190,12 +193,15 @@ class StageConfig:
 
     Attributes:
         steps: number of updates.
+        epochs: passes over the packed training rows, in place of steps; null: steps counts. Fractions are allowed.
         batch_size: packed rows of a batch.
         micro_batches: parts of a batch that are in memory one at a time; divides batch_size.
         init_from: folder of the stage to start from, or student.path for its own weights. null: sft starts from
             student.path or from scratch, grpo from this run's sft.
         log_every: steps between rows of metrics.jsonl.
         eval_every: steps between held-out losses; 0: only at the end.
+        eval_accuracy: measure the accuracy of greedy replies at eval_every too, which takes time. It always is with
+            on-policy ghosts.
         optimizer: the optimizer and its schedule.
     """
 
@@ -206,16 +212,28 @@ class StageConfig:
     log_every: int = 10
     eval_every: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
+    epochs: float | None = None
+    eval_accuracy: bool = False
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "batch_size", "micro_batches", "log_every")
         at_least(0, self, "eval_every")
         if self.batch_size % self.micro_batches:
             raise ConfigError(f"micro_batches ({self.micro_batches}) must divide batch_size ({self.batch_size}).")
+        expect(self.epochs is None or self.epochs > 0, self, "epochs", "above 0 or null")
+        if self.epochs is not None:
+            return  # the number of steps follows from the rows, and is checked then
         try:
             self.optimizer.make_schedule(self.steps)
         except ValueError as error:
             raise ConfigError(f"optimizer.{error}") from error
+
+    def not_applicable(self) -> NotApplicable:
+        """Return the number of steps, if it follows from the epochs."""
+        if self.epochs is None:
+            return NotApplicable()
+        reason = "a stage with a number of epochs, which its steps follow from. Remove it, or set epochs to null."
+        return NotApplicable(("steps",), "epochs", reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +284,11 @@ class GrpoConfig(StageConfig):
             )
         growth = self.max_entropy_growth
         expect(growth is None or growth > 1, self, "max_entropy_growth", "above 1 or null")
+        if self.epochs is not None and not isinstance(self.ghosts, TeacherForced):
+            raise ConfigError(
+                f"epochs counts passes over packed rows, which ghosts.source {source} does not make: it trains on the "
+                "student's own replies, whose length is not known before. Set steps instead."
+            )
 
     def check_divergence(self) -> None:
         """Raise ConfigError if the ghosts do not hand over what a divergence compares with."""
@@ -323,9 +346,9 @@ class GrpoConfig(StageConfig):
             )
 
     def not_applicable(self) -> NotApplicable:
-        """Return `reference_kl`, if the objective has its own."""
+        """Return `reference_kl`, if the objective has its own, or the steps, if they follow from the epochs."""
         if not isinstance(self.objective, GroupRelative):
-            return NotApplicable()
+            return super().not_applicable()
         reason = "the objective 'group_relative'. Set grpo.objective.kl_weight instead."
         return NotApplicable(("reference_kl",), "objective.name", reason)
 
@@ -340,20 +363,63 @@ class GrpoConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How exact match is measured.
+    """How exact match is measured: of greedy replies, and of sampled ones for pass@k and maj@k.
 
     Attributes:
-        rows: most held-out rows to use.
+        rows: most held-out rows to use, of each test set.
         batch_size: replies decoded at a time.
         max_new_tokens: longest reply in tokens.
+        sets: further test sets, as {name: files}, in the form of data.test. Each has its own row in eval.json and in
+            the report. data.test_split, data.columns and data.row_function apply to them.
+        samples: replies to draw to each question, for pass@k and maj@k; 0: greedy replies only.
+        k: the k of pass@k and maj@k, one or several, each at most samples. Empty: 1 and samples.
+        temperature: of the drawn replies. The greedy ones have none.
+        top_p: draw from the likeliest tokens that have at least this probability together.
+        seed: seed of the draws. A draw depends on it, the question and its own number only.
     """
 
     rows: int = 500
     batch_size: int = 128
     max_new_tokens: int = 256
+    sets: dict[str, list[str] | str] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    k: list[int] | int = dataclasses.field(default_factory=list)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, self, "rows", "batch_size", "max_new_tokens")
+        at_least(0, self, "samples", "temperature", "seed")
+        expect(0 < self.top_p <= 1, self, "top_p", "in (0, 1]")
+        for name, files in self.sets.items():
+            if not SET_NAME.fullmatch(name):
+                raise ConfigError(f"sets names a test set {name!r}: expected letters, digits and . _ - alone.")
+            if not (names := [files] if isinstance(files, str) else files) or not all(each.strip() for each in names):
+                raise ConfigError(f"sets.{name} must name at least one file or hub id, got {files!r}.")
+        if not self.samples:
+            return
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"temperature 0 would draw the same reply {self.samples} times (samples): set temperature above 0, "
+                "such as 0.7, or samples to 0 for greedy replies."
+            )
+        for k in self.ks:
+            if not 1 <= k <= self.samples:
+                raise ConfigError(f"k must lie between 1 and samples, which is {self.samples}, got {k}.")
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of pass@k and maj@k, in order."""
+        given = [self.k] if isinstance(self.k, int) else self.k
+        return sorted(set(given or (1, self.samples)))
+
+    def not_applicable(self) -> NotApplicable:
+        """Return the settings of drawn replies, if there are none."""
+        if self.samples:
+            return NotApplicable()
+        reason = "greedy replies. Set eval.samples too, such as 8, or remove it."
+        return NotApplicable(("k", "temperature", "top_p", "seed"), "samples", reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,6 +502,12 @@ class Config:
         check_callbacks(self.callbacks, self.trackers)
         expect(self.allowed_changes <= {*CHANGES}, self, "allow_changed", f"some of {', '.join(CHANGES)}")
         expect(bool(self.run_dir.strip()), self, "run_dir", "the name of a folder")
+        for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
+            if stage.epochs is not None and self.data.streaming:
+                raise ConfigError(
+                    f"{name}.epochs needs the number of packed rows, which data.streaming does not know before it has "
+                    f"read them. Set {name}.steps instead, or data.streaming to false."
+                )
         if "://" in self.run_dir:
             raise ConfigError(
                 f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket "

@@ -1,22 +1,22 @@
-"""Accuracy and loss on held-out rows: exact match of greedy answers with its interval, and means of an eval step."""
+"""Accuracy and loss on held-out rows: exact match of greedy answers, pass@k and maj@k of drawn ones, and means."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-import numpy as np
 
-from cotgrpo.data.questions import Question, place_of
+from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.tokenizer import decode_text
 from cotgrpo.distributed.processes import fetch
+from cotgrpo.evaluation.estimators import bootstrap_interval, majority_at_k, pass_at_k, vote_groups
+from cotgrpo.evaluation.estimators import wilson_interval as wilson_interval
+from cotgrpo.evaluation.replies import Draws, ReplyWriter, mean_reward
+from cotgrpo.evaluation.replies import Reply as Reply
+from cotgrpo.evaluation.replies import judge as judge
 from cotgrpo.models.decoder import DecoderConfig
-from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
-from cotgrpo.sharding import batch_shards, jit_eval
 from cotgrpo.types import Metrics
 
 if TYPE_CHECKING:
@@ -24,44 +24,6 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 Batch = TypeVar("Batch")
-
-PROMPT_COLUMNS = 64
-"""Prompts are padded to multiples of this, so a sampler compiles for a few shapes instead of every length."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """The student's reply to one held-out row.
-
-    Attributes:
-        question, gold: the row's question and right answer.
-        text: the whole reply, special tokens as the tokenizer writes them. `UNDECODABLE` of `cotgrpo.data.tokenizer`
-            stands for bytes that are no character, as at the end of a reply that was cut off.
-        answer: the answer that the template finds (plain: the text after the separator), or None.
-        correct: whether the answer is right.
-        finished: whether the reply ended with a stop token instead of the length limit.
-        reward: by the reward of the user's own; None without one.
-        message: what the user's own verifier says; empty without one.
-    """
-
-    question: str
-    gold: str
-    text: str
-    answer: str | None
-    correct: bool
-    finished: bool
-    reward: float | None = None
-    message: str = ""
-
-    @property
-    def score(self) -> float:
-        """The reward, or else 1 for a right reply and 0 for a wrong one."""
-        return float(self.correct) if self.reward is None else self.reward
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, without a reward and a message if there is none."""
-        own = {"reward": self.reward is not None, "message": bool(self.message)}
-        return {name: value for name, value in dataclasses.asdict(self).items() if own.get(name, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,33 +87,19 @@ class ExactMatch:
         if not questions:
             raise ValueError("Exact match needs at least one held-out row, got none.")
         self.template, self.questions = template, list(questions)
-        self.prompts = [question.prompt_tokens(template) for question in questions]
-        over = 1 if mesh is None else batch_shards(mesh.shape)
-        # Rounded up: every device decodes the same number of rows.
-        slots = -(-min(batch_size, len(self.questions)) // over) * over
-        calls = -(-len(self.questions) // (QUEUE * slots))
-        self.rows = -(-len(self.questions) // (calls * over)) * over
-        settings = SamplingSettings(max_new_tokens, eos_ids=template.stop_ids, pad_id=template.pad_id)
-        vocab_size = vocab_size or len(template.tokenizer)
-        self.sampler = jit_eval(make_sampler(decoder, settings, vocab_size, slots), mesh)
+        self.write = ReplyWriter(
+            decoder,
+            template,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            vocab_size=vocab_size,
+            mesh=mesh,
+        )
 
     def __call__(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> Accuracy:
         """Return the student's accuracy with these parameters; `progress` is called with the number of rows done."""
-        prompts = self.prompts
-        # Prompts of similar length together, to save columns.
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        replies: dict[int, Reply] = {}
-        for start in range(0, len(order), self.rows):
-            rows = order[start : start + self.rows]
-            columns = -(-max(len(prompts[row]) for row in rows) // PROMPT_COLUMNS) * PROMPT_COLUMNS
-            batch = [prompts[row] for row in rows]
-            padded = pad_prompts(batch, length=columns, rows=self.rows, pad_id=self.template.pad_id)
-            written = fetch(self.sampler(params, padded, jax.random.key(0)))
-            for i, row in enumerate(rows):
-                ids = written.tokens[i, : written.lengths[i]]
-                replies[row] = judge(self.template, self.questions[row], ids, bool(written.finished[i]))
-            progress(len(replies))
-        in_order = [replies[row] for row in range(len(self.questions))]
+        in_order = [reply for (reply,) in self.write(params, progress)]
         correct = sum(reply.correct for reply in in_order)
         low, high = wilson_interval(correct, len(in_order))
         return Accuracy(
@@ -166,44 +114,144 @@ class ExactMatch:
         )
 
 
-def judge(template: AnyTemplate, question: Question, ids: np.ndarray, finished: bool) -> Reply:
-    """Split a reply and ask the template's verifier about it.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The mean of a probability over questions.
 
-    Raises:
-        OwnCodeError: a function of the user's own failed. The message names it and the row.
+    Attributes:
+        value: the mean.
+        n: questions.
+        low, high: its 95 % interval, of `bootstrap_interval`.
     """
-    _, answer = template.split_reply(ids)
-    text, verifier = decode_text(template.tokenizer, ids), template.verifier
-    row = question.row or {"question": question.question, "gold": question.gold}
-    verdict = verifier(template.decode(ids), answer, question.gold, row, place_of(question))
-    message = verdict.message if verifier.verify is not None else ""
-    return Reply(question.question, question.gold, text, answer, verdict.correct, finished, verdict.reward, message)
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], seed: int) -> Share:
+        """Return the mean of one value for each question."""
+        low, high = bootstrap_interval(values, seed)
+        return cls(sum(values) / len(values), len(values), low, high)
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def mean_reward(replies: Sequence[Reply]) -> float | None:
-    """Return the mean of the rewards of the user's own; None without them."""
-    rewards = [reply.reward for reply in replies if reply.reward is not None]
-    return sum(rewards) / len(rewards) if rewards else None
+@dataclasses.dataclass(frozen=True)
+class SampledAccuracy:
+    """What drawn replies to each question show.
+
+    Attributes:
+        draws: how they were drawn.
+        pass_at_k: by k, the probability that one of k replies is right.
+        maj_at_k: by k, the probability that the majority vote of k replies is right.
+        truncated, unparsable: as in `Accuracy`, of all replies.
+        replies: those to each question, in order.
+        reward: the mean reward of the user's own; None without one.
+    """
+
+    draws: Draws
+    pass_at_k: dict[int, Share]
+    maj_at_k: dict[int, Share]
+    truncated: int
+    unparsable: int
+    replies: list[list[Reply]]
+    reward: float | None = None
+
+    @classmethod
+    def of(cls, draws: Draws, ks: Sequence[int], replies: list[list[Reply]]) -> SampledAccuracy:
+        """Return the estimates from the replies to each question.
+
+        Args:
+            draws: how they were drawn.
+            ks: the k of pass@k and maj@k, each in [1, draws.samples].
+            replies: `draws.samples` to each question.
+        """
+        n, every = draws.samples, [reply for several in replies for reply in several]
+        right = [sum(reply.correct for reply in several) for several in replies]
+        votes = [vote_groups([r.answer for r in several], [r.correct for r in several]) for several in replies]
+        return cls(
+            draws,
+            {k: Share.of([pass_at_k(n, c, k) for c in right], draws.seed) for k in ks},
+            {k: Share.of([majority_at_k(groups, n, k) for groups in votes], draws.seed) for k in ks},
+            truncated=sum(not reply.finished for reply in every),
+            unparsable=sum(reply.answer is None for reply in every),
+            replies=replies,
+            reward=mean_reward(every),
+        )
+
+    def shares(self) -> dict[str, Share]:
+        """Return all estimates by name, such as pass@8. maj@1 is pass@1, and left out."""
+        passed = {f"pass@{k}": share for k, share in self.pass_at_k.items()}
+        return passed | {f"maj@{k}": share for k, share in self.maj_at_k.items() if k > 1}
+
+    def figures(self) -> dict[str, Any]:
+        """Return the numbers without the replies, for a report."""
+        numbers = {name: dataclasses.asdict(share) for name, share in self.shares().items()}
+        reward = {} if self.reward is None else {"reward": self.reward}
+        counts = {"truncated": self.truncated, "unparsable": self.unparsable}
+        return dataclasses.asdict(self.draws) | numbers | counts | reward
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name} {share}" for name, share in self.shares().items())
+        return f"{shown}: {draws_text(self.draws)}"
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+def draws_text(draws: Draws) -> str:
+    """Return how replies were drawn, in a few words."""
+    top_p = "" if draws.top_p == 1 else f", top_p {draws.top_p:g}"
+    return f"{draws.samples} replies to each question, temperature {draws.temperature:g}{top_p}, seed {draws.seed}"
 
-        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),    p = correct / n
+
+def draws_of(figures: Mapping[str, Any]) -> Draws:
+    """Return how replies were drawn, from what `SampledAccuracy.figures` has returned."""
+    return Draws(*(figures[field.name] for field in dataclasses.fields(Draws)))
+
+
+class SampledMatch:
+    """Grades drawn replies to questions, for pass@k and maj@k. It compiles once and serves any parameters.
 
     Args:
-        correct: in [0, n].
-        n: at least 1.
-        z: quantile of the normal distribution; the default is that of a 95 % interval.
-
-    Example:
-        >>> [round(x, 3) for x in wilson_interval(8, 10)]
-        [0.49, 0.943]
+        decoder, template, questions, max_new_tokens, batch_size, vocab_size, mesh: as in `ExactMatch`.
+        draws: how replies are drawn.
+        ks: the k of pass@k and maj@k, each in [1, draws.samples].
     """
-    p, share = correct / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + share / (4 * n))
-    low, high = (p + share / 2 - half) / (1 + share), (p + share / 2 + half) / (1 + share)
-    return max(low, 0.0), min(high, 1.0)
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        template: AnyTemplate,
+        questions: Sequence[Question],
+        draws: Draws,
+        ks: Sequence[int],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        vocab_size: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        self.draws, self.ks = draws, list(ks)
+        self.write = ReplyWriter(
+            decoder,
+            template,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            draws=draws,
+            vocab_size=vocab_size,
+            mesh=mesh,
+        )
+
+    @property
+    def num_replies(self) -> int:
+        """The replies of one measurement."""
+        return len(self.write.questions) * self.draws.samples
+
+    def __call__(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> SampledAccuracy:
+        """Return the estimates with these parameters; `progress` is called with the number of replies done."""
+        return SampledAccuracy.of(self.draws, self.ks, self.write(params, progress))
 
 
 def mean_metrics(eval_step: Callable[[P, Batch], Metrics], params: P, batches: Iterable[Batch]) -> dict[str, float]:

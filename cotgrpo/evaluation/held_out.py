@@ -1,17 +1,69 @@
-"""Measure a student on held-out rows: exact match of greedy answers, and the loss of correct reference replies."""
+"""Measure a student on held-out rows and further test sets: greedy and drawn replies, and the held-out loss."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
 
-from cotgrpo.evaluation.accuracy import Accuracy, ExactMatch, mean_metrics
+from cotgrpo.evaluation.accuracy import Accuracy, ExactMatch, SampledAccuracy, SampledMatch, mean_metrics
 from cotgrpo.terminal import say
 from cotgrpo.types import Metrics, Params, SftBatch
+
+Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""`with phase(title, rows) as progress` shows the progress; `progress` is called with the rows done."""
+
+
+def no_phase(title: str, rows: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nothing."""
+    return nullcontext(lambda done: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionSet:
+    """Questions that are asked.
+
+    Attributes:
+        exact_match: asks each question once, greedily.
+        sampled: draws several replies to each; None: only the greedy one.
+    """
+
+    exact_match: ExactMatch
+    sampled: SampledMatch | None = None
+
+    def measure(self, params: Params, title: str, phase: Phase) -> tuple[Accuracy, SampledAccuracy | None]:
+        """Return the accuracy of greedy replies, and the estimates of drawn ones."""
+        with phase(f"{title} accuracy", len(self.exact_match.questions)) as progress:
+            accuracy = self.exact_match(params, progress)
+        if self.sampled is None:
+            return accuracy, None
+        with phase(f"{title} drawn replies", self.sampled.num_replies) as progress:
+            return accuracy, self.sampled(params, progress)
+
+    def asked(self) -> list[list[str]]:
+        """Return each question with its right answer."""
+        return [[question.question, question.gold] for question in self.exact_match.questions]
+
+
+def measured_set(accuracy: Accuracy, sampled: SampledAccuracy | None) -> dict[str, Any]:
+    """Return what a measurement keeps of one test set."""
+    found: dict[str, Any] = {
+        "accuracy": accuracy.figures(),
+        "truncated": accuracy.truncated,
+        "unparsable": accuracy.unparsable,
+        "replies": [reply.to_dict() for reply in accuracy.replies],
+    }
+    if accuracy.reward is not None:
+        found["reward"] = accuracy.reward
+    if sampled is not None:
+        found["sampled"] = sampled.figures()
+        for row, several in zip(found["replies"], sampled.replies, strict=True):
+            drawn = [reply.to_dict() for reply in several]
+            row["samples"] = [{k: v for k, v in each.items() if k not in ("question", "gold")} for each in drawn]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +76,9 @@ class HeldOut:
         reference_batches: makes batches that hold every correct reference reply once.
         num_references: how many replies these are, maybe 0.
         console: where the result is printed.
-        phase: `with phase(title, rows) as progress` shows the progress; `progress` is called with the rows done.
+        phase: shows the progress.
+        sampled: draws several replies to each held-out question; None: only the greedy one.
+        sets: further test sets, by name.
     """
 
     exact_match: ExactMatch
@@ -32,9 +86,9 @@ class HeldOut:
     reference_batches: Callable[[], Iterable[SftBatch]]
     num_references: int
     console: Console
-    phase: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = lambda title, rows: nullcontext(
-        lambda done: None
-    )
+    phase: Phase = no_phase
+    sampled: SampledMatch | None = None
+    sets: Mapping[str, QuestionSet] = dataclasses.field(default_factory=dict)
 
     @property
     def verify(self) -> dict[str, str]:
@@ -55,10 +109,11 @@ class HeldOut:
         return self.loss(params) | {"accuracy": accuracy.value} | reward
 
     def measure(self, params: Params, when: str) -> dict[str, Any]:
-        """Return accuracy, loss (None without a correct reference) and replies, and print them with `when` in front."""
-        asked = len(self.exact_match.questions)
-        with self.phase(f"{when}: held-out accuracy", asked) as progress:
-            accuracy: Accuracy = self.exact_match(params, progress)
+        """Return accuracy, loss (None without a correct reference) and replies, and print them with `when` in front.
+
+        The result has `sampled` too, with the estimates of drawn replies, and `sets`, with each further test set.
+        """
+        accuracy, sampled = QuestionSet(self.exact_match, self.sampled).measure(params, f"{when}: held-out", self.phase)
         with self.phase(f"{when}: held-out loss", self.num_references) as progress:
             loss = self.loss(params, progress).get("loss")
         shown = (
@@ -68,19 +123,54 @@ class HeldOut:
         )
         reward = "" if accuracy.reward is None else f", mean reward {accuracy.reward:.4g}"
         say(self.console, f"{when}: held-out accuracy {accuracy}{reward}, {shown}")
-        own = {"verify": self.verify} if self.verify else {}
-        return (
-            {
-                "accuracy": accuracy.figures(),
-                "truncated": accuracy.truncated,
-                "unparsable": accuracy.unparsable,
-                "loss": loss,
-                "loss_rows": self.num_references,
-                "replies": [reply.to_dict() for reply in accuracy.replies],
+        if sampled is not None:
+            say(self.console, f"{when}: held-out {sampled}")
+        measured = measured_set(accuracy, sampled)
+        found = {name: measured.pop(name) for name in ("accuracy", "truncated", "unparsable")}
+        found |= {"loss": loss, "loss_rows": self.num_references} | measured
+        if self.verify:
+            found["verify"] = self.verify
+        if self.sets:
+            found["sets"] = {
+                name: measured_set(*each.measure(params, f"{when}: {name}", self.phase))
+                for name, each in self.sets.items()
             }
-            | own
-            | ({} if accuracy.reward is None else {"reward": accuracy.reward})
+            lines = table_lines({"held-out": found} | found["sets"])
+            say(self.console, "\n  ".join([f"{when}: test sets", *lines]))
+        return found
+
+    def is_whole(self, found: Mapping[str, Any]) -> bool:
+        """Return whether a measurement on the held-out rows has all that `measure` would return now."""
+        draws = {} if self.sampled is None else dataclasses.asdict(self.sampled.draws)
+        names = [] if self.sampled is None else [f"pass@{k}" for k in self.sampled.ks]
+        sets = found.get("sets", {})
+        drawn = [found.get("sampled", {}), *(each.get("sampled", {}) for each in sets.values())]
+        same = all({name: each.get(name) for name in draws} == draws for each in drawn)
+        asked = {name: [[r["question"], r["gold"]] for r in each["replies"]] for name, each in sets.items()}
+        return (
+            same
+            and all(name in each for each in drawn for name in names)
+            and asked == {name: each.asked() for name, each in self.sets.items()}
         )
+
+
+def set_figures(found: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the figures of one measured test set by name: accuracy, then pass@k and maj@k."""
+    sampled = found.get("sampled", {})
+    return {"accuracy": found["accuracy"]} | {n: share for n, share in sampled.items() if isinstance(share, Mapping)}
+
+
+def table_lines(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a table of test sets: one line each, below a line of headings."""
+    rows = [["test set", "rows"]]
+    for name, found in sets.items():
+        figures = set_figures(found)
+        if len(rows[0]) == 2:
+            rows[0] += [*figures]
+        cells = [f"{f['value']:.1%} ({f['low']:.1%} to {f['high']:.1%})" for f in figures.values()]
+        rows.append([name, str(found["accuracy"]["n"]), *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def counted_batches(batches: Iterable[SftBatch], progress: Callable[[int], None]) -> Iterator[SftBatch]:

@@ -35,6 +35,7 @@ class OptimizerConfig:
             `schedule_free` (adamw that trains an average of its weights: no schedule after the warm-up).
         learning_rate: peak of the learning rate, above 0.
         warmup_steps: steps of the linear warm-up.
+        warmup_ratio: the same as a fraction of all steps, rounded up to whole steps. Give one of the two.
         schedule: decay after the warm-up. schedule_free has none.
         final_fraction: learning rate at the last step, as a fraction of the peak.
         weight_decay: decoupled weight decay, on matrices only: not on norm scales or biases.
@@ -58,6 +59,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     rounding: Rounding = "nearest"
+    warmup_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         choices_of = {"name": Optimizer, "schedule": Schedule, "rounding": Rounding}
@@ -68,6 +70,12 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
         if self.learning_rate > LARGEST_RATE:
             raise ValueError(f"learning_rate must be at most {LARGEST_RATE:g}, got {self.learning_rate:g}.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError(
+                f"warmup_ratio is {self.warmup_ratio} and warmup_steps is {self.warmup_steps}: give one of the two."
+            )
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction must lie in [0, 1], got {self.final_fraction}.")
         if self.name == "schedule_free" and self.schedule == "linear":
@@ -84,30 +92,37 @@ class OptimizerConfig:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
 
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of the warm-up in a run of `total_steps`: of a ratio, at least one less than those."""
+        return (
+            min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1) if self.warmup_ratio else self.warmup_steps
+        )
+
     def make_schedule(self, total_steps: int) -> optax.Schedule:
         """Return the learning rate by step.
 
-        It rises linearly over `warmup_steps`. Then it stays, or falls to `final_fraction` of the peak at `total_steps`.
+        It rises linearly over the warm-up. Then it stays, or falls to `final_fraction` of the peak at `total_steps`.
         That of `schedule_free` always stays.
 
         Raises:
             ValueError: `warmup_steps` outside [0, total_steps).
         """
-        if not 0 <= self.warmup_steps < total_steps:
+        warmup_steps = self.warmup(total_steps)
+        if not 0 <= warmup_steps < total_steps:
             raise ValueError(
-                f"warmup_steps must lie in [0, total_steps), got {self.warmup_steps} with total_steps={total_steps}."
+                f"warmup_steps must lie in [0, total_steps), got {warmup_steps} with total_steps={total_steps}."
             )
-        peak, rest = self.learning_rate, total_steps - self.warmup_steps
+        peak, rest = self.learning_rate, total_steps - warmup_steps
         after = {
             "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction),
             "linear": lambda: optax.linear_schedule(peak, self.final_fraction * peak, rest),
             "constant": lambda: optax.constant_schedule(peak),
         }["constant" if self.name == "schedule_free" else self.schedule]()
-        if not self.warmup_steps:
+        if not warmup_steps:
             return after
         # The ramp starts at 1 / warmup_steps of the peak and not at 0: the first step should count.
-        ramp = optax.linear_schedule(peak / self.warmup_steps, peak, max(self.warmup_steps - 1, 1))
-        return optax.join_schedules([ramp, after], [self.warmup_steps])
+        ramp = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+        return optax.join_schedules([ramp, after], [warmup_steps])
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
         """Return the optimizer of a run of `total_steps` steps. Raises ValueError as `make_schedule` does."""
@@ -190,7 +205,7 @@ def make_optimizer(
         learning_rate: the peak, above 0.
         total_steps: number of updates that the schedule spans.
         **settings: any other attribute of `OptimizerConfig`, which has the defaults: `warmup_steps`, `schedule`,
-            `final_fraction`, `weight_decay`, `clip_norm`, `b1`, `b2`, `eps`, `rounding`.
+            `final_fraction`, `weight_decay`, `clip_norm`, `b1`, `b2`, `eps`, `rounding`, `warmup_ratio`.
 
     Raises:
         ValueError: an unknown name or an argument outside its range.

@@ -94,7 +94,8 @@ def render(
     sections = ["accuracy", "curves", "answers", "completions", "data", "time", "config", "versions", "reproduce"]
     template = environment().get_template("report.html.j2")
     return template.render(
-        report={"notes": []} | dict(report),
+        report={"notes": [], "evaluations": []} | dict(report),
+        figures=list(dict.fromkeys(name for row in report.get("evaluations", []) for name in row["figures"])),
         sections=[name for name in sections if name != "completions" or replies],
         stages=stages,
         ran=[stage for stage in TRAINED if stage in stages or stage in seconds],

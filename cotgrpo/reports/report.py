@@ -27,7 +27,12 @@ SHAPE: dict[str, Shape] = {
     "config": str,
     "versions": {"*": str},
 }
-"""What `report.json` holds, besides the optional `notes`, a list of text. "*" stands for any names."""
+"""What `report.json` holds, besides the optional `notes`, a list of text, and `evaluations`. "*" is any names."""
+
+EVALUATIONS: Shape = [
+    {"moment": str, "set": str, "n": int, "figures": {"*": {"value": float, "low": float, "high": float}}}
+]
+"""Further test sets, and pass@k and maj@k, at each moment. `draws`, a text on how replies were drawn, is optional."""
 
 COMPLETION: Shape = {
     "step": int,
@@ -131,6 +136,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         check(report, SHAPE, "")
         check(report.get("notes", []), [str], "notes")
+        check(report.get("evaluations", []), EVALUATIONS, "evaluations")
         for name, row in report["accuracy"].items():
             if not -1e-9 <= row["low"] <= row["value"] + 1e-9 <= row["high"] + 2e-9 <= 1 + 3e-9:
                 raise ReportError(f"accuracy.{name} must hold 0 <= low <= value <= high <= 1, got {row}")

@@ -25,7 +25,7 @@ from cotgrpo.types import Params
 from cotgrpo.xla_cpu import project_few_tokens
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
+    from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 QUEUE = 4
 """Prompts per row of the decode batch in one call. With this many, few rows are idle at the end."""
@@ -56,7 +56,8 @@ def make_sampler(
         decode_batch_size: replies decoded at a time. None: all.
 
     Returns:
-        `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`; greedy sampling ignores the key.
+        `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`, or with `key[b]` if there is one
+        key for each row, so that its draws do not depend on its place. Greedy sampling ignores the key.
         `params` may be `cotgrpo.models.lora.AdaptedParams`, whose adapters are applied as a train step does.
         Each call copies the layers with `cotgrpo.models.decoder.unstack_layers`. To copy them once for many calls,
         pass the result of that function as `params`.
@@ -69,7 +70,7 @@ def make_sampler(
     student = make_student(config, vocab_size)
     spec = HeadSpec.of(student)
 
-    def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Replies:
+    def sample(params: Params, prompts: Prompts, key: Key[Array, "..."]) -> Replies:
         prompts = jax.tree.map(jnp.asarray, prompts)
         count = len(prompts.lengths)
         batch_size = count if decode_batch_size is None else min(decode_batch_size, count)
@@ -161,7 +162,7 @@ class DecodeLoop:
     params: Params
     head_VD: Float[Array, "V D"]
     prompts: Prompts
-    key: PRNGKeyArray
+    key: Key[Array, "..."]
     batch_size: int
     admit_size: int
 
@@ -271,10 +272,16 @@ class DecodeLoop:
         )
         return hidden_RPD[:, -1], cache
 
+    def keys_of(self, index_B: Int[Array, "B"]) -> Key[Array, "B"]:
+        """Return the keys that the rows of these prompts draw with; any for a row without a prompt."""
+        if self.key.ndim:
+            return self.key[jnp.minimum(index_B, len(self.key) - 1)]
+        return jax.vmap(lambda index: jax.random.fold_in(self.key, index))(index_B)
+
     def decode_token(self, state: DecodeState) -> DecodeState:
         """Draw the next token of every row and run the decoder on it."""
         settings, P = self.settings, self.prompts.tokens.shape[1]
-        keys_B = jax.vmap(lambda index: jax.random.fold_in(self.key, index))(state.prompt_index)
+        keys_B = self.keys_of(state.prompt_index)
         logits_BV = self.spec.logits(project_few_tokens(state.hidden, self.head_VD, jnp.float32), None)
         token_B, log_prob_B = sample_tokens(settings, logits_BV, keys_B, state.length)
         active_B = ~state.ended

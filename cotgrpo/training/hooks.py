@@ -463,7 +463,7 @@ def hooks_of_settings(stage: str, config: Config) -> list[Hook]:
     folder, hooks = Path(config.run_dir) / stage, list[Hook]()
     steps, profiled = getattr(config, stage).steps, config.profile.range
     if profiled is not None:
-        if profiled[1] > steps:
+        if getattr(config, stage).epochs is None and profiled[1] > steps:
             raise ConfigError(f"profile.steps is {config.profile.steps}, but {stage}.steps is {steps}.")
         hooks.append(ProfileHook(*profiled, folder / "profile"))
     hooks += [CallbackHook(name, folder) for name in names_in(config.callbacks)]

@@ -15,16 +15,17 @@ from rich.console import Console
 from cotgrpo.config import Config, ConfigError, differences, flat, load_config, save_config, tree_of
 from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
-from cotgrpo.data.questions import Question, make_held_out, question_text
+from cotgrpo.data.questions import Question, make_held_out, question_text, read_questions
 from cotgrpo.data.reply_format import ReplyFormat
 from cotgrpo.data.rows import DropReport
-from cotgrpo.data.sources import as_list, files_of
+from cotgrpo.data.sources import DataError, as_list, files_of
 from cotgrpo.data.streaming import StreamedTriples, WindowReader
 from cotgrpo.data.template import AnyTemplate, Example, Template, with_system
 from cotgrpo.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from cotgrpo.data.triples import Triple
-from cotgrpo.evaluation.accuracy import ExactMatch
-from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.evaluation.accuracy import ExactMatch, SampledMatch
+from cotgrpo.evaluation.held_out import HeldOut, QuestionSet
+from cotgrpo.evaluation.replies import Draws
 from cotgrpo.identity.checks import check_inputs, check_measured, make_record, save_inputs
 from cotgrpo.identity.known import find_known
 from cotgrpo.identity.record import InputsRecord
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 SECTIONS_OF_A_RUN = ("seed", "student", "lora", "tokenizer", "data")
 """Sections of a config that decide what a stage learns, together with the stage's own section."""
-FREE_SETTINGS = ("log_every", "eval_every", "max_entropy_growth", "reward_gain")
+FREE_SETTINGS = ("log_every", "eval_every", "eval_accuracy", "max_entropy_growth", "reward_gain")
 """Settings of a stage that do not change what it learns."""
 FREE_DATA_SETTINGS = ("num_workers",)
 """The same of its rows."""
@@ -131,6 +132,7 @@ class StageInputs:
         rows: the rows as they were read, and how they were held out.
         record: what the run records of the inputs.
         prompts: further questions that the student replies to, once they are read.
+        sets: the questions of further test sets, by name.
     """
 
     model: Model
@@ -144,6 +146,7 @@ class StageInputs:
     rows: StageRows | None = None
     record: InputsRecord | None = None
     prompts: list[Question] = dataclasses.field(default_factory=list)
+    sets: dict[str, list[Question]] = dataclasses.field(default_factory=dict)
 
     @property
     def split_text(self) -> str:
@@ -152,16 +155,8 @@ class StageInputs:
 
     def held_out(self, batch_size: int, console: Console) -> HeldOut:
         """Return what measures the student on the held-out rows. The loss takes `batch_size` packed rows at a time."""
-        model, data, settings = self.model, self.model.config.data, self.model.config.eval
-        exact_match = ExactMatch(
-            model.decoder,
-            self.template,
-            self.test_questions,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            vocab_size=model.vocab_size,
-            mesh=model.mesh,
-        )
+        model, data = self.model, self.model.config.data
+        asked = self.question_set(self.test_questions)
         reference_batches = functools.partial(
             make_batches,
             self.test,
@@ -173,7 +168,24 @@ class StageInputs:
         )
         eval_step = jit_eval(make_eval_step(model.student), model.mesh)
         phase = lambda title, rows: PhaseProgress(title, console, rows)
-        return HeldOut(exact_match, eval_step, reference_batches, len(self.test), console, phase)
+        sets = {name: self.question_set(questions) for name, questions in self.sets.items()}
+        return HeldOut(
+            asked.exact_match, eval_step, reference_batches, len(self.test), console, phase, asked.sampled, sets
+        )
+
+    def question_set(self, questions: list[Question]) -> QuestionSet:
+        """Return what asks the student these questions, as the section `eval` has it."""
+        model, settings = self.model, self.model.config.eval
+        asked = (model.decoder, self.template, questions)
+        sizes: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_size": settings.batch_size,
+            "vocab_size": model.vocab_size,
+            "mesh": model.mesh,
+        }
+        draws = Draws(settings.samples, settings.temperature, settings.top_p, settings.seed)
+        sampled = SampledMatch(*asked, draws, settings.ks, **sizes) if settings.samples else None
+        return QuestionSet(ExactMatch(*asked, **sizes), sampled)
 
 
 def load_inputs(config: Config, folder: Path, origin: Path | None, console: Console = QUIET) -> StageInputs:
@@ -286,7 +298,41 @@ def with_test_rows(inputs: StageInputs, test: list[Question], console: Console) 
             bad_rows=data.bad_rows,
             progress=progress,
         )
-    return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=inputs.reports | reports)
+    sets, set_reports = read_sets(inputs, console)
+    reports = inputs.reports | reports | set_reports
+    return dataclasses.replace(inputs, test=replies, test_questions=questions, reports=reports, sets=sets)
+
+
+def read_sets(inputs: StageInputs, console: Console) -> tuple[dict[str, list[Question]], dict[str, DropReport]]:
+    """Return the questions of the test sets in `eval.sets` by name, at most `eval.rows` each, and the reports.
+
+    Raises:
+        DataError: a set that cannot be read, or has no question with a right answer. The message names it.
+    """
+    config, sets, reports = inputs.model.config, dict[str, list[Question]](), dict[str, DropReport]()
+    data, template = config.data, inputs.model.template("completion")
+    for name, files in config.eval.sets.items():
+        try:
+            with PhaseProgress(f"reading {name}", console) as progress:
+                read, report = read_questions(
+                    files,
+                    split=data.test_split,
+                    bad_rows=data.bad_rows,
+                    columns=data.columns,
+                    row_function=data.row_function,
+                    require_columns=False,
+                    folder_split="test",
+                    progress=progress,
+                )
+            # Without their references: the held-out loss is that of data.test.
+            asked = [dataclasses.replace(question, reference=None) for question in read[: config.eval.rows]]
+            sets[name], _, found = make_held_out(
+                asked, template, data.seq_len, too_long=data.too_long, bad_rows=data.bad_rows
+            )
+        except DataError as error:
+            raise DataError(f"eval.sets.{name}: {error}") from error
+        reports |= {f"test set {name}": report, f"test set {name}, questions": found["held-out questions"]}
+    return sets, reports
 
 
 def read_train_and_test(

@@ -17,7 +17,8 @@ from rich.console import Console
 from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.config import Config, VerifiedReward
 from cotgrpo.distributed.processes import is_process_0, on_process_0
-from cotgrpo.evaluation.held_out import HeldOut
+from cotgrpo.evaluation.accuracy import draws_of, draws_text
+from cotgrpo.evaluation.held_out import HeldOut, set_figures
 from cotgrpo.identity.fingerprints import versions
 from cotgrpo.reports.report import ReportError, Shape, check, write_report
 from cotgrpo.terminal import say
@@ -85,6 +86,8 @@ class MeasurementCache:
         path = self.folder / name
         written = on_process_0(lambda: find_measurement(path))
         same = written is not None and self.same_rows(written)
+        if written is not None and not self.held_out.is_whole(written):  # other settings of eval now
+            same = same and name == "before.json" and self.begun
         known = written if same else on_process_0(lambda: self.find_of_sft(name))
         if known is None and written is not None and name == "before.json" and self.begun:
             say(self.held_out.console, f"{path} was measured on other held-out rows: the report leaves it out")
@@ -102,7 +105,7 @@ class MeasurementCache:
     def of_sft(self, name: str) -> dict[str, Any] | None:
         """Return a measurement of the SFT stage, if it was made on the same rows."""
         found = None if self.sft_folder is None else find_measurement(self.sft_folder / name)
-        return found if found is not None and self.same_rows(found) else None
+        return found if found is not None and self.same_rows(found) and self.held_out.is_whole(found) else None
 
     def same_rows(self, found: dict[str, Any]) -> bool:
         """Return whether a measurement was made on the held-out rows of now."""
@@ -185,15 +188,31 @@ def stage_report(
         "held_out_split": inputs.split_text,
         "held_out_rows": {"accuracy": len(inputs.test_questions), "loss": len(inputs.test)},
         "wall_seconds": wall,
+        "evaluations": [row for name, m in measured.items() for row in evaluation_rows(name, m)],
         "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
         "data": {title: r.to_dict() for title, r in inputs.reports.items()},
         "config": saved.read_text(encoding="utf-8"),
         "versions": versions() | machine(),
     }
     report["notes"] = [sentence(inputs.split_text)]
+    settings = getattr(config, stage)
+    if settings.epochs is not None:
+        report["notes"].append(f"{settings.epochs:g} epochs of the training rows are {settings.steps:,} steps.")
     if stage == "grpo" and isinstance(config.grpo.ghosts, VerifiedReward):
         report["notes"] = [GROUP_RELATIVE, *report["notes"]]
     return report
+
+
+def evaluation_rows(moment: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each test set at one point, if more was measured than the accuracy on held-out rows."""
+    sets = {"held-out": measured} | measured.get("sets", {})
+    if len(sets) == 1 and "sampled" not in measured:
+        return []
+    return [
+        {"moment": moment, "set": name, "n": found["accuracy"]["n"], "figures": set_figures(found)}
+        | ({"draws": draws_text(draws_of(found["sampled"]))} if "sampled" in found else {})
+        for name, found in sets.items()
+    ]
 
 
 def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -53,10 +53,14 @@ from cotgrpo.training.reporting import (
 from cotgrpo.training.steps import (
     StageName,
     check_own_code,
+    count_steps,
     needs_reference,
     needs_teacher,
+    recorded_epochs,
+    save_epochs,
     stage_optimizer,
     stage_step,
+    with_steps,
 )
 from cotgrpo.training.weights import (
     WHOLE,
@@ -116,12 +120,18 @@ def run_locked_stage(
     say(console, inputs.split_text)
     if origin is not None:
         say_stops((origin,), console)
+    recorded = on_process_0(lambda: recorded_epochs(config, stage, folder) if location.exists() else None)
+    epochs = count_steps(config, stage, inputs.train) if recorded is None else recorded
+    config = with_steps(config, stage, epochs)
+    if epochs is not None:
+        say(console, str(epochs))
     check_state_fits(stage, config, inputs.model)
     weights, start = initial_weights(stage, config, inputs.model, origin, location)
     batches = make_stage_batches(stage, config, inputs, weights, folder, console)
     if location.exists():
         check_state(location.folder, jax.eval_shape(functools.partial(new_state, stage, config), weights.trained))
     on_process_0(lambda: claim_folder(folder, inputs))
+    on_process_0(lambda: save_epochs(folder, epochs))
     print_student(inputs.model, weights, start, console)
     warn_of_rounding(stage, config, weights)
 
@@ -242,7 +252,7 @@ def train_stage(
         devices=1 if mesh is None else mesh.size,
     )
     on_policy = stage == "grpo" and config.grpo.ghosts.on_policy
-    measure = held_out.loss_and_accuracy if on_policy else held_out.loss
+    measure = held_out.loss_and_accuracy if on_policy or settings.eval_accuracy else held_out.loss
     folder = Path(config.run_dir) / stage
     detector = CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)
     return train(

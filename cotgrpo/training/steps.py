@@ -1,15 +1,23 @@
-"""Make the train step of a stage. `sft` and `grpo` run it, and `plan` compiles it for other machines."""
+"""Make the train step of a stage, and count the steps. `sft` and `grpo` run it, and `plan` compiles it for others."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import optax
 
 from cotgrpo import objectives
+from cotgrpo.atomic_files import find_json_object, write_json
 from cotgrpo.config import Config, ConfigError, PrivilegedSelf
 from cotgrpo.config.own_code import OwnObjective
+from cotgrpo.config.sections import LARGEST_INT
+from cotgrpo.data.batches import packed_rows
 from cotgrpo.data.own.loading import OwnCodeError
+from cotgrpo.data.template import Example
 from cotgrpo.models.lora import make_lora_step
 from cotgrpo.optimizers import with_moving_average
 from cotgrpo.testing.objectives import check_objective
@@ -18,6 +26,8 @@ from cotgrpo.types import Student
 
 StageName = Literal["sft", "grpo"]
 NOT_CARRIED = "which the batch does not carry"
+EPOCHS_FILE = "epochs.json"
+"""In a stage's folder: the number of steps that followed from its epochs when it began."""
 TRIED_CASES = 2
 """Cases of each kind that an objective of the user's own is tried on."""
 
@@ -99,3 +109,81 @@ def needs_reference(config: Config, stage: StageName) -> bool:
 def needs_teacher(config: Config, stage: StageName) -> bool:
     """Return whether that model is the live teacher."""
     return stage == "grpo" and objectives.reads_teacher(config.grpo.full_objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochSteps:
+    """The steps that follow from a number of epochs: `ceil(epochs * rows / batch_size)`.
+
+    Attributes:
+        epochs: passes over the rows.
+        rows: packed rows of one pass.
+        batch_size: of them in a batch.
+        steps: number of updates.
+    """
+
+    epochs: float
+    rows: int
+    batch_size: int
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.epochs:g} epochs of {self.rows:,} packed rows, {self.batch_size} a batch, are {self.steps:,} steps"
+        )
+
+
+def count_steps(config: Config, stage: StageName, examples: Sequence[Example]) -> EpochSteps | None:
+    """Return the steps that follow from a stage's epochs and its tokenized rows; None if it has no epochs.
+
+    Raises:
+        ConfigError: more steps than can be counted.
+    """
+    settings, data = getattr(config, stage), config.data
+    if settings.epochs is None:
+        return None
+    lengths = [len(example.tokens) - 1 for example in examples]
+    rows = len(packed_rows(lengths, data.seq_len)) if data.packing else len(lengths)
+    steps = math.ceil(settings.epochs * rows / settings.batch_size)
+    if steps > LARGEST_INT:
+        raise ConfigError(
+            f"{stage}.epochs {settings.epochs:g} are {steps:.3g} steps: expected at most {LARGEST_INT:,}."
+        )
+    return EpochSteps(settings.epochs, rows, settings.batch_size, steps)
+
+
+def with_steps(config: Config, stage: StageName, counted: EpochSteps | None) -> Config:
+    """Return the config with the number of steps that follows from the epochs, if there are any.
+
+    Raises:
+        ConfigError: steps that the warm-up or the profile do not fit into.
+    """
+    if counted is None:
+        return config
+    settings = dataclasses.replace(getattr(config, stage), steps=counted.steps)
+    try:
+        settings.optimizer.make_schedule(counted.steps)
+    except ValueError as error:
+        raise ConfigError(f"{stage}.optimizer.{error}. {counted}.") from error
+    profiled = config.profile.range
+    if profiled is not None and profiled[1] > counted.steps:
+        raise ConfigError(f"profile.steps is {config.profile.steps}, but {counted}.")
+    return dataclasses.replace(config, **{stage: settings})
+
+
+def save_epochs(folder: Path, counted: EpochSteps | None) -> None:
+    """Write the number of steps that followed from the epochs of a stage, if there are any, in its folder."""
+    if counted is not None:
+        write_json(folder / EPOCHS_FILE, dataclasses.asdict(counted))
+
+
+def recorded_epochs(config: Config, stage: StageName, folder: Path) -> EpochSteps | None:
+    """Return what `save_epochs` has written for the same epochs; None if there is nothing that can be read."""
+    found, settings = find_json_object(folder / EPOCHS_FILE), getattr(config, stage)
+    if found is None or settings.epochs is None:
+        return None
+    rows, steps = found.get("rows"), found.get("steps")
+    same = found.get("epochs") == settings.epochs and found.get("batch_size") == settings.batch_size
+    if not same or type(rows) is not int or type(steps) is not int or not 1 <= steps <= LARGEST_INT:
+        return None
+    return EpochSteps(settings.epochs, rows, settings.batch_size, steps)
