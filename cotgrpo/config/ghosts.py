@@ -96,6 +96,11 @@ class LiveGhosts(StudentReplies):
         """Whether the ghost is one frozen model of this process, which a step can compare with exactly."""
         return False
 
+    @property
+    def has_other_tokenizer(self) -> bool:
+        """Whether the ghost's tokens may be others than the student's."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self.temperature > 0, self, "temperature", "above 0, so that replies differ")
@@ -110,19 +115,26 @@ class LiveGhosts(StudentReplies):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherModel(LiveGhosts, Prompted):
-    """A live ghost that is another model with the student's tokenizer.
+    """A live ghost that is another model.
 
     Attributes:
         teacher: folder or hub id (owner/name or owner/name@revision) of the live teacher.
+        other_tokenizer: whether the teacher may have another tokenizer than the student. Contexts inside a token of the
+            teacher are not supervised then (docs/teachers.md).
     """
 
     teacher: str | None = None
+    other_tokenizer: bool = False
 
     source: ClassVar[str] = "teacher_model"
 
     @property
     def is_fixed_model(self) -> bool:
-        return True
+        return not self.other_tokenizer
+
+    @property
+    def has_other_tokenizer(self) -> bool:
+        return self.other_tokenizer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,12 +152,19 @@ class TeacherServer(LiveGhosts, Prompted, ServerSettings):
             reads, or 20 for drawn ghosts, or 1.
         prefetch_rollouts: draw replies one update ahead, and let the server score them while the device works. They
             come from the student before that update.
+        tokenizer: folder or hub id of the teacher's tokenizer, if it is another than the student's. Contexts inside a
+            token of the teacher are not supervised then.
     """
 
     top_logprobs: int | None = None
     prefetch_rollouts: bool = False
+    tokenizer: str | None = None
 
     source: ClassVar[str] = "teacher_server"
+
+    @property
+    def has_other_tokenizer(self) -> bool:
+        return self.tokenizer is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -292,6 +292,8 @@ class GrpoConfig(StageConfig):
 
     def check_divergence(self) -> None:
         """Raise ConfigError if the ghosts do not hand over what a divergence compares with."""
+        if isinstance(self.ghosts, LiveGhosts) and self.ghosts.has_other_tokenizer:
+            self.check_other_tokenizer()
         if not isinstance(self.objective, Divergence):
             return
         name = next((name for name, kind in OBJECTIVES.items() if type(self.objective) is kind), "a divergence")
@@ -313,6 +315,15 @@ class GrpoConfig(StageConfig):
             raise ConfigError(f"{exact}, which rows of text do not have: set ghosts.teacher_forced_share to 0.")
         if self.reference_kl:
             raise ConfigError(f"{exact} in the place of the reference: set reference_kl to 0, or top_k to a number.")
+
+    def check_other_tokenizer(self) -> None:
+        """Raise ConfigError if more is read of a teacher with another tokenizer than its choice."""
+        assert isinstance(self.ghosts, LiveGhosts)
+        why = f"ghosts.source {self.ghosts.source} has another tokenizer here, and gives the teacher's choice alone"
+        if isinstance(self.objective, Divergence):
+            raise ConfigError(f"{why}: set objective.name to one that reads no distribution, such as pair.")
+        if self.ghosts.choice != "argmax":
+            raise ConfigError(f"{why}: set ghosts.choice to argmax, got {self.ghosts.choice}.")
 
     def check_replies(self) -> None:
         """Raise ConfigError if the replies of a batch cannot be compared as the settings want it."""

@@ -6,21 +6,25 @@ tokenizers are aligned. The host does it for each reply, so replies and choices 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from cotgrpo.data.chat import ChatTemplate
 from cotgrpo.data.sources import DataError
+from cotgrpo.data.template import AnyTemplate
 from cotgrpo.data.tokenizer import token_bytes
 from cotgrpo.ghosts.live import map_contexts
 from cotgrpo.ghosts.other_tokenizer import END, FirstTokens, align
 from cotgrpo.objectives import MASKED_LOGIT, likeliest
+from cotgrpo.rollouts.rollouts import RolloutPrompt
 from cotgrpo.sharding import jit_eval
-from cotgrpo.teacher_servers.server import Scores, Text
+from cotgrpo.teacher_servers.server import Scorer, Scores, Text
 from cotgrpo.types import Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -32,19 +36,6 @@ COLUMNS = 64
 """Texts are padded to multiples of this, so that the teacher compiles for a few shapes instead of every length."""
 TEACHER_TOKENS = 4
 """Most tokens of the teacher for one of the student's, over a whole reply. Contexts after that are not supervised."""
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """What scores texts in its own tokens: a `ScoringServer`, or a `LocalScorer`."""
-
-    def score_later(self, make_texts: Callable[[], Sequence[Text]], columns: int) -> Future[Scores]:
-        """Score texts in the background, in arrays of `columns` places."""
-        ...
-
-    def check_same_model(self, before: Sequence[float], now: Sequence[float], when: str) -> None:
-        """Raise an error if a sample has other log-probabilities than `when`."""
-        ...
 
 
 class Tokens:
@@ -189,6 +180,63 @@ class LocalScorer:
             count, start = len(text.scored), len(text.context) - 1
             ids[row, :count, 0], log_probs[row, :count, 0] = chosen[row, start : start + count], 0.0
         return Scores(ids, log_probs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTokenizers:
+    """The student's tokens, and those of a teacher with another tokenizer.
+
+    Attributes:
+        student, teacher: the tokens of each.
+        prompt: returns what the teacher reads in place of a question's prompt, in its tokens.
+    """
+
+    student: Tokens
+    teacher: Tokens
+    prompt: Callable[[RolloutPrompt], Sequence[int] | np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        student: AnyTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: ChatTemplate | None,
+        path: str,
+    ) -> TwoTokenizers:
+        """Return the two.
+
+        Args:
+            student: the student's template.
+            tokenizer: the teacher's.
+            chat: renders a question in the teacher's own form; None: it reads the text of the student's prompt.
+            path: of the teacher, for errors.
+
+        Raises:
+            DataError: no token of the teacher ends a text.
+        """
+        own = Tokens(student.tokenizer, (student.eos_id, *student.stop_ids))
+        if chat is not None:
+            theirs = Tokens(tokenizer, (chat.eos_id, *chat.stop_ids))
+            return cls(own, theirs, lambda asked: chat.prompt_of(asked.question))
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{path}: the tokenizer names no token that ends a text (eos_token). Add it.")
+        theirs = Tokens(tokenizer, [int(tokenizer.eos_token_id)])
+        text = lambda asked: str(student.tokenizer.decode(asked.prompt, skip_special_tokens=True))
+        return cls(own, theirs, lambda asked: plain_prompt(theirs, text(asked)))
+
+    @property
+    def vocabulary(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """The teacher's tokenizer and its size."""
+        return self.teacher.tokenizer, len(self.teacher.tokenizer)
+
+    def context_of(self, asked: RolloutPrompt) -> list[int]:
+        """Return what the teacher reads in place of a question's prompt."""
+        return [int(token) for token in self.prompt(asked)]
+
+    def samples(self, texts: Sequence[str]) -> list[Text]:
+        """Return texts in the teacher's tokens, to compare its tokenizer with a server's."""
+        rows = [self.teacher.encode(text) for text in texts]
+        return [Text(ids[:1], ids[1:]) for ids in rows if len(ids) >= 2]
 
 
 def check_tokenizers(student: Tokens, teacher: Tokens, texts: Sequence[str]) -> float:

@@ -28,7 +28,7 @@ from cotgrpo.rollouts.on_policy import OnPolicyBatches
 from cotgrpo.rollouts.rollouts import PendingReplies, RolloutBatch, RolloutPrompt, RolloutSettings, metric, token_ids
 from cotgrpo.sampling import Prompts, Replies, Sampler
 from cotgrpo.sharding import jit_eval
-from cotgrpo.teacher_servers.server import Scores, ScoringServer, Text
+from cotgrpo.teacher_servers.server import Scorer, Scores, Text
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -110,6 +110,11 @@ class ScoredReplies(PendingReplies):
     scores: Future[Scores] | None = None
 
 
+def own_prompt(question: RolloutPrompt) -> list[int]:
+    """Return the tokens that the student reads."""
+    return [int(token) for token in question.prompt]
+
+
 class ServedGhostBatches(OnPolicyBatches):
     """Batches of replies with the ghosts of a model on a server. See `OnPolicyBatches`.
 
@@ -122,12 +127,13 @@ class ServedGhostBatches(OnPolicyBatches):
         top_k: how many of them are in the batch, for `ForwardKl`; 0: none.
         prefetch: draw the replies one update ahead.
         fingerprint: what the server gave for a sample, by which a run that resumes knows the model again.
+        context_of: returns the prompt that the teacher reads, in its tokens.
     """
 
     def __init__(
         self,
         sample: Sampler,
-        server: ScoringServer | None,
+        server: Scorer | None,
         student: Student,
         template: AnyTemplate,
         questions: Sequence[RolloutPrompt],
@@ -139,6 +145,7 @@ class ServedGhostBatches(OnPolicyBatches):
         top_k: int = 0,
         prefetch: bool = False,
         fingerprint: Sequence[float] = (),
+        context_of: Callable[[RolloutPrompt], list[int]] = own_prompt,
         merged: Callable[[Params], Params] = lambda trained: trained,
         forced: Any = None,
         completions: CompletionsLog | None = None,
@@ -159,7 +166,7 @@ class ServedGhostBatches(OnPolicyBatches):
         )
         self.sample, self.server, self.fingerprint = sample, server, list(fingerprint)
         self.drawn_ghosts, self.top_k, self.scored_top_k = drawn_ghosts, top_k, scored_top_k
-        self.prefetch = prefetch
+        self.prefetch, self.context_of = prefetch, context_of
         self.pending: PendingReplies | None = None  # the replies of the next batch
         self.missing = (0, 0)  # contexts of the newest replies without a ghost, and all of them
         self.batch = jit_eval(lambda _, rows: scored_batch(*rows), mesh)
@@ -176,7 +183,7 @@ class ServedGhostBatches(OnPolicyBatches):
 
         def texts() -> list[Text]:
             rows = token_ids(jax.device_get(replies))
-            return [Text(q.prompt.tolist(), row.tolist()) for q, row in zip(prompts, rows, strict=True)]
+            return [Text(self.context_of(q), row.tolist()) for q, row in zip(prompts, rows, strict=True)]
 
         return ScoredReplies(replies, self.server.score_later(texts, self.settings.max_new_tokens))
 

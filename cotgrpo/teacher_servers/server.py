@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -107,6 +107,19 @@ class Scores:
                 for k, (token, log_prob) in enumerate(top or ()):
                     ids[b, n, k], log_probs[b, n, k] = token, log_prob
         return cls(ids, log_probs)
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What scores texts: a `ScoringServer`, or a model in this process that stands for one."""
+
+    def score_later(self, make_texts: Callable[[], Sequence[Text]], columns: int) -> Future[Scores]:
+        """Score texts in the background, in arrays of `columns` places."""
+        ...
+
+    def check_same_model(self, before: Sequence[float], now: Sequence[float], when: str) -> None:
+        """Raise an error if a sample has other log-probabilities than `when`."""
+        ...
 
 
 class Refused(Exception):

@@ -31,12 +31,13 @@ from cotgrpo.config import (
     VerifiedReward,
 )
 from cotgrpo.data.batches import REFUSED, fits, make_batches
+from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.questions import Question, question_text, read_questions
 from cotgrpo.data.rows import DropReport
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.streaming import StreamedBatches, WindowReader, add_report
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.tokenizer import load_tokenizer
+from cotgrpo.data.tokenizer import decode, load_tokenizer
 from cotgrpo.data.triples import Triple, with_question
 from cotgrpo.distributed.processes import on_process_0, process_rows
 from cotgrpo.identity.fingerprints import tokenizer_fingerprint
@@ -50,12 +51,13 @@ from cotgrpo.rollouts.cached_ghosts import CachedBatches, check_tokenizer, read_
 from cotgrpo.rollouts.feedback import FeedbackBatches
 from cotgrpo.rollouts.group_relative import GroupRelativeBatches
 from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw, make_ghosts
+from cotgrpo.rollouts.other_tokenizer import LocalScorer, OtherTokenizer, TwoTokenizers, check_tokenizers
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
-from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, sample_texts
+from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, own_prompt, sample_texts
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
-from cotgrpo.teacher_servers.server import ScoringServer
+from cotgrpo.teacher_servers.server import Scorer, ScoringServer
 from cotgrpo.teacher_servers.vocabulary import Vocabulary
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import QUIET, Model, StageInputs
@@ -208,7 +210,7 @@ def live_batches(
         DataError, ConfigError: rows that leave no room for a reply, or a mesh that does not fit the teacher.
     """
     model = inputs.model
-    if isinstance(ghosts, TeacherServer):
+    if isinstance(ghosts, TeacherServer) or (isinstance(ghosts, TeacherModel) and ghosts.has_other_tokenizer):
         return served_batches(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
@@ -310,37 +312,53 @@ def listed_tokens(config: Config, model: Model) -> int:
 
 
 def served_batches(
-    ghosts: TeacherServer,
+    ghosts: TeacherServer | TeacherModel,
     config: Config,
     inputs: StageInputs,
     weights: StageWeights,
     folder: Path,
     console: Console = QUIET,
 ) -> ServedGhostBatches:
-    """Return the batches of a stage whose live ghost is on a server, which is asked for a sample first.
+    """Return the batches of a stage whose live ghost is on a server, or has another tokenizer than the student.
+
+    A server is asked for a sample first.
 
     Raises:
-        TeacherError: the server returns no log-probabilities, or has another tokenizer.
+        TeacherError: the server returns no log-probabilities, or has another tokenizer than expected.
         ModelError, DataError: as `live_batches` does.
+        ConfigError: a teacher in this process with another tokenizer, and several processes.
     """
     model, settings, top_k = inputs.model, live_settings(ghosts, config), listed_tokens(config, inputs.model)
     questions = rollout_prompts(ghosts, config, inputs, console)
-    scored_top_k = min(ghosts.wanted(top_k), model.vocab_size)
-    server: ScoringServer | None = None
+    other = other_tokens(ghosts, inputs) if ghosts.has_other_tokenizer else None
+    scored_top_k = min(ghosts.wanted(top_k), model.vocab_size) if isinstance(ghosts, TeacherServer) else 1
+    scorer: Scorer | None = None
 
     def connect() -> list[float]:
-        nonlocal server
+        nonlocal scorer
         samples = sample_texts(questions, [example.tokens for example in inputs.train[:8]])
-        warn = lambda line: say(console, line, style="yellow")
-        server = ScoringServer(ghosts, Vocabulary(model.tokenizer, model.vocab_size), scored_top_k, samples, warn)
-        return server.connect()
+        if other is not None:
+            texts = [decode(model.tokenizer, [*sample.context, *sample.scored]) for sample in samples]
+            share = check_tokenizers(other.student, other.teacher, texts)
+            say(console, f"another tokenizer: the teacher gives a ghost at about {share:.0%} of the student's contexts")
+            samples = other.samples(texts)
+        if isinstance(ghosts, TeacherModel):
+            teacher = load_pretrained(str(ghosts.teacher), model.decoder.dtype, mesh=model.mesh)
+            scorer, fingerprint = LocalScorer(teacher.student, teacher.params, model.mesh), list[float]()
+        else:
+            tokens = (model.tokenizer, model.vocab_size) if other is None else other.vocabulary
+            warn = lambda line: say(console, line, style="yellow")
+            server = ScoringServer(ghosts, Vocabulary(*tokens), scored_top_k, samples, warn)
+            scorer, fingerprint = server, server.connect()
+        scorer = scorer if other is None else OtherTokenizer(other.student, other.teacher, scorer)
+        return fingerprint
 
     fingerprint = on_process_0(connect)
     return ServedGhostBatches(
         jit_eval(
             student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size), model.mesh
         ),
-        server,
+        scorer,
         model.student,
         inputs.template,
         questions,
@@ -349,13 +367,34 @@ def served_batches(
         drawn_ghosts=ghosts.choice == "drawn",
         scored_top_k=scored_top_k,
         top_k=top_k,
-        prefetch=ghosts.prefetch_rollouts,
+        prefetch=isinstance(ghosts, TeacherServer) and ghosts.prefetch_rollouts,
         fingerprint=fingerprint,
+        context_of=own_prompt if other is None else other.context_of,
         merged=weights.adapted,
         forced=text_batches(config, inputs, settings.forced_rows, console=console) if settings.forced_rows else None,
         completions=completions_log(config, folder),
         mesh=model.mesh,
     )
+
+
+def other_tokens(ghosts: TeacherServer | TeacherModel, inputs: StageInputs) -> TwoTokenizers:
+    """Return the student's tokens and those of a teacher with another tokenizer.
+
+    Raises:
+        ConfigError: a teacher in this process, and several processes.
+    """
+    if isinstance(ghosts, TeacherModel) and jax.process_count() > 1:
+        raise ConfigError(
+            f"grpo.ghosts.other_tokenizer true needs one process, got {jax.process_count()}: serve the teacher, and "
+            "set grpo.ghosts.source teacher_server with grpo.ghosts.tokenizer."
+        )
+    data = inputs.model.config.data
+    path = str(ghosts.teacher if isinstance(ghosts, TeacherModel) else ghosts.tokenizer)
+    tokenizer, template = load_tokenizer(path), None
+    if tokenizer.chat_template:
+        stops = generation_stop_ids(path)
+        template = ChatTemplate(tokenizer, data.reasoning, data.answer_format, data.system, more_stop_ids=stops)
+    return TwoTokenizers.of(inputs.template, tokenizer, template, path)
 
 
 def group_relative_batches(

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
+from helpers.commands import SETTINGS
 from helpers.tokenizers import TEXT, byte_level, metaspace
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cotgrpo.config import ConfigError
 from cotgrpo.data.sources import DataError
+from cotgrpo.logs.metrics_log import read_metrics
+from cotgrpo.models import save_pretrained
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.rollouts.other_tokenizer import LocalScorer, OtherTokenizer, Tokens, check_tokenizers, plain_prompt
+from cotgrpo.runs import Run
 from cotgrpo.teacher_servers.server import Scores, Text
+from cotgrpo.teachers.procedural import ProceduralTeacher
+from cotgrpo.training.hooks import TrainingStopped
+from cotgrpo.training.loop import TIME_KEYS
 
 SHAPE = DecoderConfig(
     vocab_size=300, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=48, init_scale=0.3
@@ -139,3 +152,58 @@ def test_a_plain_prompt_begins_as_the_teachers_texts_do() -> None:
     tokenizer = byte_level(300)
     tokens = tokens_of(tokenizer)
     assert plain_prompt(tokens, "What?") == tokens.encode("What?")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tokenizer of another kind, and no chat template."""
+    tokenizer = metaspace(500)
+    shape = dataclasses.replace(SHAPE, vocab_size=len(tokenizer))
+    folder = tmp_path_factory.mktemp("teachers") / "other"
+    return save_pretrained(folder, shape, init_params(shape, jax.random.key(3)), tokenizer=tokenizer)
+
+
+def small_run(folder: Path) -> Run:
+    own = yaml.safe_load(SETTINGS)
+    return Run(folder, console=Console(file=io.StringIO()), train=ProceduralTeacher(seed=1).draw(120), **own)
+
+
+def test_a_run_with_a_teacher_of_another_tokenizer(teacher: Path, tmp_path: Path) -> None:
+    """It says which share has ghosts, and a run that was stopped goes on as one that was not."""
+    whole = small_run(tmp_path / "whole")
+    whole.sft(steps=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    ghosts = {"source": "teacher_model", "teacher": str(teacher), "other_tokenizer": True, "max_new_tokens": 16}
+    whole.grpo(ghosts=ghosts, log_every=1)
+    output = whole.console.file
+    assert isinstance(output, io.StringIO) and "gives a ghost at about 9" in output.getvalue()
+
+    class Stopped:
+        def on_step(self, step: int) -> None:
+            if step == 3:
+                raise TrainingStopped("enough")
+
+    init = {"init_from": str(tmp_path / "parts" / "sft")}
+    parts = Run.open(tmp_path / "parts", console=Console(file=io.StringIO()), callbacks=[Stopped()])
+    with pytest.raises(TrainingStopped, match="enough"):
+        parts.grpo(ghosts=ghosts, log_every=1, **init)
+    again = Run.open(tmp_path / "parts", console=Console(file=io.StringIO()), callbacks=[])
+    again.grpo(ghosts=ghosts, log_every=1, **init)
+    rows = [read_metrics(tmp_path / name / "grpo") for name in ("whole", "parts")]
+    kept = [[{k: v for k, v in row.items() if k not in TIME_KEYS} for row in found] for found in rows]
+    assert kept[0] == kept[1] and any("train/without_ghost" in row for row in kept[0])
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a distribution": ({"objective": {"name": "forward_kl"}}, "objective.name"),
+    "an exact divergence": ({"objective": {"name": "reverse_kl", "top_k": None}}, "another tokenizer"),
+    "drawn ghosts": ({"ghosts": {"choice": "drawn"}}, "ghosts.choice"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_another_tokenizer_cannot_give(name: str, tmp_path: Path) -> None:
+    given, text = WRONG[name]
+    own = {"source": "teacher_model", "teacher": "org/name", "other_tokenizer": True, **given.get("ghosts", {})}
+    with pytest.raises(ConfigError, match=text):
+        Run(tmp_path / "run", grpo={**given, "ghosts": own})
