@@ -32,6 +32,7 @@ from cotgrpo.optimizers import (
     lost_share,
     make_optimizer,
     param_labels,
+    with_moving_average,
     with_rounding,
 )
 from cotgrpo.types import SftBatch, Student, TrainState
@@ -550,3 +551,28 @@ def test_nothing_of_a_state_is_shared(name: str) -> None:
 def test_the_table_names_every_optimizer_of_optax() -> None:
     """A new one is tried as it is; this fails if one of those in words is gone."""
     assert not ({*CANNOT, *NEEDS} - optimizers_of_optax().keys())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_moving_average_changes_no_update_and_is_kept_in_float32(dtype: Any) -> None:
+    """Against NumPy over five steps. The third is skipped, and keeps the average."""
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    batch = SftBatch(tokens, tokens, tokens, tokens + 1, jnp.ones((1, 2)))
+    rows = lambda p, tokens, *_: jnp.broadcast_to(p["kernel"][0].astype(jnp.float32), (*tokens.shape, 3))
+    student, plain = Student.from_logits(rows), optax.adam(0.1)
+    averaged = with_moving_average(plain, 0.75)
+    steps = [jax.jit(cotgrpo.make_sft_step(student, tx)) for tx in (plain, averaged)]
+    states = [TrainState.create(params=params, tx=tx, key=0) for tx in (plain, averaged)]
+    want = np.asarray(params["kernel"], np.float64)
+    for number in range(5):
+        loss_mask = jnp.full((1, 2), jnp.nan if number == 2 else 1.0)
+        states = [step(s, batch.replace(loss_mask=loss_mask))[0] for step, s in zip(steps, states, strict=True)]
+        jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+        if number != 2:
+            want = 0.75 * want + 0.25 * np.asarray(states[1].params["kernel"], np.float64)
+        average = states[1].opt_state.average
+        assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {jnp.dtype(jnp.float32)}
+        # XLA may average bfloat16 parameters before it rounds them.
+        np.testing.assert_allclose(average["kernel"], want, rtol=1e-6 if dtype == jnp.float32 else 4e-3)
+    assert np.any(np.asarray(average["kernel"]) != np.asarray(states[1].params["kernel"], np.float32))

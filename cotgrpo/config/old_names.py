@@ -72,7 +72,9 @@ def translate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[st
         if isinstance(found.get(key), str):
             found[key] = names.get(found[key], found[key])
     saved = FLAT_DEFAULTS.keys() <= found.keys()
-    unset = {key for key, value in FLAT_DEFAULTS.items() if saved and found[key] == value}
+    if saved and found.get("grpo.ghosts.source") in ("teacher_model", "privileged_self"):
+        found.pop("grpo.ghosts.num_generations")  # which a live ghost did not have then
+    unset = {key for key, value in FLAT_DEFAULTS.items() if saved and found.get(key, value) == value}
     if found.get("grpo.objective.name") == "group_relative" and "grpo.objective.reference_kl" in settings:
         found["grpo.objective.kl_weight"] = found.pop("grpo.reference_kl")
     return found, frozenset(unset & found.keys())

@@ -31,7 +31,19 @@ from cotgrpo.config.files import given_in
 from cotgrpo.config.old_names import FLAT_DEFAULTS, RENAMED_KEYS, RENAMED_VALUES
 from cotgrpo.config.sections import settings_in
 from cotgrpo.config.settings import OBJECTIVES
-from cotgrpo.objectives import ForwardKl, GroupRelative, Nll, Pair, ReferenceKl, RewardGradient
+from cotgrpo.objectives import (
+    ForwardKl,
+    GhostRespond,
+    GroupRelative,
+    JensenShannon,
+    Nll,
+    Pair,
+    ReferenceKl,
+    ReverseKl,
+    RewardedGhost,
+    RewardGradient,
+    SkewedKl,
+)
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(__file__).parent / "old"
@@ -71,6 +83,9 @@ LIVE = ["--grpo.ghosts.source", "teacher_model", "--grpo.ghosts.teacher", "t"]
 FORWARD_KL = ["--grpo.objective.name", "forward_kl", "--grpo.ghosts.source", "privileged_self"]
 GROUP_RELATIVE = ["--grpo.objective.name", "group_relative", "--grpo.ghosts.source", "verified_reward"]
 NLL = ["--grpo.objective.name", "nll"]
+REWARD = ["--grpo.reward_weight", "0.5"]
+SELF = ["--grpo.ghosts.source", "privileged_self"]
+EXACT = ["--grpo.objective.name", "reverse_kl", "--grpo.objective.top_k", "null"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +94,9 @@ NLL = ["--grpo.objective.name", "nll"]
         ["--data.train", "[ä b.jsonl]", "--sft.optimizer.clip_norm", "null", "--sft.optimizer.eps", "1e-10"],
         ["--student.path", "org/model", "--lora.rank", "8", "--lora.targets", "[query]", "--data.format", "chat"],
         [*LIVE, "--grpo.ghosts.prompts", "[a, b]", "--grpo.reference_kl", "0.1", "--grpo.objective.beta", "0.5"],
+        [*LIVE, *EXACT, "--grpo.ghosts.when", "disagree", *REWARD, "--grpo.ghosts.num_generations", "2"],
+        [*SELF, "--grpo.ghosts.self", "ema", "--grpo.ghosts.decay", "0.5"],
+        [*SELF, "--grpo.ghosts.self", "live"],
         GROUP_RELATIVE,
         NLL,
     ],
@@ -116,6 +134,18 @@ def test_the_configs_that_ship_are_valid(path: Path) -> None:
         (["--grpo.objective.name", "reward_gradient", "--grpo.objective.samples", "3"], RewardGradient(3)),
         ([*FORWARD_KL, "--grpo.objective.top_k", "8", "--grpo.reference_kl", "0.1"], ReferenceKl(ForwardKl(8), 0.1)),
         ([*GROUP_RELATIVE, "--grpo.objective.kl_weight", "0.04"], GroupRelative(kl_weight=0.04)),
+        ([*LIVE, "--grpo.objective.name", "reverse_kl", "--grpo.objective.top_k", "null"], ReverseKl(None)),
+        ([*LIVE, "--grpo.objective.name", "jensen_shannon", "--grpo.objective.beta", "0"], JensenShannon(beta=0.0)),
+        (
+            [*LIVE, "--grpo.objective.name", "skewed_kl", "--grpo.objective.direction", "reverse"],
+            SkewedKl(direction="reverse"),
+        ),
+        (["--grpo.objective.name", "ghost_respond", "--grpo.objective.beta", "0"], GhostRespond(0.0)),
+        ([*LIVE, "--grpo.ghosts.when", "wrong"], RewardedGhost(Pair())),
+        (
+            [*LIVE, *REWARD, "--grpo.ghosts.num_generations", "4", "--grpo.reference_kl", "0.1"],
+            ReferenceKl(RewardedGhost(Pair(), 0.5), 0.1),
+        ),
     ],
 )
 def test_objectives(arguments: list[str], want: Any) -> None:
@@ -149,6 +179,38 @@ def test_objectives(arguments: list[str], want: Any) -> None:
         (["--grpo.max_entropy_growth", "1"], "^grpo.max_entropy_growth must be above 1 or null, got 1"),
         ([*FORWARD_KL, "--grpo.objective.top_k", "0"], "^grpo.objective.top_k must be an integer of at least 1, got 0"),
         ([*LIVE, "--grpo.ghosts.temperature", "0"], "^grpo.ghosts.temperature must be above 0"),
+        (["--grpo.objective.name", "skewed_kl"], "skewed_kl needs the distribution of a live ghost.* teacher_forced"),
+        ([*LIVE, "--grpo.objective.name", "jensen_shannon", "--grpo.objective.beta", "2"], "^grpo.objective.beta must"),
+        ([*SELF, *EXACT, "--grpo.ghosts.self", "live"], "top_k null .* a frozen model in this process"),
+        ([*SELF, *EXACT, "--grpo.ghosts.teacher_forced_share", "0.5"], "set ghosts.teacher_forced_share to 0"),
+        ([*SELF, *EXACT, "--grpo.reference_kl", "0.1"], "in the place of the reference: set reference_kl to 0"),
+        (
+            [*SELF, *EXACT, "--grpo.ghosts.privileged_prompt", "{question} {answer} {feedback}"],
+            "a frozen privileged_self that reads no reply",
+        ),
+        (REWARD, "reward_weight adds a reward to the objective of a live ghost.* got teacher_forced.*group_relative"),
+        ([*GROUP_RELATIVE, *REWARD], "reward_weight adds a reward to the objective of a live ghost"),
+        ([*LIVE, *REWARD], "set ghosts.num_generations to 2 or more.* got 1"),
+        (
+            [*LIVE, *REWARD, "--grpo.ghosts.num_generations", "2", "--grpo.ghosts.temperature", "0.7"],
+            "set ghosts.temperature to 1, got 0.7",
+        ),
+        (
+            [*LIVE, *REWARD, "--grpo.ghosts.num_generations", "2", "--grpo.ghosts.teacher_forced_share", "0.5"],
+            "needs replies in every row: set ghosts.teacher_forced_share to 0",
+        ),
+        (
+            [*LIVE, "--grpo.ghosts.num_generations", "3"],
+            "^grpo.batch_size leaves 16 replies: .* multiple of .*3",
+        ),
+        ([*LIVE, "--grpo.ghosts.num_generations", "0"], "^grpo.ghosts.num_generations must be at least 1"),
+        ([*LIVE, "--grpo.ghosts.when", "right"], "always.*wrong.*disagree.*right"),
+        ([*SELF, "--grpo.ghosts.self", "ema", "--grpo.ghosts.decay", "1"], r"^grpo.ghosts.decay must be in \(0, 1\)"),
+        ([*SELF, "--grpo.ghosts.privileged_prompt", "{question} {hint}"], "a field that is not known: 'hint'"),
+        (
+            [*SELF, "--grpo.ghosts.privileged_prompt", "{question}"],
+            "{question} and {answer}, or {feedback}",
+        ),
         ([*LIVE[:2]], "^grpo.ghosts.teacher must be the folder or hub id"),
         ([*GROUP_RELATIVE, "--grpo.ghosts.num_generations", "1"], "^grpo.ghosts.num_generations must be at least 2"),
         (
@@ -197,6 +259,9 @@ def test_wrong_options(arguments: list[str], message: str) -> None:
             "grpo.ghosts.temperature .* 'verified_reward', which takes",
         ),
         (["--grpo.ghosts.teacher", "t"], "grpo.ghosts.teacher .* 'teacher_forced', which takes no options"),
+        ([*SELF, "--grpo.ghosts.decay", "0.9"], "grpo.ghosts.decay does not apply to grpo.ghosts.self frozen"),
+        (["--grpo.ghosts.self", "ema"], "grpo.ghosts.self .* 'teacher_forced', which takes no options"),
+        ([*LIVE, "--grpo.ghosts.self", "ema"], "grpo.ghosts.self .* 'teacher_model', which takes"),
         (["--student.path", "org/model", "--student.width", "256"], "student.width .* a pretrained student"),
         (["--lora.dropout", "0.0"], "lora.dropout .* set lora.rank"),
         (["--lora.rank", "0", "--lora.dropout", "0.1"], "lora.dropout .* set lora.rank"),

@@ -110,7 +110,27 @@ HARDEST = [
 ]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(HARDEST, marks=pytest.mark.slow)], ids=["plain", "hardest"])
+REWARDED = [
+    *("--grpo.ghosts.when", "wrong", "--grpo.reward_weight", "0.5", "--grpo.ghosts.num_generations", "3"),
+    *("--grpo.ghosts.updates_per_rollout", "3"),
+]
+FEEDBACK = "{question}\nAn attempt: {reply} {feedback}\n{question}"
+MOVING = [
+    *("--grpo.ghosts.source", "privileged_self", "--grpo.ghosts.self", "ema", "--grpo.ghosts.decay", "0.5"),
+    *("--grpo.ghosts.privileged_prompt", FEEDBACK, "--grpo.ghosts.max_new_tokens", "10"),
+    *("--grpo.ghosts.when", "disagree", "--grpo.ghosts.teacher_forced_share", "0.34"),
+]
+EXACT = [
+    *("--grpo.objective.name", "jensen_shannon", "--grpo.objective.top_k", "null"),
+    *("--grpo.ghosts.updates_per_rollout", "3", "--grpo.optimizer.learning_rate", "0.01"),
+]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], *(pytest.param(more, marks=pytest.mark.slow) for more in (HARDEST, REWARDED, MOVING, EXACT))],
+    ids=["plain", "hardest", "rewarded", "moving", "exact"],
+)
 def test_a_run_that_is_cut_off_resumes_as_the_same_run(folder: Path, tmp_path: Path, more: list[str]) -> None:
     """Cut off after step 4, when replies that are used three times have been used once, as by kill -9."""
     run = folder / "run"
@@ -128,6 +148,9 @@ def test_a_run_that_is_cut_off_resumes_as_the_same_run(folder: Path, tmp_path: P
     assert (cut / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     replies = [json.loads((stage / "after.json").read_text())["replies"] for stage in (whole, cut)]
     assert replies[0] == replies[1]
+    *_, row = [row for row in read_metrics(whole) if "train/loss" in row]
+    assert ("train/ghost_share" in row) == ("--grpo.ghosts.when" in more)
+    assert ("train/clipped" in row) == ("--grpo.reward_weight" in more)
 
 
 def test_other_questions_than_those_of_the_training_rows(folder: Path, tmp_path: Path) -> None:
