@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ghost_reward,
     )
     from cotgrpo.optimizers import make_optimizer, param_labels, with_rounding
+    from cotgrpo.sequence_loss import SequenceInputs
     from cotgrpo.sharding import jit_step, make_mesh
     from cotgrpo.train_steps import make_eval_step, make_grpo_step, make_sft_step
     from cotgrpo.types import GhostBatch, Metric, SftBatch, Student, TrainState
@@ -46,6 +47,7 @@ __all__ = [
     "Reinforce",
     "ReverseKl",
     "RewardGradient",
+    "SequenceInputs",
     "SftBatch",
     "SkewedKl",
     "Student",
@@ -76,6 +78,7 @@ NAMES = {
     "Reinforce": "objectives",
     "ReverseKl": "objectives",
     "RewardGradient": "objectives",
+    "SequenceInputs": "sequence_loss",
     "SftBatch": "types",
     "SkewedKl": "objectives",
     "Student": "types",

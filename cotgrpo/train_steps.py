@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -23,13 +24,30 @@ from jax.experimental import checkify
 from cotgrpo import objectives
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
 from cotgrpo.optimizers import accept_extra_args, gradient_params
+from cotgrpo.sequence_loss import SequenceLoss, count_replies, sequence_sums
 from cotgrpo.tiled_loss import HeadSpec, Reference, tiled_loss
-from cotgrpo.types import GhostBatch, Metric, Metrics, Params, SftBatch, Student, TrainState, check_arrays
+from cotgrpo.types import (
+    Aux,
+    GhostBatch,
+    Metric,
+    Metrics,
+    Params,
+    SftBatch,
+    Student,
+    TrainState,
+    at_least_float32,
+    check_arrays,
+)
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from cotgrpo.types import Array, Bool, Float, PRNGKeyArray, PyTree
+    from jaxtyping import Shaped
+
+    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+    Sums = Mapping[str, Float[Array, ""] | Metric]
+    """Metrics by name: sums with the weight of the loss, or a total with a weight of its own."""
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`, or `step(state, batch, reference_params)` when built with a reference."""
@@ -45,13 +63,22 @@ def make_sft_step(
     *,
     micro_batches: int = 1,
     tile_size: int | None = None,
+    sequence_loss: SequenceLoss | None = None,
     debug: bool = False,
 ) -> Step:
     """Build the supervised step: the next-token loss `-log p(target)`, averaged over the supervised tokens.
 
     It is `make_grpo_step` with the objective `Nll`, and takes the same arguments.
     """
-    return make_grpo_step(student, tx, objective, micro_batches=micro_batches, tile_size=tile_size, debug=debug)
+    return make_grpo_step(
+        student,
+        tx,
+        objective,
+        micro_batches=micro_batches,
+        tile_size=tile_size,
+        sequence_loss=sequence_loss,
+        debug=debug,
+    )
 
 
 def make_grpo_step(
@@ -63,6 +90,7 @@ def make_grpo_step(
     micro_batches: int = 1,
     tile_size: int | None = None,
     reward_gain: bool = False,
+    sequence_loss: SequenceLoss | None = None,
     debug: bool = False,
 ) -> Step:
     """Build the GhostRespond step: the token-level objective at every supervised context of a `GhostBatch`.
@@ -72,6 +100,10 @@ def make_grpo_step(
     An `SftBatch` is read as the teacher-forced `GhostBatch` of the same text. If the loss, the gradient, or any new
     parameter or optimizer state is not finite, `params` and `opt_state` stay as they were. The step counts in the
     metric `skipped`, and adds nothing to the other means. A batch with no supervised token is such a step, 0 / 0.
+
+    A student that `takes_key` gets its own random key in each step and micro-batch, from `fold_in(state.key, step)` and
+    apart from the draws'. All calls of `value_fn` in a step get the same keys. A student that `has_aux` is trained on
+    `loss + aux_loss`: the auxiliary loss is averaged over all real tokens of the batch, supervised or not.
 
     Args:
         student: the model's pure functions.
@@ -84,7 +116,10 @@ def make_grpo_step(
         micro_batches: the batch is taken in this many equal parts, gradients summed; must divide B.
         tile_size: tokens a tile of the loss; None chooses.
         reward_gain: adds the metric `reward_gain`, what the update did to the reward on this batch
-            (`cotgrpo.objectives.RewardGain`). It takes two more forward passes.
+            (`cotgrpo.objectives.RewardGain`). It takes two more forward passes, without dropout.
+        sequence_loss: a function of the losses of a whole reply (`cotgrpo.sequence_loss.SequenceInputs`). The loss is
+            then its mean over replies. The metrics of the objective stay means over tokens, with its own loss as
+            `token_loss`. It gets all extra arrays of the batch.
         debug: ids outside [0, V) are errors. The step is then for `jax.experimental.checkify.checkify`.
 
     Returns:
@@ -96,14 +131,15 @@ def make_grpo_step(
         ValueError: an objective that needs a reference without one, or the reverse; `micro_batches` or `tile_size`
             below 1. When the step is traced: a batch whose arrays do not fit each other, lack an extra array that the
             objective needs, or have another number of drawn tokens; no `reference_params` for a reference; a metric of
-            the objective by the name of one of the step's.
+            the objective, the sequence loss or the model by the name of one of the step's or of another of these.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
-    batch_loss = make_batch_loss(student, objective, reference, tile_size)
+    batch_loss = make_batch_loss(student, objective, reference, tile_size, sequence_loss)
     gradient = jax.value_and_grad(batch_loss, has_aux=True)
     tx = accept_extra_args(tx)
-    gain_loss = make_batch_loss(student, objectives.RewardGain(), student, tile_size)
+    plain = student.without_extras()
+    gain_loss = make_batch_loss(plain, objectives.RewardGain(), plain, tile_size)
 
     def step(
         state: TrainState, batch: SftBatch | GhostBatch, reference_params: Params | None = None
@@ -111,25 +147,26 @@ def make_grpo_step(
         if reference is not None and reference_params is None:
             raise ValueError("The step was built with a reference: expected step(state, batch, reference_params).")
         ghosts, invalid = leave_out_invalid(as_ghosts(batch), objective, student, state.params, debug=debug)
-        uniform = uniforms_for(objective, ghosts, jax.random.fold_in(state.key, state.step))
+        key = jax.random.fold_in(state.key, state.step)
+        parts = (ghosts, uniforms_for(objective, ghosts, key), model_keys(student, key, micro_batches))
+        scale = aux_scale(student, ghosts, sequence_loss)
+        of_part = lambda function, params: lambda part: function(params, *part[:2], reference_params, part[2], scale)
         at = gradient_params(state.params, state.opt_state)
-        (loss, (sums, weight)), grads = accumulate(
-            lambda part: gradient(at, *part, reference_params), (ghosts, uniform), micro_batches
-        )
+        (loss, (sums, weight)), grads = accumulate(of_part(gradient, at), parts, micro_batches)
         # XLA fuses a product with what follows. A quotient would be a pass of its own over all gradients.
         share = 1.0 / weight
-        grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state.params)
+        grads = jax.tree.map(lambda g, p: (g.astype(share.dtype) * share).astype(p.dtype), grads, state.params)
         grad_norm = optax.tree.norm(grads)
 
         def mean_loss(params: Params) -> Float[Array, ""]:
-            part_loss = lambda part: batch_loss(params, *part, reference_params)
-            total, (_, weight) = accumulate(part_loss, (ghosts, uniform), micro_batches)
+            total, (_, weight) = accumulate(of_part(batch_loss, params), parts, micro_batches)
             return total / weight
 
         def advance(opt_state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
             given = {"value": loss / weight, "grad": grads, "value_fn": mean_loss}  # what is not used is not computed
-            updates, opt_state = tx.update(grads, opt_state, params, **given)
-            return optax.apply_updates(params, updates), opt_state
+            with jax.numpy_dtype_promotion("standard"):  # optax is not written for the strict one
+                updates, opt_state = tx.update(grads, opt_state, params, **given)
+                return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = advance(state.opt_state, state.params)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(grad_norm) & stays_finite(advance, state)
@@ -138,34 +175,36 @@ def make_grpo_step(
             step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state)
         )
         one = finite.astype(jnp.float32)
-        counted = lambda total, w: Metric(jnp.where(finite, total, 0.0), jnp.where(finite, w, 0.0))
-        metrics = {name: counted(total, weight) for name, total in {"loss": loss, **sums}.items()}
-        metrics["grad_norm"] = counted(grad_norm, one)
-        rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
-        rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]
-        if len(rates) == 1:
-            metrics["learning_rate"] = Metric(rates[0].astype(jnp.float32), jnp.ones(()))
+        counted = lambda metric: jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metric)
+        metrics = {name: counted(metric) for name, metric in named_metrics(loss, sums, weight).items()}
+        metrics["grad_norm"] = counted(Metric(grad_norm, one))
+        metrics |= rate_metric(opt_state)
         metrics["skipped"] = Metric(1.0 - one, jnp.ones(()))
         metrics["invalid_tokens"] = Metric(invalid, jnp.ones(()))
         if reward_gain:
+            check_names(repr(objective), sums.keys() - {"loss"}, ("reward_gain",))
             _, (gains, gain_weight) = accumulate(
                 lambda part: gain_loss(new_state.params, part, None, state.params),
                 ghosts.replace(extra={}),  # the rows of another reference are not the student's
                 micro_batches,
             )
-            metrics["reward_gain"] = counted(gains["reward_gain"], gain_weight)
+            metrics["reward_gain"] = counted(Metric(gains["reward_gain"], gain_weight))
         return new_state, metrics | token_counts(ghosts)
 
     return step
 
 
 def make_eval_step(
-    student: Student, objective: Objective = Nll(), *, tile_size: int | None = None
+    student: Student,
+    objective: Objective = Nll(),
+    *,
+    tile_size: int | None = None,
+    sequence_loss: SequenceLoss | None = None,
 ) -> Callable[[Params, SftBatch | GhostBatch], Metrics]:
     """Build `eval_step(params, batch) -> metrics`: the objective and its metrics on held-out text, without gradient.
 
     The head runs on supervised tokens only. The metrics of several batches add up (`Metric.__add__`) to the mean over
-    all their tokens, however they were packed.
+    all their tokens, however they were packed. A student that `takes_key` gets None, so there is no dropout.
 
     Raises:
         ValueError: an objective that draws tokens or needs a reference. Evaluation is deterministic.
@@ -175,23 +214,81 @@ def make_eval_step(
         if not hasattr(objective, "num_draws"):
             fix = "a plain function gets one draw at each context; if yours reads none, set its attribute num_draws = 0"
         raise ValueError(f"make_eval_step needs an objective that draws no tokens, got {objective!r}; {fix}.")
-    batch_loss = make_batch_loss(student, objective, None, tile_size)
+    batch_loss = make_batch_loss(student, objective, None, tile_size, sequence_loss)
 
     def eval_step(params: Params, batch: SftBatch | GhostBatch) -> Metrics:
         ghosts, invalid = leave_out_invalid(as_ghosts(batch), objective, student, params)
         loss, (sums, weight) = batch_loss(params, ghosts, None, None)
-        metrics = {name: Metric(total, weight) for name, total in {"loss": loss, **sums}.items()}
+        metrics = named_metrics(loss, sums, weight)
         return metrics | {"invalid_tokens": Metric(invalid, jnp.ones(()))} | token_counts(ghosts)
 
     return eval_step
 
 
 def make_batch_loss(
-    student: Student, objective: Objective, reference: Student | None, tile_size: int | None
-) -> Callable[..., tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]]:
-    """Return `batch_loss(params, ghosts, uniform, reference_params) -> (loss_sum, (metric_sums, weight_sum))`."""
+    student: Student,
+    objective: Objective,
+    reference: Student | None,
+    tile_size: int | None,
+    sequence_loss: SequenceLoss | None = None,
+) -> Callable[..., tuple[Float[Array, ""], tuple[Sums, Float[Array, ""]]]]:
+    """Return `batch_loss(params, ghosts, uniform, reference_params, keys=None, scale=None)`.
+
+    Its result is `(loss_sum, (metric_sums, weight_sum))`. With `keys`, an array of one key, the student may use
+    dropout. With a `scale` the auxiliary loss of the student is added to the sum, so much for each real token.
+    """
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size must be at least 1 or None, got {tile_size}.")
+    if sequence_loss is not None and not callable(sequence_loss):
+        raise ValueError(f"sequence_loss must be a function of one reply or None, got {sequence_loss!r}.")
+    check_reference(objective, reference)
+
+    def batch_loss(
+        params: Params,
+        ghosts: GhostBatch,
+        uniform: Float[Array, "B T G"] | Float[Array, "B T G 2"] | None,
+        reference_params: Params | None,
+        keys: Shaped[Array, "..."] | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, ""], tuple[Sums, Float[Array, ""]]]:
+        contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
+        known = ghosts.extra.get("reference_rows")
+        frozen = None if reference is None else read_reference(reference, reference_params, contexts, known)
+        inputs = token_inputs(objective, ghosts)
+        rows, aux = student.rows_and_aux(params, *contexts, key=None if keys is None else keys[0])
+        arrays = (rows, None if student.head is None else student.head(params), inputs)
+        options: dict[str, Any] = {
+            "uniform": uniform, "reference": frozen, "spec": HeadSpec.of(student), "tile_size": tile_size,
+        }  # fmt: skip
+        weight = jnp.sum(inputs.weight.astype(at_least_float32(*arrays[:2])))  # of the type of the loss
+        sums: Sums
+        try:
+            if sequence_loss is None:
+                loss, sums = tiled_loss(objective, *arrays, **options)
+                check_names(repr(objective), sums)
+            else:
+                extra = {k: jnp.asarray(array) for k, array in ghosts.extra.items() if k != "reference_rows"}
+                found = sequence_sums(sequence_loss, objective, *arrays, contexts[-1], extra=extra, **options)
+                check_names(repr(objective), found.token_metrics, ("token_loss",))
+                check_names("sequence_loss", found.metrics, ("token_loss", *found.token_metrics))
+                tokens = {"token_loss": found.token_loss, **found.token_metrics}
+                sums = {**found.metrics, **{name: Metric(total, weight) for name, total in tokens.items()}}
+                loss, weight = found.loss, found.replies
+        except TypeError as error:
+            raise explain_missing_reference(objective, reference, error) from error
+        if aux is None:
+            return loss, (sums, weight)
+        check_names("The student", aux[1], ("aux_loss", *sums))
+        check_names(repr(objective), sums, ("aux_loss",))
+        means = aux_means(aux, ghosts.segment_ids)
+        total = loss if scale is None else loss + scale * means["aux_loss"].total
+        return total, ({**sums, **means, "loss": Metric(loss, weight)}, weight)
+
+    return batch_loss
+
+
+def check_reference(objective: Objective, reference: Student | None) -> None:
+    """Raise ValueError if the objective needs a reference that is not there, or the reverse."""
     needs = objectives.needs_reference(objective)
     plain = not any(hasattr(objective, name) for name in ("num_draws", "batch_fields", "needs_reference"))
     if needs != (reference is not None) and not (plain and reference is not None):  # it may read what it is given
@@ -201,40 +298,67 @@ def make_batch_loss(
             "ReferenceKl, and make_*_step(..., reference=Student) belong together."
         )
 
-    def batch_loss(
-        params: Params,
-        ghosts: GhostBatch,
-        uniform: Float[Array, "B T G 2"] | None,
-        reference_params: Params | None,
-    ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
-        contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
-        frozen = None
-        if reference is not None:
-            fixed = jax.lax.stop_gradient(reference_params)
-            head = None if reference.head is None else reference.head(fixed)
-            rows = ghosts.extra.get("reference_rows")  # what the head reads, if the reference has been run already
-            rows = reference.hidden(fixed, *contexts) if rows is None else rows
-            if head is not None and "reference_rows" in ghosts.extra:
-                rows = rows.astype(head.dtype)
-            frozen = Reference(rows, head, HeadSpec.of(reference))
-        inputs = token_inputs(objective, ghosts)
-        try:
-            loss, sums = tiled_loss(
-                objective,
-                student.hidden(params, *contexts),
-                None if student.head is None else student.head(params),
-                inputs,
-                uniform=uniform,
-                reference=frozen,
-                spec=HeadSpec.of(student),
-                tile_size=tile_size,
-            )
-        except TypeError as error:
-            raise explain_missing_reference(objective, reference, error) from error
-        check_names(objective, sums)
-        return loss, (sums, jnp.sum(inputs.weight))
 
-    return batch_loss
+def read_reference(
+    reference: Student,
+    params: Params | None,
+    contexts: tuple[Int[Array, "B T"], ...],
+    known: Float[Array, "B T D"] | None = None,
+) -> Reference:
+    """Return what the reference knows about these contexts, without a gradient and without dropout.
+
+    `known` are the rows that its head reads, from `live_ghosts(..., rows=True)`. Then the reference does not run.
+    """
+    fixed = jax.lax.stop_gradient(params)
+    head = None if reference.head is None else reference.head(fixed)
+    if known is not None and head is not None:
+        known = known.astype(head.dtype)
+    return Reference(reference.rows(fixed, *contexts) if known is None else known, head, HeadSpec.of(reference))
+
+
+def aux_means(aux: Aux, segment_ids: Int[Array, "B T"]) -> Metrics:
+    """Return the auxiliary loss of a model as `aux_loss`, and its metrics, as means over real tokens."""
+    real_BT = segment_ids != 0
+    count = jnp.sum(real_BT).astype(jnp.float32)
+
+    def total(values: Array) -> Array:
+        values = jnp.asarray(values, jnp.float32)
+        if not values.ndim:
+            return jnp.where(count > 0, count * values, 0.0)
+        values = values[:, None] if values.ndim == 1 else values
+        return jnp.sum(jnp.where(real_BT, values, 0.0))
+
+    loss, metrics = aux
+    return {name: Metric(total(value), count) for name, value in {"aux_loss": loss, **metrics}.items()}
+
+
+def aux_scale(student: Student, ghosts: GhostBatch, sequence_loss: SequenceLoss | None) -> Float[Array, ""] | None:
+    """Return by how much the auxiliary loss of a real token counts in a sum that is divided by the loss's weight.
+
+    It is known before the gradient of the first micro-batch, so that all of them can be added up.
+    """
+    if not student.has_aux:
+        return None
+    weight = jnp.asarray(ghosts.loss_mask, jnp.float32)
+    whole = jnp.sum(weight) if sequence_loss is None else count_replies(ghosts.segment_ids, weight)
+    return whole / jnp.sum(ghosts.segment_ids != 0).astype(jnp.float32)
+
+
+MODEL_KEY = zlib.crc32(b"the student's own key")
+"""Separates the student's random numbers from the draws of a step."""
+
+
+def model_keys(student: Student, key: PRNGKeyArray, micro_batches: int) -> Shaped[Array, "..."] | None:
+    """Return the student's key in each micro-batch of the step with this key, or None if it takes none."""
+    return jax.random.split(jax.random.fold_in(key, MODEL_KEY), micro_batches) if student.takes_key else None
+
+
+def named_metrics(loss: Float[Array, ""], sums: Sums, weight: Float[Array, ""]) -> Metrics:
+    """Return the metrics of `batch_loss`. Sums that are no metrics yet have the weight of the loss."""
+    return {
+        name: found if isinstance(found, Metric) else Metric(found, weight)
+        for name, found in {"loss": loss, **sums}.items()
+    }
 
 
 def as_ghosts(batch: SftBatch | GhostBatch) -> GhostBatch:
@@ -260,7 +384,7 @@ def token_inputs(objective: Objective, ghosts: GhostBatch) -> TokenInputs:
     drawn = ghosts.drawn_tokens if objectives.num_draws(objective) else None
     return TokenInputs(
         ghost=jnp.asarray(ghosts.ghost_tokens),
-        weight=jnp.asarray(ghosts.loss_mask, jnp.float32),
+        weight=jnp.asarray(ghosts.loss_mask).astype(at_least_float32(ghosts.loss_mask)),
         drawn=None if drawn is None else jnp.reshape(drawn, (*ghosts.tokens.shape, -1)),
         extra={name: jnp.asarray(ghosts.extra[name]) for name in names},
     )
@@ -268,15 +392,26 @@ def token_inputs(objective: Objective, ghosts: GhostBatch) -> TokenInputs:
 
 RESERVED = ("loss", "learning_rate", "grad_norm", "skipped", "tokens", "padded_tokens", "invalid_tokens")
 """Metrics of the step itself, which an objective must not report."""
+STEP_METRICS = ("aux_loss", "token_loss", "reward_gain")
+"""Metrics of a step that has what they measure."""
 
 
-def check_names(objective: Objective, sums: Mapping[str, Any]) -> None:
-    """Raise ValueError if an objective reports a metric by the name of one of the step's."""
-    for name in RESERVED:
-        if name in sums:
+def check_names(owner: str, names: Collection[str], others: Sequence[str] = ()) -> None:
+    """Raise ValueError if an objective or a model reports a metric by a name that is taken.
+
+    Args:
+        owner: who reports them, for the message.
+        names: those of the metrics.
+        others: names that are taken besides those of every step.
+    """
+    for name in (*RESERVED, *others):
+        if name in names:
+            own = (
+                "which is the step's own" if name in (*RESERVED, *STEP_METRICS) else "as another part of the loss does"
+            )
             raise ValueError(
-                f"{objective!r} reports a metric {name!r}, which is the step's own: give it another name "
-                f"(reserved are {', '.join(RESERVED)})."
+                f"{owner} reports a metric {name!r}, {own}: give it another name (reserved are "
+                f"{', '.join((*RESERVED, *others))})."
             )
 
 
@@ -299,9 +434,10 @@ def leave_out_invalid(
         ValueError: another number of drawn tokens than the objective has.
     """
     draws, drawn = objectives.num_draws(objective), ghosts.drawn_tokens
-    ids = [ghosts.ghost_tokens[..., None]]
+    as_ids = lambda ids: ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # V is no int8
+    ids = [as_ids(ghosts.ghost_tokens)[..., None]]
     if draws and drawn is not None:
-        given, drawn = drawn.shape, drawn.reshape(*ghosts.tokens.shape, -1)
+        given, drawn = drawn.shape, as_ids(drawn).reshape(*ghosts.tokens.shape, -1)
         if drawn.shape[-1] != draws:
             raise ValueError(
                 f"{objective!r} takes {draws} drawn tokens at each context: expected drawn_tokens of the shape "
@@ -310,7 +446,7 @@ def leave_out_invalid(
         ids.append(drawn)
     size = vocabulary_size(student, params, ghosts)
     valid = functools.reduce(jnp.logical_and, [jnp.all((i >= 0) & (i < size), axis=-1) for i in ids])
-    weighted = ghosts.loss_mask != 0
+    weighted = jnp.asarray(ghosts.loss_mask).astype(bool)
     count = jnp.sum(weighted & ~valid).astype(jnp.float32)
     if debug:
         checkify.check(
@@ -326,7 +462,7 @@ def vocabulary_size(student: Student, params: Params, ghosts: GhostBatch) -> int
     if student.head is not None:
         return jax.eval_shape(student.head, params).shape[-1]
     contexts = (ghosts.tokens, ghosts.positions, ghosts.segment_ids)
-    return jax.eval_shape(student.hidden, params, *contexts).shape[-1]
+    return jax.eval_shape(student.rows, params, *contexts).shape[-1]
 
 
 def uniforms_for(objective: Objective, ghosts: GhostBatch, key: PRNGKeyArray) -> Float[Array, "B T G 2"] | None:
@@ -353,8 +489,9 @@ def accumulate(gradient: Callable[[PyTree], PyTree], batch: PyTree, micro_batche
 
     parts = jax.tree.map(split, batch)
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None), zeros, parts)[0]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x)), shapes)
+    add = lambda sums, x: sums + x.astype(sums.dtype)
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(add, sums, gradient(part)), None), zeros, parts)[0]
 
 
 def stays_finite(
@@ -398,6 +535,13 @@ def float_leaves(tree: PyTree) -> list[tuple[Any, Array]]:
     """Return the paths and arrays of the leaves that hold floating-point or complex numbers."""
     leaves = [(path, jnp.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     return [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def rate_metric(opt_state: optax.OptState) -> Metrics:
+    """Return `learning_rate`, if the optimizer state holds exactly one."""
+    rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]
+    return {"learning_rate": Metric(rates[0].astype(jnp.float32), jnp.ones(()))} if len(rates) == 1 else {}
 
 
 def token_counts(ghosts: GhostBatch) -> Metrics:

@@ -12,6 +12,7 @@ Everything here is a pytree of arrays, except `Student`. It holds functions, and
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +205,15 @@ def check_arrays(batch: SftBatch | GhostBatch) -> None:
             )
 
 
+Aux = tuple[Any, dict[str, Any]]
+"""A model's auxiliary loss and its metrics: arrays `[]`, `[B]` or `[B, T]`, averaged over real tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Student:
     """The model as a step sees it: pure functions, closed over. Any framework's model fits.
+
+    Call `rows` rather than `hidden`: it knows what this student's `hidden` takes and returns.
 
     Attributes:
         hidden: `hidden(params, tokens_BT, positions_BT, segment_ids_BT) -> Float[B T D]`, the rows that the head reads.
@@ -214,27 +221,100 @@ class Student:
         softcap: c > 0 makes every logit `c * tanh(logit / c)` (Gemma 2), or None.
         vocab_size: the number of real tokens if the head has padded columns, or None. Ids at and above it have
             probability zero in losses and are never drawn.
+        takes_key: whether `hidden` also takes the argument `key`, for dropout: a random key in a train step, and None
+            in evaluation, references and measurements.
+        has_aux: whether `hidden` returns `(rows, (loss, metrics))`, with the auxiliary loss of the model (a router's)
+            and a dict of its metrics. Each is a mean over the real tokens: a scalar, `[B]` one for each row, or
+            `[B, T]`. Train steps minimize `loss + aux_loss`, so the model scales its loss itself.
+
+    Raises:
+        ValueError: a value out of range; `takes_key` and the signature of `hidden` do not fit each other.
     """
 
     hidden: Callable[..., Any]
     head: Callable[[Params], Any] | None
     softcap: float | None = None
     vocab_size: int | None = None
+    takes_key: bool = False
+    has_aux: bool = False
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"Student.softcap must be a positive float or None, got {self.softcap!r}.")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"Student.vocab_size must be at least 1 or None, got {self.vocab_size!r}.")
+        check_key_argument(self.hidden, self.takes_key)
 
     @classmethod
-    def from_logits(cls, apply_fn: Callable[..., Any], *, vocab_size: int | None = None) -> Student:
+    def from_logits(
+        cls,
+        apply_fn: Callable[..., Any],
+        *,
+        vocab_size: int | None = None,
+        takes_key: bool = False,
+        has_aux: bool = False,
+    ) -> Student:
         """Return a student from any model that returns logits.
 
         `apply_fn(params, tokens, positions, segment_ids) -> [B T V]`. There is no head to tile then, so the
         `[B, T, V]` logits and their gradient exist in full.
         """
-        return cls(hidden=apply_fn, head=None, vocab_size=vocab_size)
+        return cls(hidden=apply_fn, head=None, vocab_size=vocab_size, takes_key=takes_key, has_aux=has_aux)
+
+    def rows(
+        self,
+        params: Params,
+        tokens: Int[AnyArray, "B T"],
+        positions: Int[AnyArray, "B T"],
+        segment_ids: Int[AnyArray, "B T"],
+    ) -> Float[AnyArray, "..."]:
+        """Return the rows `[B, T, D]` that the head reads, without dropout."""
+        return self.rows_and_aux(params, tokens, positions, segment_ids)[0]
+
+    def rows_and_aux(
+        self,
+        params: Params,
+        tokens: Int[AnyArray, "B T"],
+        positions: Int[AnyArray, "B T"],
+        segment_ids: Int[AnyArray, "B T"],
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[AnyArray, "..."], Aux | None]:
+        """Return the rows `[B, T, D]`, and the auxiliary loss with its metrics, or None without `has_aux`.
+
+        Args:
+            params: the parameters.
+            tokens, positions, segment_ids: as in `SftBatch`.
+            key: for a student that takes one. None: no dropout.
+
+        Raises:
+            ValueError: `hidden` returns something else than `has_aux` says.
+        """
+        found = self.hidden(params, tokens, positions, segment_ids, **({"key": key} if self.takes_key else {}))
+        if not self.has_aux:
+            if not hasattr(found, "dtype"):
+                raise ValueError(
+                    f"Student.hidden must return the rows [B, T, D], got {describe(found)}. If it returns "
+                    "(rows, (loss, metrics)) with an auxiliary loss, build Student(..., has_aux=True)."
+                )
+            return found, None
+        is_pair = lambda x: isinstance(x, tuple | list) and len(x) == 2
+        if not (is_pair(found) and is_pair(found[1]) and isinstance(found[1][1], Mapping)):
+            raise ValueError(
+                "Student(has_aux=True): hidden must return (rows, (loss, metrics)) with a dict of metrics, got "
+                f"{describe(found)}. If the model has no auxiliary loss, leave has_aux out."
+            )
+        rows, (loss, metrics) = found
+        for name, value in {"loss": loss, **metrics}.items():
+            if jnp.shape(value) not in ((), tokens.shape[:1], tokens.shape):
+                raise ValueError(
+                    f"Student.hidden: the auxiliary {name} must be a scalar, or have the shape [B] or [B, T] with "
+                    f"[B, T] = {tokens.shape}, got {jnp.shape(value)}."
+                )
+        return rows, (loss, dict(metrics))
+
+    def without_extras(self) -> Student:
+        """Return the student without dropout and auxiliary loss, as a reference and a sampler use it."""
+        return dataclasses.replace(self, hidden=self.rows, takes_key=False, has_aux=False)
 
     def logits(
         self,
@@ -244,8 +324,52 @@ class Student:
         segment_ids: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
         """Return the logits in float32, padded columns included, for tests and tools. Train steps never build them."""
-        rows_BTD = self.hidden(params, tokens, positions, segment_ids)
+        rows_BTD = self.rows(params, tokens, positions, segment_ids)
         return project(rows_BTD, None if self.head is None else self.head(params), self.softcap)
+
+
+def check_key_argument(hidden: Callable[..., Any], takes_key: bool) -> None:
+    """Raise ValueError if a student's function cannot take a key, or takes one that no step would pass.
+
+    A `key` with a value of its own, as by `functools.partial`, needs none from the step.
+    """
+    try:
+        arguments = inspect.signature(hidden).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    own = next((one for one in arguments if one.name == "key" and one.kind != one.POSITIONAL_ONLY), None)
+    if takes_key and own is None and not any(one.kind == one.VAR_KEYWORD for one in arguments):
+        raise ValueError(
+            "Student(takes_key=True): hidden must take the argument key, as hidden(params, tokens, positions, "
+            f"segment_ids, key), got hidden({', '.join(map(str, arguments))}). A step passes a random key, and "
+            "evaluation None."
+        )
+    if not takes_key and own is not None and (own.default is own.empty or own.default is None):
+        raise ValueError(
+            "Student.hidden takes a key, but takes_key is False, so no step would pass one: build "
+            "Student(..., takes_key=True), or bind the key with functools.partial."
+        )
+
+
+def describe(found: Any) -> str:
+    """Return what a function returned in a few words, for messages."""
+    if isinstance(found, tuple | list):
+        return f"{type(found).__name__} of ({', '.join(describe(one) for one in found)})"
+    shape = getattr(found, "shape", None)
+    return type(found).__name__ if shape is None else f"an array of the shape {shape}"
+
+
+def at_least_float32(*arrays: AnyArray | jax.ShapeDtypeStruct | None) -> jnp.dtype:
+    """Return the type to compute in: float64 if an array is float64, else float32."""
+    double = any(x is not None and x.dtype == jnp.float64 for x in arrays)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def same_dtype(*arrays: Array) -> tuple[Array, ...]:
+    """Return arrays in the type that holds them all. Arrays of one type stay as they are."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+    return tuple(x.astype(dtype) for x in arrays)
 
 
 def project(
@@ -253,10 +377,11 @@ def project(
 ) -> Float[Array, "*batch V"]:
     """Return float32 logits of hidden rows: `rows @ head` accumulated in float32, then the soft-cap.
 
-    Without a head the rows are the logits.
+    Without a head the rows are the logits. If the rows or the head are float64, so are the logits.
     """
+    dtype = at_least_float32(rows_D, head_DV)
     if head_DV is None:
-        logits_V = rows_D.astype(jnp.float32)
+        logits_V = rows_D.astype(dtype)
     else:
-        logits_V = jnp.matmul(rows_D, head_DV, preferred_element_type=jnp.float32)
+        logits_V = jnp.matmul(*same_dtype(rows_D, head_DV), preferred_element_type=dtype)
     return logits_V if softcap is None else softcap * jnp.tanh(logits_V / softcap)

@@ -28,6 +28,7 @@ ROOMS = (
     "xla_cpu",
     "objectives",
     "tiled_loss",
+    "sequence_loss",
     "optimizers",
     "train_steps",
     "testing",

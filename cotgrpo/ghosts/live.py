@@ -222,7 +222,7 @@ def map_contexts_and_rows(
         values = jax.vmap(function)(spec.logits(hidden_TD, head_DV), columns_T)
         return None, jax.tree.map(lambda x: jnp.where(is_live_T.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), values)
 
-    hidden_BTD = student.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
+    hidden_BTD = student.rows(params, batch.tokens, batch.positions, batch.segment_ids)
     head_DV = None if student.head is None else student.head(params)
     _, values = map_live_tiles(
         tile,

@@ -43,7 +43,7 @@ from cotgrpo.sharding import with_types_as_layout
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student, TrainState
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+    from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 Adapters = Params
 """A nested dict of `lora_a` and `lora_b`, in the shape of the tree that they adapt."""
@@ -218,7 +218,8 @@ def lora_student(student: Student, params: Params, lora: LoraConfig, key: PRNGKe
     `make_lora_step` does this.
 
     Args:
-        student: a Flax linen model whose projections are `nn.Dense`, such as `make_student` returns.
+        student: a Flax linen model whose projections are `nn.Dense`, such as `make_student` returns. One that takes a
+            key of its own, or has an auxiliary loss, keeps both.
         params: the frozen parameters of `student`.
         lora: what is adapted.
         key: for dropout. None: no dropout, as in evaluation.
@@ -229,7 +230,7 @@ def lora_student(student: Student, params: Params, lora: LoraConfig, key: PRNGKe
     adapted, head = with_adapters(student, key), student.head
     return dataclasses.replace(
         adapted,
-        hidden=lambda adapters, *context: adapted.hidden(AdaptedParams(params, adapters, lora), *context),
+        hidden=lambda adapters, *context, **own: adapted.hidden(AdaptedParams(params, adapters, lora), *context, **own),
         head=None if head is None else lambda adapters: head(params),
     )
 
@@ -246,20 +247,26 @@ def with_adapters(student: Student, key: PRNGKeyArray | None = None) -> Student:
     """
 
     def hidden(
-        params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        **own: PRNGKeyArray | None,
+    ) -> PyTree:
         applied: set[Path] = set()
 
         def rows_of(
-            params_and_key: tuple[Params, PRNGKeyArray | None], tokens: Int[Array, "B T"], *contexts: Int[Array, "B T"]
-        ) -> Array:
-            params, key = params_and_key
+            params_and_keys: tuple[Params, PRNGKeyArray | None, dict[str, PRNGKeyArray | None]],
+            tokens: Int[Array, "B T"],
+            *contexts: Int[Array, "B T"],
+        ) -> PyTree:
+            params, key, own = params_and_keys
             with apply_adapters(params, key, row_hashes(tokens)) as (whole, interceptor):
-                rows = student.hidden(whole, tokens, *contexts)
+                rows = student.hidden(whole, tokens, *contexts, **own)
             applied.update(interceptor.applied)
             return rows
 
-        rows = with_types_as_layout(rows_of, (params, key), tokens, positions, segment_ids)
+        rows = with_types_as_layout(rows_of, (params, key, own), tokens, positions, segment_ids)
         pairs = flatten_adapters(params.adapters) if isinstance(params, AdaptedParams) else {}
         if ignored := sorted("/".join(path) for path in pairs.keys() - applied):
             raise ValueError(

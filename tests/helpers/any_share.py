@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "cotgrpo"
-CORE = ("types", "objectives", "tiled_loss", "train_steps", "sharding", "sampling", "models")
+CORE = ("types", "objectives", "tiled_loss", "sequence_loss", "train_steps", "sharding", "sampling", "models")
 """The rooms whose arguments are arrays."""
 
 
