@@ -43,6 +43,7 @@ class TeacherServerSettings(ServerSettings):
     """The section `teacher` as a server that scores texts."""
 
     section: ClassVar[str] = "teacher"
+    top_settings: ClassVar[str] = "top_logprobs"
 
 
 def run_score(config: GenerateConfig, console: Console) -> dict[str, Any]:

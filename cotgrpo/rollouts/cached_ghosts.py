@@ -200,12 +200,12 @@ def aligned(example: Example, triple: Triple, reply: CachedReply | None, vocabul
     log_probs = np.where(np.arange(top_k) == 0, 0.0, MASKED_LOGIT).astype(np.float32)[None].repeat(len(targets), 0)
     known = np.zeros(len(targets), bool)
     for target, top in () if reply is None else places(example, triple, reply, vocabulary):
-        listed = [(i, value) for i, value in top[:top_k] if i is not None and value > MASKED_LOGIT / 2]
         if not top or top[0][0] is None:  # a token that the student does not have
             continue
         known[target], log_probs[target] = True, MASKED_LOGIT
-        for k, (i, value) in enumerate(listed):
-            ids[target, k], log_probs[target, k] = i, min(value, 0.0)
+        listed = ((i, value) for i, value in top[:top_k] if i is not None and value > MASKED_LOGIT / 2)
+        for k, (token, value) in enumerate(listed):
+            ids[target, k], log_probs[target, k] = token, min(value, 0.0)
     return Aligned(ids, log_probs, known)
 
 
@@ -216,9 +216,8 @@ def places(
     tokens = [int(i) for i in example.tokens]
     if reply.ids:
         first = len(tokens) - len(reply.top_ids)
-        if list(reply.ids) == tokens:
-            for n, (top, values) in enumerate(zip(reply.top_ids, reply.top_log_probs, strict=True)):
-                yield first + n - 1, list(zip(top, values, strict=True))
+        for n, (ids, values) in enumerate(zip(reply.top_ids, reply.top_log_probs, strict=True)):
+            yield first + n - 1, list(zip(ids, values, strict=True))
         return
     starts = {offset: n for n, offset in enumerate(offsets(reply.pieces))}
     own = vocabulary.pieces(tokens)
@@ -332,10 +331,13 @@ def with_cached_ghosts(
     for example in examples:
         triple = by_source[example.source]
         reply = cache.replies.get((triple.question, triple.rationale, triple.answer))
+        if reply is not None and reply.ids and list(reply.ids) != [int(token) for token in example.tokens]:
+            reply = None  # made for another template
         if reply is None and missing == "error":
             raise DataError(
-                f"{example.source}: the row has no entry in {cache.path}, which has {len(cache.replies)}. Train on the "
-                "rows that the same generate command wrote, or set grpo.ghosts.missing text."
+                f"{example.source}: the row has no entry in {cache.path} for its tokens; the file has "
+                f"{len(cache.replies)}. Train on the rows that the same generate command wrote, with the template that "
+                "they were scored for, or set grpo.ghosts.missing text."
             )
         at = aligned(example, triple, reply, vocabulary, max(top_k, 1))
         supervised = example.supervised[1:]

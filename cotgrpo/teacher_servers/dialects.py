@@ -141,8 +141,10 @@ def field(value: object, *names: str | int) -> Any:
     path = ""
     for name in names:
         path += f"[{name}]" if isinstance(name, int) else f".{name}"
-        inside = isinstance(value, list) and name < len(value) if isinstance(name, int) else isinstance(value, Mapping)
-        value = value[name] if inside and (isinstance(name, int) or name in value) else None  # type: ignore[index]
+        if isinstance(name, int):
+            value = value[name] if isinstance(value, list) and name < len(value) else None
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
         if value is None:
             raise Malformed(f"it has no {path.lstrip('.')}")
     return value
@@ -199,7 +201,7 @@ class Vllm(Dialect):
         places = self.prompt_log_probs(answer)
         if not isinstance(places, list):
             raise Malformed("its prompt_logprobs are no list")
-        return [None] + [self.entries(place, number)[0][0] for number, place in enumerate(places[1:], 1)]
+        return [None, *(self.entries(place, number)[0][0] for number, place in enumerate(places[1:], 1))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +247,7 @@ class Sglang(Dialect):
 class Echo(Dialect):
     """Completions with `echo` and `logprobs`, which take token ids and name tokens by their texts."""
 
-    name = "echo"
+    name: ClassVar[DialectName] = "echo"
     fix = "other servers give them for completions with echo and logprobs (llama-cpp-python: --logits_all true)"
 
     def body(self, prompt: object, top_k: int) -> dict[str, Any]:

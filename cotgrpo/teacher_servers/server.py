@@ -65,6 +65,8 @@ class ServerSettings(ConnectionSettings):
     dialect: Literal["auto", "vllm", "sglang", "echo", "echo_text", "llama_cpp"] = "auto"
 
     section: ClassVar[str] = "grpo.ghosts"
+    top_settings: ClassVar[str] = "grpo.objective.top_k, grpo.ghosts.top_logprobs"
+    """The settings that say how many tokens are wanted, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +251,7 @@ class ScoringServer:
         words = "; ".join(self.connection.shorten(text) for text in refusals)
         return TeacherError(
             f"The teacher at {self.where} does not return the {self.top_k} likeliest tokens of a given text. {fixes}. "
-            f"Or ask for fewer (grpo.objective.top_k, {self.settings.section}.top_logprobs). What it answered: {words}"
+            f"Or ask for fewer ({self.settings.top_settings}). What it answered: {words}"
         )
 
     async def check_tokens(self) -> None:
@@ -402,7 +404,7 @@ class ScoringServer:
         elif TOO_MANY.search(error.message):
             fix = (
                 f"Let it give {self.top_k} log-probabilities (vLLM: --max-logprobs {self.top_k}), or ask for fewer "
-                f"(grpo.objective.top_k, {self.settings.section}.top_logprobs). "
+                f"({self.settings.top_settings}). "
             )
         return TeacherError(
             f"The teacher at {self.where} refuses to score a text (HTTP {error.status}). {fix}Its message: {words}"

@@ -62,7 +62,7 @@ class Vocabulary:
     @functools.cached_property
     def ids_by_bytes(self) -> dict[bytes, int]:
         """The id of all bytes that one token alone has."""
-        before = (self.encode("a") or [None])[-1]
+        before = next(iter(self.encode("a")[-1:]), None)
         found: dict[bytes, list[int]] = collections.defaultdict(list)
         for i in range(self.size):
             found[token_bytes(self.tokenizer, i, before)].append(i)

@@ -56,9 +56,8 @@ def connected(
 ) -> Iterator[Client]:
     """A client that has not connected yet."""
     tokenizer = load_tokenizer(folder)
-    settings = ServerSettings(
-        **{"base_url": server.url, "retry_delay": 0.01, "retries": 2, "timeout": 5.0, "dialect": dialect} | more
-    )
+    values: dict[str, Any] = {"retry_delay": 0.01, "retries": 2, "timeout": 5.0, "dialect": dialect} | more
+    settings = ServerSettings(base_url=server.url, **values)
     samples = [Text(ids[:1], ids[1:40]) for ids in map(Vocabulary(tokenizer, len(tokenizer)).encode, TEXTS[:2])]
     said: list[str] = []
     client = Client(settings, Vocabulary(tokenizer, len(tokenizer)), top_k, samples, said.append)
@@ -98,7 +97,7 @@ def test_every_dialect_gives_the_ghosts_of_the_model_in_this_process(folder: Pat
     expected = live_ghosts(
         make_student(teacher.config, size), teacher.params, rolled.prompts, rolled.replies, top_k=TOP_K
     )
-    with ScoringServer(*model, (dialect,)) as server, connected(server, folder) as client:
+    with ScoringServer(model[0], model[1], (dialect,)) as server, connected(server, folder) as client:
         client.connect()
         assert client.dialect is not None and client.dialect.name == dialect
         scores = client.score_later(lambda: rolled.texts, 27).result()
@@ -126,7 +125,7 @@ def test_every_dialect_gives_the_ghosts_of_the_model_in_this_process(folder: Pat
 
 def test_auto_takes_the_first_dialect_that_works(folder: Path, model: Any) -> None:
     for offered, taken in ((DIALECTS, "vllm"), (DIALECTS[1:], "sglang"), (("llama_cpp",), "llama_cpp")):
-        with ScoringServer(*model, offered) as server, connected(server, folder) as client:
+        with ScoringServer(model[0], model[1], offered) as server, connected(server, folder) as client:
             client.connect()
             assert client.dialect is not None and client.dialect.name == taken
 
@@ -201,7 +200,7 @@ def test_an_answer_that_cannot_be_used_is_asked_for_again_and_then_an_error(
         return change(answer) if faulty >= 0 else answer
 
     text = Text([5, 6, 7], [8, 9, 40])
-    with ScoringServer(*model, ("vllm",), change=spoil) as server, connected(server, folder) as client:
+    with ScoringServer(model[0], model[1], ("vllm",), change=spoil) as server, connected(server, folder) as client:
         client.connect()
         good = client.score_later(lambda: [text], 3).result()
         faulty = 2
@@ -234,7 +233,7 @@ def test_an_answer_of_sglang_is_checked_too(folder: Path, model: Any, name: str)
             edit(answer["meta_info"])
         return answer
 
-    with ScoringServer(*model, ("sglang",), change=spoil) as server, connected(server, folder) as client:
+    with ScoringServer(model[0], model[1], ("sglang",), change=spoil) as server, connected(server, folder) as client:
         client.connect()
         spoiled = True
         with pytest.raises(TeacherError, match="cannot be used") as raised:
@@ -267,7 +266,7 @@ def test_a_server_that_cannot_be_used_is_an_error_before_the_first_step(folder: 
     how = dict(how)
     dialects = how.pop("dialects", DIALECTS)
     with (
-        ScoringServer(*model, dialects, **how) as server,
+        ScoringServer(model[0], model[1], dialects, **how) as server,
         connected(server, folder, **settings) as client,
         pytest.raises(TeacherError) as raised,
     ):
@@ -283,7 +282,7 @@ def test_a_context_that_is_too_long_names_what_to_set(folder: Path, model: Any) 
             return 400, {"error": {"message": "This model's maximum context length is 45 tokens."}}
         return None
 
-    with ScoringServer(*model, ("vllm",), fault=fault) as server, connected(server, folder) as client:
+    with ScoringServer(model[0], model[1], ("vllm",), fault=fault) as server, connected(server, folder) as client:
         client.connect()
         with pytest.raises(TeacherError, match=re.escape("--max-model-len 61), or lower data.seq_len")):
             client.score_later(lambda: [Text([5] * 30, [6] * 30)], 30).result()
@@ -318,7 +317,7 @@ def test_the_first_difference_in_words(folder: Path) -> None:
 
 
 def test_a_server_that_is_down_is_waited_for_and_the_user_is_told_once(folder: Path, model: Any) -> None:
-    with ScoringServer(*model, ("vllm",)) as server, connected(server, folder, longest_delay=0.1) as client:
+    with ScoringServer(model[0], model[1], ("vllm",)) as server, connected(server, folder, longest_delay=0.1) as client:
         client.connect()
         text = Text([5, 6, 7], [8, 9, 40])
         good = client.score_later(lambda: [text, text], 3).result()
@@ -326,7 +325,7 @@ def test_a_server_that_is_down_is_waited_for_and_the_user_is_told_once(folder: P
         waiting = client.score_later(lambda: [text, text], 3)
         while not client.said:  # type: ignore[attr-defined]
             assert not waiting.done()
-        with ScoringServer(*model, ("vllm",), port=server.port):
+        with ScoringServer(model[0], model[1], ("vllm",), port=server.port):
             np.testing.assert_array_equal(waiting.result().log_probs, good.log_probs)
     down, up = client.said  # type: ignore[attr-defined]
     assert "does not answer (no connection" in down and "The run waits and tries again" in down
@@ -342,7 +341,7 @@ def test_an_error_that_may_pass_is_waited_for(folder: Path, model: Any, status: 
         left -= 1
         return (status, {"error": {"message": "later"}}) if left >= 0 else None
 
-    with ScoringServer(*model, ("vllm",), fault=fault) as server, connected(server, folder) as client:
+    with ScoringServer(model[0], model[1], ("vllm",), fault=fault) as server, connected(server, folder) as client:
         assert client.connect()
 
 
