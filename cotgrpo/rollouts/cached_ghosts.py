@@ -216,8 +216,8 @@ def places(
     tokens = [int(i) for i in example.tokens]
     if reply.ids:
         first = len(tokens) - len(reply.top_ids)
-        for n, (ids, values) in enumerate(zip(reply.top_ids, reply.top_log_probs, strict=True)):
-            yield first + n - 1, list(zip(ids, values, strict=True))
+        for place, (ids, values) in enumerate(zip(reply.top_ids, reply.top_log_probs, strict=True), first):
+            yield place - 1, list(zip(ids, values, strict=True))
         return
     starts = {offset: n for n, offset in enumerate(offsets(reply.pieces))}
     own = vocabulary.pieces(tokens)
