@@ -201,6 +201,9 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
     """
     if layout_is_hidden(x):
         return keep_whole(tuple(letter in DIMENSIONS for letter in letters), x)
+    if auto_axes() and not open_axes():  # in a `shard_map` over some axes; the others are Auto and have other names
+        free = (PartitionSpec.UNCONSTRAINED if letter in DIMENSIONS else None for letter in letters)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
     return apply_constraint(x, partition_spec(letters, x.shape))
 
 
@@ -221,7 +224,7 @@ def all_gather_param(x: Shaped[Array, "..."], letters: str, name: str) -> Shaped
     # Two constraints, which XLA makes one reduce-scatter. With the second alone it moves the activations instead.
     backward = in_this_layout(lambda _, g: (constrain_param(constrain(g, letters), name),))
     gather.defvjp(lambda x: (constrain(x, letters), None), backward)
-    return gather(x) if open_axes() or layout_is_hidden(x) else x
+    return gather(x) if auto_axes() or layout_is_hidden(x) else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,12 @@ Function = Callable[..., tuple[Any, Any]]
 `rows`, `weight` and `out` are arrays `[B, T, ...]` or `[N, ...]`, and `heads` are arrays `[D, V]`. `sums` are scalars,
 and may hold the gradient of the first head.
 """
+
+CLOSES_OVER_TRACED = (
+    "The objective reads an array that was computed in the jitted function around the step. If the batch is spread "
+    "over several devices, each of them computes the head for all tokens, and the result is right. To spread the head "
+    "too, give the array as a field of the batch's extra, close over a NumPy array, or use jit_step(step, mesh, axes)."
+)
 
 
 class Shard(NamedTuple):
@@ -174,6 +181,7 @@ def over_hidden_shards(
     jaxpr, shapes = jax.make_jaxpr(whole, return_shape=True)(*leaves)
     if any(isinstance(constant, jax.core.Tracer) for constant in jaxpr.consts):
         # The function is traced again when the program is compiled, and arrays of this trace are gone then.
+        warnings.warn(CLOSES_OVER_TRACED, stacklevel=2)
         return whole(*leaves)
     hidden = HiddenShards(function, tree, tuple(leaf.shape for leaf in leaves), shapes, split_vocab)
     # The program's text must tell two functions apart: it is the key of JAX's cache of compiled programs.

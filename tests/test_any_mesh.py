@@ -168,19 +168,35 @@ def test_numbers_of_one_device(case: str, setup: str, student: Student, objectiv
     assert_same(compiled(*arguments), on_one_device(student, objective))
 
 
+OF_OUR_OWN = {
+    "dp": {"data": 8},
+    "one-axis-for-all": {"fsdp": 8},
+    "vocabulary": {"data": 4, "tensor": 2},
+    "two-axes": {"data": 2, "fsdp": 4},
+    "sequence": {"data": 4, "context": 2},
+}
+"""Our own mesh with the layout of a case."""
+
+
 @pytest.mark.parametrize(
-    ("case", "own"),
+    ("case", "setup", "student"),
     [
-        ("dp", {"data": 8}),
-        pytest.param("vocabulary", {"data": 4, "tensor": 2}, marks=slow),
-        pytest.param("two-axes", {"data": 2, "fsdp": 4}, marks=slow),
-        pytest.param("sequence", {"data": 4, "context": 2}, marks=slow),
+        pytest.param("dp", "auto", OWN, id="dp-auto-own"),
+        pytest.param("dp", "explicit", OWN, id="dp-explicit-own"),
+        pytest.param("one-axis-for-all", "auto", DECODER, id="one-axis-for-all-auto-decoder"),
+        *(
+            pytest.param(case, setup, student, marks=slow, id=f"{case}-{setup}-{name}")
+            for case in OF_OUR_OWN
+            for name, student, setups in (("own", OWN, ("auto", "explicit")), ("decoder", DECODER, SETUPS))
+            for setup in setups
+            if (case, name) not in (("dp", "own"), ("one-axis-for-all", "own"))
+        ),
     ],
 )
-@pytest.mark.parametrize("setup", ["auto", "explicit"])
-def test_work_of_our_own_mesh(case: str, own: dict[str, int], setup: str) -> None:
+def test_work_of_our_own_mesh(case: str, setup: str, student: Student) -> None:
     """FLOPs and temporaries a device are at most 5 % above, and no head travels in the loop over tiles."""
-    step, state, _ = step_of(OWN, Pair())
+    step, state, _ = step_of(student, Pair())
+    own = OF_OUR_OWN[case]
     ours = cotgrpo.jit_step(step, cotgrpo.make_mesh(**own)).lower(state, batch_of()).compile()
     theirs, _ = compiled_on(CASES[case], setup, step, state, batch_of())
     flops, their_flops = (program.cost_analysis()["flops"] for program in (ours, theirs))
@@ -189,6 +205,11 @@ def test_work_of_our_own_mesh(case: str, own: dict[str, int], setup: str) -> Non
     assert their_size <= 1.05 * size
     in_tiles = [c for c in collectives(theirs.as_text()) if None in c.loops]
     assert all(math.prod(shape) <= TILE * V for c in in_tiles for _, shape in c.arrays)
+    gathered, their_gathered = (
+        sum(c.bytes * c.times() for c in collectives(program.as_text()) if c.kind == "all-gather")
+        for program in (ours, theirs)
+    )
+    assert their_gathered <= 1.05 * gathered + TILE * V, (gathered, their_gathered)
     if case == "dp":
         assert not in_tiles
         alone = jax.jit(step).lower(state, batch_of()).compile().cost_analysis()["flops"]
@@ -261,6 +282,18 @@ def test_two_objectives_are_two_programs() -> None:
         assert "CustomSPMDPartitioning" in text
         texts.append(re.sub(r'backend_config = "\d+"', "", text))
     assert texts[0] != texts[1]
+
+
+def test_an_objective_that_closes_over_a_traced_array() -> None:
+    """It cannot be traced again when the program is compiled, so its head is not spread. That is said."""
+    step_with = lambda objective: cotgrpo.make_grpo_step(OWN, TX, objective, tile_size=TILE)
+    priced = lambda prices: lambda logits, _: (jnp.sum(jax.nn.softmax(logits) * prices), {})
+    traced = lambda state, batch, prices: step_with(priced(jnp.asarray(prices) * 2))(state, batch)
+    mesh, (_, state, _) = CASES["dp"].mesh(AxisType.Auto), step_of(OWN, Pair())
+    spread, whole = NamedSharding(mesh, P("dp")), NamedSharding(mesh, P())
+    with pytest.warns(UserWarning, match="each of them computes the head for all tokens"):
+        got = jax.jit(traced, in_shardings=(whole, spread, whole))(state, batch_of(), PRICES)
+    assert_same(got, jax.device_get(jax.jit(step_with(priced(PRICES * 2)))(state, batch_of())))
 
 
 def test_vmap_over_seeds() -> None:

@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import constrain, in_this_layout, layout_is_hidden, partition_spec, vary_alike
+from cotgrpo.sharding import constrain, in_this_layout, layout_is_hidden, open_axes, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -38,7 +38,7 @@ def project_tokens(
     both sequences and parameters gathers the kernel and not the activations.
     """
     # Gathered at each use: the forward pass keeps the kernel as it lies.
-    gathered = lambda kernel: constrain(kernel, letters) if layout_is_hidden(kernel) else kernel
+    gathered = lambda kernel: kernel if open_axes() else constrain(kernel, letters)
 
     @jax.custom_vjp
     def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
