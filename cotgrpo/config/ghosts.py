@@ -283,12 +283,12 @@ class Cached(Ghosts):
 
     Attributes:
         path: ghosts.parquet, as `cotgrpo generate --top_logprobs K` writes it.
-        choice: ghost token: the teacher's likeliest where it is known, or the row's own token.
+        ghost_token: the teacher's likeliest where it is known, or the row's own token.
         missing: what to do with a training row without an entry in the file; text: learn from the text alone.
     """
 
     path: str | None = None
-    choice: Literal["argmax", "text"] = "argmax"
+    ghost_token: Literal["argmax", "text"] = "argmax"
     missing: Literal["error", "text"] = "error"
 
     source: ClassVar[str] = "cached"

@@ -180,7 +180,7 @@ def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console:
         cache,
         vocabulary,
         top_k=listed_tokens(config, model),
-        choice=ghosts.choice,
+        choice=ghosts.ghost_token,
         missing=ghosts.missing,
     )
     say(console, f"{ghosts.path}: {report}")
