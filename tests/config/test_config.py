@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cotgrpo.config import (
     tree_of,
 )
 from cotgrpo.config.files import given_in
+from cotgrpo.config.ghosts import SOURCES
 from cotgrpo.config.old_names import FLAT_DEFAULTS, RENAMED_KEYS, RENAMED_VALUES
 from cotgrpo.config.sections import settings_in
 from cotgrpo.config.settings import OBJECTIVES
@@ -502,3 +504,14 @@ def test_a_saved_config_of_a_newer_version(tmp_path: Path, capsys: pytest.Captur
             load(path)
     with pytest.raises(ConfigError, match="seed must"):
         load_config(Path(write(tmp_path / "d.yaml", "seed: -3\nfuture: 1")), may_be_newer=True)
+
+
+@pytest.mark.parametrize("alternatives", [SOURCES, OBJECTIVES], ids=["ghosts", "objective"])
+def test_a_setting_of_several_alternatives_has_one_type(alternatives: Mapping[str, type[Any]]) -> None:
+    """The command line has one type for each key: with another one, an alternative would refuse its own values."""
+    types: dict[str, set[str]] = {}
+    for kind in alternatives.values():
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            types.setdefault(field.name, set()).add(str(hints[field.name]))
+    assert {name: found for name, found in types.items() if len(found) > 1} == {}
