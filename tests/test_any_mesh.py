@@ -190,6 +190,7 @@ OF_OUR_OWN = {
             for name, student, setups in (("own", OWN, ("auto", "explicit")), ("decoder", DECODER, SETUPS))
             for setup in setups
             if (case, name) not in (("dp", "own"), ("one-axis-for-all", "own"))
+            if (case, setup) != ("one-axis-for-all", "auto")
         ),
     ],
 )
@@ -209,11 +210,42 @@ def test_work_of_our_own_mesh(case: str, setup: str, student: Student) -> None:
         sum(c.bytes * c.times() for c in collectives(program.as_text()) if c.kind == "all-gather")
         for program in (ours, theirs)
     )
-    assert their_gathered <= 1.05 * gathered + TILE * V, (gathered, their_gathered)
+    # The embedding that is the head too is gathered for each: on our own mesh once for both.
+    assert their_gathered <= 1.05 * gathered + 4 * V * D
     if case == "dp":
         assert not in_tiles
         alone = jax.jit(step).lower(state, batch_of()).compile().cost_analysis()["flops"]
         assert their_flops < alone
+
+
+@slow
+@pytest.mark.parametrize(("names", "own"), [(("dp", "tp"), ("data", "tensor")), (("dp", "x"), ("data", "fsdp"))])
+def test_work_of_a_partly_manual_mesh(names: tuple[str, str], own: tuple[str, str]) -> None:
+    """Sequences over a manual axis, heads or parameters over an Auto one: as with our own names for them.
+
+    An Auto axis that splits sequences and parameters takes up to a tenth more temporaries. JAX cannot partition the
+    loop over tiles in there when it compiles, so XLA splits each tile and not the tokens.
+    """
+    loss_of = make_batch_loss(DECODER, Pair(), None, TILE)
+    gradient = jax.value_and_grad(lambda params, batch: loss_of(params, batch, None, None), has_aux=True)
+
+    def compiled(names: tuple[str, str]) -> Any:
+        shards = {"tensor": names[1]} if own[1] == "tensor" else {"fsdp": names[1]}
+        batch = P(names[0]) if own[1] == "tensor" else P(names)
+        case = Case((4, 2), names, batch, **shards)
+        mesh = case.mesh(AxisType.Auto)
+        local = lambda params, batch: jax.lax.psum(gradient(params, batch), names[0])
+        spread = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(names[0])), out_specs=P(), axis_names={names[0]}, check_vma=False
+        )
+        at = case.shardings(params_of(DECODER), mesh)
+        placed = jax.device_put((params_of(DECODER), batch_of()), (at, NamedSharding(mesh, batch)))
+        return jax.jit(spread, out_shardings=(None, at)).lower(*placed).compile()
+
+    ours, theirs = compiled(own), compiled(names)
+    assert theirs.cost_analysis()["flops"] <= 1.05 * ours.cost_analysis()["flops"]
+    size, their_size = (program.memory_analysis().temp_size_in_bytes for program in (ours, theirs))
+    assert their_size <= (1.05 if own[1] == "tensor" else 1.1) * size
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=slow)])
