@@ -215,3 +215,14 @@ def test_the_tables_of_the_page_are_those_of_the_results(run: Any, capsys: pytes
     assert named and all(f"<!-- {path} -->\n| " in page for path in named)
     without = tables.MARKED.sub(lambda match: match[1], page)
     assert without != page == tables.rewritten(without)
+
+
+def test_the_lines_of_five_tasks_are_those_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["peer_steps.py"])
+    importlib.import_module("peer_steps").main()
+    table = capsys.readouterr().out
+    assert table.count("\n") == 7
+    assert table in (BENCHMARKS.parent / "docs" / "steps.md").read_text(encoding="utf-8")
