@@ -230,7 +230,7 @@ class Ablation:
         self.validation, self.test = match(held_out[: sizes.held_out[0]]), match(held_out[sizes.held_out[0] :])
         self.draws = {
             top_k: jax.jit(make_draw(self.sampler(1.0), self.teacher.student, top_k=top_k))
-            for top_k in (0, ForwardKl().top_k)
+            for top_k in (0, ForwardKl().top_k or 0)
         }
 
     def forced(self, triples: Sequence[Triple], seed: int, rows: int | None = None) -> Any:

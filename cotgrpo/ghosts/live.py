@@ -27,7 +27,7 @@ from cotgrpo.token_shards import Shard
 from cotgrpo.types import GhostBatch, Params, SftBatch, Student
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+    from cotgrpo.types import AnyArray, Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 
 def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
@@ -211,7 +211,7 @@ def map_contexts_and_rows(
     columns: PyTree,
     *,
     tile_size: int | None = None,
-) -> tuple[PyTree, Float[Array, "B T D"]]:
+) -> tuple[PyTree, Float[AnyArray, "B T D"]]:
     """Return `map_contexts`, and the rows that the head reads."""
     spec = HeadSpec.of(student)
 

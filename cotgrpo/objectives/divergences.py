@@ -83,12 +83,15 @@ class Divergence(abc.ABC):
     top_k: int | None = 16
 
     num_draws: ClassVar[int] = 0
-    least_rest: ClassVar[float] = 0.0
-    """The least q of the rest. A rest below `ROUNDING` cannot be told from 0 in float32 and counts as this."""
 
     def __post_init__(self) -> None:
         name = f"{type(self).__name__}.top_k"
         require(self.top_k is None or self.top_k >= 1, name, "an integer of at least 1", self.top_k)
+
+    @property
+    def least_rest(self) -> float:
+        """The least q of the rest. A rest below `ROUNDING` cannot be told from 0 in float32 and counts as this."""
+        return 0.0
 
     @property
     def batch_fields(self) -> tuple[str, ...]:
@@ -203,7 +206,9 @@ class ReverseKl(Divergence):
     See `Divergence` for what the batch carries.
     """
 
-    least_rest = 1e-6
+    @property
+    def least_rest(self) -> float:
+        return ROUNDING
 
     def terms(self, outcomes: Outcomes) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         terms_N = outcomes.p_N * (outcomes.log_p_N - outcomes.log_q_N)
@@ -234,7 +239,7 @@ class JensenShannon(Divergence):
 
     @property
     def least_rest(self) -> float:
-        return ReverseKl.least_rest if self.beta == 1 else ForwardKl.least_rest
+        return ROUNDING if self.beta == 1 else 0.0
 
     def terms(self, outcomes: Outcomes) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         if self.beta in (0, 1):
@@ -272,8 +277,7 @@ class SkewedKl(Divergence):
 
     @property
     def least_rest(self) -> float:
-        pure_reverse = self.direction == "reverse" and not self.alpha
-        return ReverseKl.least_rest if pure_reverse else ForwardKl.least_rest
+        return ROUNDING if self.direction == "reverse" and not self.alpha else 0.0
 
     def terms(self, outcomes: Outcomes) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         p_N, q_N, log_p_N, log_q_N = outcomes.p_N, outcomes.q_N, *outcomes
