@@ -281,7 +281,8 @@ def make_batch_loss(
         check_names("The student", aux[1], ("aux_loss", *sums))
         check_names(repr(objective), sums, ("aux_loss",))
         means = aux_means(aux, ghosts.segment_ids)
-        total = loss if scale is None else loss + scale * means["aux_loss"].total
+        added = means["aux_loss"].total.astype(loss.dtype)
+        total = loss if scale is None else loss + scale.astype(loss.dtype) * added
         return total, ({**sums, **means, "loss": Metric(loss, weight)}, weight)
 
     return batch_loss
@@ -322,9 +323,10 @@ def aux_means(aux: Aux, segment_ids: Int[Array, "B T"]) -> Metrics:
     count = jnp.sum(real_BT).astype(jnp.float32)
 
     def total(values: Array) -> Array:
-        values = jnp.asarray(values, jnp.float32)
+        values = jnp.asarray(values)
+        values = values.astype(at_least_float32(values))
         if not values.ndim:
-            return jnp.where(count > 0, count * values, 0.0)
+            return jnp.where(count > 0, count.astype(values.dtype) * values, 0.0)
         values = values[:, None] if values.ndim == 1 else values
         return jnp.sum(jnp.where(real_BT, values, 0.0))
 

@@ -16,6 +16,7 @@ from cotgrpo.sequence_loss.inputs import SequenceInputs, SequenceLoss
 from cotgrpo.sharding import constrain_param, vary_alike, with_types_as_layout
 from cotgrpo.tiled_loss import CPU_BLOCK_ROWS, HeadSpec, Reference, map_live_tiles, mean_over_draws
 from cotgrpo.token_shards import Shard
+from cotgrpo.types import same_dtype
 from cotgrpo.xla_cpu import outer_product_sum
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def sequence_sums(
         return loss.sums_and_grads(hidden, head, rest)
 
     def backward(grads: Grads, cotangents: SequenceSums) -> tuple[Array, Array | None, None]:
-        scaled = lambda g, like: (cotangents.loss * g).astype(like.dtype)
+        scaled = lambda g, like: (cotangents.loss.astype(g.dtype) * g).astype(like.dtype)
         dhidden, dhead = jax.tree.map(scaled, grads, likes)
         return dhidden, dhead, None
 
@@ -143,9 +144,9 @@ class RepliesLoss:
             dlogits_TV = self.spec.pull_back(logits_TV, dlogits_TV)
             if head_DV is None:
                 return None, (values, dlogits_TV.astype(hidden_TD.dtype))
-            dlogits_TV = dlogits_TV.astype(head_DV.dtype)
-            dhidden_TD = jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=jnp.float32)
-            dhead_DV = outer_product_sum(hidden_TD, dlogits_TV, jnp.float32)
+            dtype, dlogits_TV = dlogits_TV.dtype, dlogits_TV.astype(head_DV.dtype)
+            dhidden_TD = jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=dtype)
+            dhead_DV = outer_product_sum(*same_dtype(hidden_TD, dlogits_TV), dtype)
             return dhead_DV, (values, dhidden_TD.astype(hidden_TD.dtype))
 
         dhead, (values, dhidden) = map_live_tiles(
@@ -200,6 +201,8 @@ class RepliesLoss:
         """Do what `over_replies` does: the first document of each row at one time, then the second."""
         document_BT, live_BT = number_documents(segment_ids), weight_BT != 0
         losses_BT, metrics = values
+        as_loss = lambda x: x.astype(losses_BT.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        weight_BT, metrics, extra = jax.tree.map(as_loss, (weight_BT, metrics, extra))
         tokens = SequenceInputs(losses_BT, weight_BT, metrics, extra)
 
         def add_documents(index: Int[Array, ""], carry: PyTree) -> PyTree:
@@ -212,7 +215,7 @@ class RepliesLoss:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), like)
         zeros, slopes_BT, _ = vary_alike(zeros, jnp.zeros_like(losses_BT), (segment_ids, tokens))
         (sums, replies), slopes_BT = jax.lax.fori_loop(1, jnp.max(document_BT) + 1, add_documents, (zeros, slopes_BT))
-        (loss, own), weigh = sums, lambda x: jnp.sum(jnp.where(live_BT, weight_BT * x, 0.0))
+        (loss, own), weigh = sums, lambda x: jnp.sum(jnp.where(live_BT, weight_BT * x.astype(weight_BT.dtype), 0.0))
         return SequenceSums(loss, own, replies, *jax.tree.map(weigh, values)), slopes_BT
 
     def one_reply(
@@ -238,7 +241,7 @@ class RepliesLoss:
         values, slope_T = jax.value_and_grad(of_losses, has_aux=True)(reply.losses)
         exists = jnp.any(own_T)
         values = jax.tree.map(lambda x: jnp.where(exists, x, 0.0), values)
-        return (values, exists.astype(jnp.float32)), only(slope_T)
+        return (values, exists.astype(slope_T.dtype)), only(slope_T)
 
 
 def number_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
