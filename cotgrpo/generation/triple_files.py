@@ -27,7 +27,12 @@ RIGHT = {
     "unverified": "its answer is that of the question's row; if the row has none, every reply counts, unverified",
 }
 """`verify.without_gold` -> the rule of a right reply."""
-KEPT = {"all": "all", "shortest": "at most {}, the shortest", "diverse": "at most {}, those that differ most"}
+KEPT = {
+    "all": "all",
+    "shortest": "at most {}, the shortest",
+    "diverse": "at most {}, those that differ most",
+    "best": "at most {}, those with the highest reward",
+}
 """`verify.keep` -> the kept replies."""
 
 
@@ -63,8 +68,9 @@ def write_card(out: Path, config: GenerateConfig, summary: dict[str, Any]) -> No
     tests = [verify.test_sets] if isinstance(verify.test_sets, str) else verify.test_sets
     sampling = {name: getattr(teacher, name) for name in ("temperature", "top_p", "max_tokens")}
     named = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
-    right = f"the function `{verify.check}` accepts it" if verify.check else RIGHT[verify.without_gold]
-    kept = KEPT[verify.keep].format(verify.keep_at_most)
+    judge = verify.function or verify.check
+    right = f"the function `{judge}` accepts it" if judge else RIGHT[verify.without_gold]
+    kept = KEPT[verify.keep].format(verify.keep_at_most) + (f" (`{verify.reward}`)" if verify.reward else "")
     tested = f"{', '.join(f'`{t}`' for t in tests)} ({verify.ngram}-grams of words)" if tests else "none"
     prompt = json.dumps(dataclasses.asdict(config.prompt), indent=1, ensure_ascii=False)
     left_out = summary["rejected"] | {"right but not chosen": summary["not_chosen"], "no reply": summary["failed"]}

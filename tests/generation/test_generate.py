@@ -20,6 +20,7 @@ from helpers.faulty_server import KEY, FaultyServer
 from cotgrpo.cli import main
 from cotgrpo.config import ConfigError, GenerateConfig, parse_settings, save_config
 from cotgrpo.config.generate import VerifyConfig
+from cotgrpo.data.own.loading import OwnCodeError
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.triples import read_triples
 from cotgrpo.generation.generate import load_questions, run_generate
@@ -253,6 +254,36 @@ def test_bad_rows_are_left_out_if_asked(tmp_path: Path) -> None:
         load_questions(GenerateConfig(questions=str(path), bad_rows="drop", verify=verify))
 
 
+def test_functions_of_the_users_own_judge_and_choose(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in one loses no reply: once it is mended, the same command asks nobody again."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_judges.py").write_text(
+        "def mends(reply, gold, row):\n    return row['question'].startswith('[wrong]'), 'not wrong'\n"
+        "def fails(reply, gold, row):\n    return {'a': True}[gold]\n"
+        "def odd(reply, gold, row):\n    return 'yes'\n"
+        "def lowest(reply, gold, row):\n    return -int(gold)\n"
+    )
+    write_questions(tmp_path, ["[wrong]", "[right]", "[wrong]"])
+    for name, what in (
+        ("fails", r"failed \(KeyError: '11'\) at \S+own_judges.py:4"),
+        ("odd", "must return True or False"),
+    ):
+        message = rf"questions.jsonl:1 \(the question .*\): verify.function own_judges:{name} {what}"
+        with pytest.raises(OwnCodeError, match=message) as found:
+            generate(server, tmp_path, "--verify.function", f"own_judges:{name}")
+        assert "replies.jsonl: run the same command again" in str(found.value) and len(server.asked) == 3
+    summary = generate(server, tmp_path, "--verify.function", "own_judges:mends")
+    assert len(server.asked) == 3 and summary["kept"] == 2 and summary["rejected"]["wrong answer"] == 1
+    assert "not wrong" in all_text(tmp_path / "out")
+    assert "own_judges:mends" in (tmp_path / "out" / "README.md").read_text()
+    best = ["--verify.reward", "own_judges:lowest", "--verify.keep", "best"]
+    assert generate(server, tmp_path, *best)["kept"] == 1
+    with pytest.raises(OwnCodeError, match="own_judges:nothing cannot be loaded"):
+        generate(server, tmp_path, "--verify.function", "own_judges:nothing")
+
+
 def test_candidates_majority_and_what_loads_the_triples(server: FaultyServer, tmp_path: Path) -> None:
     """Three replies that are all the same: two are duplicates, whichever came first, and three make a majority."""
     path = write_questions(tmp_path, ["", ""])
@@ -326,6 +357,10 @@ def count_lines(path: Path) -> int:
         (["--verify.without_gold", "majority"], ("verify.without_gold", "at least 3")),
         (["--prompt.question", "no place"], ("prompt.question", "{question}", "'no place'")),
         (["--teacher.timeout", "0"], ("teacher.timeout", "positive")),
+        (["--verify.function", "module"], ("verify.function", "package.module:function", "'module'")),
+        (["--verify.keep", "best"], ("verify.reward", "belong together")),
+        (["--verify.reward", "a:b"], ("verify.reward", "belong together")),
+        (["--verify.check", "a:b", "--verify.function", "a:b"], ("verify.function", "check both")),
         (["--verify.check", "module"], ("verify.check", "package.module:function", "'module'")),
     ],
 )

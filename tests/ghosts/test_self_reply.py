@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from cotgrpo.data.own.loading import OwnCodeError
+from cotgrpo.data.own.verifier import Verifier
 from cotgrpo.data.sources import DataError
 from cotgrpo.data.template import Template
 from cotgrpo.data.tokenizer import train_tokenizer
@@ -113,3 +116,22 @@ def test_wrong_replies_are_left_out_and_none_right_is_an_error(tmp_path: Path) -
     assert 0 < len(kept) < 5
     with pytest.raises(DataError, match="None of 2 replies to each of 5 questions was right after 0 updates"):
         taken(batches(tmp_path / "none", only=0), 0, 1)
+
+
+def test_a_verifier_of_the_users_own_decides() -> None:
+    """It sees the whole reply and the row; of its right replies the one with the highest reward is kept."""
+    seen = []
+
+    def verify(reply: str, gold: str, row: dict[str, Any]) -> tuple[bool, str]:
+        seen.append((reply, gold, row["mark"]))
+        return reply.startswith("good"), "not good"
+
+    row = dataclasses.replace(TRIPLES[0], row={"mark": 3})
+    replies = [sampled(f"bad<sep>{row.answer}"), sampled("good<sep>5", -2.0), sampled("good and long<sep>5", -1.0)]
+    kept = lambda **own: best_reply(dataclasses.replace(TEMPLATE, verifier=Verifier(verify, **own)), row, replies)
+    assert getattr(kept(), "rationale", None) == "good and long"
+    assert seen == [(reply, row.answer, 3) for reply in (f"bad<sep>{row.answer}", "good<sep>5", "good and long<sep>5")]
+    assert getattr(kept(reward=lambda reply, gold, row: -len(reply)), "rationale", None) == "good"
+    verifier = Verifier(lambda reply, gold, row: row["nothing"])
+    with pytest.raises(OwnCodeError, match=r"verify.function .*failed \(KeyError: 'nothing'\) at .*test_self_reply.py"):
+        best_reply(dataclasses.replace(TEMPLATE, verifier=verifier), row, replies)

@@ -150,8 +150,8 @@ def describe(error: BaseException) -> str:
     shown = f"{type(error).__name__}: {text[:LONGEST_ERROR]}" if text else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"({shown}) at {error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if not frame.filename.startswith(("<", PACKAGE + os.sep))]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if not frame.filename.startswith(("<", PACKAGE + os.sep))]
     installed = [frame for frame in frames if frame.filename.startswith(LIBRARIES) or "site-packages" in frame.filename]
     own = [f for f in frames if f not in installed and not f.filename.startswith(STANDARD)] or installed
     return f"({shown}) at {own[-1].filename}:{own[-1].lineno}" if own else f"({shown})"
