@@ -219,11 +219,16 @@ def stages_of(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each setting that differs between runs that have settings, with its value in each run; "" if missing."""
+    """Yield each setting that differs between runs, with its value in each; "" if it is missing.
+
+    Runs without any setting of its section, as those of another stage, do not count.
+    """
     known = [run.settings for run in runs]
     for key in dict.fromkeys(key for settings in known for key in settings):
         values = [json.dumps(s[key], ensure_ascii=False, default=str) if key in s else "" for s in known]
-        if len({value for value, settings in zip(values, known, strict=True) if settings}) > 1:
+        section = key.partition(".")[0]
+        sections = [{name.partition(".")[0] for name in settings} for settings in known]
+        if len({value for value, there in zip(values, sections, strict=True) if section in there}) > 1:
             yield key, values
 
 

@@ -67,6 +67,7 @@ def test_runs_side_by_side(runs: Path) -> None:
     row = re.search(r"<tr><td><code>sft.optimizer.learning_rate</code></td><td>(.*?)</td><td>(.*?)</td>", text)
     assert row is not None and row.groups() == ("0.1", "0.2")
     assert "run_dir" not in text and "<code>seed" not in text, "settings that are the same, or say nothing"
+    assert "<code>grpo." not in text, "one run alone has that stage"
     assert "<strong>62.5%</strong>" in text and "30.0% to 70.0%, n = 20" in text and "not measured" in text
     assert 'id="curves-sft"' in text and 'id="curves-grpo"' in text
     chart = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
