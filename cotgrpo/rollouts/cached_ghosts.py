@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -68,12 +69,14 @@ class Cache:
         top_logprobs: how many tokens there are at each place.
         tokenizer: the fingerprint of the student's tokenizer, in a cache of ids; else empty.
         replies: by the row's texts.
+        crc: of the file, by which a run that resumes knows it again.
     """
 
     path: Path
     top_logprobs: int
     tokenizer: Mapping[str, str]
     replies: dict[Key, CachedReply]
+    crc: int = 0
 
 
 def bytes_of(piece: str | Sequence[int]) -> bytes:
@@ -161,7 +164,7 @@ def read_cache(path: str | Path) -> Cache:
         reply = CachedReply(key, **{name: row[name] or () for name in row})
         check_entry(reply, f"{path}: row {number}")
         replies.setdefault(key, reply)
-    return Cache(path, int(about["top_logprobs"]), about["tokenizer"], replies)
+    return Cache(path, int(about["top_logprobs"]), about["tokenizer"], replies, zlib.crc32(path.read_bytes()))
 
 
 def check_entry(reply: CachedReply, place: str) -> None:
@@ -359,10 +362,11 @@ class CachedBatches:
 
     Args:
         batches: from `make_batches`, of examples of `with_cached_ghosts`.
+        cache: where the ghosts come from.
     """
 
-    def __init__(self, batches: Any) -> None:
-        self.batches = batches
+    def __init__(self, batches: Any, cache: Cache) -> None:
+        self.batches, self.cache = batches, cache
 
     def __next__(self) -> GhostBatch:
         batch: SftBatch = next(self.batches)
@@ -371,10 +375,14 @@ class CachedBatches:
         return GhostBatch.teacher_forced(batch).replace(ghost_tokens=ghosts, extra=extra)
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position."""
-        state: dict[str, Any] = self.batches.get_state()
-        return state
+        """Return the position, and what the file is known by."""
+        return {"batches": self.batches.get_state(), "crc": self.cache.crc}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore the position."""
-        self.batches.set_state(state)
+        """Restore the position. Raises DataError if the file has changed."""
+        if state["crc"] != self.cache.crc:
+            raise DataError(
+                f"{self.cache.path} has changed since the run was stopped, which would be another run. Put the file "
+                "back, or choose another run_dir."
+            )
+        self.batches.set_state(state["batches"])

@@ -192,7 +192,7 @@ def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console:
         packing=data.packing,
         only_rows=own_rows(model, batch_size),
     )
-    return CachedBatches(batches)
+    return CachedBatches(batches, cache)
 
 
 def live_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -157,9 +158,11 @@ def test_each_context_has_what_the_teacher_said_at_that_place_of_the_text(
     vocabulary = Vocabulary(template.tokenizer, len(template.tokenizer))
     found, report = with_cached_ghosts(examples, triples, cache, vocabulary, top_k=3, choice="argmax", missing="error")
     assert report.with_entry == report.rows == len(examples) and report.known > 0.7 * report.targets
-    batches = CachedBatches(
-        make_batches(found, batch_size=3, seq_len=192, packing=packing, shuffle=False, num_epochs=1)
-    )
+    packed = make_batches(found, batch_size=3, seq_len=192, packing=packing, shuffle=False, num_epochs=1)
+    batches = CachedBatches(packed, cache)
+    state = batches.get_state()
+    with pytest.raises(DataError, match="has changed since the run was stopped"):
+        CachedBatches(packed, dataclasses.replace(cache, crc=1)).set_state(state)
     seen = 0
     while True:
         try:

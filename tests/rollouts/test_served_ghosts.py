@@ -107,13 +107,13 @@ def test_server_and_run_are_killed_and_the_metrics_are_those_of_an_undisturbed_r
     with ScoringServer(model[0], model[1], ("vllm",)) as server:
         assert grpo(folder, tmp_path / "whole", *SERVED, *HARDEST, "--grpo.ghosts.base_url", server.url) == 0
         count = len(server.asked)
-    assert count > 20
+    assert count > 16  # to find out how the server is asked, to compare tokenizers, and two a rollout
     run = lambda url: grpo(folder, tmp_path / "cut", *SERVED, *HARDEST, "--grpo.ghosts.base_url", url)
 
     stopped = threading.Event()
 
     def stop(path: str, body: Any) -> None:
-        if len(server.asked) == count // 2 and not stopped.is_set():
+        if len(server.asked) == count - 6 and not stopped.is_set():
             stopped.set()
             server.closed = True  # it answers nothing any more
             threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
@@ -131,7 +131,7 @@ def test_server_and_run_are_killed_and_the_metrics_are_those_of_an_undisturbed_r
         down.closed = False
 
     def fail_once(path: str, body: Any) -> None:
-        if len(down.asked) == 12:
+        if len(down.asked) == 11:
             threading.Thread(target=restart).start()
 
     with ScoringServer(model[0], model[1], ("vllm",), fault=fail_once) as down:
@@ -180,6 +180,7 @@ def test_wrong_settings(
     assert message in error_of(capsys)
 
 
+@pytest.mark.slow
 def test_the_address_of_the_server_may_change_and_the_model_may_not(
     folder: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +209,7 @@ def score(folder: Path, url: str, out: Path, *more: str) -> int:
     return main(["generate", *rows, *where, "--top_logprobs", "4", *more])
 
 
+@pytest.mark.slow
 def test_given_replies_are_scored_for_a_student_and_trained_on_without_the_server(
     folder: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
