@@ -145,7 +145,7 @@ class HeldOut:
         names = [] if self.sampled is None else [f"pass@{k}" for k in self.sampled.ks]
         sets = found.get("sets", {})
         drawn = [found.get("sampled", {}), *(each.get("sampled", {}) for each in sets.values())]
-        same = all({name: each.get(name) for name in draws} == draws for each in drawn)
+        same = all(bool(each) == bool(draws) and {name: each.get(name) for name in draws} == draws for each in drawn)
         asked = {name: [[r["question"], r["gold"]] for r in each["replies"]] for name, each in sets.items()}
         return (
             same

@@ -24,6 +24,7 @@ from cotgrpo.reports.report import ReportError, read_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import Model, model_of
 from cotgrpo.training.stages import newest_stage
+from cotgrpo.training.steps import recorded_epochs, with_steps
 from cotgrpo.training.weights import WHOLE, StageWeights, merged_text, restore_weights
 
 
@@ -61,6 +62,7 @@ def run_export(
     console = console or Console()
     say_stops((run_dir / "sft", run_dir / "grpo"), console)
     config = load_config(folder / "config.yaml", may_be_newer=True)
+    config = with_steps(config, stage, recorded_epochs(config, stage, folder))
     if allow_changed:
         allowed = allow_changed if isinstance(allow_changed, str) else list(allow_changed)
         config = dataclasses.replace(config, allow_changed=allowed)
