@@ -10,6 +10,7 @@ from cotgrpo.config.ghosts import (
     SelfReply,
     TeacherForced,
     TeacherModel,
+    Teachers,
     TeacherServer,
     VerifiedReward,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "TeacherForced",
     "TeacherModel",
     "TeacherServer",
+    "Teachers",
     "TokenizerConfig",
     "VerifiedReward",
     "VerifyConfig",

@@ -6,7 +6,7 @@ GRPO here is GhostRespond Policy Optimization, not Group Relative.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, expect
 from cotgrpo.teacher_servers.server import ServerSettings
@@ -114,7 +114,49 @@ class LiveGhosts(StudentReplies):
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherModel(LiveGhosts, Prompted):
+class Teachers(LiveGhosts, Prompted):
+    """A live ghost that may be one of several.
+
+    Attributes:
+        teachers: several teachers in place of one. Each batch has one of them. Without a route: each with its share of
+            the batches, as {org/a: 0.7, org/b: 0.3}. With one: the teacher of each value of the field, as
+            {math: org/a, "*": org/b}, where * stands for all other values.
+        route: field of the questions' rows that decides which teacher they have; empty: the shares decide.
+    """
+
+    teachers: dict[str, float | str] = dataclasses.field(default_factory=dict, hash=False)
+    route: str = ""
+
+    one: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teachers and self.route:
+            raise ConfigError(
+                f"route is {self.route!r}, but teachers is empty: name the teacher of each of its values."
+            )
+        if self.teachers and getattr(self, self.one):
+            raise ConfigError(f"{self.one} names one teacher, and teachers several: give one of the two.")
+        for name, value in self.teachers.items():
+            is_share = isinstance(value, float | int) and not isinstance(value, bool) and value > 0
+            if not self.route and not is_share:
+                raise ConfigError(f"teachers.{name} must be a share above 0 (or set route), got {value!r}.")
+            if self.route and not (isinstance(value, str) and value.strip()):
+                raise ConfigError(f"teachers.{name} must name the teacher of that {self.route}, got {value!r}.")
+
+    @property
+    def names(self) -> list[str]:
+        """The teachers, if there are several."""
+        return list(dict.fromkeys(str(value) for value in self.teachers.values())) if self.route else [*self.teachers]
+
+    def alone(self, name: str) -> Teachers:
+        """Return the settings of one of several teachers."""
+        own: dict[str, Any] = {"teachers": {}, "route": "", self.one: name}
+        return dataclasses.replace(self, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherModel(Teachers):
     """A live ghost that is another model.
 
     Attributes:
@@ -127,10 +169,11 @@ class TeacherModel(LiveGhosts, Prompted):
     other_tokenizer: bool = False
 
     source: ClassVar[str] = "teacher_model"
+    one: ClassVar[str] = "teacher"
 
     @property
     def is_fixed_model(self) -> bool:
-        return not self.other_tokenizer
+        return not self.other_tokenizer and not self.teachers
 
     @property
     def has_other_tokenizer(self) -> bool:
@@ -138,14 +181,14 @@ class TeacherModel(LiveGhosts, Prompted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(bool(self.teacher), self, "teacher", "the folder or hub id of the live teacher")
+        expect(bool(self.teacher or self.teachers), self, "teacher", "the folder or hub id of the live teacher")
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherServer(LiveGhosts, Prompted, ServerSettings):
+class TeacherServer(Teachers, ServerSettings):
     """A live ghost behind an endpoint: a server that returns the log-probabilities of a given text.
 
-    docs/teachers.md has the commands for vLLM, SGLang and llama.cpp.
+    docs/teachers.md has the commands for vLLM, SGLang and llama.cpp. Several teachers are named by their base_url.
 
     Attributes:
         top_logprobs: likeliest tokens that the server is asked for at each prefix; null: as many as the objective
@@ -161,6 +204,7 @@ class TeacherServer(LiveGhosts, Prompted, ServerSettings):
     tokenizer: str | None = None
 
     source: ClassVar[str] = "teacher_server"
+    one: ClassVar[str] = "base_url"
 
     @property
     def has_other_tokenizer(self) -> bool:
@@ -169,7 +213,10 @@ class TeacherServer(LiveGhosts, Prompted, ServerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         ServerSettings.__post_init__(self)
-        expect(bool(self.base_url), self, "base_url", "the server's address, such as http://localhost:8000/v1")
+        address = "the server's address, such as http://localhost:8000/v1"
+        expect(bool(self.base_url or self.teachers), self, "base_url", address)
+        if self.teachers and self.prefetch_rollouts:
+            raise ConfigError("prefetch_rollouts needs one teacher, for the next batch may have another. Remove it.")
         expect(self.top_logprobs is None or self.top_logprobs >= 1, self, "top_logprobs", "at least 1 or null")
 
     def wanted(self, top_k: int) -> int:

@@ -7,7 +7,7 @@ import functools
 import re
 from typing import Literal
 
-from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherForced, VerifiedReward
+from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherForced, Teachers, VerifiedReward
 from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, TrackerConfig, check_callbacks
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
@@ -524,6 +524,11 @@ class Config:
                 f"run_dir must be a folder of this machine, got {self.run_dir!r}: logs are appended to, which a bucket "
                 "does not do. Mount it, or set checkpoint.folder, which may be a gs:// or s3:// bucket."
             )
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether more is read of a row than its texts: by a verifier of one's own, or by a route to teachers."""
+        return self.verify.is_own or (isinstance(self.grpo.ghosts, Teachers) and bool(self.grpo.ghosts.route))
 
     @property
     def allowed_changes(self) -> frozenset[str]:

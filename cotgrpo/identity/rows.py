@@ -158,7 +158,7 @@ def read_into_memory(config: Config, console: Console, known: Known) -> StageRow
             progress.over(rows),
             bad_rows=data.bad_rows,
             keep_incorrect=data.keep_incorrect,
-            keep_rows=config.verify.is_own,
+            keep_rows=config.reads_rows,
         )
     check_usable(train, names, report)
     reports = {"training rows": report}
@@ -420,7 +420,7 @@ def indexed(config: Config, folder: Path, console: Console) -> StreamedTriples:
             data.keep_incorrect,
             data.columns,
             data.row_function,
-            keep_rows=config.verify.is_own,
+            keep_rows=config.reads_rows,
         )
 
     on_process_0(lambda: len(index().files))

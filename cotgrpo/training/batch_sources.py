@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,6 +27,7 @@ from cotgrpo.config import (
     SelfReply,
     TeacherForced,
     TeacherModel,
+    Teachers,
     TeacherServer,
     VerifiedReward,
 )
@@ -55,6 +56,7 @@ from cotgrpo.rollouts.other_tokenizer import LocalScorer, OtherTokenizer, TwoTok
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.self_replies import SelfReplyBatches, SelfReplySettings
 from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, own_prompt, sample_texts
+from cotgrpo.rollouts.several_teachers import SeveralTeachers, by_field
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import batch_sharding, jit_eval
 from cotgrpo.teacher_servers.server import Scorer, ScoringServer
@@ -94,6 +96,8 @@ def make_stage_batches(
     """
     ghosts = TeacherForced() if stage == "sft" else config.grpo.ghosts
     check_streaming(config, ghosts)
+    if isinstance(ghosts, Teachers) and ghosts.teachers:
+        return several_teachers(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, LiveGhosts):
         return live_batches(ghosts, config, inputs, weights, folder, console)
     if isinstance(ghosts, Cached):
@@ -195,6 +199,41 @@ def cached_batches(ghosts: Cached, config: Config, inputs: StageInputs, console:
     return CachedBatches(batches, cache)
 
 
+def several_teachers(
+    ghosts: Teachers,
+    config: Config,
+    inputs: StageInputs,
+    weights: StageWeights,
+    folder: Path,
+    console: Console = QUIET,
+) -> SeveralTeachers:
+    """Return batches with one of several live teachers each.
+
+    Raises:
+        ConfigError: rows that are streamed, and a route.
+        DataError, ModelError, TeacherError: a row without a teacher, or as `live_batches` does.
+    """
+    if ghosts.route and config.data.streaming and not ghosts.prompts:
+        raise ConfigError(
+            "grpo.ghosts.route needs the questions in memory: set data.streaming to false, name them in "
+            "grpo.ghosts.prompts, or give the teachers shares in place of a route."
+        )
+    questions = rollout_prompts(ghosts, config, inputs, console)
+    named: Mapping[str, Sequence[RolloutPrompt]]
+    if ghosts.route:
+        named = by_field(questions, ghosts.route, {value: str(name) for value, name in ghosts.teachers.items()})
+        shares = {name: float(len(rows)) for name, rows in named.items()}
+        counted = ", ".join(f"{name} {len(rows):,}" for name, rows in named.items())
+        say(console, f"questions by {ghosts.route}: {counted}")
+    else:
+        named, shares = dict.fromkeys(ghosts.names, questions), {n: float(v) for n, v in ghosts.teachers.items()}
+    sources = {
+        name: live_batches(ghosts.alone(name), config, inputs, weights, folder, console, questions=rows)
+        for name, rows in named.items()
+    }
+    return SeveralTeachers(sources, shares, seed=config.seed)
+
+
 def live_batches(
     ghosts: LiveGhosts,
     config: Config,
@@ -202,8 +241,11 @@ def live_batches(
     weights: StageWeights,
     folder: Path,
     console: Console = QUIET,
+    questions: Sequence[RolloutPrompt] | None = None,
 ) -> OnPolicyBatches:
     """Return the batches of a stage with live ghosts. A frozen `privileged_self` keeps a copy of what is trained.
+
+    `questions` are what the student replies to; None: those of the settings.
 
     Raises:
         ModelError: a teacher that cannot be read, or has another tokenizer.
@@ -211,7 +253,7 @@ def live_batches(
     """
     model = inputs.model
     if isinstance(ghosts, TeacherServer) or (isinstance(ghosts, TeacherModel) and ghosts.has_other_tokenizer):
-        return served_batches(ghosts, config, inputs, weights, folder, console)
+        return served_batches(ghosts, config, inputs, weights, folder, console, questions)
     if isinstance(ghosts, TeacherModel):
         teacher, teacher_params = live_teacher(model, str(ghosts.teacher))
     else:
@@ -221,8 +263,8 @@ def live_batches(
     is_reference = objectives.reads_teacher(config.grpo.full_objective)
     settings, top_k = live_settings(ghosts, config), listed_tokens(config, model)
     sampler = student_sampler(inputs, ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size)
-    drawn = {"drawn_ghosts": ghosts.choice == "drawn", "top_k": top_k, "reference_rows": is_reference}
-    questions = rollout_prompts(ghosts, config, inputs, console)
+    drawn: dict[str, Any] = {"drawn_ghosts": ghosts.choice == "drawn", "top_k": top_k, "reference_rows": is_reference}
+    questions = rollout_prompts(ghosts, config, inputs, console) if questions is None else questions
     options: dict[str, Any] = {
         "seed": config.seed,
         "merged": weights.adapted,
@@ -318,6 +360,7 @@ def served_batches(
     weights: StageWeights,
     folder: Path,
     console: Console = QUIET,
+    questions: Sequence[RolloutPrompt] | None = None,
 ) -> ServedGhostBatches:
     """Return the batches of a stage whose live ghost is on a server, or has another tokenizer than the student.
 
@@ -329,7 +372,7 @@ def served_batches(
         ConfigError: a teacher in this process with another tokenizer, and several processes.
     """
     model, settings, top_k = inputs.model, live_settings(ghosts, config), listed_tokens(config, inputs.model)
-    questions = rollout_prompts(ghosts, config, inputs, console)
+    questions = rollout_prompts(ghosts, config, inputs, console) if questions is None else questions
     other = other_tokens(ghosts, inputs) if ghosts.has_other_tokenizer else None
     scored_top_k = min(ghosts.wanted(top_k), model.vocab_size) if isinstance(ghosts, TeacherServer) else 1
     scorer: Scorer | None = None

@@ -491,7 +491,7 @@ def run_identity(config: Config, stage: str) -> dict[str, Any]:
     sections = {name: whole[name] for name in SECTIONS_OF_A_RUN} | {"data": data, stage: own}
     if stage == "grpo":  # it may learn from verdicts
         sections["verify"] = whole["verify"]
-    settings = flat(sections, leaves=("data.columns", "grpo.objective.options"))
+    settings = flat(sections, leaves=("data.columns", "grpo.objective.options", "grpo.ghosts.teachers"))
     return {key: value for key, value in settings if key not in FREE_SERVER_SETTINGS}
 
 
