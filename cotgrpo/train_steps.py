@@ -11,7 +11,6 @@ batch. So accumulation and any sharding give the same update as one big batch.
 from __future__ import annotations
 
 import functools
-import re
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import checkify
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from cotgrpo import objectives
 from cotgrpo.objectives import Nll, Objective, Pair, TokenInputs
@@ -52,8 +52,11 @@ if TYPE_CHECKING:
 Step = Callable[..., tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`, or `step(state, batch, reference_params)` when built with a reference."""
 
-COSTLY_UPDATE = re.compile(r"\b(dot_general|conv_general_dilated|while|scan)\b")
-"""Primitives in the text of an optimizer's update that make it costly."""
+COSTLY_UPDATE = frozenset(
+    {"dot_general", "ragged_dot_general", "conv_general_dilated", "while", "scan"}
+    | {"cholesky", "eig", "eigh", "lu", "qr", "svd", "triangular_solve"}
+)
+"""JAX's primitives that make an optimizer's update costly."""
 
 
 def make_sft_step(
@@ -506,9 +509,19 @@ def stays_finite(
     memory. An update with matrix products or loops (Muon, L-BFGS) costs more than its copy, and is computed once.
     """
     old = (state.opt_state, state.params)
-    costly = COSTLY_UPDATE.search(str(jax.make_jaxpr(advance)(*old))) is not None
+    costly = not COSTLY_UPDATE.isdisjoint(primitives(jax.make_jaxpr(advance)(*old).jaxpr))
     params, opt_state = advance(*(old if costly else jax.lax.optimization_barrier(old)))
     return all_finite(params, opt_state, state.opt_state)
+
+
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """Return the names of all primitives of a program, also of those that it calls."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    is_program = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+    for equation in jaxpr.eqns:
+        for inner in filter(is_program, jax.tree.leaves(equation.params, is_leaf=is_program)):
+            found |= primitives(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+    return found
 
 
 def all_finite(params: Params, opt_state: optax.OptState, before: optax.OptState) -> Bool[Array, ""]:

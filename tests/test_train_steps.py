@@ -16,6 +16,7 @@ from cotgrpo import GhostBatch, Metric, Nll, Pair, ReferenceKl, Reinforce, Rewar
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import LoraConfig, init_lora, make_lora_step
 from cotgrpo.objectives import GroupRelative
+from cotgrpo.train_steps import COSTLY_UPDATE, primitives
 
 CONFIG = DecoderConfig(vocab_size=61, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
 B, T = 8, 24
@@ -295,6 +296,40 @@ def test_a_step_that_leads_to_numbers_that_are_not_finite_is_skipped(make: Any, 
     if spoil_batch is not same:
         state, metrics = step(state, batch, *extra)
         assert metrics["skipped"].mean() == 0 and np.isfinite(metrics["loss"].mean())
+
+
+@jax.jit
+def scan(x: jax.Array) -> jax.Array:
+    """A function whose name is that of a primitive."""
+    return x + 1
+
+
+@jax.custom_jvp
+def own_gradient(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
+own_gradient.defjvp(lambda x, dx: (own_gradient(*x), dx[0]))
+
+
+@pytest.mark.parametrize(
+    ("function", "costly"),
+    [
+        (lambda x: x @ x, {"dot_general"}),
+        (jax.jit(jax.jit(lambda x: x @ x)), {"dot_general"}),
+        (jax.checkpoint(lambda x: jnp.linalg.qr(x)[0]), {"qr"}),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x, lambda x: x @ x, x), {"dot_general"}),
+        (lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=2)[0], {"dot_general", "scan"}),
+        (lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 3, lambda c: c + 1, x), {"while"}),
+        (jax.vmap(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c + 1, x)), {"scan"}),
+        (own_gradient, {"dot_general"}),
+        (scan, set()),
+        (lambda x: jnp.where(jnp.isfinite(x), jnp.sqrt(x) * jnp.sum(x), 0), set()),
+    ],
+)
+def test_a_costly_update_is_known_by_its_primitives(function: Any, costly: set[str]) -> None:
+    found = primitives(jax.make_jaxpr(function)(jnp.ones((2, 2))).jaxpr)
+    assert found & COSTLY_UPDATE == costly
 
 
 def test_an_absurd_update_is_taken_and_the_steps_after_it_are_skipped() -> None:
