@@ -83,7 +83,9 @@ def scored_batch(
     widen = lambda x: jnp.pad(jnp.asarray(x), ((0, 0), (P - 1, 1), *((0, 0),) * (x.ndim - 2)))
     mask_BT = own.loss_mask * widen(known)
     here = lambda x: jnp.where(mask_BT.reshape(mask_BT.shape + (1,) * (x.ndim - 2)) != 0, x, 0)
-    extra = {} if tops is None else {"top_ids": here(widen(tops[0])), "top_log_probs": here(widen(tops[1]))}
+    extra: dict[str, AnyArray] = (
+        {} if tops is None else {"top_ids": here(widen(tops[0])), "top_log_probs": here(widen(tops[1]))}
+    )
     batch = GhostBatch(
         tokens=own.tokens,
         ghost_tokens=here(widen(ghosts)),
