@@ -31,7 +31,7 @@ from cotgrpo import objectives
 from cotgrpo.objectives import MASKED_LOGIT, Objective, TokenInputs
 from cotgrpo.sharding import constrain_param, vary_alike
 from cotgrpo.token_shards import ONLY_SHARD, Shard, over_shards
-from cotgrpo.types import Student, project
+from cotgrpo.types import Student, at_least_float32, project, same_dtype
 from cotgrpo.xla_cpu import outer_product_sum
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class HeadSpec:
     def logits(
         self, rows_TD: Float[Array, "T D"], head_DV: Float[Array, "D V"] | None, shard: Shard = ONLY_SHARD
     ) -> Float[Array, "S W"]:
-        """Return float32 logits of a tile, whole rows of them. Padded columns get `MASKED_LOGIT`."""
+        """Return the logits of a tile, whole rows of at least float32. Padded columns get `MASKED_LOGIT`."""
         logits_TV = shard.whole_rows(project(rows_TD, head_DV, self.softcap))
         return jnp.where(self.is_real(logits_TV), logits_TV, MASKED_LOGIT) if self.vocab_size else logits_TV
 
@@ -125,9 +125,10 @@ def tiled_loss(
         tile_size: tokens a tile; None chooses (see `default_tile_size`).
 
     Returns:
-        The loss sum and a dict of metric sums, float32 scalars. Only the loss carries a gradient, and only to `hidden`
-        and `head_DV`.
+        The loss sum and a dict of metric sums: scalars, float64 if `hidden` or the head are so, else float32. Only the
+        loss carries a gradient, and only to `hidden` and `head_DV`.
     """
+    inputs = computable(inputs, at_least_float32(hidden, head_DV))
     loss = TiledLoss(objective, spec, HeadSpec() if reference is None else reference.spec, tile_size)
 
     @jax.custom_vjp
@@ -139,7 +140,9 @@ def tiled_loss(
 
     def backward(grads: PyTree, cotangents: Sums) -> tuple[Array, Array | None, None]:
         scale, _ = cotangents
-        dhidden, dhead = jax.tree.map(lambda g, like: (scale * g).astype(like.dtype), grads, (hidden_like, head_like))
+        dhidden, dhead = jax.tree.map(
+            lambda g, like: (scale.astype(g.dtype) * g).astype(like.dtype), grads, (hidden_like, head_like)
+        )
         return dhidden, dhead, None
 
     hidden_like = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
@@ -147,6 +150,17 @@ def tiled_loss(
     total.defvjp(forward, backward)
     frozen = (None, None) if reference is None else (reference.hidden, reference.head)
     return total(*vary_alike(hidden, head_DV, (inputs, uniform, frozen)))
+
+
+def computable(inputs: TokenInputs, dtype: jnp.dtype) -> TokenInputs:
+    """Return the inputs with ids in int32, and all floats in the type of the logits."""
+    floats = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return inputs.replace(
+        ghost=inputs.ghost.astype(jnp.int32),
+        weight=inputs.weight.astype(dtype),
+        drawn=None if inputs.drawn is None else inputs.drawn.astype(jnp.int32),
+        extra={name: floats(jnp.asarray(x)) for name, x in inputs.extra.items()},
+    )
 
 
 def default_tile_size(num_tokens: int, vocab_size: int, platform: str | None = None) -> int:
@@ -195,7 +209,7 @@ class LiveTiles(NamedTuple):
             sums, rows = carry
             start = index * self.size
             token_T = jax.lax.dynamic_slice_in_dim(padded, start, self.size)
-            is_live_T = start + jnp.arange(self.size) < self.num_live
+            is_live_T = start + jnp.arange(self.size, dtype=jnp.int32) < self.num_live
             tile_sums, tile_rows = tile(token_T, is_live_T)
             put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
             return jax.tree.map(jnp.add, sums, tile_sums), jax.tree.map(put, rows, tile_rows)
@@ -241,11 +255,11 @@ def map_live_tiles(
     def one_shard(shard: Shard, rows: PyTree, heads: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
         shape = weight.shape
         flat = jax.tree.map(lambda x: x.reshape(weight.size, *x.shape[len(shape) :]), rows)
-        live_N = weight.reshape(-1) != 0
+        live_N = weight.reshape(-1).astype(bool)
         size = min(tile_size or default_tile_size(live_N.size, vocab_size), live_N.size)
         size = -(-size // shard.parts) * shard.parts
         # JAX forgets that the result of argsort varies as its argument does.
-        order_N, num_live = vary_alike(jnp.argsort(~live_N, stable=True), jnp.sum(live_N))
+        order_N, num_live = vary_alike(jnp.argsort(~live_N, stable=True), jnp.sum(live_N, dtype=jnp.int32))
         tiles = LiveTiles(order_N, num_live, size)
         pick = lambda token_T: jax.tree.map(lambda x: x[token_T], flat)
         run = lambda token_T, is_live_T: tile(pick(token_T), heads, is_live_T, shard)
@@ -282,7 +296,7 @@ class TiledLoss:
     def sums_and_grads(
         self, hidden: Float[Array, "*batch D"], head_DV: Float[Array, "D V"] | None, rest: PyTree
     ) -> tuple[Sums, tuple[Float[Array, "*batch D"], Float[Array, "D V"] | None]]:
-        """Return the sums, and the gradients `(d hidden, d head)`; `d head` is float32, or None without a head."""
+        """Return the sums, and the gradients `(d hidden, d head)`: `d head` in the logits' type, or None."""
         evaluate = objectives.value_and_grad(self.objective)
 
         def tile(
@@ -295,9 +309,10 @@ class TiledLoss:
             head_DV, _ = heads
             if head_DV is None:
                 return (sums, None), dlogits_TV.astype(hidden_TD.dtype)
+            dtype = dlogits_TV.dtype
             dlogits_TV = dlogits_TV.astype(head_DV.dtype)
-            dhidden_TD = shard.sum_of_columns(jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=jnp.float32))
-            dhead_DV = outer_product_sum(hidden_TD, dlogits_TV, jnp.float32)
+            dhidden_TD = shard.sum_of_columns(jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=dtype))
+            dhead_DV = outer_product_sum(*same_dtype(hidden_TD, dlogits_TV), dtype)
             return (sums, dhead_DV), dhidden_TD.astype(hidden_TD.dtype)
 
         (sums, dhead), dhidden = self.over_tiles(tile, hidden, head_DV, rest)
@@ -337,6 +352,8 @@ class TiledLoss:
         inputs = inputs.replace(weight=jnp.where(is_live_T, inputs.weight, 0.0))
         logits_TV = self.spec.logits(hidden_TD, head_DV, shard)
         reference_TV = None if reference_TD is None else self.reference_spec.logits(reference_TD, reference_head, shard)
+        if reference_TV is not None:
+            reference_TV = reference_TV.astype(logits_TV.dtype)
         inputs, uniform = shard.own_tokens((inputs, uniform))
         sums, dlogits_TV = jax.lax.platform_dependent(
             logits_TV,
@@ -391,9 +408,10 @@ class TiledLoss:
         values, dlogits_TV = jax.vmap(functools.partial(mean_over_draws, evaluate))(logits_TV, inputs)
         live_T = inputs.weight != 0
         # A select and not only a product: a skipped row's values, even NaN, must not reach the sums.
-        sums = jax.tree.map(lambda x: jnp.sum(jnp.where(live_T, inputs.weight * x, 0.0)), values)
+        weigh = lambda weight, x: weight * jnp.asarray(x).astype(weight.dtype)  # a metric may be an integer or a bool
+        sums = jax.tree.map(lambda x: jnp.sum(jnp.where(live_T, weigh(inputs.weight, x), 0.0)), values)
         if dlogits_TV is not None:
-            dlogits_TV = jnp.where(live_T[:, None], inputs.weight[:, None] * dlogits_TV, 0.0)
+            dlogits_TV = jnp.where(live_T[:, None], weigh(inputs.weight[:, None], dlogits_TV), 0.0)
             dlogits_TV = self.spec.pull_back(logits_TV, dlogits_TV)
         return sums, dlogits_TV
 

@@ -40,7 +40,7 @@ def with_replies(prompts: Prompts, replies: Replies) -> SftBatch:
     P = prompts.tokens.shape[1]
     N = replies.tokens.shape[1]
     tokens_BT = jnp.concatenate([jnp.asarray(prompts.tokens), replies.tokens], axis=1)
-    column_T = jnp.arange(P + N)[None, :]
+    column_T = jnp.arange(P + N, dtype=jnp.int32)[None, :]
     first_B, end_B = P - jnp.asarray(prompts.lengths)[:, None], P + replies.lengths[:, None]
     real_BT = (column_T >= first_B) & (column_T < end_B)
     return SftBatch(
@@ -166,7 +166,7 @@ def reweighted(
     """
     log_prob = lambda logits_V, token: softmax(logits_V).log_prob(token)
     now_BT = map_contexts(student, jax.lax.stop_gradient(params), ghosts, log_prob, own_targets(ghosts))
-    change_BT = jnp.where(jnp.asarray(ghosts.loss_mask) != 0, now_BT - log_probs, 0.0)
+    change_BT = jnp.where(jnp.asarray(ghosts.loss_mask) != 0, now_BT - log_probs.astype(now_BT.dtype), 0.0)
     before_BT = jnp.cumsum(change_BT, axis=1) - change_BT
     weight_BT = jnp.where(own, jnp.clip(jnp.exp(before_BT), 1 - clip, 1 + clip), 1.0)
     if "ghost_weights" in ghosts.extra:

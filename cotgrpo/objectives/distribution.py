@@ -12,7 +12,7 @@ from cotgrpo.xla_cpu import materialized_on_cpu, vocab_sum
 
 if TYPE_CHECKING:
     from cotgrpo.objectives.protocol import TokenInputs
-    from cotgrpo.types import Array, Float, Int
+    from cotgrpo.types import Array, Bool, Float, Int
 
 MASKED_LOGIT = -1e30
 """The logit of an impossible token (a padded column of the head). It is finite, so `0 * logit` is 0 and not NaN."""
@@ -67,13 +67,23 @@ def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(x >= 0, x + rest, rest)  # JAX's derivative of |x| is 1 at 0, so this one's is 1/2
 
 
+def is_token(row_V: Float[Array, "V"], token: Int[Array, ""]) -> Bool[Array, "V"]:
+    """Return which entry of a row belongs to a token: its one-hot vector, as booleans."""
+    return jnp.arange(row_V.shape[0], dtype=jnp.int32) == jnp.asarray(token).astype(jnp.int32)
+
+
+def as_number(holds: Bool[Array, "*shape"], like: Float[Array, "..."]) -> Float[Array, "*shape"]:
+    """Return 1 if a condition holds, else 0, in the type of another array."""
+    return holds.astype(like.dtype)
+
+
 def toward_ghost(slope_V: Float[Array, "V"], ghost: Int[Array, ""]) -> Float[Array, "V"]:
     """Return the logit gradient `sum_y s(y) (e_y - e_ghost)` of slopes s.
 
     Every y is pushed down, and the ghost is pushed up by the sum. The slope at the ghost itself cancels. It is left
     out, so that a lone y = y* gives exactly zero.
     """
-    is_ghost_V = jnp.arange(slope_V.shape[0]) == ghost
+    is_ghost_V = is_token(slope_V, ghost)
     others_V = jnp.where(is_ghost_V, 0.0, slope_V)
     return jnp.where(is_ghost_V, -jnp.sum(others_V), others_V)
 
@@ -108,10 +118,8 @@ def distribution_metrics(student: Distribution, inputs: TokenInputs) -> dict[str
     `entropy` is that of p, in nats. `token_accuracy` is 1 if the ghost is the greedy token, else 0. The first of equal
     logits is the greedy one.
     """
-    return {
-        "entropy": student.entropy(),
-        "token_accuracy": jnp.float32(likeliest(student.logits_V) == inputs.ghost),
-    }
+    is_likeliest = likeliest(student.logits_V) == jnp.asarray(inputs.ghost).astype(jnp.int32)
+    return {"entropy": student.entropy(), "token_accuracy": as_number(is_likeliest, student.p_V)}
 
 
 def exact_metrics(student: Distribution, inputs: TokenInputs) -> dict[str, Float[Array, ""]]:
@@ -135,5 +143,5 @@ def drawn_metrics(student: Distribution, inputs: TokenInputs) -> dict[str, Float
         "reward": ghost_reward(student.logits_V, inputs.ghost, inputs.drawn),
         "ghost_prob": jnp.exp(student.log_prob(inputs.ghost)),
         "drawn_prob": jnp.exp(student.log_prob(inputs.drawn)),
-        "match_rate": jnp.float32(inputs.drawn == inputs.ghost),
+        "match_rate": as_number(inputs.drawn == inputs.ghost, student.p_V),
     }

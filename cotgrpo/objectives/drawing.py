@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from cotgrpo.types import at_least_float32
+
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int, PRNGKeyArray
 
@@ -58,7 +60,7 @@ def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array
     Returns:
         int32 token ids. A token whose probability underflows to 0 is never returned.
     """
-    logits_V = logits_V.astype(jnp.promote_types(logits_V.dtype, jnp.float32))
+    logits_V = logits_V.astype(at_least_float32(logits_V))
     vocab = logits_V.shape[0]
     num_blocks = -(-vocab // DRAW_BLOCK)
     mass_V = jnp.exp(logits_V - jnp.max(logits_V))

@@ -12,10 +12,12 @@ from cotgrpo.objectives.distribution import (
     IMPOSSIBLE_BELOW,
     MASKED_LOGIT,
     Distribution,
+    as_number,
     distribution_metrics,
     drawn_metrics,
     exact_metrics,
     ghost_reward,
+    is_token,
     softmax,
     softplus,
     toward_ghost,
@@ -155,7 +157,7 @@ class Pair:
         student = softmax(logits_V)
         if self.estimator == "drawn":
             pair = softplus(-self.beta * ghost_reward(logits_V, inputs.ghost, inputs.drawn))
-            drew_ghost = jnp.float32(inputs.drawn == inputs.ghost)
+            drew_ghost = as_number(inputs.drawn == inputs.ghost, logits_V)
             metrics = drawn_metrics(student, inputs)
         else:
             n_V = jax.lax.stop_gradient(self.negatives_V(student))
@@ -176,7 +178,7 @@ class Pair:
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         student = softmax(logits_V)
         if self.estimator == "drawn":
-            n_V = jnp.float32(jnp.arange(logits_V.shape[0]) == inputs.drawn)
+            n_V = as_number(is_token(logits_V, inputs.drawn), logits_V)
         else:
             n_V = self.negatives_V(student)
         lost_V = jax.nn.sigmoid(self.beta * (logits_V - logits_V[inputs.ghost]))

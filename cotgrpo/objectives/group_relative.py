@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from cotgrpo.objectives.distribution import Distribution, softmax
+from cotgrpo.objectives.distribution import Distribution, as_number, is_token, softmax
 from cotgrpo.objectives.protocol import TokenInputs, require
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class GroupRelative:
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         student = softmax(logits_V)
         loss, metrics, slope = self.loss_and_slope(student, inputs)
-        is_drawn_V = jnp.float32(jnp.arange(logits_V.shape[0]) == inputs.drawn)
+        is_drawn_V = as_number(is_token(logits_V, inputs.drawn), logits_V)
         return (loss, metrics), slope * (is_drawn_V - student.p_V)
 
     def loss_and_slope(
@@ -72,7 +72,7 @@ class GroupRelative:
         clipped = bounded * advantage < ratio * advantage
         loss = -jnp.minimum(ratio * advantage, bounded * advantage)
         slope = jnp.where(clipped, 0.0, -ratio * advantage)
-        metrics = {"entropy": student.entropy(), "clipped": jnp.float32(clipped)}
+        metrics = {"entropy": student.entropy(), "clipped": as_number(clipped, student.p_V)}
         if self.kl_weight:
             log_u = softmax(inputs.reference_logits).log_prob(inputs.drawn) - log_p
             metrics["kl"] = jnp.exp(log_u) - log_u - 1

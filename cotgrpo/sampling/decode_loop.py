@@ -202,7 +202,7 @@ class DecodeLoop:
 
     def num_waiting(self, next_prompt: Int[Array, ""]) -> Int[Array, ""]:
         """Return how many prompts have not been taken yet."""
-        return jnp.sum(self.prompts.lengths > 0) - next_prompt
+        return jnp.sum(self.prompts.lengths > 0, dtype=jnp.int32) - next_prompt
 
     def has_work(self, carry: LoopCarry) -> Bool[Array, ""]:
         """Return whether prompts wait or replies are unfinished."""
@@ -215,7 +215,8 @@ class DecodeLoop:
 
         def keep_decoding(state: DecodeState) -> Bool[Array, ""]:
             waiting = self.num_waiting(next_prompt)
-            admit = (waiting > 0) & (jnp.sum(state.ended) >= jnp.minimum(self.admit_size, waiting))
+            ended = jnp.sum(state.ended, dtype=jnp.int32)
+            admit = (waiting > 0) & (ended >= jnp.minimum(self.admit_size, waiting))
             return ~jnp.all(state.ended) & ~admit
 
         return LoopCarry(next_prompt, jax.lax.while_loop(keep_decoding, self.decode_token, state), replies)
@@ -227,9 +228,9 @@ class DecodeLoop:
             The next prompt to take after these, and the state.
         """
         count = len(self.prompts.tokens)
-        rank_B = jnp.cumsum(state.ended) - 1  # of each free row among the free ones
+        rank_B = jnp.cumsum(state.ended, dtype=jnp.int32) - 1  # of each free row among the free ones
         admitted_B = state.ended & (rank_B < self.admit_size) & (rank_B < self.num_waiting(next_prompt))
-        index_R = jnp.minimum(next_prompt + jnp.arange(self.admit_size), count - 1)
+        index_R = jnp.minimum(next_prompt + jnp.arange(self.admit_size, dtype=jnp.int32), count - 1)
         hidden_RD, cache = self.prefill(index_R)
 
         def scatter(new: Shaped[Array, "R ..."], old: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
@@ -243,7 +244,7 @@ class DecodeLoop:
             return jax.lax.dynamic_update_slice(old, scatter(new, prefix), (0,) * old.ndim)
 
         zero_R = jnp.zeros_like(index_R)
-        return next_prompt + jnp.sum(admitted_B), state.replace(
+        return next_prompt + jnp.sum(admitted_B, dtype=jnp.int32), state.replace(
             prompt_index=scatter(index_R, jnp.where(state.ended, count, state.prompt_index)),
             start=scatter(zero_R + state.column % self.settings.max_new_tokens, state.start),
             length=scatter(zero_R, state.length),
@@ -259,7 +260,7 @@ class DecodeLoop:
         tokens_RP, lengths_R = self.prompts.tokens[index_R], self.prompts.lengths[index_R]
         P = tokens_RP.shape[1]
         # Positions count from the first token of the prompt. Padding before it is segment 0, which no reply reads.
-        positions_RP = jnp.arange(P)[None, :] - (P - lengths_R[:, None])
+        positions_RP = jnp.arange(P, dtype=jnp.int32)[None, :] - (P - lengths_R[:, None])
         segments_RP = jnp.where(positions_RP >= 0, index_R[:, None] + 1, 0)
         hidden_RPD, cache = decode(
             self.config,
@@ -303,11 +304,11 @@ class DecodeLoop:
             state.cache,
             P + ring_column,
         )
-        length_B = state.length + active_B
+        length_B = state.length + active_B.astype(jnp.int32)
         return state.replace(
             column=state.column + 1,
             length=length_B,
-            position=state.position + active_B,
+            position=state.position + active_B.astype(jnp.int32),
             ended=state.ended | is_eos_B | (length_B == settings.max_new_tokens),
             finished=state.finished | (active_B & is_eos_B),
             hidden=hidden_B1D[:, 0],
@@ -320,7 +321,7 @@ class DecodeLoop:
 def harvest(state: DecodeState, replies: Replies, pad_id: int) -> Replies:
     """Copy the ended replies of the decode batch into `replies`, each to the row of its prompt."""
     N = replies.tokens.shape[1]
-    column_N = jnp.arange(N)[None, :]
+    column_N = jnp.arange(N, dtype=jnp.int32)[None, :]
     ring_column_BN = (state.start[:, None] + column_N) % N
     is_reply_BN = column_N < state.length[:, None]
     # An index past the last prompt is dropped.

@@ -13,6 +13,9 @@ from cotgrpo.objectives import MASKED_LOGIT
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+COLDEST = 1e-30
+"""Lower temperatures count as this one, which already draws the likeliest tokens only: float32 has no 1e-50."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -52,10 +55,13 @@ class SamplingSettings:
 def filter_logits(logits_V: Float[Array, "V"], settings: SamplingSettings) -> Float[Array, "V"]:
     """Return the logits of the distribution that tokens are drawn from.
 
-    Logits are divided by the temperature, which must be positive. Tokens outside top-k and top-p are masked.
+    Logits are counted from the largest one and divided by the temperature, which must be positive. Tokens outside top-k
+    and top-p are masked.
     """
     real_V = logits_V > MASKED_LOGIT
-    logits_V = jnp.where(real_V, logits_V / settings.temperature, MASKED_LOGIT)
+    # The largest is 0 at any temperature: a quotient of logits overflows at small ones.
+    cooled_V = (logits_V - jnp.max(logits_V)) / max(settings.temperature, COLDEST)
+    logits_V = jnp.where(real_V, jnp.maximum(cooled_V, MASKED_LOGIT), MASKED_LOGIT)
     vocab = logits_V.shape[0]
     if settings.top_k is not None and settings.top_k < vocab:
         least = jax.lax.top_k(logits_V, settings.top_k)[0][-1]

@@ -14,6 +14,7 @@ import pytest
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student, unstack_layers
 from cotgrpo.objectives import MASKED_LOGIT, likeliest
 from cotgrpo.sampling import Prompts, Replies, SamplingSettings, filter_logits, make_sampler, pad_prompts
+from cotgrpo.sampling.decode_loop import sample_tokens
 
 CONFIG = DecoderConfig(
     vocab_size=37, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, init_scale=0.3
@@ -221,6 +222,16 @@ def test_a_masked_token_stays_masked_at_any_temperature() -> None:
     logits = jnp.array([0.0, MASKED_LOGIT, 1.0])
     hot = filter_logits(logits, SamplingSettings(1, temperature=1e6))
     assert hot[1] == MASKED_LOGIT
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-50])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_a_low_temperature_draws_the_likeliest(temperature: float, scale: float) -> None:
+    logits = scale * jnp.array([-1.0, 3.0, 2.0, -jnp.inf, MASKED_LOGIT / scale])
+    settings = SamplingSettings(1, temperature=temperature, top_p=0.9, top_k=3)
+    token, log_prob = sample_tokens(settings, logits[None], jax.random.key(0)[None], jnp.zeros(1, jnp.int32))
+    assert token[0] == 1 and np.isfinite(log_prob[0])
+    np.testing.assert_array_equal(jax.nn.softmax(filter_logits(logits, settings)), [0, 1, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
