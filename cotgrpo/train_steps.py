@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Shaped
 
-    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+    from cotgrpo.types import AnyArray, Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
     Sums = Mapping[str, Float[Array, ""] | Metric]
     """Metrics by name: sums with the weight of the loss, or a total with a weight of its own."""
@@ -306,8 +306,8 @@ def check_reference(objective: Objective, reference: Student | None) -> None:
 def read_reference(
     reference: Student,
     params: Params | None,
-    contexts: tuple[Int[Array, "B T"], ...],
-    known: Float[Array, "B T D"] | None = None,
+    contexts: tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"], Int[AnyArray, "B T"]],
+    known: Float[AnyArray, "B T D"] | None = None,
 ) -> Reference:
     """Return what the reference knows about these contexts, without a gradient and without dropout.
 
@@ -315,12 +315,14 @@ def read_reference(
     """
     fixed = jax.lax.stop_gradient(params)
     head = None if reference.head is None else reference.head(fixed)
-    if known is not None and head is not None:
-        known = known.astype(head.dtype)
-    return Reference(reference.rows(fixed, *contexts) if known is None else known, head, HeadSpec.of(reference))
+    if known is None:
+        rows = reference.rows(fixed, *contexts)
+    else:
+        rows = jnp.asarray(known, None if head is None else head.dtype)
+    return Reference(rows, head, HeadSpec.of(reference))
 
 
-def aux_means(aux: Aux, segment_ids: Int[Array, "B T"]) -> Metrics:
+def aux_means(aux: Aux, segment_ids: Int[AnyArray, "B T"]) -> Metrics:
     """Return the auxiliary loss of a model as `aux_loss`, and its metrics, as means over real tokens."""
     real_BT = segment_ids != 0
     count = jnp.sum(real_BT).astype(jnp.float32)

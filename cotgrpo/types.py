@@ -267,7 +267,7 @@ class Student:
         tokens: Int[AnyArray, "B T"],
         positions: Int[AnyArray, "B T"],
         segment_ids: Int[AnyArray, "B T"],
-    ) -> Float[AnyArray, "..."]:
+    ) -> Float[Array, "..."]:
         """Return the rows `[B, T, D]` that the head reads, without dropout."""
         return self.rows_and_aux(params, tokens, positions, segment_ids)[0]
 
@@ -278,7 +278,7 @@ class Student:
         positions: Int[AnyArray, "B T"],
         segment_ids: Int[AnyArray, "B T"],
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[AnyArray, "..."], Aux | None]:
+    ) -> tuple[Float[Array, "..."], Aux | None]:
         """Return the rows `[B, T, D]`, and the auxiliary loss with its metrics, or None without `has_aux`.
 
         Args:

@@ -253,6 +253,26 @@ def test_on_a_mesh(name: str) -> None:
     check(jax.device_get(got), metrics, oracle(gspo, OBJECTIVES["closed form"][1], make_own(), batch_of()))
 
 
+def test_float64() -> None:
+    """In float64 the numbers are the oracle's to twelve digits, with an auxiliary loss and without implicit types."""
+    each = lambda rows: jnp.mean(rows**2, axis=-1)
+    student = Student(lambda p, t, *_: (rows_of(p, t), (each(rows_of(p, t)), {})), lambda p: p["head"], has_aux=True)
+    want, grads = oracle(gspo, OBJECTIVES["closed form"][1], make_own(), batch_of())
+    real = np.asarray(batch_of().segment_ids) != 0
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tx, params = optax.sgd(1.0), jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params_of())
+        router = lambda p: jnp.sum(jnp.where(real, each(rows_of(p, batch_of().tokens)), 0)) / float(real.sum())
+        router_loss, router_grads = jax.value_and_grad(router)(params)
+        options: Any = {"sequence_loss": gspo, "micro_batches": 2, "tile_size": 7}
+        step = jax.jit(cotgrpo.make_grpo_step(student, tx, Nll(), **options))
+        state, metrics = step(TrainState.create(params=params, tx=tx, key=0), batch_of())
+        np.testing.assert_allclose(metrics["loss"].mean(), want, rtol=1e-10)
+        np.testing.assert_allclose(metrics["aux_loss"].mean(), router_loss, rtol=1e-10)
+        for name, grad in grads.items():
+            moved = np.asarray(params[name]) - np.asarray(state.params[name])
+            np.testing.assert_allclose(moved, grad + np.asarray(router_grads[name]), rtol=1e-6, atol=1e-9)
+
+
 @slow
 def test_inside_a_shard_map() -> None:
     """The loss and its gradient, of which the user adds up what each device has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -22,7 +22,7 @@ from cotgrpo.xla_cpu import outer_product_sum
 if TYPE_CHECKING:
     from cotgrpo.objectives.protocol import LossAndMetrics
     from cotgrpo.tiled_loss import Evaluate
-    from cotgrpo.types import Array, Bool, Float, Int, PyTree
+    from cotgrpo.types import AnyArray, Array, Bool, Float, Int, PyTree
 
     Grads = tuple[Float[Array, "*batch D"], Float[Array, "D V"] | None]
     """The gradients in the hidden rows and in the head."""
@@ -52,7 +52,7 @@ def sequence_sums(
     hidden: Float[Array, "B T D"],
     head_DV: Float[Array, "D V"] | None,
     inputs: TokenInputs,
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[AnyArray, "B T"],
     *,
     extra: Mapping[str, Array] | None = None,
     uniform: Float[Array, "B T G"] | Float[Array, "B T G 2"] | None = None,
@@ -146,8 +146,8 @@ class RepliesLoss:
                 return None, (values, dlogits_TV.astype(hidden_TD.dtype))
             dtype, dlogits_TV = dlogits_TV.dtype, dlogits_TV.astype(head_DV.dtype)
             dhidden_TD = jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=dtype)
-            dhead_DV = outer_product_sum(*same_dtype(hidden_TD, dlogits_TV), dtype)
-            return dhead_DV, (values, dhidden_TD.astype(hidden_TD.dtype))
+            left_TD, right_TV = same_dtype(hidden_TD, dlogits_TV)
+            return outer_product_sum(left_TD, right_TV, dtype), (values, dhidden_TD.astype(hidden_TD.dtype))
 
         dhead, (values, dhidden) = map_live_tiles(
             tile,
@@ -226,7 +226,7 @@ class RepliesLoss:
         reply = jax.tree.map(only, tokens)
 
         def of_losses(losses_T: Float[Array, "T"]) -> LossAndMetrics:
-            found = self.function(reply.replace(losses=losses_T))
+            found: Any = self.function(reply.replace(losses=losses_T))
             if not (isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[1], Mapping)):
                 raise ValueError(
                     "sequence_loss must return (loss, metrics), a scalar and a dict of scalars, got "
@@ -251,7 +251,7 @@ def number_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.where(segment_ids != 0, jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), 0)
 
 
-def count_replies(segment_ids: Int[Array, "B T"], weight: Float[Array, "B T"]) -> Float[Array, ""]:
+def count_replies(segment_ids: Int[AnyArray, "B T"], weight: Float[Array, "B T"]) -> Float[Array, ""]:
     """Return how many documents have a supervised token."""
 
     def count(_: PyTree, segment_ids: Array, weight_BT: Array) -> Array:
@@ -260,4 +260,4 @@ def count_replies(segment_ids: Int[Array, "B T"], weight: Float[Array, "B T"]) -
         before_BT = jnp.pad(jax.lax.cummax(document_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
         return jnp.sum(document_BT > before_BT).astype(jnp.float32)
 
-    return with_types_as_layout(count, {}, segment_ids, weight)
+    return with_types_as_layout(count, {}, jnp.asarray(segment_ids), weight)
