@@ -141,6 +141,7 @@ class Divergence(abc.ABC):
                 f"context, got {inputs['top_ids'].shape[-1]} and {log_q_K.shape[-1]}. "
                 "Make the batch with cotgrpo.ghosts.live.live_ghosts(..., top_k=)."
             )
+        log_q_K = log_q_K.astype(student.log_z.dtype)
         listed_K = jnp.exp(log_q_K) > 0
         log_p_K = jnp.where(listed_K, student.log_prob(jnp.where(listed_K, inputs["top_ids"], 0)), MASKED_LOGIT)
         log_q_K = jnp.where(listed_K, log_q_K, MASKED_LOGIT)
@@ -161,7 +162,7 @@ class Divergence(abc.ABC):
                 "whose head has the columns of the student's."
             )
         log_prob_V = lambda p: jnp.maximum((p.logits_V - p.top) - p.log_mass, MASKED_LOGIT)
-        return Outcomes(log_prob_V(student), log_prob_V(softmax(theirs_V)))
+        return Outcomes(log_prob_V(student), log_prob_V(softmax(theirs_V.astype(student.logits_V.dtype))))
 
 
 def rest_logits(logits_V: Float[Array, "V"], inputs: TokenInputs) -> Float[Array, "V"]:

@@ -78,31 +78,32 @@ class RewardedGhost:
     def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
         loss, metrics = self.objective(logits_V, inputs)
         reward_loss, reward_metrics, _ = self.reward_terms(logits_V, inputs)
-        return inputs["ghost_weights"] * loss + reward_loss, self.joined(metrics, inputs) | reward_metrics
+        weight = inputs["ghost_weights"].astype(logits_V.dtype)
+        return weight * loss + reward_loss, self.joined(metrics, weight) | reward_metrics
 
     def value_and_grad(
         self, logits_V: Float[Array, "V"], inputs: TokenInputs
     ) -> tuple[LossAndMetrics, Float[Array, "V"]]:
         (loss, metrics), grad_V = protocol.value_and_grad(self.objective)(logits_V, inputs)
         reward_loss, reward_metrics, slope = self.reward_terms(logits_V, inputs)
-        grad_V = inputs["ghost_weights"] * grad_V
+        weight = inputs["ghost_weights"].astype(logits_V.dtype)
+        grad_V = weight * grad_V
         if self.reward_weight:
-            is_drawn_V = jnp.float32(jnp.arange(logits_V.shape[0]) == inputs.drawn)
+            is_drawn_V = (jnp.arange(logits_V.shape[0]) == inputs.drawn).astype(logits_V.dtype)
             grad_V += slope * (is_drawn_V - softmax(logits_V).p_V)
-        loss = inputs["ghost_weights"] * loss + reward_loss
-        return (loss, self.joined(metrics, inputs) | reward_metrics), grad_V
+        return (weight * loss + reward_loss, self.joined(metrics, weight) | reward_metrics), grad_V
 
     def reward_terms(
         self, logits_V: Float[Array, "V"], inputs: TokenInputs
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, ""]]:
         """Return the weighted group-relative loss, its metrics, and its derivative in log p(y)."""
         if not self.reward_weight:
-            return jnp.zeros(()), {}, jnp.zeros(())
+            zero = jnp.zeros((), logits_V.dtype)
+            return zero, {}, zero
         loss, metrics, slope = GroupRelative(self.clip).loss_and_slope(softmax(logits_V), inputs)
         return self.reward_weight * loss, {"clipped": metrics["clipped"]}, self.reward_weight * slope
 
-    def joined(self, metrics: dict[str, Float[Array, ""]], inputs: TokenInputs) -> dict[str, Float[Array, ""]]:
+    def joined(self, metrics: dict[str, Float[Array, ""]], weight: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
         """Return the metrics of the objective with `ghost_share`. The floor of the loss is gated as the loss is."""
-        weight = inputs["ghost_weights"]
         gated = {name: weight * metrics[name] for name in ("loss_floor",) if name in metrics}
-        return metrics | gated | {"ghost_share": jnp.float32(weight != 0)}
+        return metrics | gated | {"ghost_share": (weight != 0).astype(weight.dtype)}
