@@ -103,7 +103,9 @@ class VerifyConfig(OwnVerifier):
         super().__post_init__()
         at_least(1, self, "keep_at_most", "ngram")
         if (self.keep == "best") != bool(self.reward):
-            raise ConfigError("reward and keep best belong together: the best replies are those with the highest reward.")
+            raise ConfigError(
+                "reward and keep best belong together: the best replies are those with the highest reward."
+            )
         if self.check and self.function:
             raise ConfigError("function and check both decide which replies are right: give one of them.")
         module, colon, function = self.check.partition(":")

@@ -242,7 +242,9 @@ class Rollouts(abc.ABC):
         """Return the metrics of replies that were judged."""
         metrics = rollout_metrics(correct, replies)
         if self.template.verifier.reward is not None:
-            metrics["reply_reward"] = Metric(np.asarray(rewards.sum(), np.float32), np.asarray(len(rewards), np.float32))
+            metrics["reply_reward"] = Metric(
+                np.asarray(rewards.sum(), np.float32), np.asarray(len(rewards), np.float32)
+            )
         return metrics
 
     def padded(self, prompts: Sequence[RolloutPrompt]) -> Prompts:

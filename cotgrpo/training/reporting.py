@@ -20,7 +20,7 @@ from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.accuracy import draws_of, draws_text
 from cotgrpo.evaluation.held_out import HeldOut, set_figures
 from cotgrpo.identity.fingerprints import versions
-from cotgrpo.reports.report import ReportError, Shape, check, write_report
+from cotgrpo.reports.report import ReportError, Shape, check, read_report, write_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
 from cotgrpo.training.steps import StageName
@@ -213,6 +213,22 @@ def evaluation_rows(moment: str, measured: dict[str, Any]) -> list[dict[str, Any
         | ({"draws": draws_text(draws_of(found["sampled"]))} if "sampled" in found else {})
         for name, found in sets.items()
     ]
+
+
+def add_evaluation(folder: Path, moment: str, measured: dict[str, Any]) -> None:
+    """Add further test sets and drawn replies of a later measurement to the report of a finished stage, if it has one.
+
+    They replace those of an earlier measurement at the same moment.
+    """
+    rows = evaluation_rows(moment, measured)
+    try:
+        report = read_report(folder / "report.json") if rows else None
+    except ReportError:
+        return
+    if report is not None:
+        report["evaluations"] = [row for row in report.get("evaluations", []) if row["moment"] != moment] + rows
+        write_json(folder / "report.json", report)
+        write_report(folder)
 
 
 def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

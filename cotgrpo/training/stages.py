@@ -45,6 +45,7 @@ from cotgrpo.training.mesh import check_stage_batch
 from cotgrpo.training.reporting import (
     MeasurementCache,
     Timer,
+    add_evaluation,
     find_measurement,
     print_reports,
     write_live_report,
@@ -359,7 +360,9 @@ def run_eval(config: Config, console: Console | None = None) -> dict[str, Any]:
         measured = held_out.measure(weights.adapted(), f"{folder} at step {step}")
     check_loss(measured["loss"], f"{folder} at step {step}")
     about = {"student": str(folder), "step": step, "held_out_split": inputs.split_text}
-    return write_eval(about | measured, folder, console)
+    found = write_eval(about | measured, folder, console)
+    on_process_0(lambda: add_evaluation(folder, f"cotgrpo eval, step {step}", measured))
+    return found
 
 
 def run_eval_pretrained(config: Config, out: Path | None = None, console: Console | None = None) -> dict[str, Any]:

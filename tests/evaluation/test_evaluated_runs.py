@@ -97,6 +97,8 @@ def test_evaluate_takes_the_settings_of_eval(folder: Path) -> None:
     found = run.evaluate(samples=3, k=3, temperature=1.2, seed=7, sets={"other": str(folder / "math.jsonl")})
     assert found == read(folder / "run" / "sft" / "eval.json")
     assert list(found["sets"]) == ["other"] and list(found["sampled"])[-4:-2] == ["pass@3", "maj@3"]
+    page = (folder / "run" / "sft" / "report.html").read_text(encoding="utf-8")
+    assert "cotgrpo eval, step" in page and "<td>other</td>" in page and "<th>maj@3</th>" in page
     again = run.evaluate(samples=3, k=3, temperature=1.2, seed=7, sets={}, batch_size=2)
     assert [row["samples"] for row in again["replies"]] == [row["samples"] for row in found["replies"]]
     assert again["sampled"] == found["sampled"] and "sets" not in again
