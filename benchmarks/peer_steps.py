@@ -44,7 +44,7 @@ def setup_cotgrpo(g: SimpleNamespace) -> None:
     import cotgrpo
     from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 
-    sizes = dict(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64)
+    sizes: dict[str, Any] = dict(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64)
     config = DecoderConfig(vocab_size=V, width=D, **sizes)
     ones = np.ones((B, T), np.int32)
     text = (IDS[:, :-1], IDS[:, 1:], np.tile(np.arange(T, dtype=np.int32), (B, 1)), ones, ones.astype(np.float32))
@@ -191,7 +191,7 @@ def setup_trl(g: SimpleNamespace) -> None:
 
     def model(seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        sizes = dict(hidden_size=D, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        sizes: dict[str, Any] = dict(hidden_size=D, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
         return LlamaForCausalLM(LlamaConfig(vocab_size=V, pad_token_id=1, eos_token_id=2, bos_token_id=None, **sizes))
 
     g.torch, g.trl, g.model = torch, trl, model
@@ -222,7 +222,7 @@ def trl_tokens(g: SimpleNamespace) -> Any:
 
 
 def trl_objective(g: SimpleNamespace) -> Any:
-    class Trusted(g.trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    class Trusted(g.trl.SFTTrainer):  # type: ignore[name-defined]
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             log_p = model(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
             chosen = log_p.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
@@ -252,7 +252,7 @@ def setup_rlax(g: SimpleNamespace) -> None:
     import jax
     import jax.numpy as jnp
     import optax
-    import rlax
+    import rlax  # type: ignore[import-not-found]
 
     rng = np.random.default_rng(0)
     g.params = {"embed": rng.normal(size=(V, D)).astype("f"), "head": rng.normal(size=(D, V)).astype("f")}
