@@ -181,6 +181,7 @@ def test_recomputed_layers_have_the_same_dropout() -> None:
     assert_same(again.params, kept.params, rtol=1e-6, atol=1e-7)
 
 
+@slow
 def test_seeds_under_vmap_and_steps_under_scan_are_single_steps() -> None:
     """A run that is stopped and restored after the second step ends at the same bits."""
     tx, batch = optax.adam(1e-2), make_batch()
@@ -259,6 +260,7 @@ def test_an_auxiliary_loss_that_is_not_finite_skips_the_step(kind: str) -> None:
     np.testing.assert_equal(jax.device_get((state.params, state.opt_state)), before)
 
 
+@slow
 def test_padding_has_no_auxiliary_loss() -> None:
     """Rows of padding add nothing, whatever their tokens are, and neither does a micro-batch of them."""
     tx, batch = optax.sgd(0.1), make_batch()
