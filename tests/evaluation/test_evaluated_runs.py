@@ -17,6 +17,7 @@ from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.runs import Run
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 
+pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = yaml.safe_load(SETTINGS)
 DRAWN = {"samples": 2, "k": [1, 2], "temperature": 0.8}
 EVAL = {"rows": 4, "batch_size": 4, "max_new_tokens": 6}
@@ -91,7 +92,6 @@ def test_every_set_is_in_the_files_the_page_and_the_terminal(folder: Path) -> No
     assert heading.split() == ["test", "set", "rows", "accuracy", *names]
 
 
-@pytest.mark.slow
 def test_evaluate_takes_the_settings_of_eval(folder: Path) -> None:
     run = Run.open(folder / "run", console=Console(file=io.StringIO()))
     found = run.evaluate(samples=3, k=3, temperature=1.2, seed=7, sets={"other": str(folder / "math.jsonl")})
@@ -108,7 +108,6 @@ def test_evaluate_takes_the_settings_of_eval(folder: Path) -> None:
         run.evaluate(sets={"gone": str(folder / "gone.jsonl")})
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_the_steps_of_the_first(folder: Path) -> None:
     """More rows came, and the stage lacks its end: it has as many steps, and the same numbers."""
     stage = folder / "run" / "sft"
