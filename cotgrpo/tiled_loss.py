@@ -312,7 +312,8 @@ class TiledLoss:
             dtype = dlogits_TV.dtype
             dlogits_TV = dlogits_TV.astype(head_DV.dtype)
             dhidden_TD = shard.sum_of_columns(jnp.matmul(dlogits_TV, head_DV.T, preferred_element_type=dtype))
-            dhead_DV = outer_product_sum(*same_dtype(hidden_TD, dlogits_TV), dtype)
+            left_TD, right_TV = same_dtype(hidden_TD, dlogits_TV)
+            dhead_DV = outer_product_sum(left_TD, right_TV, dtype)
             return (sums, dhead_DV), dhidden_TD.astype(hidden_TD.dtype)
 
         (sums, dhead), dhidden = self.over_tiles(tile, hidden, head_DV, rest)

@@ -73,8 +73,8 @@ def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array
     whole_G, rest_G = split(UNITS * high_G)
     target_G = (whole_G, (rest_G + (UNITS // NUMBERS) * low_G).astype(mass_V.dtype))
     find = jax.vmap(invert_cdf, in_axes=(None, None, 0))
-    block_G, rest_G = find(block_sums * scale, jnp.asarray(UNITS, mass_V.dtype), target_G)
-    token_G, _ = jax.vmap(invert_cdf)(mass_blocks[block_G] * scale, block_sums[block_G] * scale, rest_G)
+    block_G, within_G = find(block_sums * scale, jnp.asarray(UNITS, mass_V.dtype), target_G)
+    token_G, _ = jax.vmap(invert_cdf)(mass_blocks[block_G] * scale, block_sums[block_G] * scale, within_G)
     return jnp.minimum(block_G * DRAW_BLOCK + token_G, vocab - 1)  # NaN logits may lead behind the vocabulary
 
 
