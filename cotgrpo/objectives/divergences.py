@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cotgrpo.objectives import protocol
 from cotgrpo.objectives.distribution import MASKED_LOGIT, Distribution, exact_metrics, softmax
-from cotgrpo.objectives.protocol import Objective, TokenInputs, require
+from cotgrpo.objectives.protocol import Around, Objective, TokenInputs, require
 from cotgrpo.xla_cpu import vocab_sum
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class SkewedKl(Divergence):
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferenceKl:
+class ReferenceKl(Around):
     """Any objective, kept near a frozen reference model r: `objective + weight * KL(p || r)`.
 
         KL(p || r) = sum_y p(y) (log p(y) - log r(y)),    logit gradient  p(y) (log p(y) - log r(y) - KL)
@@ -313,21 +313,6 @@ class ReferenceKl:
         require(self.weight >= 0, "ReferenceKl.weight", "a number of at least 0", self.weight)
         one = "an objective with a top_k, since the exact divergence reads the teacher in the reference's place"
         require(not protocol.reads_teacher(self.objective), "ReferenceKl.objective", one, self.objective)
-
-    @property
-    def num_draws(self) -> int:
-        return protocol.num_draws(self.objective)
-
-    @property
-    def batch_fields(self) -> tuple[str, ...] | None:
-        return protocol.batch_fields(self.objective)
-
-    @property
-    def top_k(self) -> int:
-        return protocol.top_k(self.objective)
-
-    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
-        return protocol.draw_logits(self.objective, logits_V)
 
     def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
         loss, metrics = self.objective(logits_V, inputs)

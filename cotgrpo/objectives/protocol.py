@@ -108,6 +108,27 @@ def value_and_grad(
     return jax.value_and_grad(objective, has_aux=True) if own is None else own
 
 
+class Around:
+    """An objective around another: it draws and reads what the inner one does, unless it says otherwise."""
+
+    objective: Objective
+
+    @property
+    def num_draws(self) -> int:
+        return num_draws(self.objective)
+
+    @property
+    def batch_fields(self) -> tuple[str, ...] | None:
+        return batch_fields(self.objective)
+
+    @property
+    def top_k(self) -> int:
+        return top_k(self.objective)
+
+    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
+        return draw_logits(self.objective, logits_V)
+
+
 def require(holds: bool, name: str, expected: str, got: Any) -> None:
     """Raise ValueError with the argument's name, what was expected and what came, unless `holds`."""
     if not holds:

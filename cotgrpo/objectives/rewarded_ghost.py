@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cotgrpo.objectives import protocol
 from cotgrpo.objectives.distribution import softmax
 from cotgrpo.objectives.group_relative import GroupRelative
-from cotgrpo.objectives.protocol import Objective, TokenInputs, require
+from cotgrpo.objectives.protocol import Around, Objective, TokenInputs, require
 
 if TYPE_CHECKING:
     from cotgrpo.objectives.protocol import LossAndMetrics
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardedGhost:
+class RewardedGhost(Around):
     """Any ghost objective, times a weight g of each context, plus the group-relative loss of the reply.
 
         g objective  +  reward_weight * -min(r A, clip(r, 1 - clip, 1 + clip) A),    r = p(y) / p_old(y)
@@ -67,13 +67,6 @@ class RewardedGhost:
     @property
     def reads_teacher(self) -> bool:
         return protocol.reads_teacher(self.objective)
-
-    @property
-    def top_k(self) -> int:
-        return protocol.top_k(self.objective)
-
-    def draw_logits(self, logits_V: Float[Array, "V"]) -> Float[Array, "V"]:
-        return protocol.draw_logits(self.objective, logits_V)
 
     def __call__(self, logits_V: Float[Array, "V"], inputs: TokenInputs) -> LossAndMetrics:
         loss, metrics = self.objective(logits_V, inputs)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+from cotgrpo.data.own.verifier import EXACT_MATCH
 from cotgrpo.data.questions import Question
 from cotgrpo.data.template import AnyTemplate
-from cotgrpo.data.tokenizer import decode_text
-from cotgrpo.distributed.processes import fetch
+from cotgrpo.evaluation.replies import Draws, ReplyWriter
 from cotgrpo.models.decoder import DecoderConfig
-from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
-from cotgrpo.sharding import jit_eval
 from cotgrpo.types import Params, Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROMPT_COLUMNS = 64
-"""Prompts are padded to multiples of this, so that the sampler compiles for a few shapes instead of every length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +63,20 @@ class Trained:
             temperature: >= 0; 0 takes the likeliest token each time.
             top_p: in (0, 1], as in `SamplingSettings`.
             batch_size: replies decoded at a time.
-            seed: seed of the draws.
+            seed: seed of the draws, which also depend on each question's text alone.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         if not asked:
             return []
-        prompts = [self.template.prompt_of(Question(text, "")) for text in asked]
-        settings = SamplingSettings(
-            max_new_tokens,
-            eos_ids=self.template.stop_ids,
-            temperature=temperature,
-            top_p=top_p,
-            pad_id=self.template.pad_id,
+        template: Any = self.template
+        write = ReplyWriter(
+            self.config,
+            dataclasses.replace(template, verifier=EXACT_MATCH),  # there is nothing to compare with
+            [Question(text, "") for text in asked],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            draws=Draws(1, temperature, top_p, seed) if temperature else None,
+            vocab_size=self.vocab_size,
+            mesh=self.mesh,
         )
-        over = 1 if self.mesh is None else self.mesh.size
-        slots = -(-min(batch_size, len(asked)) // over) * over
-        rows = -(-len(asked) // slots) * slots
-        columns = -(-max(map(len, prompts)) // PROMPT_COLUMNS) * PROMPT_COLUMNS
-        padded = pad_prompts(prompts, length=columns, rows=rows, pad_id=self.template.pad_id)
-        sampler = jit_eval(make_sampler(self.config, settings, self.vocab_size, slots), self.mesh)
-        written = fetch(sampler(self.params, padded, jax.random.key(seed)))
-        return [decode_text(self.tokenizer, written.tokens[i, : written.lengths[i]]) for i in range(len(asked))]
+        return [reply.text for (reply,) in write(self.params)]
