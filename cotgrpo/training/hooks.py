@@ -432,8 +432,14 @@ class ProfileHook(Hook):
             self.trace()
 
     def trace(self) -> None:
-        """Start to trace."""
-        jax.profiler.start_trace(self.folder)
+        """Start to trace what devices and XLA do.
+
+        Not Python's calls: to trace them, XLA changes every thread of the process at once, and may never end while the
+        threads of a run are awake.
+        """
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(self.folder, profiler_options=options)
         self.tracing = True
 
     def on_end(self) -> None:
