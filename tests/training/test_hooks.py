@@ -200,7 +200,12 @@ def test_a_tracker_that_is_down_changes_no_row(tmp_path: Path, capsys: pytest.Ca
 def test_steps_are_profiled(tmp_path: Path, first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     seen = Seen()
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", len(steps()))))
+
+    def start(folder: Path, profiler_options: jax.profiler.ProfileOptions) -> None:
+        assert profiler_options.python_tracer_level == 0, "it may hang a process with threads"
+        calls.append(("start", len(steps())))
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(steps()))))
     steps = lambda: [call for call in seen.calls if call[0] == "step"]
     run(tmp_path, settings=SHORT, hooks=[CallbackHook(seen, tmp_path), ProfileHook(first, last, tmp_path / "profile")])
