@@ -15,11 +15,12 @@ tinker's service would run is written down as its 0.38 documents it, and does no
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import os
-import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,15 +352,17 @@ def lines_of(function: Any) -> int:
     return sum(bool(line) and not line.startswith("#") for line in body)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of lines, or run one library's tasks."""
-    if len(sys.argv) == 1:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("peer", nargs="?", choices=PEERS, help="run the tasks of this library; without it: the table")
+    peer = parser.parse_args(arguments).peer
+    if peer is None:
         print("| | " + " | ".join(TASKS) + " |\n|---" + "|---:" * len(TASKS) + "|")
         for peer in PEERS:
             found = [globals().get(f"{peer}_{task}") for task in TASKS]
             print(f"| {peer} | " + " | ".join("-" if f is None else str(lines_of(f)) for f in found) + " |")
         return
-    peer = sys.argv[1]
     print(peer, version(PEERS[peer]))
     for task in TASKS:
         function = globals().get(f"{peer}_{task}")

@@ -207,13 +207,14 @@ SHOWN = {
     "plan": ("--topology", "--stage", "--search", "--out", "--grpo.micro_batches", "--sft.micro_batches"),
     "export": ("--run_dir", "--out", "--dtype", "--adapter"),
 }
+OF_TRAINING = ("--callbacks", "--trackers", "--tracker.", "--profile.")
 NOT_SHOWN = {
     "generate": ("--student.", "--data."),
     "gold": ("--config", "--data."),
     "sft": ("--grpo.", "--topology", "--model"),
     "grpo": ("--sft.", "--topology", "--model"),
-    "eval": ("--sft.", "--grpo.", "--checkpoint.every", "--topology"),
-    "plan": ("--checkpoint.", "--eval.", "--model"),
+    "eval": ("--sft.", "--grpo.", "--checkpoint.every", "--topology", *OF_TRAINING),
+    "plan": ("--checkpoint.", "--eval.", "--model", "--verify.", *OF_TRAINING),
     "export": ("--config", "--data."),
 }
 

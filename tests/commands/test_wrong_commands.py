@@ -212,6 +212,7 @@ def switches(key: str) -> list[str]:
         if section == f"grpo.{part}" and names:
             found += [f"--{section}.{switch}", names[0]]
             found += ["--grpo.ghosts.teacher", "model"] * (names[0] == "teacher_model")
+            found += ["--grpo.ghosts.base_url", "http://localhost:9/v1"] * (names[0] == "teacher_server")
             found += ["--grpo.ghosts.source", "verified_reward"] * (names[0] == "group_relative")
             found += ["--grpo.ghosts.source", "privileged_self"] * (names[0] == "forward_kl")
             found += ["--grpo.objective.name", "group_relative"] * (names[0] == "verified_reward")

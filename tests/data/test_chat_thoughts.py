@@ -235,7 +235,9 @@ def test_a_template_goes_to_another_process() -> None:
         made.encode(TRIPLE)
         sent = pickle.loads(pickle.dumps(made))
         assert sent.encode(TRIPLE).tokens.tolist() == made.encode(TRIPLE).tokens.tolist()
-        assert set(sent.__getstate__()) == {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+        # Functions of the user's own stay: nobody judges replies there.
+        fields = {field.name for field in dataclasses.fields(made)} - {"verifier"}  # type: ignore[arg-type]
+        assert set(sent.__getstate__()) == fields
 
 
 # Rows that the template refuses.

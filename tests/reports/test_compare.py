@@ -94,7 +94,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "cut settings",
         lambda p: (p / "config.yaml").write_bytes((p / "config.yaml").read_bytes()[:200]),
-        "end is missing",
+        "settings: .*(the end is missing|not valid YAML)",
     ),
     ("other settings", lambda p: (p / "config.yaml").write_text("- a\n"), "settings: .*expected a mapping"),
     ("no log", lambda p: (p / "metrics.jsonl").unlink(), "curves: .* has no rows"),

@@ -168,6 +168,7 @@ def small_run(folder: Path) -> Run:
     return Run(folder, console=Console(file=io.StringIO()), train=ProceduralTeacher(seed=1).draw(120), **own)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_of_another_tokenizer(teacher: Path, tmp_path: Path) -> None:
     """It says which share has ghosts, and a run that was stopped goes on as one that was not."""
     whole = small_run(tmp_path / "whole")

@@ -140,6 +140,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["", "domain"])
 def test_a_run_with_two_teachers(route: str, trained: Path, tmp_path: Path) -> None:
     """Both are asked, and a run that was stopped goes on as one that was not."""
