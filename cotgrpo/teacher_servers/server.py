@@ -266,11 +266,17 @@ class ScoringServer:
             if theirs and theirs[0] is None:
                 theirs = [*own[:1], *theirs[1:]]
             difference = first_difference(self.vocabulary, own, [t for t in theirs if t is not None])
+            if difference is not None and (named := getattr(self.settings, "tokenizer", None)):
+                raise TeacherError(
+                    f"The teacher at {self.where} has another tokenizer than {named} (grpo.ghosts.tokenizer): in "
+                    f"{text!r:.80}, {difference.replace('the student', 'that one')}. Name the tokenizer of the model "
+                    "that is served."
+                )
             if difference is not None:
                 raise TeacherError(
                     f"The teacher at {self.where} has another tokenizer than the student: in {text!r:.80}, "
                     f"{difference}. Ghost tokens are the student's own, so both need the same: serve a model of the "
-                    "same family."
+                    "same family, or name its tokenizer in grpo.ghosts.tokenizer."
                 )
 
     async def tokens_once(self, text: str) -> list[Any]:

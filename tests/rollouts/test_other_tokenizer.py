@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import SETTINGS
+from helpers.scoring_server import ScoringServer, own_model
 from helpers.tokenizers import TEXT, byte_level, metaspace
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +31,7 @@ from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.rollouts.other_tokenizer import LocalScorer, OtherTokenizer, Tokens, check_tokenizers, plain_prompt
 from cotgrpo.runs import Run
 from cotgrpo.teacher_servers.server import Scores, Text
+from cotgrpo.teachers.endpoint import TeacherError
 from cotgrpo.teachers.procedural import ProceduralTeacher
 from cotgrpo.training.hooks import TrainingStopped
 from cotgrpo.training.loop import TIME_KEYS
@@ -208,3 +210,35 @@ def test_what_another_tokenizer_cannot_give(name: str, tmp_path: Path) -> None:
     own = {"source": "teacher_model", "teacher": "org/name", "other_tokenizer": True, **given.get("ghosts", {})}
     with pytest.raises(ConfigError, match=text):
         Run(tmp_path / "run", grpo={**given, "ghosts": own})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_a_server_gives_what_the_model_in_this_process_gives(dialect: str, teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    small_run(tmp_path / "base").sft(steps=2)
+    settings: dict[str, Any] = {"init_from": str(tmp_path / "base" / "sft"), "log_every": 1, "steps": 3}
+    shutil.copytree(tmp_path / "base", tmp_path / "served")
+    here = Run.open(tmp_path / "base", console=Console(file=io.StringIO()))
+    ghosts = {"source": "teacher_model", "teacher": str(teacher), "other_tokenizer": True, "max_new_tokens": 16}
+    here.grpo(ghosts=ghosts, **settings)
+    served = Run.open(tmp_path / "served", console=Console(file=io.StringIO()))
+    with ScoringServer(*own_model(str(teacher)), (dialect,)) as server:
+        own = {"source": "teacher_server", "base_url": server.url, "tokenizer": str(teacher), "max_new_tokens": 16}
+        served.grpo(ghosts=own, **settings)
+    logs = [read_metrics(tmp_path / name / "grpo") for name in ("base", "served")]
+    kept = [[{k: v for k, v in row.items() if k not in TIME_KEYS} for row in log] for log in logs]
+    assert kept[1] == [pytest.approx(row, abs=1e-3) for row in kept[0]]
+    assert all(row["train/without_ghost"] < 1 for row in kept[1] if "train/loss" in row)
+
+
+def test_a_server_with_another_tokenizer_than_it_was_said_to_have(teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    run = small_run(tmp_path / "run")
+    run.sft(steps=1)
+    coarse = tmp_path / "coarse"
+    byte_level(700).save_pretrained(coarse)
+    ghosts = {"source": "teacher_server", "tokenizer": str(coarse), "max_new_tokens": 8}
+    other = pytest.raises(TeacherError, match="tokenizer")
+    with ScoringServer(*own_model(str(teacher)), ("vllm",)) as server, other:
+        run.grpo(ghosts={**ghosts, "base_url": server.url}, steps=1)
