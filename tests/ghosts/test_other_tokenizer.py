@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from helpers.tokenizers import byte_level, metaspace
+from helpers.small_tokenizers import byte_level, metaspace
 from transformers import PreTrainedTokenizerBase
 
 from cotgrpo.data.tokenizer import token_bytes

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from helpers.commands import SETTINGS
 from helpers.scoring_server import ScoringServer, own_model
-from helpers.tokenizers import TEXT, byte_level, metaspace
+from helpers.small_tokenizers import TEXT, byte_level, metaspace
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
