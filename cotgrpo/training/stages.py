@@ -52,6 +52,7 @@ from cotgrpo.training.reporting import (
     write_stage_report,
 )
 from cotgrpo.training.steps import (
+    EpochSteps,
     StageName,
     check_own_code,
     count_steps,
@@ -121,8 +122,8 @@ def run_locked_stage(
     say(console, inputs.split_text)
     if origin is not None:
         say_stops((origin,), console)
-    recorded = on_process_0(lambda: recorded_epochs(config, stage, folder) if location.exists() else None)
-    epochs = count_steps(config, stage, inputs.train) if recorded is None else recorded
+    epochs = find_epochs(stage, config, folder) if location.exists() else None
+    epochs = count_steps(config, stage, inputs.train) if epochs is None else epochs
     config = with_steps(config, stage, epochs)
     if epochs is not None:
         say(console, str(epochs))
@@ -153,6 +154,17 @@ def run_locked_stage(
         measured = {"base": base} | measured
     wall = timer.seconds()
     return on_process_0(lambda: write_stage_report(stage, config, inputs, measured, wall, console))
+
+
+def find_epochs(stage: StageName, config: Config, folder: Path) -> EpochSteps | None:
+    """Return what a stage has recorded of its epochs, on every process."""
+
+    def fields() -> dict[str, Any] | None:
+        recorded = recorded_epochs(config, stage, folder)
+        return None if recorded is None else dataclasses.asdict(recorded)
+
+    found = on_process_0(fields)
+    return None if found is None else EpochSteps(**found)
 
 
 def check_folders(folder: Path, config: Config, stage: StageName, location: CheckpointLocation) -> None:
