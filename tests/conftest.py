@@ -26,6 +26,9 @@ fast_to_compile = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process on a flag that it does not know
     fast_to_compile += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", fast_to_compile)
+# XLA's threads on a CPU. With as few as a small machine has cores, programs on eight devices may wait for each other
+# without end, and XLA then ends the process.
+os.environ.setdefault("NPROC", "32")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of the programs in the cache below
 # A script's background job starts with Ctrl-C ignored, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
