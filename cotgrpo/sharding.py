@@ -200,7 +200,8 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
     If the layout is hidden, XLA chooses the axes of the dimensions in `DIMENSIONS`, and the others are not split.
     """
     if layout_is_hidden(x):
-        return keep_whole(tuple(letter in DIMENSIONS for letter in letters), x)
+        # JAX cannot name a split of heads over more devices than heads, which XLA may choose.
+        return keep_whole(tuple(letter in DIMENSIONS for letter in letters), x) if x.ndim <= 3 else x
     if auto_axes() and not open_axes():  # in a `shard_map` over some axes; the others are Auto and have other names
         free = (PartitionSpec.UNCONSTRAINED if letter in DIMENSIONS else None for letter in letters)
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
