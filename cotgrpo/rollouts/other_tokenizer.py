@@ -25,6 +25,7 @@ from cotgrpo.objectives import MASKED_LOGIT, likeliest
 from cotgrpo.rollouts.rollouts import RolloutPrompt
 from cotgrpo.sharding import jit_eval
 from cotgrpo.teacher_servers.server import Scorer, Scores, Text
+from cotgrpo.teacher_servers.vocabulary import Vocabulary
 from cotgrpo.types import Params, SftBatch, Student
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ TEACHER_TOKENS = 4
 """Most tokens of the teacher for one of the student's, over a whole reply. Contexts after that are not supervised."""
 
 
-class Tokens:
+class Tokens(Vocabulary):
     """The tokens of a model as bytes.
 
     Args:
@@ -47,22 +48,19 @@ class Tokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
-        self.tokenizer, self.end_ids = tokenizer, tuple(int(i) for i in end_ids)
+        super().__init__(tokenizer, len(tokenizer))
+        self.end_ids = tuple(int(i) for i in end_ids)
         letter = self.encode("a")
         self.before = letter[-1] if letter else None
-        self.piece = functools.lru_cache(maxsize=None)(self.find_piece)
+        self.bytes_of = functools.lru_cache(maxsize=None)(self.find_bytes)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without tokens that the tokenizer adds by itself."""
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
-
-    def find_piece(self, token: int) -> bytes:
+    def find_bytes(self, token: int) -> bytes:
         """Return the bytes of a token inside a text."""
         return token_bytes(self.tokenizer, token, self.before)
 
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of each token."""
-        return [self.piece(int(i)) for i in ids]
+        """Return the bytes of each token inside a text."""
+        return [self.bytes_of(int(i)) for i in ids]
 
     def without_end(self, ids: Sequence[int]) -> tuple[list[int], bool]:
         """Return a reply without its end, and whether it had one."""
@@ -93,11 +91,11 @@ class OtherTokenizer:
 
     def score_later(self, make_texts: Callable[[], Sequence[Text]], columns: int) -> Future[Scores]:
         """Score replies in the background: `Text.scored` are the student's tokens, `Text.context` the teacher's."""
-        replies: list[Text] = []
+        replies: list[tuple[Text, Text]] = []  # as the student wrote it, and in the teacher's tokens
 
         def translated() -> list[Text]:
-            replies.extend(make_texts())
-            return [self.translate(text, TEACHER_TOKENS * columns) for text in replies]
+            replies.extend((text, self.translate(text, TEACHER_TOKENS * columns)) for text in make_texts())
+            return [theirs for _, theirs in replies]
 
         scores = self.scorer.score_later(translated, TEACHER_TOKENS * columns)
         return self.pool.submit(lambda: self.align_all(replies, scores.result(), columns))
@@ -108,13 +106,13 @@ class OtherTokenizer:
         theirs = self.teacher.encode(b"".join(self.student.pieces(own)).decode(errors="replace"))
         return Text(text.context, [*theirs, *self.teacher.end_ids[:1] * has_end][:most])
 
-    def align_all(self, replies: Sequence[Text], scores: Scores, columns: int) -> Scores:
+    def align_all(self, replies: Sequence[tuple[Text, Text]], scores: Scores, columns: int) -> Scores:
         """Return the ghost tokens of replies that the teacher has scored, as tokens of the student."""
         ids = np.zeros((len(replies), columns, 1), np.int32)
         log_probs = np.full((len(replies), columns, 1), MASKED_LOGIT, np.float32)
-        for row, text in enumerate(replies):
+        for row, (text, translated) in enumerate(replies):
             own, _ = self.student.without_end(text.scored)
-            places = self.translate(text, scores.ids.shape[1]).scored
+            places = translated.scored
             theirs, _ = self.teacher.without_end(places)
             choices = [
                 self.choice(int(scores.ids[row, n, 0])) if scores.known[row, n] else None for n in range(len(places))
@@ -133,7 +131,7 @@ class OtherTokenizer:
 
     def choice(self, token: int) -> bytes:
         """Return the bytes of a token that the teacher chooses."""
-        return END if token in self.teacher.end_ids else self.teacher.piece(token)
+        return END if token in self.teacher.end_ids else self.teacher.bytes_of(token)
 
 
 class LocalScorer:

@@ -76,7 +76,7 @@ def test_one_tokenizer_of_single_bytes_gives_the_teachers_own_choices() -> None:
     for place in range(len(asked.scored)):
         choice = int(plain.ids[0, place, 0])
         if choice < SHAPE.vocab_size and choice < len(tokenizer):
-            half_a_character = choice != tokenizer.eos_token_id and not tokens.piece(choice).isascii()
+            half_a_character = choice != tokenizer.eos_token_id and not tokens.bytes_of(choice).isascii()
             assert bool(found.known[0, place]) != half_a_character
             assert half_a_character or found.ids[0, place, 0] == choice
     assert not found.known[0, len(asked.scored) :].any()
