@@ -166,10 +166,11 @@ def on_policy(config: Config, language: LanguageName = "en") -> Config:
 
 def write_combined(folder: Path, report: dict[str, Any]) -> Path:
     """Write `report.json`, its page and the chart of the accuracies. Return the path of the page."""
-    write_json(folder / "report.json", report)
     rows = [(name, STAGES[name], row) for name, row in report["accuracy"].items()]
     write_text(folder / "accuracy.svg", standalone(interval_chart("Held-out accuracy", rows)))
-    return write_report(folder)
+    page = write_report(folder, report)
+    write_json(folder / "report.json", report)
+    return page
 
 
 def teach(folder: Path, seed: int, language: LanguageName = "en") -> None:

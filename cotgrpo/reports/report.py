@@ -62,7 +62,8 @@ def write_report(folder: Path, report: Mapping[str, Any] | None = None) -> Path:
         folder: a run folder with `report.json`, and the log of one stage (`metrics.jsonl`) or of several (in the
             folders of `STAGE_FOLDERS`). Without rows in the logs the page lacks curves. If a `completions.jsonl` is
             next to the log, the page shows its newest replies.
-        report: of a run that is not finished, in place of `report.json`. Its `stage` names the stage of the log.
+        report: in place of `report.json`, which may not be there yet. If the run is not finished, its `stage` names the
+            stage of the log.
 
     Returns:
         The page's path.

@@ -151,8 +151,9 @@ def write_stage_report(
     """
     folder = Path(config.run_dir) / stage
     report = stage_report(stage, config, inputs, measured, wall)
-    write_json(folder / "report.json", report)
-    say(console, f"report: {write_report(folder)}")
+    page = write_report(folder, report)
+    write_json(folder / "report.json", report)  # last: a stage that has it is complete
+    say(console, f"report: {page}")
     return report
 
 
@@ -227,8 +228,8 @@ def add_evaluation(folder: Path, moment: str, measured: dict[str, Any]) -> None:
         return
     if report is not None:
         report["evaluations"] = [row for row in report.get("evaluations", []) if row["moment"] != moment] + rows
+        write_report(folder, report)
         write_json(folder / "report.json", report)
-        write_report(folder)
 
 
 def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -86,6 +86,10 @@ def arrays(folder: Path) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plain)}
 
 
+UNFINISHED = "not finished"
+"""On the page of a run that goes on."""
+
+
 def assert_same_stage(run: Killed, name: str) -> None:
     """All that the killed runs leave is what the whole one left, except for times and the name of the folder."""
     print(f"{len(run.moments)} kills: {run.moments}")
@@ -99,7 +103,8 @@ def assert_same_stage(run: Killed, name: str) -> None:
             np.testing.assert_array_equal(found[key], array, err_msg=key)
         facts = [{k: v for k, v in read(f / "report.json").items() if k not in OF_A_FOLDER} for f in (whole, killed)]
         assert facts[0] == facts[1]
-        assert (killed / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+        page = (killed / "report.html").read_text(encoding="utf-8")
+        assert page.rstrip().endswith("</html>") and UNFINISHED not in page
         for path in ("before.json", "after.json", "completions.jsonl", "tokenizer/tokenizer.json"):
             written = [(f / path).read_bytes() if (f / path).exists() else None for f in (whole, killed)]
             assert written[0] == written[1], path
@@ -139,12 +144,13 @@ def test_grpo(trained: Path, tmp_path: Path, rng: random.Random, source: str) ->
 
 
 def test_the_report(trained: Path, tmp_path: Path, rng: random.Random) -> None:
-    """All steps are done; the last measurement and the report are not."""
+    """All steps are done; the last measurement and the report are not. The page is one of an unfinished run."""
 
     def prepare(folder: Path) -> None:
         shutil.copytree(trained / "scratch", folder)
-        for name in ("after.json", "report.json", "report.html"):
+        for name in ("after.json", "report.json"):
             (folder / "sft" / name).unlink()
+        (folder / "sft" / "report.html").write_text(f"<!doctype html>{UNFINISHED}</html>")
 
     run = Killed(tmp_path / "runs", stage(trained, "scratch.yaml"), rng, prepare)
     run.kill(0, ("rename sft/after.json", "rename sft/report.json", "open sft/report.html"))
