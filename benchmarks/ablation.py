@@ -77,12 +77,14 @@ class Arm:
             are then the teacher's text for these, which SFT did not have: the control that separates new questions from
             own contexts. The text of "half" is always that of the training rows.
         corrupted: share of ghost replies with a wrong digit.
+        drawn: whether ghosts are drawn from the teacher's distribution, as its text is, instead of its likeliest token.
     """
 
     objective: Any
     contexts: str
     new_questions: bool = False
     corrupted: float = 0.0
+    drawn: bool = False
 
 
 OBJECTIVES = {
@@ -107,6 +109,11 @@ ARMS |= {
     f"forward kl, {contexts}{', new questions' if new else ''}": Arm(ForwardKl(), contexts, new)
     for new in (False, True)
     for contexts in ("on_policy", "half")
+}
+ARMS |= {
+    f"{name}, drawn ghosts, on_policy{', new questions' if new else ''}": Arm(objective, "on_policy", new, drawn=True)
+    for new in (False, True)
+    for name, objective in OBJECTIVES.items()
 }
 ARMS |= {
     f"{contexts}{', new questions' if new else ''}": Arm(objective, contexts, new)
@@ -229,8 +236,8 @@ class Ablation:
         )
         self.validation, self.test = match(held_out[: sizes.held_out[0]]), match(held_out[sizes.held_out[0] :])
         self.draws = {
-            top_k: jax.jit(make_draw(self.sampler(1.0), self.teacher.student, top_k=top_k))
-            for top_k in (0, ForwardKl().top_k or 0)
+            (top_k, drawn): jax.jit(make_draw(self.sampler(1.0), self.teacher.student, top_k=top_k, drawn_ghosts=drawn))
+            for top_k, drawn in ((0, False), (0, True), (ForwardKl().top_k or 0, False))
         }
 
     def forced(self, triples: Sequence[Triple], seed: int, rows: int | None = None) -> Any:
@@ -239,11 +246,17 @@ class Ablation:
         return make_batches(examples, batch_size=rows or self.sizes.packed_rows, seq_len=SEQ_LEN, seed=seed)
 
     def on_policy(
-        self, seed: int, rows: Sequence[Triple], replies: int, forced: Any = None, top_k: int = 0
+        self,
+        seed: int,
+        rows: Sequence[Triple],
+        replies: int,
+        forced: Any = None,
+        top_k: int = 0,
+        drawn: bool = False,
     ) -> OnPolicyBatches:
         """Return batches of the student's own replies to the questions of these rows.
 
-        They carry the teacher's ghosts and the `top_k` likeliest tokens of its distribution.
+        They carry the teacher's ghosts, likeliest or drawn, and the `top_k` likeliest tokens of its distribution.
         """
         forced_rows = 0 if forced is None else self.sizes.packed_rows // 2
         settings = RolloutSettings(
@@ -253,7 +266,7 @@ class Ablation:
             forced_rows,
         )
         return OnPolicyBatches(
-            self.draws[top_k],
+            self.draws[top_k, drawn],
             self.teacher.params,
             make_student(self.decoder),
             self.template,
@@ -318,7 +331,7 @@ class Ablation:
         text = corrupt(self.train_rows, how.corrupted, seed)
         forced = self.forced(text, seed, sizes.packed_rows // 2) if half else None
         top_k = objectives.top_k(how.objective)
-        batches = self.on_policy(seed, rows, sizes.replies // (2 if half else 1), forced, top_k)
+        batches = self.on_policy(seed, rows, sizes.replies // (2 if half else 1), forced, top_k, how.drawn)
         if how.corrupted:
             batches.draw = jax.jit(corrupting(batches.draw, how.corrupted, self.template))
         return batches

@@ -144,15 +144,20 @@ def test_ablation(run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     """Every finished run is a line; called again, nothing is repeated, and the table is the same."""
     ablation = importlib.import_module("ablation")
     path = tmp_path / "rows.jsonl"
-    arms = ["nll, teacher_forced", "forward kl, half, new questions", "nll+pair, half, 10 % corrupted"]
+    arms = [
+        "nll, teacher_forced",
+        "forward kl, half, new questions",
+        "nll+pair, half, 10 % corrupted",
+        "nll, drawn ghosts, on_policy",
+    ]
     options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path), "--learning_rates", "1e-3", "2e-3"]
     tables = []
     for _ in range(2):
         assert ablation.main([*options, "--seeds", "2", "--arms", *arms]) == 0
         tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [row["arm"] for row in rows[:3]] == ["teacher", "before", "before"] and len(rows) == 3 + 2 * 2 * 3
-    assert tables[0] == tables[1] and len(tables[0]) == 2 + 2 + 3
+        assert [row["arm"] for row in rows[:3]] == ["teacher", "before", "before"] and len(rows) == 3 + 2 * 2 * 4
+    assert tables[0] == tables[1] and len(tables[0]) == 2 + 2 + 4
 
 
 def test_an_arm_is_reported_at_its_own_best_learning_rate(run: Any) -> None:
