@@ -64,6 +64,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError(f"distributed.coordinator must be HOST:PORT, got {coordinator!r}.")
+    # On CPUs two programs in flight could send their messages in one order here and in another there.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:

@@ -50,6 +50,7 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={4 // count}",
+            "NPROC": str(os.cpu_count()),  # few devices a process, so as many threads of XLA as outside the tests
             "JAX_COMPILATION_CACHE_DIR": "",  # a half-written entry of a killed process would be a warning, so an error
         }
         command = command or [sys.executable, "-W", "error", training_run.__file__, str(folder), str(pause)]
