@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from cotgrpo.sharding import constrain
 from cotgrpo.types import at_least_float32
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def draw_uniform(key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array,
     return jnp.stack([jax.random.uniform(k, shape, jnp.float32) for k in keys], axis=-1)
 
 
-def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array, "G 2"]) -> Int[Array, "G"]:
+def draw(
+    logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array, "G 2"], parts: int = 1
+) -> Int[Array, "G"]:
     """Draw y ~ softmax(logits) by inverse CDF, from one uniform number a token.
 
     The unnormalized probabilities are summed in blocks. The block is found in the cumulative block sums, then the
@@ -56,16 +59,23 @@ def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array
     Args:
         logits_V: float32 or float64.
         uniform_G: u in [0, 1), or pairs `(high, low)` of such numbers from `draw_uniform`: u = high + 2^-23 low.
+        parts: number of equal parts of the vocabulary on devices of their own. A block lies on one device then, and
+            only block sums and one block travel. It divides V.
 
     Returns:
         int32 token ids. A token whose probability underflows to 0 is never returned.
     """
     logits_V = logits_V.astype(at_least_float32(logits_V))
     vocab = logits_V.shape[0]
-    num_blocks = -(-vocab // DRAW_BLOCK)
+    part = vocab // parts
+    num_blocks = -(-part // DRAW_BLOCK)  # of each part
     mass_V = jnp.exp(logits_V - jnp.max(logits_V))
-    mass_blocks = jnp.pad(mass_V, (0, num_blocks * DRAW_BLOCK - vocab)).reshape(num_blocks, DRAW_BLOCK)
+    mass_parts = mass_V if parts == 1 else mass_V.reshape(parts, part)
+    padding = ((0, 0),) * (parts > 1) + ((0, num_blocks * DRAW_BLOCK - part),)
+    mass_blocks = jnp.pad(mass_parts, padding).reshape(parts * num_blocks, DRAW_BLOCK)
     block_sums = jnp.sum(mass_blocks, axis=1)
+    if parts > 1:
+        block_sums = constrain(block_sums, "N")
     scale = UNITS / jnp.sum(block_sums)
     uniform_G2 = uniform_G if uniform_G.ndim == 2 else jnp.stack([uniform_G, jnp.zeros_like(uniform_G)], axis=-1)
     high_G, low_G = jnp.moveaxis(uniform_G2, -1, 0)
@@ -75,7 +85,10 @@ def draw(logits_V: Float[Array, "V"], uniform_G: Float[Array, "G"] | Float[Array
     find = jax.vmap(invert_cdf, in_axes=(None, None, 0))
     block_G, within_G = find(block_sums * scale, jnp.asarray(UNITS, mass_V.dtype), target_G)
     token_G, _ = jax.vmap(invert_cdf)(mass_blocks[block_G] * scale, block_sums[block_G] * scale, within_G)
-    return jnp.minimum(block_G * DRAW_BLOCK + token_G, vocab - 1)  # NaN logits may lead behind the vocabulary
+    first_G = block_G * DRAW_BLOCK
+    if parts > 1:  # each part before this one has padding behind it
+        first_G = first_G - block_G // num_blocks * (num_blocks * DRAW_BLOCK - part)
+    return jnp.minimum(first_G + token_G, vocab - 1)  # NaN logits may lead behind the vocabulary
 
 
 def split(units: Float[Array, "*shape"]) -> Units:

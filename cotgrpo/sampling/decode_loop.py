@@ -14,12 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student, unstack_layers
+from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student
 from cotgrpo.models.lora import apply_adapters
 from cotgrpo.objectives import draw, draw_uniform, likeliest, softmax
+from cotgrpo.sampling.decoding_layout import ambient_layout, laid_out, row_parts, vocab_parts
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
-from cotgrpo.sharding import batch_shards, open_axes
+from cotgrpo.sharding import constrain
 from cotgrpo.tiled_loss import HeadSpec
 from cotgrpo.types import Params
 from cotgrpo.xla_cpu import project_few_tokens
@@ -74,18 +75,20 @@ def make_sampler(
         prompts = jax.tree.map(jnp.asarray, prompts)
         count = len(prompts.lengths)
         batch_size = count if decode_batch_size is None else min(decode_batch_size, count)
-        with apply_adapters(params) as (whole, _):
-            return DecodeLoop(
+        layout = ambient_layout(config, params, batch_size, prompts.tokens.shape[1], settings.max_new_tokens)
+        with apply_adapters(params) as (whole, _), laid_out(config, whole, layout) as own:
+            replies = DecodeLoop(
                 config=config,
                 settings=settings,
                 spec=spec,
-                params=unstack_layers(config, whole),
-                head_VD=head_of(config, whole).T,  # a tied head is the embedding: no copy
+                params=own,
+                head_VD=head_of(config, own).T,  # a tied head is the embedding: no copy
                 prompts=prompts,
                 key=key,
                 batch_size=batch_size,
                 admit_size=admit_size(batch_size, count),
             ).run()
+        return replies if layout is None else jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), replies)
 
     return sample
 
@@ -94,7 +97,7 @@ def admit_size(batch_size: int, num_prompts: int) -> int:
     """Return how many prompts are prefilled at a time: all, or an eighth of the batch, a multiple of its shards."""
     if batch_size == num_prompts:
         return batch_size
-    shards = batch_shards(open_axes())
+    shards = row_parts()
     return min(-(-batch_size // (8 * shards)) * shards, batch_size)
 
 
@@ -184,9 +187,9 @@ class DecodeLoop:
             position=zeros,
             ended=jnp.ones((self.batch_size,), bool),
             finished=jnp.zeros((self.batch_size,), bool),
-            hidden=jnp.zeros((self.batch_size, self.config.width), jnp.dtype(self.config.dtype)),
-            tokens=jnp.zeros(ring, jnp.int32),
-            log_probs=jnp.zeros(ring, jnp.float32),
+            hidden=constrain(jnp.zeros((self.batch_size, self.config.width), jnp.dtype(self.config.dtype)), "BD"),
+            tokens=constrain(jnp.zeros(ring, jnp.int32), "BN"),
+            log_probs=constrain(jnp.zeros(ring, jnp.float32), "BN"),
             cache=init_cache(self.config, self.batch_size, self.prompts.tokens.shape[1] + ring[1]),
         )
 
@@ -284,7 +287,7 @@ class DecodeLoop:
         settings, P = self.settings, self.prompts.tokens.shape[1]
         keys_B = self.keys_of(state.prompt_index)
         logits_BV = self.spec.logits(project_few_tokens(state.hidden, self.head_VD, jnp.float32), None)
-        token_B, log_prob_B = sample_tokens(settings, logits_BV, keys_B, state.length)
+        token_B, log_prob_B = sample_tokens(settings, logits_BV, keys_B, state.length, vocab_parts(logits_BV.shape[1]))
         active_B = ~state.ended
         ring_column = state.column % settings.max_new_tokens
 
@@ -346,8 +349,11 @@ def sample_tokens(
     logits_BV: Float[Array, "B V"],
     keys_B: Key[Array, "B"],
     index_B: Int[Array, "B"],
+    parts: int = 1,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draw token number `index_B` of each reply.
+
+    `parts` is how many equal parts of the vocabulary lie on devices of their own.
 
     Returns:
         The tokens and their log-probabilities in softmax(logits).
@@ -357,5 +363,5 @@ def sample_tokens(
     else:
         uniform_B2 = jax.vmap(lambda key, index: draw_uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
-        token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None])[0])(filtered_BV, uniform_B2)
+        token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None], parts)[0])(filtered_BV, uniform_B2)
     return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)
