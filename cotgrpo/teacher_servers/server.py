@@ -1,49 +1,30 @@
 """A teacher on a server: it is asked for the log-probabilities of texts in a thread of its own, while training goes on.
 
-A server that is down is waited for, without end: the training has nothing else to learn from. What no waiting can mend
-is a `TeacherError`: a rejected key, an unknown model, a server without log-probabilities, another tokenizer.
+A server without log-probabilities, or with another tokenizer, is a `TeacherError`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import dataclasses
-import random
 import re
-import threading
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from cotgrpo.objectives import MASKED_LOGIT
-from cotgrpo.teacher_servers.dialects import DIALECTS, Call, Dialect, Malformed, Top
-from cotgrpo.teacher_servers.vocabulary import Vocabulary, first_difference
-from cotgrpo.teachers.endpoint import (
-    AttemptFailed,
-    Connection,
-    ConnectionSettings,
-    RateLimiter,
-    TeacherError,
-    parse_retry_after,
-    server_error,
-)
-from cotgrpo.teachers.server_errors import CONTEXT, FATAL_STATUSES, ServerError
+from cotgrpo.teacher_servers.dialects import DIALECTS, Dialect, Malformed, Top
+from cotgrpo.teacher_servers.patient_server import PatientServer, Refused
+from cotgrpo.teacher_servers.vocabulary import Vocabulary, cut_differently
+from cotgrpo.teachers.endpoint import AttemptFailed, ConnectionSettings, TeacherError
+from cotgrpo.teachers.server_errors import CONTEXT, ServerError
 
-T = TypeVar("T")
-
-SAID_AFTER = 1.0
-"""Seconds without an answer before the user is told."""
-SAID_AGAIN_AFTER = 600.0
-"""Seconds between two such lines."""
 LARGEST_DRIFT = 0.5
 """Nats by which a server's log-probabilities of one text may differ from one time to another. Rounding gives less."""
 PROBED_TOKENS = 32
 """Places of the text that shows whether a server still has the same model."""
-CLOSING_SECONDS = 5.0
 TOO_MANY = re.compile(
     "max[_ ]?logprobs|log ?probs?.{0,80}(?:max|greater|at most|less|exceed)", re.IGNORECASE | re.DOTALL
 )
@@ -124,15 +105,7 @@ class Scorer(Protocol):
         ...
 
 
-class Refused(Exception):
-    """The server refuses a request, and would refuse it again."""
-
-    def __init__(self, error: ServerError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-class ScoringServer:
+class ScoringServer(PatientServer[ServerSettings]):
     """A server that scores texts.
 
     Args:
@@ -146,6 +119,8 @@ class ScoringServer:
         TeacherError: the key is missing, or the package openai.
     """
 
+    thread_name = "teacher server"
+
     def __init__(
         self,
         settings: ServerSettings,
@@ -154,51 +129,10 @@ class ScoringServer:
         samples: Sequence[Text],
         say: Callable[[str], None],
     ) -> None:
-        self.settings, self.vocabulary, self.top_k, self.samples, self.say = settings, vocabulary, top_k, samples, say
-        self.connection = Connection(settings)
-        self.connection.make_client()  # raises here, not in the thread
+        super().__init__(settings, say)
+        self.vocabulary, self.top_k, self.samples = vocabulary, top_k, samples
         self.dialect: Dialect | None = None
         self.fingerprint: list[float] = []
-        self.client: Any = None
-        self.down_since: float | None = None
-        self.told: float | None = None
-        self.was_down = False
-        self.limiter = RateLimiter(settings.requests_per_minute)
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="teacher server", daemon=True)
-        self.thread.start()
-        atexit.register(self.close)
-
-    @property
-    def where(self) -> str:
-        """The server's address."""
-        return self.connection.where
-
-    def close(self) -> None:
-        """Stop asking. Called at the end of the process, too."""
-        if self.loop.is_closed():
-            return
-
-        async def cancel() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self.client is not None:
-                await self.client.close()
-
-        try:
-            asyncio.run_coroutine_threadsafe(cancel(), self.loop).result(CLOSING_SECONDS)
-        except TimeoutError:
-            return
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(CLOSING_SECONDS)
-        self.loop.close()
-        atexit.unregister(self.close)
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the server's thread."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def connect(self) -> list[float]:
         """Find out how the server is asked, and compare the tokenizers. Waits while the server is down.
@@ -261,11 +195,7 @@ class ScoringServer:
             text = self.vocabulary.text([*sample.context, *sample.scored])
             own = self.vocabulary.encode(text)
             theirs = await self.usable(lambda text=text: self.tokens_once(text), len(own))  # type: ignore[misc]
-            if len(theirs) == len(own) + 1 and theirs[1:] == own:
-                theirs = theirs[1:]  # a token that the server puts before each text
-            if theirs and theirs[0] is None:
-                theirs = [*own[:1], *theirs[1:]]
-            difference = first_difference(self.vocabulary, own, [t for t in theirs if t is not None])
+            difference = cut_differently(self.vocabulary, own, theirs)
             if difference is not None and (named := getattr(self.settings, "tokenizer", None)):
                 raise TeacherError(
                     f"The teacher at {self.where} has another tokenizer than {named} (grpo.ghosts.tokenizer): in "
@@ -336,68 +266,6 @@ class ScoringServer:
         answers = [await self.send(call) for call in dialect.score_calls(ids, start, self.top_k)]
         return dialect.read_scores(answers, ids, start, self.top_k)
 
-    async def usable(self, ask: Callable[[], Coroutine[Any, Any, T]], length: int) -> T:
-        """Return the answer to a request. Waits while the server is down.
-
-        Args:
-            ask: sends the request once.
-            length: tokens of its text.
-
-        Raises:
-            TeacherError: the server refuses it, or its answers cannot be used.
-        """
-        malformed = attempt = 0
-        while True:
-            try:
-                return await ask()
-            except Refused as refused:
-                self.raise_if_fatal(refused.error)
-                raise self.refusal(refused.error, length) from None
-            except Malformed as error:
-                malformed += 1
-                if malformed > self.settings.retries:
-                    raise TeacherError(
-                        f"The teacher at {self.where} sent {malformed} answers in a row that cannot be used, the last "
-                        f"one because {self.connection.shorten(str(error))}. None of them was trained on. Run the same "
-                        "command to continue once it is mended."
-                    ) from None
-                await asyncio.sleep(self.backoff(malformed))
-            except AttemptFailed as failed:
-                attempt += 1
-                await self.pause(attempt, failed)
-
-    async def send(self, call: Call) -> object:
-        """Send one request once, and return the JSON of its answer. Raises Refused, Malformed or AttemptFailed."""
-        import openai
-
-        await self.limiter.wait_turn()
-        try:
-            async with asyncio.timeout(self.settings.timeout):
-                body = call.body | self.settings.extra_fields()
-                answer = await self.client.post(call.url, body=body, cast_to=object)
-        except (TimeoutError, openai.APITimeoutError):
-            raise AttemptFailed("timeout", f"no answer in {self.settings.timeout:g} s") from None
-        except openai.APIStatusError as status:
-            error = server_error(status)
-            if error.retryable and error.status != 501 and not error.no_quota:
-                wait = parse_retry_after(error.headers)
-                raise AttemptFailed(f"HTTP {error.status}", error.message, retry_after=wait) from None
-            raise Refused(error) from None
-        except ValueError as error:
-            raise Malformed(f"it is not JSON ({error})") from None
-        except Exception as error:  # of the client or the network below it
-            cause = error.__cause__ or error
-            raise AttemptFailed("no connection", f"{type(cause).__name__}: {cause}") from None
-        self.answered()
-        return answer
-
-    def raise_if_fatal(self, error: ServerError) -> None:
-        """Raise TeacherError if every request would meet this error, whatever its dialect."""
-        names_model = error.status == 404 and bool(self.settings.model) and str(self.settings.model) in error.message
-        if error.no_quota or names_model or (error.status in FATAL_STATUSES and error.status != 404):
-            meaning = self.connection.meaning(error)
-            raise meaning if isinstance(meaning, TeacherError) else AssertionError(meaning)
-
     def refusal(self, error: ServerError, length: int) -> TeacherError:
         """Return the error of a text that the server refuses to score."""
         words = self.connection.shorten(error.message)
@@ -415,44 +283,3 @@ class ScoringServer:
         return TeacherError(
             f"The teacher at {self.where} refuses to score a text (HTTP {error.status}). {fix}Its message: {words}"
         )
-
-    async def pause(self, attempt: int, failed: AttemptFailed) -> None:
-        """Wait before the next attempt at a server that is down, and tell the user.
-
-        Raises:
-            TeacherError: the server asks for a longer pause than the settings allow.
-        """
-        now, settings = time.monotonic(), self.settings
-        reason = self.connection.shorten(": ".join(filter(None, (failed.reason, failed.detail))))
-        if failed.retry_after is not None and failed.retry_after > settings.longest_wait:
-            raise TeacherError(
-                f"The teacher at {self.where} asks for a pause of {failed.retry_after:.0f} s, longer than "
-                f"{settings.section}.longest_wait ({settings.longest_wait:g} s). Run the same command later to "
-                f"continue. Its message: {reason}"
-            )
-        self.down_since = now if self.down_since is None else self.down_since
-        is_news = self.told is None or now - self.told >= SAID_AGAIN_AFTER
-        if now - self.down_since >= SAID_AFTER and is_news:
-            self.told = now
-            self.say(
-                f"The teacher at {self.where} does not answer ({reason}), for {now - self.down_since:.0f} s now. The "
-                "run waits and tries again. It can be stopped, and goes on later with the same command."
-            )
-        if failed.retry_after is not None:
-            self.limiter.pause(failed.retry_after)
-        await asyncio.sleep(self.backoff(attempt))
-
-    def backoff(self, attempt: int) -> float:
-        """Return the seconds before another attempt."""
-        settings = self.settings
-        return min(settings.longest_delay, settings.retry_delay * 2 ** min(attempt - 1, 20)) * random.uniform(0.5, 1)
-
-    def answered(self) -> None:
-        """Take note that the server answers."""
-        if self.down_since is not None:
-            self.was_down = True
-            if self.told is not None:
-                self.say(
-                    f"The teacher at {self.where} answers again, after {time.monotonic() - self.down_since:.0f} s."
-                )
-        self.down_since = self.told = None

@@ -78,6 +78,19 @@ class Vocabulary:
         return found
 
 
+def cut_differently(vocabulary: Vocabulary, own: Sequence[int], theirs: Sequence[Token | None]) -> str | None:
+    """Return where a server cuts a text into other tokens than the student, in words; None: nowhere.
+
+    None in place of the first token is one that the server does not name. A token that it puts before each text does
+    not count.
+    """
+    if len(theirs) == len(own) + 1 and list(theirs[1:]) == list(own):
+        theirs = theirs[1:]
+    if theirs and theirs[0] is None:
+        theirs = [*own[:1], *theirs[1:]]
+    return first_difference(vocabulary, own, [token for token in theirs if token is not None])
+
+
 def first_difference(vocabulary: Vocabulary, own: Sequence[int], theirs: Sequence[Token]) -> str | None:
     """Return where a server cuts a text into other tokens than the student, in words; None: nowhere.
 

@@ -129,6 +129,8 @@ class ConnectionSettings:
 
     section: ClassVar[str] = "teacher"
     """The section of the settings, as messages name it."""
+    who: ClassVar[str] = "teacher"
+    """What the server is, as messages name it."""
 
     def __post_init__(self) -> None:
         minima = {"concurrency": 1}
@@ -287,31 +289,36 @@ class Connection:
 
     def meaning(self, error: ServerError, complaint: Complaint | None = None) -> AttemptFailed | TeacherError:
         """Return what an HTTP error means: this attempt failed, or every request would."""
-        settings, where, words = self.settings, self.where, self.shorten(error.message)
+        settings, words = self.settings, self.shorten(error.message)
         if error.status == 401:  # the message of a 401 may hold a part of the key
             fix = f"Check the variable that {settings.section}.api_key_env names."
         else:
             fix = f"Check {settings.section}.base_url and {settings.section}.model. The server's message: {words}"
         if error.no_quota:
-            return TeacherError(f"The teacher at {where} has no quota left for this key. The server's message: {words}")
+            return TeacherError(f"{self.name} has no quota left for this key. The server's message: {words}")
         if error.status in FATAL_STATUSES:
             status = f"HTTP {error.status}; model {settings.model!r}"
-            return TeacherError(f"The teacher at {where} {FATAL_STATUSES[error.status]} ({status}). {fix}")
+            return TeacherError(f"{self.name} {FATAL_STATUSES[error.status]} ({status}). {fix}")
         if complaint is not None and not complaint.of_every_request:
             return AttemptFailed(f"HTTP {error.status}", f"{complaint.fix} {error.message}", retryable=False)
         if complaint is not None:
             return TeacherError(
-                f"The teacher at {where} refuses a setting (HTTP {error.status}; model {settings.model!r}). "
+                f"{self.name} refuses a setting (HTTP {error.status}; model {settings.model!r}). "
                 f"{complaint.fix} The server's message: {words}"
             )
         wait = parse_retry_after(error.headers)
         if wait is not None and wait > settings.longest_wait:
             return TeacherError(
-                f"The teacher at {where} asks for a pause of {wait:.0f} s (HTTP {error.status}), longer than "
+                f"{self.name} asks for a pause of {wait:.0f} s (HTTP {error.status}), longer than "
                 f"{settings.section}.longest_wait ({settings.longest_wait:g} s). Run the same command later to "
                 f"continue. The server's message: {words}"
             )
         return AttemptFailed(f"HTTP {error.status}", error.message, retryable=error.retryable, retry_after=wait)
+
+    @property
+    def name(self) -> str:
+        """What the server is, and its address, at the beginning of a sentence."""
+        return f"The {self.settings.who} at {self.where}"
 
     @property
     def where(self) -> str:
