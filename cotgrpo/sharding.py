@@ -9,6 +9,8 @@ and `constrain(x, "BTD")` looks it up there. Without a mesh it does nothing, nor
     tensor    heads, the MLP's middle and the vocabulary
     context   tokens of each sequence; attention gathers the keys and values
 
+Between slices of TPUs, which only the data-center network (DCN) connects, lies the axis `data`, see `make_mesh`.
+
 A step works on a mesh of the user's own too, whatever its axes are called. Explicit axes are read from the types of
 arrays (`in_auto_mode`). Inside a `shard_map` the arrays are a shard's own. With Auto axes XLA lays out the model as the
 inputs are, and `cotgrpo.token_shards` learns the layout of the loss when the program is compiled.
@@ -26,6 +28,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -73,7 +77,7 @@ class MeshConfig:
 
     Attributes:
         data: devices that share the sequences of a batch, each with all parameters. One axis may be -1: all devices
-            that are left.
+            that are left. On several slices of TPUs this axis lies over the slices, and is a multiple of their number.
         fsdp: devices that share the sequences, and the parameters and optimizer state too.
         tensor: devices that share the heads, the MLP and the vocabulary.
         context: devices that share the tokens of each sequence.
@@ -94,19 +98,62 @@ class MeshConfig:
 def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """Make a device mesh, as `make_mesh(data=2, fsdp=4)`. One size may be -1, for all devices that are left.
 
+    Several slices of TPUs make one hybrid mesh. Its axis `data` lies over the slices: only sums of gradients and
+    metrics cross the data-center network (DCN), and every other axis stays in a slice, on its faster links (ICI). So
+    `data` is a multiple of the number of slices. Nodes of GPUs follow each other along the outermost axes, of any size.
+
     Args:
         devices: those to use, which may be devices of another machine to compile for; None: all of this run.
         sizes: devices along each axis; 1 if not given.
 
     Raises:
-        ValueError: an unknown axis, or sizes whose product is not the number of devices.
+        ValueError: an unknown axis, sizes whose product is not the number of devices, or slices that they do not fit.
     """
-    shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = jax.devices() if devices is None else devices
+    slices = split_slices(devices)
+    shape = mesh_shape(sizes, len(devices), len(slices))
+    own = tuple((shape | {"data": shape["data"] // len(slices)}).values())
+    grids = [device_grid(own, part) for part in slices]
+    return Mesh(np.concatenate(grids, axis=AXES.index("data")), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
-    """Return the size of every axis on this number of devices. Raises as `make_mesh` does."""
+def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices of one slice, or of all nodes of GPUs, in this shape: neighbours along an axis are near."""
+    if len({slice_number(device) for device in devices}) > 1:
+        # JAX numbers the nodes of GPUs as slices, and its make_mesh refuses more than one.
+        nodes = sorted(devices, key=lambda device: (slice_number(device), device.id))
+        return np.asarray(nodes, object).reshape(shape)
+    try:
+        return jax.make_mesh(shape, AXES, devices=devices).devices
+    except NotImplementedError:  # two axes must share a side of the torus, which make_mesh allows on v5e alone
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def slice_number(device: jax.Device) -> int:
+    """Return the number of the slice that a device is in; 0 on platforms without slices."""
+    return getattr(device, "slice_index", 0)
+
+
+def split_slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Return the devices of each slice of TPUs, in the order of the slices; all devices together on other platforms.
+
+    Raises:
+        ValueError: slices of different sizes.
+    """
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(slice_number(device) if device.platform == "tpu" else 0, []).append(device)
+    slices = [groups[number] for number in sorted(groups)]
+    if len({len(part) for part in slices}) > 1:
+        raise ValueError(
+            f"The slices of a mesh must have the same number of devices, got {[len(part) for part in slices]}: "
+            "start the run on slices of one size."
+        )
+    return slices
+
+
+def mesh_shape(sizes: dict[str, int], devices: int, slices: int = 1) -> dict[str, int]:
+    """Return the size of every axis on this number of devices, in this number of slices. Raises as `make_mesh` does."""
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
         raise ValueError(f"Unknown mesh axis {unknown[0]!r}: the axes are {', '.join(AXES)}.")
@@ -120,7 +167,14 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
             f"The mesh {sizes} asks for {'a multiple of ' * bool(open_ones)}{fixed} devices, but there are {devices}: "
             "give sizes whose product is that, or -1 to one axis."
         )
-    return shape | dict.fromkeys(open_ones, devices // fixed)
+    shape |= dict.fromkeys(open_ones, devices // fixed)
+    if shape["data"] % slices:
+        raise ValueError(
+            f"The mesh {sizes} makes data={shape['data']} on {slices} slices of {devices // slices} devices. The axis "
+            f"data lies over the slices: expected data to be a multiple of {slices}, so that fsdp x tensor x context "
+            "divides the devices of a slice."
+        )
+    return shape
 
 
 def check_mesh(shape: Mapping[str, int], sizes: Mapping[str, int]) -> None:

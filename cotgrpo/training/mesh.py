@@ -25,13 +25,14 @@ def run_mesh(config: Config) -> jax.sharding.Mesh | None:
     Raises:
         ConfigError: sizes whose product is not the number of devices.
     """
-    devices = 1 if jax.config.values["jax_default_device"] is not None else jax.device_count()
     sizes = dataclasses.asdict(config.mesh)
     try:
-        mesh_shape(sizes, devices)
+        if jax.config.values["jax_default_device"] is not None or jax.device_count() == 1:
+            mesh_shape(sizes, 1)
+            return None
+        return make_mesh(**sizes)
     except ValueError as error:
         raise ConfigError(f"mesh: {error} (mesh.data is -1 by default.)") from error
-    return None if devices == 1 else make_mesh(**sizes)
 
 
 def check_stage_batch(config: Config, stage: str) -> None:
