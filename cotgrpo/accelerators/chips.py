@@ -1,4 +1,4 @@
-"""Published figures of accelerators, and topologies by name: `v5p:4x4x4`, `v5p-128`, `h100:8`."""
+"""Published figures of accelerators, and topologies by name: `v5p:4x4x4`, `v5p-128`, `2xv5e:4x4`, `h100:8`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Chip:
         wrap: what divides a side that wraps around.
         matrix_unit: width of the TPU's systolic array.
         node: GPUs of a node; 0 for TPUs.
-        nic_bandwidth: bytes per second that a GPU can send to other nodes.
+        nic_bandwidth: bytes per second that a GPU can send to other nodes, and a TPU to other slices (DCN).
     """
 
     name: str
@@ -59,22 +59,47 @@ class Chip:
 CLOUD = "docs.cloud.google.com/tpu/docs/"
 
 
-def tpu(name: str, hbm: float, flops: float, hbm_bandwidth: float, network_bandwidth: float, **rest: float) -> Chip:
-    """Return a TPU with this memory in GiB; its figures are those of Google's documentation."""
+def tpu(name: str, hbm: float, flops: float, hbm_bandwidth: float, ici: float, dcn: float, **rest: float) -> Chip:
+    """Return a TPU with this memory in GiB; its figures are those of Google's documentation.
+
+    Bytes per second go to neighbours by `ici`, and to other slices by `dcn`: a chip's share of its host's network.
+    """
     whole: dict[str, int] = {key: int(value) for key, value in rest.items() if key != "clock"}
     return Chip(
-        name, "tpu", hbm * GIB, flops, hbm_bandwidth, network_bandwidth, CLOUD + name, clock=rest["clock"], **whole
+        name,
+        "tpu",
+        hbm * GIB,
+        flops,
+        hbm_bandwidth,
+        ici,
+        CLOUD + name,
+        clock=rest["clock"],
+        nic_bandwidth=dcn,
+        **whole,
     )
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        tpu("v4", 32, 275e12, 1228e9, 300e9, clock=1.05e9, cores=2, sides=3, wrap=4),
-        tpu("v5e", 16, 197e12, 819e9, 200e9, clock=1.5e9, sides=2, wrap=16),
-        tpu("v5p", 95, 459e12, 2765e9, 600e9, clock=1.75e9, cores=2, sides=3, wrap=4),
-        tpu("v6e", 32, 918e12, 1638e9, 400e9, clock=1.75e9, sides=2, wrap=16, matrix_unit=256),
-        tpu("tpu7x", 192, 2307e12, 7380e9, 600e9, clock=2.2e9, cores=2, sides=3, wrap=4, matrix_unit=256, devices=2),
+        tpu("v4", 32, 275e12, 1228e9, 300e9, 6.25e9, clock=1.05e9, cores=2, sides=3, wrap=4),
+        tpu("v5e", 16, 197e12, 819e9, 200e9, 3.125e9, clock=1.5e9, sides=2, wrap=16),
+        tpu("v5p", 95, 459e12, 2765e9, 600e9, 6.25e9, clock=1.75e9, cores=2, sides=3, wrap=4),
+        tpu("v6e", 32, 918e12, 1638e9, 400e9, 12.5e9, clock=1.75e9, sides=2, wrap=16, matrix_unit=256),
+        tpu(
+            "tpu7x",
+            192,
+            2307e12,
+            7380e9,
+            600e9,
+            12.5e9,
+            clock=2.2e9,
+            cores=2,
+            sides=3,
+            wrap=4,
+            matrix_unit=256,
+            devices=2,
+        ),
         Chip("a100", "gpu", 80e9, 312e12, 2039e9, 300e9, "NVIDIA A100 80GB SXM data sheet", node=8, nic_bandwidth=25e9),
         Chip("h100", "gpu", 80e9, 989e12, 3350e9, 450e9, "NVIDIA H100 SXM data sheet", node=8, nic_bandwidth=50e9),
         Chip("h200", "gpu", 141e9, 989e12, 4800e9, 450e9, "NVIDIA H200 SXM data sheet", node=8, nic_bandwidth=50e9),
@@ -94,16 +119,24 @@ class Topology:
     """Chips joined by their network.
 
     Attributes:
-        name: `v5p:4x4x4` (TPUs by the sides of their torus) or `h100:8` (GPUs by their number).
+        name: `v5p:4x4x4` (TPUs by the sides of their torus), `2xv5p:4x4x4` (two such slices) or `h100:8` (GPUs by
+            their number).
         chip: the kind of chip.
-        num_chips: number of chips.
-        sides: the torus's sides in chips; empty for GPUs.
+        num_chips: number of chips, of all slices.
+        sides: the sides of a slice's torus in chips; empty for GPUs.
+        slices: number of slices of TPUs, which the data-center network connects.
     """
 
     name: str
     chip: Chip
     num_chips: int
     sides: tuple[int, ...] = ()
+    slices: int = 1
+
+    @property
+    def slice_name(self) -> str:
+        """The name of one of the slices."""
+        return self.name.removeprefix(f"{self.slices}x")
 
     @property
     def num_devices(self) -> int:
@@ -148,12 +181,15 @@ def parse_topology(name: str) -> Topology:
     """Return the topology with this name.
 
     TPUs are named by the sides of their slice, `v5p:2x2x4`, or as Google names accelerators, `v5p-32`. Numbers after
-    v4, v5p and tpu7x count TensorCores, of which a chip has two; numbers after v5e and v6e count chips.
+    v4, v5p and tpu7x count TensorCores, of which a chip has two; numbers after v5e and v6e count chips. Several slices
+    have their number in front, `2xv5e:4x4`.
 
     Raises:
         TopologyError: the name is not that of a known topology; the message shows what one looks like.
     """
-    found = re.match(r"([^:-]*)([:-]?)(.*)", name.strip().lower(), re.DOTALL)
+    several, one = re.match(r"(?:(\d+)x)?(.*)", name.strip().lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+    slices = int(several or 1)
+    found = re.match(r"([^:-]*)([:-]?)(.*)", one, re.DOTALL)
     kind, sign, size = found.groups() if found else ("", "", "")
     kind = ALIASES.get(kind, kind)
     if kind not in CHIPS:
@@ -161,6 +197,13 @@ def parse_topology(name: str) -> Topology:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise TopologyError(f"--topology {name}: unknown chip {kind!r}; there are {', '.join(CHIPS)}.{hint}")
     chip = CHIPS[kind]
+    if slices < 1 or (chip.platform != "tpu" and several):
+        wanted = (
+            f"a number of slices, as in 2x{examples(chip)}"
+            if chip.platform == "tpu"
+            else f"all GPUs together, as in {kind}:16"
+        )
+        raise TopologyError(f"--topology {name}: expected {wanted}.")
     if chip.platform != "tpu":
         if not re.fullmatch(r"0*[1-9]\d{0,6}", size):
             raise TopologyError(f"--topology {name}: expected a number of GPUs, as in {kind}:8.")
@@ -173,7 +216,10 @@ def parse_topology(name: str) -> Topology:
         raise TopologyError(f"--topology {name}: expected the sides of a slice, as in {examples(chip)}.")
     if len(sides) != chip.sides:
         raise TopologyError(f"--topology {name}: expected {chip.sides} sides for {kind}, as in {examples(chip)}.")
-    return Topology(f"{kind}:{'x'.join(map(str, sides))}", chip, math.prod(sides), sides)
+    canonical = f"{kind}:{'x'.join(map(str, sides))}"
+    return Topology(
+        canonical if slices == 1 else f"{slices}x{canonical}", chip, slices * math.prod(sides), sides, slices
+    )
 
 
 def examples(chip: Chip) -> str:

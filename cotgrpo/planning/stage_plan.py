@@ -82,7 +82,7 @@ class StagePlan:
         """The size of every axis."""
         sizes = dict(self.mesh or dataclasses.asdict(self.config.mesh))
         try:
-            whole = mesh_shape(sizes, self.topology.num_devices)
+            whole = mesh_shape(sizes, self.topology.num_devices, self.topology.slices)
             check_mesh(whole, dataclasses.asdict(self.decoder))
             check_batch(whole, self.settings.batch_size, self.config.data.seq_len, self.settings.micro_batches)
         except ValueError as error:

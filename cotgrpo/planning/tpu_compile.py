@@ -39,7 +39,7 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
-    """Return the slice's devices as `libtpu` describes them.
+    """Return the devices of the slice, or of all slices, as `libtpu` describes them.
 
     Raises:
         ConfigError: libtpu is not installed, or does not know the slice.
@@ -59,9 +59,11 @@ def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    one_device_a_chip = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, str | int] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     try:
-        devices = topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **one_device_a_chip).devices
+        devices = topologies.get_topology_desc(topology_name=topology.slice_name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"--topology {topology.name}: libtpu does not know this slice ({error}).") from error
     return devices

@@ -25,6 +25,10 @@ from cotgrpo.accelerators.chips import CHIPS, TopologyError, parse_topology, sta
         ("tpu7x-128", "tpu7x:4x4x4", 64, 128),  # a chip of two devices
         ("tpu7x:2x2x1", "tpu7x:2x2x1", 4, 8),
         ("v5p-2x2x4", "v5p:2x2x4", 16, 16),
+        ("2xv5e:4x4", "2xv5e:4x4", 32, 32),  # slices
+        ("4xV5P-32", "4xv5p:2x2x4", 64, 64),
+        ("2xtpu7x:2x2x1", "2xtpu7x:2x2x1", 8, 16),
+        ("1xv5e-8", "v5e:2x4", 8, 8),
         ("h100:8", "h100:8", 8, 8),
         ("b200-16", "b200:16", 16, 16),
         ("mi300x:8", "mi300x:8", 8, 8),
@@ -52,6 +56,9 @@ def test_names(name: str, canonical: str, chips: int, devices: int) -> None:
         ("h100:2x4", "expected a number of GPUs, as in h100:8"),
         ("b200:0", "expected a number of GPUs, as in b200:8"),
         ("h100", "expected a number of GPUs"),
+        ("0xv5e-8", "expected a number of slices, as in 2xv5e:4x4"),
+        ("2xv5e", "expected the sides of a slice"),
+        ("2xh100:8", "expected all GPUs together, as in h100:16"),
     ],
 )
 def test_a_wrong_name_is_one_line_that_lists_what_is_known(name: str, message: str) -> None:
@@ -95,3 +102,11 @@ def test_every_chip_is_whole() -> None:
 def test_clocks_are_the_peak_over_what_the_matrix_units_do_in_a_cycle(name: str, per_cycle: int) -> None:
     chip = CHIPS[name]
     assert chip.clock * per_cycle == pytest.approx(chip.flops, rel=0.01)
+
+
+def test_several_slices() -> None:
+    two = parse_topology("2xv5e-16")
+    assert (two.slices, two.slice_name, two.sides) == (2, "v5e:4x4", (4, 4))
+    assert parse_topology("v5e-16").slices == 1
+    for chip in CHIPS.values():
+        assert 0 < chip.nic_bandwidth < chip.network_bandwidth, "other slices and nodes are farther than neighbours"
