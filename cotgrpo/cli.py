@@ -13,6 +13,7 @@ The exit codes are
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
@@ -21,41 +22,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cotgrpo.commands.parsers import COMMANDS, PROCESSES, add_processes, make_parser
 from cotgrpo.distributed.interrupts import STOPS, catch_signals
+from cotgrpo.help.pages import HELP_FLAGS, SHELLS, completion, find_unknown_option, help_text, overview
 from cotgrpo.huge_pages import use_huge_pages
 from cotgrpo.terminal import complain, lost_output, make_streams_last
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
     from rich.console import Console
 
-COMMANDS = {
-    "quickstart": "the whole method on a made-up task, on a CPU in minutes (--out DIR)",
-    "generate": "questions in, verified triples out, from a teacher behind an endpoint or in a folder",
-    "gold": "ghosts corrected by hand: to a file to edit, and back to triples",
-    "sft": "chain-of-thought distillation: fine-tune a student on triples",
-    "grpo": "GhostRespond Policy Optimization, from the student of sft",
-    "eval": "exact match and loss on held-out rows, of a run or of any model",
-    "compare": "several runs in one page: settings, accuracies and curves",
-    "plan": "whether a run fits on TPUs or GPUs that are not here, and how fast it can be",
-    "export": "the newest student of a run as a folder that transformers loads",
-    "bench": "how fast steps, generation, input pipeline and checkpoints are on this machine",
-}
 COMPUTING = {"quickstart", "generate", "sft", "grpo", "eval", "bench"}
 """Commands that train, or write replies."""
-
-DESCRIPTION = """Teach small language models to reason.
-
-GRPO here is GhostRespond Policy Optimization, not Group Relative.
-
-cotgrpo COMMAND --help lists every option of a command. On several machines the same command runs on each
-(docs/hosts.md)."""
-PROCESSES: tuple[tuple[str, type, str, str], ...] = (
-    ("coordinator", str, "HOST:PORT", "a free port of process 0's host"),
-    ("num_processes", int, "INT", "number of processes; 1: this is the only one"),
-    ("process_id", int, "INT", "number of this process, from 0"),
-)
-PROCESSES_HELP = "Processes of one run. Cloud TPU, SLURM, Open MPI and Kubernetes are recognised without these options."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,71 +65,57 @@ def call(arguments: list[str]) -> int:
 
 
 def choose(arguments: list[str]) -> int:
-    """Run the command that arguments name, or print its help, and return the exit code."""
-    command = arguments[0] if arguments and arguments[0] != "help" else "--help"
-    if command == "bench":
-        return importlib.import_module("cotgrpo.commands.bench").main(arguments[1:])
-    if command in COMMANDS and not {"-h", "--help"} & set(arguments):
-        return run(lambda rest, console: run_command(command, rest, console), arguments[1:])
-    if command.startswith("-") and command not in ("-h", "--help", "--version"):
+    """Run the command that arguments name, or print a help, and return the exit code."""
+    command, rest = (arguments[0] if arguments else "help"), arguments[1:]
+    if command == "help" and rest[:1] and rest[0] in COMMANDS:  # `cotgrpo help sft`
+        command, rest = rest[0], ["--help"]
+    if command in COMMANDS:
+        return show_or_run(command, rest)
+    if command in ("help", *HELP_FLAGS):
+        print(overview(), end="")
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"cotgrpo {version('cotgrpo')}")
+        return 0
+    if command.partition("=")[0] == "--print-completion":
+        return print_completion(command.partition("=")[2] or "".join(rest[:1]))
+    if command.startswith("-"):
         complain(f"expected a command before {command!r}: one of {', '.join(COMMANDS)}.")
         return 2
-    try:
-        make_parser(command if command in COMMANDS else None).parse_args([command, "--help"])
-    except SystemExit:  # the help was printed, or the version
-        return 0
-    except argparse.ArgumentError:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
-        complain(f"unknown command {command!r}. {hint}")
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
+    complain(f"unknown command {command!r}. {hint}")
     return 2
 
 
-def make_parser(command: str | None = None) -> ArgumentParser:
-    """Return the parser of the command line, with the options of `command` alone: only its module is imported."""
-    from importlib.metadata import version
-
-    parser = new_parser("cotgrpo COMMAND [--config FILE.yaml] [--section.setting VALUE ...]", DESCRIPTION)
-    parser.add_argument(
-        "--version", action="version", version=f"cotgrpo {version('cotgrpo')}", help="print the version"
-    )
-    commands = parser.add_subcommands(title="commands", description=None, metavar="COMMAND", required=False)
-    for name, help in COMMANDS.items():
-        module = importlib.import_module(f"cotgrpo.commands.{name}") if name == command else None
-        own = new_parser(f"cotgrpo {name} [--option VALUE ...]", str(module.__doc__) if module else "")
-        if module is not None:
-            module.add_options(own)
-            add_processes(own)
-        commands.add_subcommand(name, own, help=help)
-    return parser
+def show_or_run(command: str, arguments: list[str]) -> int:
+    """Print the help of a command, say which of its options is unknown, or run it. Only the last imports JAX."""
+    if {*HELP_FLAGS} & {*arguments}:
+        print(help_text(command, arguments), end="")
+        return 0
+    if (problem := find_unknown_option(command, arguments)) is not None:
+        complain(problem)
+        if command == "bench":  # as its own parser ends
+            raise SystemExit(2)
+        return 2
+    if command == "bench":
+        return importlib.import_module("cotgrpo.commands.bench").main(arguments)
+    return run(lambda rest, console: run_command(command, rest, console), arguments)
 
 
-def new_parser(usage: str, description: str) -> ArgumentParser:
-    """Return a parser that raises its errors and knows no abbreviations."""
-    from jsonargparse import ArgumentParser
-
-    return ArgumentParser(
-        usage=usage, description=description, formatter_class=HelpFormatter, allow_abbrev=False, exit_on_error=False
-    )
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """The formatter of argparse, with a wider column of options, and descriptions wrapped by paragraph."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n\n".join(super(HelpFormatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
-
-
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how the processes of a run find each other."""
-    group = parser.add_argument_group("distributed", PROCESSES_HELP)
-    for name, kind, metavar, help in PROCESSES:
-        group.add_argument(f"--distributed.{name}", type=kind, metavar=metavar, help=help)
+def print_completion(shell: str) -> int:
+    """Print the script that completes the command line in a shell, and return the exit code."""
+    if shell not in SHELLS:
+        complain(f"--print-completion needs one of {', '.join(SHELLS)}, got {shell!r}.")
+        return 2
+    try:
+        print(completion(shell))
+    except ModuleNotFoundError:
+        complain("--print-completion needs the package shtab: pip install shtab.")
+        return 2
+    return 0
 
 
 def run_command(command: str, arguments: Sequence[str], console: Console) -> None:

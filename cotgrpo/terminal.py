@@ -7,9 +7,11 @@ direction of writing. They are printed as what they are.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -46,6 +48,14 @@ def complain(text: str) -> None:
         print(f"cotgrpo: {line}", file=sys.stderr)
     except UnicodeEncodeError:  # a terminal that is not UTF-8
         print(f"cotgrpo: {line.encode('ascii', 'backslashreplace').decode('ascii')}", file=sys.stderr)
+
+
+def did_you_mean(key: str, known: Sequence[str], mark: str = "") -> str:
+    """Return the nearest known key as a question: by the whole dotted key, or else by its last part."""
+    last_parts = [name.rpartition(".")[2] for name in known]
+    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
+    return f" Did you mean {mark}{found[0]}?" if found else " See --help-all for all settings."
 
 
 class LastingStream:

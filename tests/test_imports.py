@@ -39,6 +39,7 @@ ROOMS = (
     "ghosts",
     "teachers",
     "teacher_servers",
+    "rollout_servers",
     "config",
     "distributed",
     "checkpoints",
@@ -55,6 +56,7 @@ ROOMS = (
     "quickstart",
     "bench",
     "commands",
+    "help",
     "cli",
 )
 """A room imports the rooms above it, never one below."""

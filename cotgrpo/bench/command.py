@@ -38,6 +38,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
+DESCRIPTION = "Measure one part of the library on this machine. The result is a table, and a file with --json."
 LEAST = {"batch": 1, "seq": 1, "repeats": 1, "warmup": 0}
 
 
@@ -51,16 +52,15 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """Return the parser, with a subcommand for each part."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    parser = Parser(prog="cotgrpo bench", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    parser = Parser(prog="cotgrpo bench", description=DESCRIPTION)
+    commands = parser.add_subparsers(title="parts", dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
         command = commands.add_parser(name, help=part.about, description=part.about)
         command.add_argument("--shape", choices=list(SHAPES), default="16m", help="sizes of the model (%(default)s)")
         command.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
         command.add_argument("--seq", type=int, default=256, help="tokens of a sequence or prompt (%(default)s)")
         types = ["float32", "bfloat16"]
-        command.add_argument("--dtype", choices=types, default=dtype, help="compute type (%(default)s)")
+        command.add_argument("--dtype", choices=types, help="compute type (float32 on a CPU, else bfloat16)")
         command.add_argument("--remat", choices=REMAT_POLICIES, default="dots", help="remat policy (%(default)s)")
         command.add_argument("--repeats", type=int, default=9, help="repetitions that count (%(default)s)")
         command.add_argument("--warmup", type=int, default=2, help="repetitions before them (%(default)s)")
@@ -87,6 +87,7 @@ def run_bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         DataError: arguments that cannot be used.
     """
     args = make_parser().parse_args(arguments)
+    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise DataError(f"--{name} must be at least {least}, got {getattr(args, name)}.")

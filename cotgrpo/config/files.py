@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import re
 import typing
@@ -32,6 +31,7 @@ from cotgrpo.config.sections import (
 )
 from cotgrpo.config.settings import Config
 from cotgrpo.terminal import complain
+from cotgrpo.terminal import did_you_mean as nearest
 
 if TYPE_CHECKING:
     import yaml
@@ -398,11 +398,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return "key (old there, new now)" for each setting that differs, by dotted key."""
     return [f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in now if before.get(key) != now[key]]
-
-
-def nearest(key: str, known: Sequence[str], mark: str = "") -> str:
-    """Return the nearest known key as a question: by the whole dotted key, or else by its last part."""
-    last_parts = [name.rpartition(".")[2] for name in known]
-    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
-    found = difflib.get_close_matches(key, known, n=1) or [known[last_parts.index(part)] for part in by_last_part]
-    return f" Did you mean {mark}{found[0]}?" if found else " See --help for all settings."

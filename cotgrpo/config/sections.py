@@ -222,6 +222,20 @@ def settings_in(section: DataclassInstance | type[DataclassInstance], prefix: st
             yield Setting(key, types[field.name], value, help, prefix.rstrip("."))
 
 
+def classes_in(section: DataclassInstance) -> Iterator[type]:
+    """Yield the classes of a section and of those inside it, of all alternatives, and their bases."""
+    yield from (cls for cls in type(section).__mro__ if dataclasses.is_dataclass(cls))
+    for field in dataclasses.fields(section):
+        value, kind = getattr(section, field.name), dependent(field)
+        if isinstance(kind, Choice):
+            for cls in kind.alternatives.values():
+                yield from (base for base in cls.__mro__ if dataclasses.is_dataclass(base))
+        elif isinstance(kind, OptionalSection):
+            yield kind.section
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from classes_in(value)
+
+
 def build(default: Section, given: Given, prefix: str = "") -> Section:
     """Return a section with the settings that were given; the others are those of `default`.
 
