@@ -16,11 +16,11 @@ from collections.abc import Mapping
 
 from cotgrpo.accelerators.chips import Topology
 from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
-from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.config import ATTENTION_RESULT, LAYER_INPUT, DecoderConfig, parse_remat
 
-WHOLE_LAYERS = ("full", "offload")
-"""Remat policies that recompute whole layers."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+SPLASH_PRODUCTS = 9
+"""Matrix products of a tile of scores in the TPU's kernels: two forward, seven backward (the scores twice)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,13 @@ class Work:
         return c.num_layers * sum(inputs * outputs for inputs, outputs in c.projections.values())
 
     @property
+    def recomputed_weights(self) -> int:
+        """Number of weights in the layers' matrix products that the backward pass computes again."""
+        c = self.decoder
+        sizes = (c.projections[name] for name in c.recomputed_products)
+        return c.num_layers * sum(inputs * outputs for inputs, outputs in sizes)
+
+    @property
     def head_weights(self) -> int:
         return self.decoder.width * self.decoder.vocab_size
 
@@ -77,21 +84,34 @@ class Work:
     @property
     def hardware_flops(self) -> float:
         """FLOPs that run: with recomputation, and with masked scores unless the attention kernel skips them."""
-        layers_again = int(self.decoder.remat in WHOLE_LAYERS)
-        scores_again = int(self.decoder.remat != "none")
+        remat = parse_remat(self.decoder.remat)
+        scores_again = int(remat is not None)
+        # A policy that keeps attention's result runs the kernel's forward pass once.
+        attention_again = int(self.recomputes_attention)
         # Number of attention's matrix products, and computed scores over scores that are read.
         products, masked = {
             "xla": (6 + 2 * scores_again, self.masked),
             # The backward pass recomputes the scores: the kernel does so in each of its two parts.
-            # A policy that keeps matrix products keeps attention's result too.
-            "blocks": (7 + 2 * layers_again, self.masked * (KEY_LENGTH_BUCKETS + 1) / (2 * KEY_LENGTH_BUCKETS)),
-            "splash": (9 + 2 * layers_again, 1),
+            "blocks": (7 + 2 * attention_again, self.masked * (KEY_LENGTH_BUCKETS + 1) / (2 * KEY_LENGTH_BUCKETS)),
+            "splash": (SPLASH_PRODUCTS + 2 * attention_again, 1),
         }[self.decoder.attention]
-        extra = 2 * layers_again * self.layer_weights + (products * masked - 6) * self.score_flops
+        extra = 2 * self.recomputed_weights + (products * masked - 6) * self.score_flops
         if self.reference:
             extra += 2 * self.layer_weights + 2 * masked * self.score_flops
             extra += 2 * self.supervised * self.head_weights
         return self.model_flops + self.tokens * extra
+
+    @property
+    def kernel_flops(self) -> float:
+        """FLOPs of attention per token that run in kernels of their own, on all layers."""
+        again = 2 * int(self.recomputes_attention)
+        return (SPLASH_PRODUCTS + again) * self.score_flops if self.decoder.attention == "splash" else 0.0
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether the remat policy computes attention's result again."""
+        remat = parse_remat(self.decoder.remat)
+        return remat is not None and ATTENTION_RESULT not in remat.kept
 
     @property
     def masked(self) -> float:
@@ -111,7 +131,7 @@ class Work:
         tensor = mesh.get("tensor", 1)
         shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
         number = DTYPE_BYTES[c.dtype]
-        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
+        passes = 2 + self.recomputed_weights / self.layer_weights + self.reference
         weights = number * (passes * self.layer_weights + 2 * self.head_weights) * self.micro_batches / tensor
         per_layer = sum(inputs + outputs for inputs, outputs in c.projections.values())
         activations = number * (passes + 1) * c.num_layers * per_layer / tensor
@@ -122,7 +142,11 @@ class Work:
         )
 
     def sent_bytes(self, mesh: Mapping[str, int]) -> float:
-        """Estimate the bytes that one device has to send.
+        """Estimate the bytes that one device has to send, over all axes."""
+        return sum(self.sent_by_axis(mesh).values())
+
+    def sent_by_axis(self, mesh: Mapping[str, int]) -> dict[str, float]:
+        """Estimate the bytes that one device has to send along each axis.
 
         fsdp and data: weights are gathered in each pass, and gradients summed.
         tensor: activations are summed twice per layer and pass.
@@ -131,14 +155,19 @@ class Work:
         c = self.decoder
         data, fsdp, tensor, context = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context"))
         number, share = DTYPE_BYTES[c.dtype], lambda n: (n - 1) / n
-        passes = 2 + (c.remat in WHOLE_LAYERS) + self.reference
+        passes = 2 + self.recomputed_weights / self.layer_weights + self.reference
         weights = (self.layer_weights + self.head_weights) / tensor
         gathered = passes * number * weights * share(fsdp)
-        summed = 0 if self.frozen else 4 * weights * (share(fsdp) + 2 * share(data) / fsdp)
+        gradients = 0 if self.frozen else 4 * weights
         tokens = self.tokens / (data * fsdp * context)
         stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
         keys = (passes + 1) * 2 * number * c.num_kv_heads * c.head_dim * c.num_layers * tokens * (context - 1) / tensor
-        return (gathered + summed) * self.micro_batches + stream + keys
+        return {
+            "data": self.micro_batches * gradients * 2 * share(data) / fsdp,
+            "fsdp": self.micro_batches * (gathered + gradients * share(fsdp)),
+            "tensor": stream,
+            "context": keys,
+        }
 
     def activation_bytes(self, mesh: Mapping[str, int]) -> float:
         """Estimate the peak of one device's activations in a micro-batch.
@@ -153,8 +182,10 @@ class Work:
         outputs = number * sum(outputs for _, outputs in c.projections.values()) / tensor
         scores = (4 + number) * c.num_heads * self.seq_len / tensor if c.attention == "xla" else 0
         whole = 4 * number * c.width + outputs + number * c.mlp_width / tensor + scores
-        stream = number * c.width
-        kept = {"none": whole, "dots": stream + outputs, "full": stream, "offload": 0}[c.remat]
+        remat = parse_remat(c.remat)
+        of_stream = (LAYER_INPUT, "out_proj", "down_proj")  # not split over tensor
+        part = lambda name: number * c.kept_sizes[name] / (1 if name in of_stream else tensor)
+        kept = whole if remat is None else sum(part(name) for name in remat.on_device)
         layer = number * self.layer_weights / c.num_layers / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor

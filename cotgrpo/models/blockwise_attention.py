@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.attention import MASKED, causal_segment_mask
-from cotgrpo.models.config import SAVED_NAMES
+from cotgrpo.models.config import ATTENTION_RESULT
 from cotgrpo.sharding import axes_size, axis_names, partition_spec, vary_alike
 
 if TYPE_CHECKING:
@@ -171,8 +171,9 @@ def attend_forward(
         mixed.append(own_mixed)
         logs.append(own_logs)
     mixed_BKGTH = jnp.concatenate(mixed, axis=3)
-    mixed_BTQH = checkpoint_name(jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype), SAVED_NAMES)
-    log_sum_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), SAVED_NAMES)
+    mixed_BTQH = jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype)
+    mixed_BTQH = checkpoint_name(mixed_BTQH, ATTENTION_RESULT)
+    log_sum_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), ATTENTION_RESULT)
     return mixed_BTQH, Residuals(query, key, value, visibility, mixed_BTQH, log_sum_BKGT1)
 
 

@@ -8,16 +8,90 @@ from typing import Literal, get_args
 from cotgrpo.models.rotary import RopeScaling
 
 Dtype = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "dots", "full", "offload"]
-REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+RematPolicy = str
+"""One of `REMAT_POLICIES`, or names of `KEPT_NAMES`, as `parse_remat` reads them."""
 SAVED_NAMES = "kept"
-"""Name (`jax.ad_checkpoint.checkpoint_name`) of what the remat policy "dots" keeps.
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of a result without a name of its own that the remat policy "dots" keeps.
 
 A policy that looks for matrix products does not see into functions with their own gradient.
 """
+LAYER_INPUT, QKV, ATTENTION_RESULT = "layer_input", "qkv_proj", "attention"
+PROJECTION_NAMES = {"query": QKV, "key": QKV, "value": QKV} | {name: f"{name}_proj" for name in ("out", "gate", "up")}
+PROJECTION_NAMES |= {"down": "down_proj"}
+"""The name of `KEPT_NAMES` of each matrix product of a layer."""
+KEPT_NAMES = (LAYER_INPUT, QKV, ATTENTION_RESULT, "out_proj", "gate_proj", "up_proj", "down_proj")
+"""Results of a layer that a remat policy can keep, in the order in which the layer computes them."""
+OFFLOAD = "offload:"
+"""Prefix of a name that is kept in host memory."""
+REMAT_LISTS = {
+    "dots": ",".join(KEPT_NAMES),
+    "minimal": ",".join(name for name in KEPT_NAMES if name != ATTENTION_RESULT),
+    "full": LAYER_INPUT,
+    "offload": OFFLOAD + LAYER_INPUT,
+}
+"""What each remat policy with a name of its own keeps; "none" keeps everything."""
+REMAT_POLICIES = ("none", *REMAT_LISTS)
 ATTENTION = ("blocks", "xla", "splash")
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """What a remat policy keeps of a layer for the backward pass, by `KEPT_NAMES`. The rest is computed again.
+
+    Attributes:
+        on_device: names that are kept in the device's memory.
+        on_host: names that are kept in the host's memory.
+    """
+
+    on_device: tuple[str, ...]
+    on_host: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Return the names that are kept anywhere."""
+        return self.on_device + self.on_host
+
+
+def parse_remat(policy: RematPolicy) -> Remat | None:
+    """Return what a remat policy keeps; None if it keeps everything.
+
+    Args:
+        policy: one of `REMAT_POLICIES`, or names of `KEPT_NAMES` with commas between, each with `offload:` before it if
+            it is kept in host memory, as "qkv_proj,offload:gate_proj".
+
+    Raises:
+        ValueError: a name is unknown, or given twice.
+    """
+    if policy == "none":
+        return None
+    names = [name.strip() for name in REMAT_LISTS.get(policy, policy).split(",")]
+    plain = [name.removeprefix(OFFLOAD) for name in names]
+    unknown = [name for name, own in zip(names, plain, strict=True) if own not in KEPT_NAMES]
+    if unknown:
+        part = f" in {policy!r}" if len(names) > 1 else ""
+        raise ValueError(
+            f"DecoderConfig.remat must be one of {REMAT_POLICIES}, or names of {KEPT_NAMES} with commas between, each "
+            f"with {OFFLOAD!r} before it for host memory, got {unknown[0]!r}{part}."
+        )
+    twice = [name for name in plain if plain.count(name) > 1]
+    if twice:
+        raise ValueError(f"DecoderConfig.remat must have each name once, got {twice[0]!r} twice in {policy!r}.")
+    on_host = tuple(name for name in KEPT_NAMES if OFFLOAD + name in names)
+    # The layer's input is kept in any case: it is what a layer is computed again from.
+    on_device = tuple(name for name in KEPT_NAMES if name in (LAYER_INPUT, *names) and name not in on_host)
+    return Remat(on_device, on_host)
+
+
+def check_remat(policy: RematPolicy, attention: str) -> None:
+    """Raise ValueError if `parse_remat` does, or if the policy names a result that this attention lacks."""
+    remat = parse_remat(policy)
+    if remat is not None and policy not in REMAT_POLICIES and attention == "xla" and ATTENTION_RESULT in remat.kept:
+        raise ValueError(
+            f"DecoderConfig.remat {policy!r} keeps the result of attention, which attention 'xla' does not keep: "
+            "leave the name out, or choose another attention."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +157,12 @@ class DecoderPrecision:
         dtype: compute type, "float32" or "bfloat16". Norms, softmax and logits are always float32.
         param_dtype: storage type of the parameters. In bfloat16, small updates are lost unless the optimizer's rounding
             is `stochastic` or `compensated`.
-        remat: what the backward pass recomputes. "none": nothing. "dots": norms, rotations and gates; matrix products
-            and attention are kept. "full": whole layers; only the residual stream is kept. "offload": the same, with
-            the residual stream kept in host memory.
+        remat: what the backward pass recomputes: `none`, `dots` (norms, rotations, gates), `minimal` (attention too),
+            `full` (whole layers), `offload` (the same, with the layers' inputs kept in host memory), or names of what
+            to keep, as `qkv_proj,out_proj,offload:gate_proj`. A name keeps this many numbers of `dtype` per token and
+            layer: layer_input D (always kept), qkv_proj (Q + 2 K) H (with query and key norms, K H more), attention
+            Q H and Q float32 (so `xla` attention lacks it), out_proj D, gate_proj F, up_proj F, down_proj D (0 without
+            norms after the blocks, as nothing reads it). `offload:` before a name keeps it in host memory.
     """
 
     dtype: Dtype = "float32"
@@ -143,7 +220,6 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         if self.vocab_size < 1:
             raise ValueError(f"DecoderConfig.vocab_size must be at least 1, got {self.vocab_size}.")
         choices = (
-            ("remat", REMAT_POLICIES),
             ("attention", ATTENTION),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
@@ -152,6 +228,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DecoderConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        check_remat(self.remat, self.attention)
         for name in ("embedding_scale", "query_scale", "attention_softcap", "logit_softcap", "window"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"DecoderConfig.{name} must be positive or None, got {getattr(self, name)}.")
@@ -188,6 +265,35 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             "up": (self.width, self.mlp_width),
             "down": (self.mlp_width, self.width),
         }
+
+    @property
+    def kept_sizes(self) -> dict[str, int]:
+        """Return how many numbers per token a layer keeps under each name of `KEPT_NAMES`.
+
+        A normed key is kept before its norm too, which the norm's gradient reads. Only a norm reads the result of down.
+        """
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = (
+            self.width,
+            heads + (3 if self.qk_norm else 2) * kv_heads,
+            heads + self.num_heads * (1 if self.dtype == "float32" else 2),  # a float32 of each head's softmax
+            self.width,
+            self.mlp_width,
+            self.mlp_width,
+            self.width if self.post_norms else 0,
+        )
+        return dict(zip(KEPT_NAMES, sizes, strict=True))
+
+    @property
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Return the matrix products of a layer that the backward pass computes again."""
+        remat = parse_remat(self.remat)
+        if remat is None:
+            return ()
+        if remat.kept == (LAYER_INPUT,):
+            return tuple(self.projections)
+        unread = () if self.post_norms else ("down",)
+        return tuple(n for n in self.projections if PROJECTION_NAMES[n] not in remat.kept and n not in unread)
 
     def num_params(self) -> int:
         """Return the number of parameters."""

@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
 from cotgrpo.models.blockwise_attention import block_attention
+from cotgrpo.models.config import LAYER_INPUT, PROJECTION_NAMES, QKV, SAVED_NAMES, DecoderConfig, parse_remat
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
-from cotgrpo.models.config import SAVED_NAMES, DecoderConfig
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, rms_norm
 from cotgrpo.models.rotary import RopeScaling, rotate, rotation
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
 
     LayerCache = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
-
-RESIDUAL = "residual"
-"""Name of a layer's input, for remat policies."""
 
 
 class RMSNorm(nn.Module):
@@ -135,7 +132,7 @@ class Layer(nn.Module):
         With two views, the global and the local one, `is_local` picks this layer's.
         """
         c = self.config
-        x = checkpoint_name(constrain(x, "BTD"), RESIDUAL)
+        x = checkpoint_name(constrain(x, "BTD"), LAYER_INPUT)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         query, key, value = self.query_key_value(x, view)
         if cached is None or view.mask is None:
@@ -169,7 +166,7 @@ class Layer(nn.Module):
         query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
         # A shard of the tokens reads all keys. If tokens are sharded, keys and values are gathered here, once: remat
         # policies that keep products keep them too.
-        key, value = (checkpoint_name(constrain(x, "BSKH"), SAVED_NAMES) for x in (key, value))
+        key, value = (checkpoint_name(constrain(x, "BSKH"), QKV) for x in (key, value))
         return query, key, value
 
     def attend(
@@ -207,7 +204,9 @@ class Layer(nn.Module):
             dtype=jnp.dtype(c.dtype),
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
-            dot_general=functools.partial(project_tokens, letters="FD" if to_residual else "DF"),
+            dot_general=functools.partial(
+                project_tokens, letters="FD" if to_residual else "DF", saved_name=PROJECTION_NAMES[name]
+            ),
         )
 
 
@@ -322,17 +321,18 @@ class Decoder(nn.Module):
 
     def layer_with_remat(self) -> type[Layer]:
         """Return `Layer`, wrapped in the config's remat policy."""
-        if self.config.remat == "none":
+        remat = parse_remat(self.config.remat)
+        if remat is None:
             return Layer
-        policies = jax.checkpoint_policies
-        dots = policies.save_only_these_names(SAVED_NAMES)
-        offload = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[RESIDUAL],
+        names = [name for name in remat.on_device if name != LAYER_INPUT]  # an argument, which is kept in any case
+        if self.config.remat == "dots":
+            names.append(SAVED_NAMES)
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=names,
+            names_which_can_be_offloaded=list(remat.on_host),
             offload_src="device",
             offload_dst="pinned_host",
         )
-        policy = {"dots": dots, "full": None, "offload": offload}[self.config.remat]
         # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
         return nn.remat(Layer, policy=policy, prevent_cse=False)
 

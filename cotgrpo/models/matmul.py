@@ -27,6 +27,7 @@ def project_tokens(
     *,
     preferred_element_type: DTypeLike | None = None,
     letters: str = "DF",
+    saved_name: str = SAVED_NAMES,
 ) -> Float[Array, "B T F"]:
     """Return `x W`: a `dot_general` for `flax.linen.Dense`.
 
@@ -35,7 +36,8 @@ def project_tokens(
     One product over the B T rows needs no copy.
 
     If the layout is hidden, `letters` are the kernel's dimensions as `constrain` reads them. So an axis that splits
-    both sequences and parameters gathers the kernel and not the activations.
+    both sequences and parameters gathers the kernel and not the activations. `saved_name` is what remat policies call
+    the result.
     """
     # Gathered at each use: the forward pass keeps the kernel as it lies.
     gathered = lambda kernel: kernel if open_axes() else constrain(kernel, letters)
@@ -66,4 +68,4 @@ def project_tokens(
         return dx, gathered(dkernel).astype(kernel.dtype)
 
     product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
-    return checkpoint_name(product(*vary_alike(x, kernel)), SAVED_NAMES)
+    return checkpoint_name(product(*vary_alike(x, kernel)), saved_name)

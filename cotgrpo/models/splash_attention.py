@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cotgrpo.models.config import SAVED_NAMES
+from cotgrpo.models.config import ATTENTION_RESULT
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int
@@ -183,6 +183,6 @@ def make_kernel(
         head_shards=1,
         q_seq_shards=query_shards,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=SAVED_NAMES,
+        residual_checkpoint_name=ATTENTION_RESULT,
         interpret=interpret,
     )
