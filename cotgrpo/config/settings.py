@@ -11,7 +11,7 @@ from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherFo
 from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, TrackerConfig, check_callbacks
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
-from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape
+from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape, check_remat
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import (
     Divergence,
@@ -66,6 +66,10 @@ class StudentConfig(DecoderPrecision, DecoderShape):
 
     path: str | None = None
     attention: Literal["auto", "blocks", "xla", "splash"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_remat(self.remat, self.attention)
 
     def not_applicable(self) -> NotApplicable:
         """Return the shape, if the student is pretrained."""
