@@ -33,6 +33,7 @@ from cotgrpo.rollouts.rollouts import (
     token_ids,
 )
 from cotgrpo.sampling import Prompts, Replies, Sampler, pad_prompts
+from cotgrpo.sampling.decoding_layout import also_resident
 from cotgrpo.sharding import jit_eval
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student
 
@@ -59,14 +60,24 @@ def make_draw(
         since those rows have none. If the objective needs some, the step draws them. `log_probs` `[B, T]` are the
         student's, of the token after each context of a reply, and 0 elsewhere.
     """
-    ghosts_of = make_ghosts(teacher, drawn_ghosts=drawn_ghosts, top_k=top_k, reference_rows=reference_rows)
+    return draw_with(
+        sample, make_ghosts(teacher, drawn_ghosts=drawn_ghosts, top_k=top_k, reference_rows=reference_rows)
+    )
+
+
+def draw_with(sample: Sampler, ghosts_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of `make_draw` from its halves: a sampler, and the function of `make_ghosts`.
+
+    A sampler that the host runs, such as an engine, has them apart. Then only `ghosts_of` is compiled.
+    """
 
     def draw(
         models: tuple[Params, Params], rows: tuple[Prompts, Prompts | None, SftBatch | None], key: jax.Array
     ) -> tuple[GhostBatch, Replies, jax.Array]:
         (params, teacher_params), (prompts, teacher_prompts, forced) = models, rows
         for_sampling, for_ghosts = jax.random.split(key)
-        replies = sample(params, prompts, for_sampling)
+        with also_resident(teacher_params):
+            replies = sample(params, prompts, for_sampling)
         ghosts, log_probs = ghosts_of(teacher_params, (prompts, replies, teacher_prompts, forced), for_ghosts)
         return ghosts, replies, log_probs
 
@@ -199,14 +210,28 @@ class OnPolicyBatches(Rollouts):
             values[:, : len(prompts)] = self.verdicts
         return self.with_verdicts((), (batch, log_probs, *values))
 
+    def first_use(self, batch: RolloutBatch) -> GhostBatch:
+        """Return the batch, with importance weights if an earlier student wrote the replies."""
+        return self.reweigh(batch) if self.engine is not None and self.engine.is_stale else batch.batch
+
     def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
         """Return the replies of an earlier student, with importance weights for the present one."""
-        return self.reweighted(self.params, (batch.batch, batch.log_probs))
+        return self.reweigh(batch)
+
+    def reweigh(self, batch: RolloutBatch) -> GhostBatch:
+        """Return a batch with importance weights for the present student."""
+        reweighted: GhostBatch = self.reweighted(self.params, (batch.batch, batch.log_probs))
+        return reweighted
 
     def observed(self) -> Metrics:
         """Grade the newest replies and log some of them, if they are due. Return their metrics."""
         if self.newest is None or self.newest.prompts is None:
             return {"rollout_tokens": metric(0, 1)}
+        return self.graded_metrics() | ({} if self.engine is None else self.engine.observed())
+
+    def graded_metrics(self) -> Metrics:
+        """Do what `observed` says, if there are new replies."""
+        assert self.newest is not None and self.newest.prompts is not None
         newest, prompts, self.newest = self.newest, self.newest.prompts, dataclasses.replace(self.newest, prompts=None)
         written, rewards = jax.device_get((newest.replies, newest.rewards))
         verdicts, self.verdicts = self.verdicts, None
@@ -215,7 +240,8 @@ class OnPolicyBatches(Rollouts):
         if self.completions is not None and rewards is not None and is_process_0():
             ghosts, values = (part[:, self.settings.prompt_columns - 1 : -1] for part in rewards)
             tokenizer = self.template.tokenizer
-            self.completions.write(self.taken, tokenizer, replies, token_ids(written), ghosts, values)
+            ids, version = token_ids(written), self.weights_version
+            self.completions.write(self.taken, tokenizer, replies, ids, ghosts, values, version=version)
         if verdicts is not None:
             return self.judged_metrics(*verdicts, written)
         return rollout_metrics([reply.correct for reply in replies], written)

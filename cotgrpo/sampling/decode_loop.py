@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student
 from cotgrpo.models.lora import apply_adapters
 from cotgrpo.objectives import draw, draw_uniform, likeliest, softmax
-from cotgrpo.sampling.decoding_layout import ambient_layout, laid_out, row_parts, vocab_parts
+from cotgrpo.sampling.decoding_layout import DecodingLayout, ambient_layout, laid_out, row_parts, vocab_parts
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
 from cotgrpo.sharding import constrain
@@ -40,6 +40,7 @@ def make_sampler(
     settings: SamplingSettings,
     vocab_size: int | None = None,
     decode_batch_size: int | None = None,
+    on_layout: Callable[[DecodingLayout], None] = lambda layout: None,
 ) -> Sampler:
     """Return a pure function that writes replies. Wrap it in `jax.jit`; it compiles once per shape of the prompts.
 
@@ -55,13 +56,15 @@ def make_sampler(
         settings: how tokens are drawn.
         vocab_size: the tokenizer's size if the decoder's vocabulary is padded. Padded ids are never drawn.
         decode_batch_size: replies decoded at a time. None: all.
+        on_layout: called with the layout of the token loop each time the sampler is traced on a mesh, to print it.
 
     Returns:
         `sample(params, prompts, key) -> Replies`. Row b draws with `fold_in(key, b)`, or with `key[b]` if there is one
         key for each row, so that its draws do not depend on its place. Greedy sampling ignores the key.
         `params` may be `cotgrpo.models.lora.AdaptedParams`, whose adapters are applied as a train step does.
         Each call copies the layers with `cotgrpo.models.decoder.unstack_layers`. To copy them once for many calls,
-        pass the result of that function as `params`.
+        pass the result of that function as `params`. On a mesh each call lays out a copy of the weights once, before
+        its loop (`cotgrpo.sampling.decoding_layout`).
 
     Raises:
         ValueError: `decode_batch_size` is below 1.
@@ -76,7 +79,12 @@ def make_sampler(
         count = len(prompts.lengths)
         batch_size = count if decode_batch_size is None else min(decode_batch_size, count)
         layout = ambient_layout(config, params, batch_size, prompts.tokens.shape[1], settings.max_new_tokens)
-        with apply_adapters(params) as (whole, _), laid_out(config, whole, layout) as own:
+        if layout is not None:
+            on_layout(layout)
+        with (
+            apply_adapters(params) as (whole, _),
+            laid_out(config, whole, layout, prompts, key) as (own, prompts, key),
+        ):
             replies = DecodeLoop(
                 config=config,
                 settings=settings,

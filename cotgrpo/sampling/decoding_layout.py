@@ -137,7 +137,7 @@ class DecodingLayout:
 
     def __str__(self) -> str:
         """Return one line: the layout, and why."""
-        gb = lambda count: f"{count / 1e9:.2f} GB"
+        gb = lambda count: f"{count / 1e9:.3g} GB"
         ways = {axes: math.prod(self.sizes[axis] for axis in getattr(self, axes)) for axes in ("rows", "tensor")}
         split = f"sequences over {ways['rows']} devices, weights over {ways['tensor']}"
         needs = f"weights {gb(self.bytes.copy)}, cache {gb(self.bytes.cache)}, {gb(self.bytes.total)} in all"
@@ -321,26 +321,34 @@ def device_memory() -> int:
 
 
 @contextlib.contextmanager
-def laid_out(config: DecoderConfig, whole: Params, layout: DecodingLayout | None) -> Iterator[Params]:
+def laid_out(
+    config: DecoderConfig, whole: Params, layout: DecodingLayout | None, *rest: PyTree
+) -> Iterator[tuple[PyTree, ...]]:
     """Yield what a decode loop reads, laid out. Inside, `constrain` and its kin follow the layout.
 
     Args:
         config: the student's decoder.
         whole: its parameters, with adapters next to their kernels.
         layout: from `ambient_layout`. None, or as trained: only the layers are unstacked.
+        rest: further arrays that the loop reads, such as prompts.
+
+    Yields:
+        The parameters, and the further arrays.
     """
     if layout is None or layout.name == "as trained":
-        yield unstack_layers(config, whole)
+        yield unstack_layers(config, whole), *rest
         return
-    mesh = jax.sharding.get_abstract_mesh()
-    if layout.sizes != mesh.shape:
+    mesh, own = jax.sharding.get_abstract_mesh(), decoding_params(config, whole)
+    finer = layout.sizes != mesh.shape
+    if finer:
         names, sizes = tuple(layout.sizes), tuple(layout.sizes.values())
         mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
     with jax.sharding.use_abstract_mesh(mesh), found_layout(AxisLayout(layout.dimensions, {})):
-        yield jax.tree_util.tree_map_with_path(
-            lambda path, leaf: gathered_once(layout, leaf, letters_of(path_name(path), leaf.ndim)),
-            decoding_params(config, whole),
+        own = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: gathered_once(layout, leaf, letters_of(path_name(path), leaf.ndim)), own
         )
+        # An array's type names its mesh, so all of them have to be of the finer one.
+        yield own, *(jax.tree.map(lambda x: constrain(x, "N" * x.ndim), rest) if finer else rest)
 
 
 def gathered_once(layout: DecodingLayout, x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
