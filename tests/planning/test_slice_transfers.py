@@ -29,14 +29,14 @@ def program(of_loop: str, of_entry: str) -> str:
   %p = (s32[], f32[8]) parameter(0)
 {of_loop}}}
 
-%condition (p: (s32[], f32[8])) -> pred[] {{
+%test (p: (s32[], f32[8])) -> pred[] {{
   %p.1 = (s32[], f32[8]) parameter(0)
 }}
 
 ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8] parameter(0)
   %send.9 = (f32[8], u32[], token[]) send(%x, %t), channel_id=3, is_host_transfer=true
-  %while.1 = (s32[], f32[8]) while(%x), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+  %while.1 = (s32[], f32[8]) while(%x), condition=%test, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
 {of_entry}}}
 """
 
