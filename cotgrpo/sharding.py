@@ -33,6 +33,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cotgrpo.compiler_options.measured import OptionValue, chip_name, options_for
 from cotgrpo.types import GhostBatch, SftBatch, check_arrays
 
 if TYPE_CHECKING:
@@ -526,7 +527,12 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DIMENSIONS["B"], DIMENSIONS["T"]))
 
 
-def jit_step(step: Callable[..., PyTree], mesh: Mesh | None = None, axes: Mapping[str, str] | None = None) -> Any:
+def jit_step(
+    step: Callable[..., PyTree],
+    mesh: Mesh | None = None,
+    axes: Mapping[str, str] | None = None,
+    compiler_options: Mapping[str, OptionValue | None] | None = None,
+) -> Any:
     """Compile a train step: `jax.jit` with the state donated, and with a mesh the shardings of state and batch.
 
     Args:
@@ -535,6 +541,8 @@ def jit_step(step: Callable[..., PyTree], mesh: Mesh | None = None, axes: Mappin
         mesh: from `make_mesh`, or any other with `axes`; None: no shardings, JAX's default device.
         axes: what the axes of another mesh stand for, as `{"dp": "data", "tp": "tensor"}`. States that come back lie on
             that mesh.
+        compiler_options: XLA's options, as those of `jax.jit`, on top of those that were measured to help on this chip
+            (`options_for`). None as a value leaves a measured one out.
 
     Returns:
         The compiled step. The state passed in is donated: its buffers are reused, so keep only the state that comes
@@ -544,8 +552,18 @@ def jit_step(step: Callable[..., PyTree], mesh: Mesh | None = None, axes: Mappin
         ValueError: an axis of the mesh that is not in `axes`, or two that stand for the same.
     """
     if mesh is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=options_for(jax.default_backend()))
-    return ShardedStep(step, mesh, axes)
+        return jax.jit(step, donate_argnums=0, compiler_options=options_on(None, compiler_options))
+    return ShardedStep(step, mesh, axes, compiler_options)
+
+
+def options_on(
+    mesh: Mesh | None, given: Mapping[str, OptionValue | None] | None = None
+) -> dict[str, OptionValue] | None:
+    """Return the options that `jit_step` compiles a step with on this mesh, `given` those of the user's."""
+    if mesh is None:
+        return options_for(jax.default_backend(), given=given)
+    device = mesh.devices.flat[0]
+    return options_for(device.platform, chip_name(device.device_kind), mesh.size, given)
 
 
 def rename_axes(mesh: Mesh, axes: Mapping[str, str] | None) -> Mesh:
@@ -565,14 +583,6 @@ def rename_axes(mesh: Mesh, axes: Mapping[str, str] | None) -> Mesh:
     missing = [axis for axis in AXES if axis not in names]
     devices = mesh.devices.reshape(*mesh.devices.shape, *(1,) * len(missing))
     return Mesh(devices, (*names, *missing), axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def options_for(platform: str) -> dict[str, bool] | None:
-    """Return XLA's options of a train step on JAX's platform "cpu", "gpu" or "tpu".
-
-    Without this analysis XLA of jax 0.10 and 0.11 copies all of the donated optimizer state on a CPU.
-    """
-    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
 def jit_eval(function: Callable[..., PyTree], mesh: Mesh | None = None) -> Callable[..., PyTree]:
@@ -600,8 +610,15 @@ def jit_eval(function: Callable[..., PyTree], mesh: Mesh | None = None) -> Calla
 class ShardedStep:
     """A jitted step whose shardings follow from the trees of its first call."""
 
-    def __init__(self, step: Callable[..., PyTree], mesh: Mesh, axes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        step: Callable[..., PyTree],
+        mesh: Mesh,
+        axes: Mapping[str, str] | None = None,
+        compiler_options: Mapping[str, OptionValue | None] | None = None,
+    ) -> None:
         self.step, self.mesh = step, rename_axes(mesh, axes)
+        self.compiler_options = options_on(mesh, compiler_options)
         self.home = mesh
         self.names = {own: name for own, name in zip(self.mesh.axis_names, mesh.axis_names, strict=False)}
         self.compiled: Any = None
@@ -650,7 +667,7 @@ class ShardedStep:
                 in_shardings=(state_shardings, batch_sharding(self.mesh), *rest_shardings),
                 out_shardings=self.at_home((state_shardings, everywhere)),
                 donate_argnums=0,
-                compiler_options=options_for(self.mesh.devices.flat[0].platform),
+                compiler_options=self.compiler_options,
             )
         return self.compiled
 

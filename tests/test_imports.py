@@ -23,6 +23,7 @@ ROOMS = (
     "disk_errors",
     "atomic_files",
     "huge_pages",
+    "compiler_options",
     "sharding",
     "token_shards",
     "xla_cpu",
