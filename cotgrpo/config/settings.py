@@ -7,6 +7,7 @@ import functools
 import re
 from typing import Literal
 
+from cotgrpo.compiler_options.measured import CompilerConfig
 from cotgrpo.config.ghosts import SOURCES, Cached, Ghosts, LiveGhosts, TeacherForced, Teachers, VerifiedReward
 from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, TrackerConfig, check_callbacks
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
@@ -492,6 +493,7 @@ class Config:
         profile: which steps are profiled.
         checkpoint: when and where the run is saved.
         mesh: how the devices share the work.
+        compiler: XLA's options of the train step.
     """
 
     run_dir: str = "runs/run"
@@ -512,6 +514,7 @@ class Config:
     profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    compiler: CompilerConfig = CompilerConfig()
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed")

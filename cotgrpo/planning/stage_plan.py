@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from cotgrpo.accelerators.chips import Topology
 from cotgrpo.accelerators.roofline import Work, step_time
+from cotgrpo.compiler_options.measured import OptionValue, options_for
 from cotgrpo.config import Config, ConfigError, StageConfig
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
@@ -102,6 +103,12 @@ class StagePlan:
         )
 
     @property
+    def compiler_options(self) -> dict[str, OptionValue]:
+        """XLA's options that `jit_step` compiles the step with on these chips."""
+        chip, devices = self.topology.chip, self.topology.num_devices
+        return options_for(chip.platform, chip.name, devices, self.config.compiler.given(chip.platform)) or {}
+
+    @property
     def num_tiles(self) -> int:
         """Tiles of the loss on one device if every token is supervised."""
         return -(-self.shard_tokens // self.tile_size)
@@ -152,6 +159,7 @@ class StagePlan:
             "batch": {"sequences": self.settings.batch_size, "seq_len": self.config.data.seq_len}
             | {"micro_batches": self.settings.micro_batches},
             "optimizer": self.settings.optimizer.name,
+            "compiler_options": self.compiler_options,
             "lora_rank": self.config.lora.rank if self.config.lora else 0,
             "estimate": estimate,
             "fits": found.pop("fits", memory["total"] <= memory["hbm"]),
@@ -197,7 +205,7 @@ class StagePlan:
         started = time.perf_counter()
         mesh = make_mesh(devices=tpu_devices(self.topology), **self.mesh_sizes)
         try:
-            program = compile_step(step, mesh, arguments)
+            program = compile_step(step, mesh, arguments, self.config.compiler.given("tpu"))
         except jax.errors.JaxRuntimeError as error:
             return {"fits": False, "memory": {"total": needed_bytes(error)}} | seconds_since(started)
         memory: Any = program.memory_analysis()

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from cotgrpo.accelerators.chips import GIB, Topology
+from cotgrpo.compiler_options.measured import options_line
 
 WIDTH = 110
 
@@ -25,6 +26,8 @@ def plan_table(figures: dict[str, Any], topology: Topology) -> Table:
     table.add_row("batch", f"{batch['sequences']} sequences of {batch['seq_len']} tokens{parts}")
     table.add_row("layers", f"remat {student['remat']}, attention {student['attention']}")
     table.add_row("mesh", mesh_line(figures["mesh"]))
+    if figures["compiler_options"]:
+        table.add_row("XLA's options", options_line(figures["compiler_options"]))
     table.add_section()
     memory = figures["bytes_per_device"]
     unit = "a chip" if topology.chip.devices == 1 else "a device (half a chip)"

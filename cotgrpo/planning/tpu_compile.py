@@ -6,23 +6,30 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from cotgrpo.accelerators.chips import Topology
+from cotgrpo.compiler_options.measured import OptionValue
 from cotgrpo.config import ConfigError
 from cotgrpo.planning.step_arguments import StepArguments
 from cotgrpo.sharding import jit_step
 from cotgrpo.train_steps import Step
 
 
-def compile_step(step: Step, mesh: Mesh, arguments: StepArguments) -> jax.stages.Compiled:
+def compile_step(
+    step: Step,
+    mesh: Mesh,
+    arguments: StepArguments,
+    compiler_options: Mapping[str, OptionValue | None] | None = None,
+) -> jax.stages.Compiled:
     """Compile the program that `jit_step` makes of the step on a mesh; the mesh's devices may be absent."""
     with no_compilation_cache():
-        return jit_step(step, mesh).lower(arguments.state, arguments.batch, *arguments.frozen).compile()
+        jitted = jit_step(step, mesh, compiler_options=compiler_options)
+        return jitted.lower(arguments.state, arguments.batch, *arguments.frozen).compile()
 
 
 @contextlib.contextmanager

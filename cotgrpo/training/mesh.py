@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from cotgrpo.compiler_options.measured import options_line
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.sharding import check_batch, check_mesh, make_mesh, mesh_shape, state_sharding
+from cotgrpo.sharding import check_batch, check_mesh, make_mesh, mesh_shape, options_on, state_sharding
 from cotgrpo.types import Params
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ def run_mesh(config: Config) -> jax.sharding.Mesh | None:
         return make_mesh(**sizes)
     except ValueError as error:
         raise ConfigError(f"mesh: {error} (mesh.data is -1 by default.)") from error
+
+
+def run_options(config: Config, mesh: jax.sharding.Mesh | None) -> str:
+    """Return XLA's options of the run's train step as a line; empty if it has only the workarounds for a CPU."""
+    if jax.default_backend() != "tpu" and not config.compiler.options:
+        return ""
+    return options_line(options_on(mesh, config.compiler.given(jax.default_backend())))
 
 
 def check_stage_batch(config: Config, stage: str) -> None:

@@ -23,6 +23,7 @@ from cotgrpo.identity.fingerprints import versions
 from cotgrpo.reports.report import ReportError, Shape, check, read_report, write_report
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
+from cotgrpo.training.mesh import run_mesh, run_options
 from cotgrpo.training.steps import StageName
 from cotgrpo.types import Params
 
@@ -193,7 +194,7 @@ def stage_report(
         "samples": merge_samples({name: m["replies"] for name, m in measured.items()}),
         "data": {title: r.to_dict() for title, r in inputs.reports.items()},
         "config": saved.read_text(encoding="utf-8"),
-        "versions": versions() | machine(),
+        "versions": versions() | machine() | options_row(config),
     }
     report["notes"] = [sentence(inputs.split_text)]
     settings = getattr(config, stage)
@@ -253,6 +254,12 @@ def merge_samples(replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
 def sentence(text: str) -> str:
     """Return a line of the terminal as a sentence of the report."""
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def options_row(config: Config) -> dict[str, str]:
+    """Return XLA's options of the train step as a row of the report, if a run prints them."""
+    line = run_options(config, run_mesh(config))
+    return {"XLA's options": line} if line else {}
 
 
 def machine() -> dict[str, str]:

@@ -35,6 +35,7 @@ from cotgrpo.identity.record import find_parts
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
+from cotgrpo.training.mesh import run_options
 from cotgrpo.terminal import complain, say
 from cotgrpo.training.batch_sources import live_teacher_of, make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
@@ -268,8 +269,11 @@ def train_stage(
     measure = held_out.loss_and_accuracy if on_policy or settings.eval_accuracy else held_out.loss
     folder = Path(config.run_dir) / stage
     detector = CollapseDetector(folder, config.grpo.max_entropy_growth, settings.batch_size)
+    options = config.compiler.given(jax.default_backend())
+    if line := run_options(config, mesh):
+        say(console, f"XLA's options of the step: {line}")
     return train(
-        jit_step(step, mesh),
+        jit_step(step, mesh, compiler_options=options),
         new_state(stage, config, weights.trained, copy=is_reference),
         batches,
         folder,
