@@ -35,14 +35,13 @@ from cotgrpo.identity.record import find_parts
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
-from cotgrpo.training.mesh import run_options
 from cotgrpo.terminal import complain, say
 from cotgrpo.training.batch_sources import live_teacher_of, make_stage_batches
 from cotgrpo.training.collapse import CollapseDetector
 from cotgrpo.training.hooks import Hook, ReportHook, hooks_of_settings, send_missing_rows
 from cotgrpo.training.inputs import Model, check_same_run, claim_folder, load_eval_inputs, load_inputs
 from cotgrpo.training.loop import BatchSource, LoopSettings, train
-from cotgrpo.training.mesh import check_stage_batch
+from cotgrpo.training.mesh import check_stage_batch, run_options
 from cotgrpo.training.reporting import (
     MeasurementCache,
     Timer,
