@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from cotgrpo.accelerators.chips import Topology
+from cotgrpo.accelerators.refused_options import explain_refused_option
 from cotgrpo.compiler_options.measured import OptionValue
 from cotgrpo.config import ConfigError
 from cotgrpo.planning.step_arguments import StepArguments
@@ -27,7 +28,7 @@ def compile_step(
     compiler_options: Mapping[str, OptionValue | None] | None = None,
 ) -> jax.stages.Compiled:
     """Compile the program that `jit_step` makes of the step on a mesh; the mesh's devices may be absent."""
-    with no_compilation_cache():
+    with no_compilation_cache(), explain_refused_option():
         jitted = jit_step(step, mesh, compiler_options=compiler_options)
         return jitted.lower(arguments.state, arguments.batch, *arguments.frozen).compile()
 

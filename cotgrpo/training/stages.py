@@ -21,6 +21,7 @@ from rich.console import Console
 from cotgrpo.accelerators.memory import check_fits, size_of
 from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.accelerators.out_of_memory import explain_out_of_memory
+from cotgrpo.accelerators.refused_options import explain_refused_option
 from cotgrpo.atomic_files import write_json
 from cotgrpo.checkpoints.location import CheckpointLocation
 from cotgrpo.checkpoints.manager import check_state, is_finite, steps_in
@@ -144,7 +145,8 @@ def run_locked_stage(
         before = cache.measure("before.json", weights.adapted, f"before {stage}")
     points = {} if before is None else {"base" if stage == "sft" or origin is None else "sft": before}
     live_report = ReportHook(lambda step: write_live_report(stage, config, inputs, points, timer.seconds(), step))
-    with timer.training(), explain_out_of_memory(lambda: advice_for_training(stage, config, weights)):
+    advice = lambda: advice_for_training(stage, config, weights)
+    with timer.training(), explain_out_of_memory(advice), explain_refused_option():
         state = train_stage(stage, config, inputs.model, weights, batches, held_out, console, [live_report, *hooks])
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
