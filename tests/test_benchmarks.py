@@ -7,13 +7,17 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from helpers.commands import write_rows_and_model
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+LIBRARIES = ("contenders", "paired")
+"""Files that other scripts import, and nobody calls."""
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "contenders"))
+@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in LIBRARIES))
 def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every script that is called by hand has a help. Only this shows a single % in a help text, which is an error."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -137,6 +141,41 @@ def test_run_gpu_names_the_parts_that_fail(tmp_path: pathlib.Path) -> None:
         assert f"FAILED  {name} (exit code 1" in done.stdout
     assert "FAILED  numerics" in (tmp_path / "run.log").read_text()
     assert subprocess.run(["bash", script, "--fast"], env=environment, capture_output=True).returncode == 2
+
+
+@pytest.mark.slow
+def test_real_student(run: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A study of three arms is taken up where it was left, and its runs serve the value of a ghost token."""
+    write_rows_and_model(tmp_path)
+    rows, work, lines = tmp_path / "rows.jsonl", tmp_path / "study", tmp_path / "lines.jsonl"
+    (work / "rows").mkdir(parents=True)
+    for name in ("greedy", "drawn"):  # a student of this size never writes a whole reply
+        shutil.copy(rows, work / "rows" / f"{name}.jsonl")
+    study = importlib.import_module("real_student")
+    options = ["--student", str(tmp_path / "model"), "--rows", str(rows), "--work", str(work), "--json", str(lines)]
+    options += ["--size", "tiny", "--seeds", "2", "--learning_rates", "1e-4", "1e-3"]
+    assert study.main([*options, "--arms", "sft"]) == 0
+    before = lines.read_text()
+    assert study.main([*options, "--arms", "sft", "teacher_text_labels", "on_policy_drawn"]) == 0
+    after = lines.read_text()
+    assert after.startswith(before) and len(before.splitlines()) == 2 + 2 + 2 and len(after.splitlines()) == 2 + 3 * 4
+    found = [json.loads(line) for line in after.splitlines()]
+    assert {len(line["greedy"]) for line in found if "greedy" in line} == {4}
+    assert all(0 <= line["changed_tokens"] <= 1 for line in found if "greedy" in line)
+    assert len({line["rate"] for line in found if line["arm"] == "sft" and "greedy" in line}) == 1
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][-7:]
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| teacher", "| start", "| sft", "| teacher_text_labels", "| on_policy_drawn"
+    ]  # fmt: skip
+    folders = ["--student", str(work / "start"), "--teacher", str(work / "teacher"), "--rows", str(rows)]
+    value = importlib.import_module("ghost_value")
+    sizes = ["--questions", "6", "--samples", "1", "--draws", "2", "--new_tokens", "8", "--batch_size", "4"]
+    assert value.main([*folders, *sizes, "--json", str(tmp_path / "value.jsonl")]) == 0
+    ghosts = [json.loads(line) for line in (tmp_path / "value.jsonl").read_text().splitlines()]
+    assert [line["ghost"] for line in ghosts] == ["teacher", "privileged_self"]
+    for line in ghosts:
+        assert line["replies"] == 6 and line["corrected"] == len(line["rows"]) <= line["wrong_replies"] <= 6
+        assert all(0 <= right <= 2 for counts in line["right"].values() for right in counts)
 
 
 @pytest.mark.slow

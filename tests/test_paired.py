@@ -1,0 +1,74 @@
+"""The statistics of studies: intervals, paired differences and tests, against SciPy and by hand."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("paired")
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (3, 9), (12, 1), (40, 60)])
+def test_mcnemar_is_the_binomial_test(paired: Any, b: int, c: int) -> None:
+    ours = np.array([1] * b + [0] * c + [1, 1, 0])
+    theirs = np.array([0] * b + [1] * c + [1, 1, 0])
+    expected = stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
+    assert paired.mcnemar(ours, theirs) == pytest.approx(min(expected, 1.0), rel=1e-9)
+
+
+def test_the_bootstrap_of_one_seed_is_the_normal_interval(paired: Any) -> None:
+    """Of many questions the percentile bootstrap is p +- 1.96 sqrt(p (1 - p) / n)."""
+    values = np.array([[1] * 600 + [0] * 1400])
+    half = 1.959964 * np.sqrt(0.3 * 0.7 / 2000)
+    found = paired.bootstrap(values)
+    assert found.value == pytest.approx(0.3)
+    assert (found.low, found.high) == pytest.approx((0.3 - half, 0.3 + half), abs=2e-3)
+
+
+def test_seeds_that_differ_widen_the_interval(paired: Any) -> None:
+    """Two seeds, right on all questions and on none: a resample holds the first 0, 1 or 2 times."""
+    found = paired.bootstrap(np.stack([np.ones(50), np.zeros(50)]))
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def test_a_difference_is_paired(paired: Any) -> None:
+    """The same verdicts differ nowhere, however hard the questions are; unpaired, they would."""
+    verdicts = np.random.default_rng(0).integers(0, 2, (3, 40))
+    same = paired.difference(verdicts, verdicts)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    one_more = verdicts.copy()
+    one_more[:, verdicts[0].argmin()] = 1
+    assert 0 < paired.difference(one_more, verdicts).value <= 1 / 40
+    with pytest.raises(ValueError, match=r"\(3, 40\) and \(2, 40\)"):
+        paired.difference(verdicts, verdicts[:2])
+
+
+@pytest.mark.parametrize(("verdict", "low", "high"), [(0, 0.0, 0.0881), (1, 0.9119, 1.0)])
+def test_all_verdicts_the_same(paired: Any, verdict: int, low: float, high: float) -> None:
+    """Wilson's interval of 0 and of 40 of 40."""
+    found = paired.accuracy(np.full((3, 40), verdict))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "says"),
+    [
+        (0.05, 0.03, 0.07, "better"),
+        (-0.05, -0.07, -0.03, "worse"),
+        (0.0, -0.015, 0.015, "as good"),
+        (0.01, -0.01, 0.03, "open"),
+        (0.015, 0.01, 0.019, "as good"),  # a difference, and smaller than what matters
+        (0.05, -0.01, 0.11, "open"),
+    ],
+)
+def test_what_an_interval_says(paired: Any, value: float, low: float, high: float, says: str) -> None:
+    assert paired.as_good(paired.Interval(value, low, high), 0.02) == says
