@@ -33,6 +33,7 @@ from cotgrpo.objectives import (
     reads_teacher,
 )
 from cotgrpo.optimizers import OptimizerConfig
+from cotgrpo.rollout_servers.settings import ENGINES, InProcess, RolloutServerSettings
 from cotgrpo.sharding import MeshConfig
 
 OBJECTIVES = {
@@ -248,6 +249,7 @@ class GrpoConfig(StageConfig):
     Attributes:
         objective: objective of one token (cotgrpo.objectives has the formulas).
         ghosts: source of the ghost tokens, and of the contexts.
+        rollouts: who writes the student's replies: this process, or an engine on a server (docs/rollouts.md).
         reference_kl: weight of KL(student || student before this stage); 0: none. group_relative has
             grpo.objective.kl_weight instead.
         reward_weight: weight of the group-relative loss of the replies' verified reward, which is added to the
@@ -258,6 +260,7 @@ class GrpoConfig(StageConfig):
 
     objective: Objective = choice("name", OBJECTIVES, Pair())
     ghosts: Ghosts = choice("source", SOURCES, TeacherForced())
+    rollouts: InProcess | RolloutServerSettings = choice("engine", ENGINES, InProcess())
     reference_kl: float = 0.0
     reward_weight: float = 0.0
     max_entropy_growth: float | None = 2.0
@@ -282,6 +285,7 @@ class GrpoConfig(StageConfig):
             raise ConfigError("reward_gain is that of a ghost token, and group_relative has none. Remove it.")
         self.check_divergence()
         self.check_replies()
+        self.check_rollouts()
         if isinstance(self.ghosts, VerifiedReward) and self.batch_size % self.ghosts.num_generations:
             raise ConfigError(
                 "batch_size counts replies with group_relative: expected a multiple of ghosts.num_generations, "
@@ -293,6 +297,22 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 f"epochs counts passes over packed rows, which ghosts.source {source} does not make: it trains on the "
                 "student's own replies, whose length is not known before. Set steps instead."
+            )
+
+    def check_rollouts(self) -> None:
+        """Raise ConfigError if an engine would write replies that are not trained on, or not at the right time."""
+        if not isinstance(self.rollouts, RolloutServerSettings):
+            return
+        if not self.ghosts.on_policy:
+            raise ConfigError(
+                "rollouts.engine server writes new replies of the student, which ghosts.source "
+                f"{self.ghosts.source} does not train on: set grpo.ghosts.source to teacher_model, teacher_server, "
+                "privileged_self or verified_reward, or rollouts.engine to in_process."
+            )
+        if getattr(self.ghosts, "prefetch_rollouts", False) and self.rollouts.refresh_every > 1:
+            raise ConfigError(
+                "ghosts.prefetch_rollouts true needs rollouts.refresh_every 1, got "
+                f"{self.rollouts.refresh_every}: replies that are one update old anyway cannot be of older weights too."
             )
 
     def check_divergence(self) -> None:

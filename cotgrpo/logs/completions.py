@@ -32,6 +32,8 @@ class CompletionsLog:
     - `ghosts`: null if the ghost's tokens are the same. Otherwise, the text up to the ghost's first other token.
     - `rewards`: the sum of `log p(ghost) - log p(token)`, in nats.
 
+    Replies of an engine have its weights' version too, as `"version"`.
+
     Without a ghost (`group_relative`) the list of ghosts is null, and a reward is the advantage of the whole reply.
 
     Like `MetricsLog`, it first removes the rows of steps that the run will repeat.
@@ -58,8 +60,13 @@ class CompletionsLog:
         ids: Sequence[np.ndarray],
         ghosts: np.ndarray | None,
         rewards: np.ndarray,
+        *,
+        version: int | None = None,
     ) -> None:
-        """Log the first replies of a step. `ghosts` and `rewards` are `[rows, N]`, with a column for each token."""
+        """Log the first replies of a step. `ghosts` and `rewards` are `[rows, N]`, with a column for each token.
+
+        `version` is that of the engine's weights that wrote them; None: this process did.
+        """
         lines = []
         for row_number, (reply, own, reward_N) in enumerate(zip(replies, ids, rewards, strict=False)):
             pieces = joined_pieces(tokenizer, own)
@@ -75,6 +82,7 @@ class CompletionsLog:
                 "ghosts": None if ghost_N is None else [ghost_of(tokenizer, own, ghost_N, piece) for piece in pieces],
                 "rewards": [reward_of(reward_N, piece, summed=ghosts is not None) for piece in pieces],
             }
+            row |= {} if version is None else {"version": version}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         with explain_disk_errors(self.path):
             if not self.started:

@@ -65,7 +65,6 @@ class GroupRelativeBatches(Rollouts):
         self.batch = jit_eval(lambda _, rows: group_batch(rows[0], rows[1], rows[2], group), mesh)
         self.metrics: Metrics = {}
         self.prefetch = prefetch
-        self.pending: PendingReplies | None = None  # the replies of the next batch
 
     def roll_out(self, number: int) -> RolloutBatch:
         """Draw replies and grade them. Waits for the replies."""
@@ -100,7 +99,8 @@ class GroupRelativeBatches(Rollouts):
         first = jax.tree.map(lambda x: x[: log.rows], replies)
         graded = grade_replies(self.template, prompts[: log.rows], first)
         shown = np.broadcast_to(advantages[:, None], replies.tokens.shape)
-        log.write(step, self.template.tokenizer, graded, token_ids(first), None, shown)
+        ids = token_ids(first)
+        log.write(step, self.template.tokenizer, graded, ids, None, shown, version=self.weights_version)
 
     def reuse_batch(self, batch: RolloutBatch) -> GhostBatch:
         """Return the same batch, which holds the log-probabilities of its replies already."""
@@ -110,7 +110,7 @@ class GroupRelativeBatches(Rollouts):
     def observed(self) -> Metrics:
         """Return the metrics of the newest replies, once."""
         found, self.metrics = self.metrics or {"rollout_tokens": metric(0, 1)}, {}
-        return found
+        return found | ({} if self.engine is None else self.engine.observed())
 
     def get_state(self) -> dict[str, Any]:
         return super().get_state() | ({} if self.pending is None else {"drawn": self.pending})

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -144,6 +144,28 @@ def arrays_of_text(text: str) -> dict[str, Any]:
         return dict(arrays)
 
 
+@runtime_checkable
+class Engine(Protocol):
+    """Draws the replies in place of this process's sampler, from weights that may be older than the student."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether older weights than the student's wrote the newest replies."""
+        ...
+
+    def version_of(self, ahead: bool) -> int:
+        """Return the version of the weights that wrote the newest replies, or with `ahead` the ones before."""
+        ...
+
+    def observed(self) -> Metrics:
+        """Return the metrics of the replies since the last call."""
+        ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
 class Rollouts(abc.ABC):
     """An endless iterator of batches of the student's own replies, with the state of a data iterator.
 
@@ -190,6 +212,8 @@ class Rollouts(abc.ABC):
         self.taken = 0
         self.params: Params = None
         self.newest: RolloutBatch | None = None  # to be graded, and used again by later updates
+        self.pending: PendingReplies | None = None  # the replies of the next batch
+        self.engine: Engine | None = None  # what draws the replies, if it is not this process
 
     @abc.abstractmethod
     def roll_out(self, number: int) -> RolloutBatch:
@@ -214,7 +238,16 @@ class Rollouts(abc.ABC):
             assert self.newest is not None
             return self.reuse_batch(self.newest)
         self.newest = self.roll_out(self.taken - 1)
-        return self.newest.batch
+        return self.first_use(self.newest)
+
+    def first_use(self, batch: RolloutBatch) -> GhostBatch:
+        """Return the batch for the first update on it."""
+        return batch.batch
+
+    @property
+    def weights_version(self) -> int | None:
+        """The version of an engine's weights that wrote the newest batch; None: this process wrote it."""
+        return None if self.engine is None else self.engine.version_of(self.pending is not None)
 
     def prompts_for(self, number: int) -> list[RolloutPrompt]:
         """Return the questions of batch `number`, one for each reply."""
@@ -262,11 +295,13 @@ class Rollouts(abc.ABC):
         if self.taken % self.settings.updates_per_rollout:
             assert self.newest is not None
             state["held"] = self.newest
-        return state
+        return state if self.engine is None else state | {"engine": self.engine.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore the position."""
         self.taken = state["taken"]
+        if self.engine is not None:
+            self.engine.set_state(state["engine"])
         if "held" in state:
             self.newest = RolloutBatch.from_text(state["held"])
 

@@ -169,7 +169,6 @@ class ServedGhostBatches(OnPolicyBatches):
         self.sample, self.server, self.fingerprint = sample, server, list(fingerprint)
         self.drawn_ghosts, self.top_k, self.scored_top_k = drawn_ghosts, top_k, scored_top_k
         self.prefetch, self.context_of = prefetch, context_of
-        self.pending: PendingReplies | None = None  # the replies of the next batch
         self.missing = (0, 0)  # contexts of the newest replies without a ghost, and all of them
         self.batch = jit_eval(lambda _, rows: scored_batch(*rows), mesh)
 

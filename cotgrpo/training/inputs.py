@@ -55,7 +55,11 @@ FREE_SETTINGS = ("log_every", "eval_every", "eval_accuracy", "max_entropy_growth
 """Settings of a stage that do not change what it learns."""
 FREE_DATA_SETTINGS = ("num_workers",)
 """The same of its rows."""
-FREE_SERVER_SETTINGS = tuple(f"grpo.ghosts.{field.name}" for field in dataclasses.fields(ConnectionSettings))
+CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionSettings))
+FREE_SERVER_SETTINGS = (
+    *(f"grpo.ghosts.{name}" for name in CONNECTION),
+    *(f"grpo.rollouts.{name}" for name in (*CONNECTION, "folder", "largest_gap")),
+)
 """The same of a live ghost on a server: how it is reached. It is known by what it answers."""
 TOKENIZER_ROWS, TOKENIZER_CHARACTERS = 50_000, 10_000_000
 """Most rows and characters that a tokenizer is trained on if the rows are streamed."""

@@ -5,6 +5,7 @@ GRPO is GhostRespond Policy Optimization, not Group Relative.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -16,12 +17,14 @@ from cotgrpo.config import (
     Ghosts,
     LiveGhosts,
     PrivilegedSelf,
+    RolloutServerSettings,
     SelfReply,
     TeacherForced,
     Teachers,
     VerifiedReward,
 )
 from cotgrpo.training.batch_sources.context import BatchContext
+from cotgrpo.training.batch_sources.engine import make_engine
 from cotgrpo.training.batch_sources.live import live_batches, several_teachers
 from cotgrpo.training.batch_sources.own_replies import group_relative_batches, self_reply_batches
 from cotgrpo.training.batch_sources.prompts import StreamedPrompts as StreamedPrompts
@@ -57,18 +60,28 @@ def make_stage_batches(
     ghosts = TeacherForced() if stage == "sft" else config.grpo.ghosts
     check_streaming(config, ghosts)
     at = BatchContext(config, inputs, weights, folder, console)
-    if isinstance(ghosts, Teachers) and ghosts.teachers:
-        return several_teachers(ghosts, at)
-    if isinstance(ghosts, LiveGhosts):
-        return live_batches(ghosts, at)
+    if isinstance(ghosts, LiveGhosts | VerifiedReward):
+        return on_policy_batches(ghosts, at)
     if isinstance(ghosts, Cached):
         return cached_batches(ghosts, at)
     if isinstance(ghosts, SelfReply):
         return self_reply_batches(ghosts, at)
-    if isinstance(ghosts, VerifiedReward):
-        return group_relative_batches(ghosts, at)
     batch_size = getattr(config, stage).batch_size
     return text_batches(config, inputs, batch_size, own_rows(inputs.model, batch_size), console)
+
+
+def on_policy_batches(ghosts: LiveGhosts | VerifiedReward, at: BatchContext) -> BatchSource:
+    """Return batches of the student's own replies. An engine writes them if the settings name one."""
+    engine = make_engine(ghosts, at) if isinstance(at.config.grpo.rollouts, RolloutServerSettings) else None
+    at = dataclasses.replace(at, engine=engine)
+    if isinstance(ghosts, Teachers) and ghosts.teachers:
+        several = several_teachers(ghosts, at)
+        for source in several.sources.values():
+            source.engine = engine
+        return several
+    batches = live_batches(ghosts, at) if isinstance(ghosts, LiveGhosts) else group_relative_batches(ghosts, at)
+    batches.engine = engine
+    return batches
 
 
 def check_streaming(config: Config, ghosts: Ghosts) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cotgrpo.config import Config
 from cotgrpo.logs.completions import CompletionsLog
+from cotgrpo.rollouts.engine_replies import EngineReplies
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
 from cotgrpo.sharding import jit_eval
 from cotgrpo.training.inputs import QUIET, Model, StageInputs
@@ -28,6 +29,7 @@ class BatchContext:
         weights: the student's before the first step.
         folder: of the stage, for completions and replies.
         console: where the progress goes.
+        engine: writes the student's replies, in place of the sampler of this process; None: it does.
     """
 
     config: Config
@@ -35,6 +37,7 @@ class BatchContext:
     weights: StageWeights
     folder: Path
     console: Console = QUIET
+    engine: EngineReplies | None = None
 
     @property
     def model(self) -> Model:
@@ -52,7 +55,9 @@ class BatchContext:
         return make_sampler(self.model.decoder, settings, self.model.vocab_size, decode_batch_size)
 
     def compiled_sampler(self, max_new_tokens: int, temperature: float, decode_batch_size: int | None) -> Sampler:
-        """Return the sampler, compiled for the mesh."""
+        """Return the sampler, compiled for the mesh, or the engine."""
+        if self.engine is not None:
+            return self.engine
         sampler = self.student_sampler(max_new_tokens, temperature, decode_batch_size)
         compiled: Sampler = jit_eval(sampler, self.model.mesh)
         return compiled

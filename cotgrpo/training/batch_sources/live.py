@@ -19,7 +19,7 @@ from cotgrpo.data.tokenizer import decode, load_tokenizer
 from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.models.huggingface.weights import load_pretrained
 from cotgrpo.rollouts.feedback import FeedbackBatches
-from cotgrpo.rollouts.on_policy import OnPolicyBatches, make_draw, make_ghosts
+from cotgrpo.rollouts.on_policy import OnPolicyBatches, draw_with, make_draw, make_ghosts
 from cotgrpo.rollouts.other_tokenizer import LocalScorer, OtherTokenizer, TwoTokenizers, check_tokenizers
 from cotgrpo.rollouts.rollouts import RolloutPrompt, RolloutSettings
 from cotgrpo.rollouts.served_ghosts import ServedGhostBatches, own_prompt, sample_texts
@@ -84,7 +84,7 @@ def live_batches(
         teacher_params = weights.adapted(jax.tree.map(jnp.copy, weights.trained)) if frozen else None
     is_reference = objectives.reads_teacher(config.grpo.full_objective)
     settings, top_k = live_settings(ghosts, config), listed_tokens(config, model)
-    sampler = at.student_sampler(ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size)
+    how = (ghosts.max_new_tokens, ghosts.temperature, ghosts.decode_batch_size)
     drawn: dict[str, Any] = {"drawn_ghosts": ghosts.choice == "drawn", "top_k": top_k, "reference_rows": is_reference}
     questions = rollout_prompts(ghosts, at) if questions is None else questions
     options: dict[str, Any] = {
@@ -98,10 +98,14 @@ def live_batches(
     }
     rest = (teacher_params, model.student, inputs.template, questions, settings)
     if isinstance(ghosts, PrivilegedSelf) and ghosts.reads_reply:
-        compiled = jit_eval(sampler, model.mesh), jit_eval(make_ghosts(teacher, **drawn), model.mesh)
+        compiled = at.compiled_sampler(*how), jit_eval(make_ghosts(teacher, **drawn), model.mesh)
         prompt_with = functools.partial(prompt_with_feedback, ghosts, inputs.template)
         return FeedbackBatches(*compiled, prompt_with, *rest, **options)
-    return OnPolicyBatches(jit_eval(make_draw(sampler, teacher, **drawn), model.mesh), *rest, **options)
+    if at.engine is not None:
+        draw = draw_with(at.engine, jit_eval(make_ghosts(teacher, **drawn), model.mesh))
+    else:
+        draw = jit_eval(make_draw(at.student_sampler(*how), teacher, **drawn), model.mesh)
+    return OnPolicyBatches(draw, *rest, **options)
 
 
 def forced_batches(settings: RolloutSettings, at: BatchContext) -> BatchSource | None:
