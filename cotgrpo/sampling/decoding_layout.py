@@ -6,8 +6,8 @@ lays out a copy of the weights in the compute type once, before its loop, and co
     gathered    Each device holds the weights that `tensor` leaves it, and decodes its own sequences.
     tensor      Other axes split heads, the MLP and the vocabulary too, and the cache with them. The sequences are split
                 over what is left.
-    as trained  Neither fits: the weights stay as they are, and the loop gathers them for every token.
 
+If the first does not fit, the one with the fewest further axes that fits is chosen; if none fits, the smallest.
 The copy is a temporary of the compiled program, so it is freed when the replies are complete.
 """
 
@@ -18,7 +18,6 @@ import contextvars
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -60,7 +59,7 @@ WIDE = {"query": "Q", "key": "K", "value": "K", "gate": "F", "up": "F", "out": "
 """Letter of each projection's side that is not the residual stream."""
 TO_RESIDUAL = ("out", "down")
 
-Name = Literal["gathered", "tensor", "as trained"]
+Name = Literal["gathered", "tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +107,11 @@ class DecodingLayout:
     memory: int | None
 
     @property
+    def fits(self) -> bool:
+        """Whether a device has the memory, as far as it is known."""
+        return self.memory is None or self.bytes.total <= SHARE_OF_MEMORY * self.memory
+
+    @property
     def dimensions(self) -> dict[str, tuple[str, ...]]:
         """Axes by the letter of a dimension, as `cotgrpo.sharding.DIMENSIONS`."""
         return {"B": self.rows, "Q": self.heads, "K": self.heads, "F": self.tensor, "V": self.tensor}
@@ -139,12 +143,11 @@ class DecodingLayout:
         """Return one line: the layout, and why."""
         gb = lambda count: f"{count / 1e9:.3g} GB"
         ways = {axes: math.prod(self.sizes[axis] for axis in getattr(self, axes)) for axes in ("rows", "tensor")}
+        why = "" if self.fits else "; no layout fits by this count, and this one is the smallest"
         split = f"sequences over {ways['rows']} devices, weights over {ways['tensor']}"
         needs = f"weights {gb(self.bytes.copy)}, cache {gb(self.bytes.cache)}, {gb(self.bytes.total)} in all"
         there = "" if self.memory is None else f" of {gb(self.memory)}"
-        if self.name == "as trained":
-            return f"decoding: as trained, gathered for every token, since no copy fits ({needs}{there} a device)"
-        return f"decoding: {self.name}, {split} ({needs}{there} a device)"
+        return f"decoding: {self.name}, {split} ({needs}{there} a device{why})"
 
 
 def decoding_bytes(
@@ -178,19 +181,15 @@ def decoding_bytes(
     tree = jax.eval_shape(functools.partial(decoding_params, config), params)
     state = state_bytes(params, sizes) + resident
     seen = (batch_size, prompt_columns, max_new_tokens)
+    found = []
     for finer, moved in axis_options(sizes):
         layout = layout_of(config, finer, moved, batch_size)
         copy = sum(layout.shard_bytes(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree))
         needs = DecodingBytes(state, copy, *layout.work_bytes(config, *seen))
-        layout = dataclasses.replace(layout, bytes=needs, memory=memory)
-        if memory is None or needs.total <= SHARE_OF_MEMORY * memory:
-            return layout
-    # What the loop gathers for a token is freed before the next one, so the copy is that of the shards.
-    parts = math.prod(size for axis, size in sizes.items() if axis in ("fsdp", "tensor"))
-    trained = layout_of(config, dict(sizes), (), batch_size)
-    shards = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // parts
-    needs = DecodingBytes(state, shards, *trained.work_bytes(config, *seen))
-    return dataclasses.replace(trained, name="as trained", bytes=needs, memory=memory)
+        found.append(dataclasses.replace(layout, bytes=needs, memory=memory))
+        if found[-1].fits:
+            return found[-1]
+    return min(found, key=lambda layout: layout.bytes.total)
 
 
 def axis_options(sizes: Mapping[str, int]) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
@@ -311,13 +310,12 @@ def ambient_layout(
     return decoding_bytes(config, mesh.shape, *sizes, memory=device_memory(), params=params, resident=resident)
 
 
-def device_memory() -> int:
-    """Return the bytes of a device of this process: of a CPU, its share of the machine's memory."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and stats.get("bytes_limit"):
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+def device_memory() -> int | None:
+    """Return the bytes of a device of this process; None if it does not tell, as a CPU.
+
+    It is the same on all processes of a run, which have to compile the same program.
+    """
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 @contextlib.contextmanager
@@ -329,13 +327,13 @@ def laid_out(
     Args:
         config: the student's decoder.
         whole: its parameters, with adapters next to their kernels.
-        layout: from `ambient_layout`. None, or as trained: only the layers are unstacked.
+        layout: from `ambient_layout`. None: only the layers are unstacked.
         rest: further arrays that the loop reads, such as prompts.
 
     Yields:
         The parameters, and the further arrays.
     """
-    if layout is None or layout.name == "as trained":
+    if layout is None:
         yield unstack_layers(config, whole), *rest
         return
     mesh, own = jax.sharding.get_abstract_mesh(), decoding_params(config, whole)

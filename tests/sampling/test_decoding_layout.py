@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import math
 from typing import Any
 
@@ -15,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cotgrpo
-from cotgrpo.models.decoder import DecoderConfig, init_params
+from cotgrpo.accelerators.chips import parse_topology
+from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora
 from cotgrpo.planning.hlo import Collective, collectives
-from cotgrpo.planning.tpu_compile import no_compilation_cache
+from cotgrpo.planning.tpu_compile import no_compilation_cache, tpu_devices
+from cotgrpo.rollouts.on_policy import make_draw
 from cotgrpo.sampling import Prompts, SamplingSettings, decoding_layout, make_sampler, pad_prompts
-from cotgrpo.sampling.decoding_layout import decoding_bytes
+from cotgrpo.sampling.decoding_layout import DecodingLayout, decoding_bytes
 from cotgrpo.sharding import AXES, constrain, jit_eval, state_sharding, traced_on
 from cotgrpo.types import Params
 
@@ -47,7 +50,7 @@ PROMPTS = pad_prompts([np.arange(1, n + 1, dtype=np.int32) for n in (3, 8, 5, 1,
 NEW = 12
 SETTINGS = SamplingSettings(NEW, eos_ids=tuple(range(40)), temperature=0.7)
 
-MESHES: dict[str, dict[str, int]] = {
+MESHES: dict[str, dict[str, Any]] = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
     "data-fsdp": {"data": 2, "fsdp": 4},
@@ -108,7 +111,7 @@ GIB = 2**30
         (LLAMA3_8B, {"fsdp": 64}, 16 * GIB, "tensor", 2, 2, 32),
         (LLAMA3_8B, {"data": 2, "fsdp": 8}, 12 * GIB, "tensor", 4, 4, 4),
         (dataclasses.replace(LLAMA3_8B, num_kv_heads=2), {"fsdp": 16}, 9 * GIB, "tensor", 4, 2, 4),
-        (LLAMA3_8B, {"data": 8}, 16 * GIB, "as trained", 1, 1, 8),
+        (LLAMA3_8B, {"data": 8}, 16 * GIB, "tensor", 8, 8, 1),  # the state alone does not fit
         (LLAMA3_8B, {"fsdp": 16}, None, "gathered", 1, 1, 16),
     ],
 )
@@ -131,7 +134,8 @@ def test_the_choice_by_bytes(
         heads_over,
         rows_over,
     )
-    assert name in str(layout) and "\n" not in str(layout)
+    assert f"decoding: {name}, sequences over {rows_over} devices" in str(layout) and "\n" not in str(layout)
+    assert layout.fits == ("no layout fits" not in str(layout))
 
 
 def written(config: DecoderConfig, params: Params, mesh: Mesh | None, slots: int | None = None, **how: Any) -> Any:
@@ -200,9 +204,10 @@ def compiled_loop(
         adapters = jax.eval_shape(functools.partial(init_lora, params, LORA), jax.random.key(0))
         params = AdaptedParams(params, adapters, LORA)
     whole = NamedSharding(mesh, P())
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    place: Any = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     params = jax.tree.map(place, params, state_sharding(params, mesh))
-    prompts = Prompts(*(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((batch, 32), (batch,))))
+    ids = jnp.zeros((batch, 32), jnp.int32)
+    prompts = Prompts(place(ids, whole), place(ids[:, 0], whole))
     key = place(jax.eval_shape(jax.random.key, 0), whole)
 
     def spread(params: Params, prompts: Prompts, key: Any) -> Any:
@@ -210,7 +215,7 @@ def compiled_loop(
 
     # XLA for CPU moves gathers of small arrays out of a loop, and XLA for TPU does not move those of weights.
     passes = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
-    options = None if hoist else {"xla_disable_hlo_passes": passes}
+    options: dict[str, str | bool] | None = None if hoist else {"xla_disable_hlo_passes": passes}
     with no_compilation_cache():  # which cannot keep a program for an absent TPU
         lowered = jax.jit(traced_on(mesh, spread), out_shardings=whole).lower(params, prompts, key)
         found = collectives(lowered.compile(compiler_options=options).as_text() or "")
@@ -249,3 +254,72 @@ def test_no_weights_travel_for_a_token(
     assert max((c.bytes for c in found), default=0) <= most_bytes(UNTIED, 16), "\n".join(map(str, found))
     ways = max(parts, MESHES[mesh].get("tensor", 1))
     assert bool(found) == (ways > 1), "without weights on other devices nothing travels"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "parts", "options"),
+    [("fsdp", 1, {}), ("fsdp", 4, {}), ("fsdp-tensor", 1, {"lora": True})],
+)
+def test_no_weights_travel_for_a_token_on_a_tpu(
+    mesh: str, parts: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in the text for a TPU v5e 2x4, for layers as wide as those of Qwen3-0.6B, with its vocabulary."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    split_weights(parts, monkeypatch)
+    config = dataclasses.replace(QWEN3_06B, num_layers=1)
+    devices = tpu_devices(parse_topology("v5e:2x4"))
+    found = compiled_loop(config, cotgrpo.make_mesh(devices=devices, **MESHES[mesh]), batch=64, **options)
+    assert max((c.bytes for c in found), default=0) <= most_bytes(config, 64), "\n".join(map(str, found))
+    assert bool(found) == (max(parts, MESHES[mesh].get("tensor", 1)) > 1)
+
+
+def test_one_program_for_all_updates_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout with newer parameters compiles nothing, and its copy of the weights is gone afterwards."""
+    split_weights(4, monkeypatch)
+    mesh, traced = cotgrpo.make_mesh(fsdp=8), list[DecodingLayout]()
+    sample = jit_eval(make_sampler(UNTIED, SETTINGS, on_layout=traced.append), mesh)
+    params = jax.device_put(params_of(UNTIED), state_sharding(params_of(UNTIED), mesh))
+    held = lambda: sum(x.nbytes for x in jax.live_arrays())
+    jax.block_until_ready(sample(params, PROMPTS, jax.random.key(0)))
+    gc.collect()
+    before = held()
+    for number in range(3):
+        later = jax.tree.map(lambda x, factor=1 + number / 10: x * factor, params)
+        jax.block_until_ready(sample(later, PROMPTS, jax.random.key(number)))
+        del later
+        gc.collect()
+        assert held() <= before, "parameters and replies of this rollout are gone, so a copy would be seen"
+    assert [layout.name for layout in traced] == ["tensor"], "traced once"
+
+
+def test_a_live_teacher_is_counted() -> None:
+    """The bytes that it takes on each device are part of those that have to fit. The program is traced alone."""
+    layouts = list[DecodingLayout]()
+    mesh, params, teacher = cotgrpo.make_mesh(fsdp=8), params_of(UNTIED), params_of(SMALL)
+    sample = make_sampler(UNTIED, SETTINGS, on_layout=layouts.append)
+    draw_replies = make_draw(sample, make_student(SMALL))
+    jax.eval_shape(traced_on(mesh, sample), params, PROMPTS, jax.random.key(0))
+    jax.eval_shape(traced_on(mesh, draw_replies), (params, teacher), (PROMPTS, None, None), jax.random.key(0))
+    shards = jax.device_put(teacher, state_sharding(teacher, mesh))
+    on_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(shards))
+    alone, both = (layout.bytes.state for layout in layouts)
+    assert both - alone == on_a_device > 0
+
+
+def test_the_bytes_of_copy_and_cache() -> None:
+    """As NumPy counts them, for adapters too: all matrices in bfloat16 and norms in float32, and 24 columns a row."""
+    config, sizes = dataclasses.replace(UNTIED, biases=(), qk_norm=False), {"fsdp": 4, "tensor": 2}
+    layout = decoding_bytes(config, sizes, 16, 20, 4)
+    D, F, V, KH, QH = 32, 48, 600, 16, 32
+    matrices = 2 * D * QH + 2 * D * KH + 3 * D * F + 2 * V * D
+    assert layout.bytes.copy == 2 * matrices // 2 + 4 * 3 * D
+    assert layout.bytes.cache == 16 // 4 * 24 * (2 * 2 * KH // 2 + 8)
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    adapters = jax.eval_shape(functools.partial(init_lora, shapes, LORA), jax.random.key(0))
+    adapted = decoding_bytes(config, sizes, 16, 20, 4, params=AdaptedParams(shapes, adapters, LORA))
+    wide = 4 * 2 * (2 * (QH + KH) + 3 * F) // 2  # of A or B, the side that `tensor` splits, float32
+    narrow = 4 * 2 * 7 * D
+    assert adapted.bytes.copy - layout.bytes.copy == (wide + narrow) // 2, "in the compute type"
+    # The base is frozen, so no optimizer belongs to it.
+    assert adapted.bytes.state < layout.bytes.state
