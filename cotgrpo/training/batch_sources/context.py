@@ -11,7 +11,9 @@ from cotgrpo.config import Config
 from cotgrpo.logs.completions import CompletionsLog
 from cotgrpo.rollouts.engine_replies import EngineReplies
 from cotgrpo.sampling import Sampler, SamplingSettings, make_sampler
+from cotgrpo.sampling.decoding_layout import DecodingLayout
 from cotgrpo.sharding import jit_eval
+from cotgrpo.terminal import say
 from cotgrpo.training.inputs import QUIET, Model, StageInputs
 from cotgrpo.training.weights import StageWeights
 
@@ -52,7 +54,14 @@ class BatchContext:
     def student_sampler(self, max_new_tokens: int, temperature: float, decode_batch_size: int | None) -> Sampler:
         """Return the sampler of the student's replies, without jit."""
         settings = self.sampling(max_new_tokens, temperature)
-        return make_sampler(self.model.decoder, settings, self.model.vocab_size, decode_batch_size)
+        told = set[str]()  # the program of a sampler is traced once for each shape
+
+        def on_layout(layout: DecodingLayout) -> None:
+            if str(layout) not in told:
+                told.add(str(layout))
+                say(self.console, str(layout))
+
+        return make_sampler(self.model.decoder, settings, self.model.vocab_size, decode_batch_size, on_layout)
 
     def compiled_sampler(self, max_new_tokens: int, temperature: float, decode_batch_size: int | None) -> Sampler:
         """Return the sampler, compiled for the mesh, or the engine."""
