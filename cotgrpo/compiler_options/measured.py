@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 
 OptionValue = bool | int | float | str
@@ -80,11 +81,15 @@ class CompilerConfig:
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        dashed = [name for name in self.options if not name.startswith("xla_")]
-        if dashed:
-            raise ValueError(
-                f"CompilerConfig.options must have names that begin with xla_, without dashes, got {dashed[0]!r}."
-            )
+        for name, value in self.options.items():
+            if not re.fullmatch(r"xla_\w+", str(name)):
+                raise ValueError(
+                    f"CompilerConfig.options must have names that begin with xla_, without dashes, got {name!r}."
+                )
+            if not re.fullmatch(r"[\w.,:+-]+", str(value)):
+                raise ValueError(
+                    f"CompilerConfig.options must have a number, true, false or a word as {name}, got {value!r}."
+                )
 
     def given(self, platform: str) -> dict[str, OptionValue | None]:
         """Return what `jit_step` takes as `compiler_options` on JAX's platform. None turns a measured option off."""
