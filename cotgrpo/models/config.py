@@ -34,6 +34,8 @@ REMAT_POLICIES = ("none", *REMAT_LISTS)
 ATTENTION = ("blocks", "xla", "splash")
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+UNGATED_ACTIVATIONS = ("relu2", "xielu")
+"""Activations of an MLP without a gate: `down(activation(up(x)))`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +180,19 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         norm_eps: added to the mean square in RMSNorm (`rms_norm_eps`).
         attention: implementation for training: "blocks" (blockwise, any device), "xla" (materializes all scores) or
             "splash" (TPU kernel). Generation has its own.
-        activation: of the MLP's gate: "silu", "gelu" (exact) or "gelu_tanh" (approximation) (`hidden_act`).
+        activation: of the MLP's gate: "silu", "gelu" (exact) or "gelu_tanh" (approximation) (`hidden_act`). "relu2" and
+            "xielu" belong to an MLP without a gate, `down(activation(up(x)))`.
         biases: projections with a bias, of "query", "key", "value", "out", "gate", "up", "down".
-        qk_norm: RMSNorm over H of every query and key head, before the rotation.
-        post_norms: a second RMSNorm after attention and after the MLP, before each is added to the residual stream.
+        qk_norm: RMSNorm of the queries and keys, before the rotation.
+        qk_norm_over: what that norm is over: "head", the H values of each head, or "width", all heads together.
+        qk_norm_rotated: the norm of the queries and keys comes after the rotation.
+        pre_norms: RMSNorm before attention and before the MLP.
+        post_norms: RMSNorm after attention and after the MLP, before each is added to the residual stream.
         norm_plus_one: RMSNorm multiplies by `1 + scale`, and `scale` starts at 0.
         embedding_scale: factor of the embedding, or None.
+        residual_scale: factor of what attention and the MLP add to the residual stream, or None
+            (`residual_multiplier`).
+        logit_divisor: divides the logits, before they are capped (`logits_scaling`), or None.
         query_scale: factor of `q k^T` (`query_pre_attn_scalar ** -0.5`). None: `H ** -0.5`.
         attention_softcap: c maps each score to `c * tanh(score / c)` (`attn_logit_softcapping`), or None.
         logit_softcap: the same for the logits (`final_logit_softcapping`), or None.
@@ -192,6 +201,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         local_layers: indices of the local layers. None: all layers, if there is a window.
         local_rope_theta: base of the rotary frequencies in local layers, without scaling. None: as in the other layers.
         rope_scaling: how the rotary frequencies are scaled, or None.
+        rotary_dim: values of each head that are rotated, the first ones, even (`partial_rotary_factor`). None: all.
+        unrotated_layers: indices of the layers without rotary positions (`no_rope_layers`).
         max_positions: context length (`max_position_embeddings`). It is not enforced.
 
     Raises:
@@ -203,9 +214,14 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     activation: str = "silu"
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    qk_norm_rotated: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     norm_plus_one: bool = False
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_divisor: float | None = None
     query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -213,6 +229,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     local_layers: tuple[int, ...] | None = None
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -223,13 +241,15 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             ("attention", ATTENTION),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
-            ("activation", ACTIVATIONS),
+            ("activation", (*ACTIVATIONS, *UNGATED_ACTIVATIONS)),
+            ("qk_norm_over", ("head", "width")),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DecoderConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         check_remat(self.remat, self.attention)
-        for name in ("embedding_scale", "query_scale", "attention_softcap", "logit_softcap", "window"):
+        positive = ("embedding_scale", "query_scale", "attention_softcap", "logit_softcap", "window")
+        for name in (*positive, "residual_scale", "logit_divisor"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"DecoderConfig.{name} must be positive or None, got {getattr(self, name)}.")
         unknown = sorted(set(self.biases) - set(self.projections))
@@ -239,11 +259,40 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             raise ValueError(f"DecoderConfig.local_layers {self.local_layers} need a window, but window is None.")
         if self.local_rope_theta is not None and not self.num_local:
             raise ValueError("DecoderConfig.local_rope_theta is set, but there is no local layer: leave it None.")
-        outside = [i for i in self.local_layers or () if not 0 <= i < self.num_layers]
-        if outside:
+        self.check_layers_and_rotation()
+
+    def check_layers_and_rotation(self) -> None:
+        """Raise ValueError if an option names a layer that does not exist, or a rotation that is not possible."""
+        for name in ("local_layers", "unrotated_layers"):
+            outside = [i for i in getattr(self, name) or () if not 0 <= i < self.num_layers]
+            if outside:
+                raise ValueError(
+                    f"DecoderConfig.{name} must lie in 0..{self.num_layers - 1}, but they hold {outside[0]}."
+                )
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise ValueError(
-                f"DecoderConfig.local_layers must lie in 0..{self.num_layers - 1}, but they hold {outside[0]}."
+                f"DecoderConfig.rotary_dim must be even and lie in 2..{self.head_dim}, got {self.rotary_dim}."
             )
+        scaling, pairs = self.rope_scaling, (self.rotary_dim or self.head_dim) // 2
+        if scaling is not None and scaling.kind == "longrope":
+            for factors in (scaling.short_factors, scaling.long_factors):
+                if len(factors) != pairs:
+                    raise ValueError(
+                        f"RopeScaling.short_factors and long_factors must have {pairs} numbers, one for each rotated "
+                        f"pair, got {len(factors)}."
+                    )
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("DecoderConfig needs pre_norms, post_norms or both, got neither.")
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Return whether the MLP has a gate."""
+        return self.activation not in UNGATED_ACTIVATIONS
+
+    @property
+    def num_rotated(self) -> int:
+        """Return the number of layers with rotary positions."""
+        return self.num_layers - len(set(self.unrotated_layers))
 
     @property
     def num_local(self) -> int:
@@ -256,7 +305,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     def projections(self) -> dict[str, tuple[int, int]]:
         """Return (inputs, outputs) of each matrix product of a layer."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        projections = {
             "query": (self.width, heads),
             "key": (self.width, kv_heads),
             "value": (self.width, kv_heads),
@@ -265,6 +314,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             "up": (self.width, self.mlp_width),
             "down": (self.mlp_width, self.width),
         }
+        return projections if self.gated_mlp else {name: p for name, p in projections.items() if name != "gate"}
 
     @property
     def kept_sizes(self) -> dict[str, int]:
@@ -278,7 +328,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             heads + (3 if self.qk_norm else 2) * kv_heads,
             heads + self.num_heads * (1 if self.dtype == "float32" else 2),  # a float32 of each head's softmax
             self.width,
-            self.mlp_width,
+            self.mlp_width if self.gated_mlp else 0,
             self.mlp_width,
             self.width if self.post_norms else 0,
         )
@@ -299,6 +349,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         """Return the number of parameters."""
         products = sum(inputs * outputs for inputs, outputs in self.projections.values())
         biases = sum(self.projections[name][1] for name in self.biases)
-        norms = self.width * (4 if self.post_norms else 2) + (2 * self.head_dim if self.qk_norm else 0)
+        heads = 2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads
+        norms = self.width * 2 * (self.pre_norms + self.post_norms) + (heads * self.head_dim if self.qk_norm else 0)
+        activation = 2 if self.activation == "xielu" else 0
         embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
-        return self.num_layers * (products + biases + norms) + self.width + embeddings
+        return self.num_layers * (products + biases + norms + activation) + self.width + embeddings

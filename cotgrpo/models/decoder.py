@@ -26,7 +26,7 @@ from cotgrpo.models.blockwise_attention import block_attention
 from cotgrpo.models.config import LAYER_INPUT, PROJECTION_NAMES, QKV, SAVED_NAMES, DecoderConfig, parse_remat
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.matmul import project_tokens
-from cotgrpo.models.norm_and_gate import broadcast_last, gated, rms_norm
+from cotgrpo.models.norm_and_gate import broadcast_last, gated, relu_squared, rms_norm, xielu
 from cotgrpo.models.rotary import RopeScaling, rotate, rotation
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.sharding import all_gather_param, constrain, vary_alike, with_types_as_layout
@@ -42,12 +42,13 @@ if TYPE_CHECKING:
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    With `plus_one` the factor is `1 + scale`.
+    With `plus_one` the factor is `1 + scale`. The result is divided by `divisor`.
     """
 
     eps: float
     param_dtype: DTypeLike
     plus_one: bool = False
+    divisor: float | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -55,6 +56,8 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         if self.plus_one:
             scale_D = 1.0 + scale_D
+        if self.divisor is not None:
+            scale_D = scale_D / self.divisor
         return rms_norm(*vary_alike(x, scale_D), self.eps)
 
 
@@ -71,6 +74,19 @@ class TransposedDense(nn.Module):
         kernel_FD = self.param("transposed", zeros, (self.features, x.shape[-1]), self.dtype)
         y = project_few_tokens(x.astype(self.dtype), kernel_FD, self.dtype)
         return y + broadcast_last(self.param("bias", zeros, (self.features,), self.dtype), y) if self.use_bias else y
+
+
+class Xielu(nn.Module):
+    """The activation `xielu` with its two parameters."""
+
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+        # The inverse softplus of what the paper starts from: 0.8, and 0.8 less the 0.5 that xielu adds.
+        start = lambda key, value: jnp.log(jnp.expm1(jnp.full((1,), value))).astype(self.param_dtype)
+        alphas = self.param("alpha_p", start, 0.8), self.param("alpha_n", start, 0.3)
+        return xielu(*vary_alike(x, *alphas))
 
 
 class KvCache(flax.struct.PyTreeNode):
@@ -94,14 +110,16 @@ class View(flax.struct.PyTreeNode):
     """What a layer reads of the sequence besides the residual stream.
 
     Attributes:
-        cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key.
+        cos, sin: float32 `[B, T, H/2]`, the rotation of each query and new key. None: no rotation.
+        query_factors: float32 `[B, T]`, factors of the queries, or None.
         mask: bool `[B, T, S]`, True where a query sees a key. None: attention computes it from the other fields.
         positions, segment_ids: int32 `[B, T]`, of the queries.
         window: int32 scalar, as in `causal_segment_mask`. None: no layer has a window.
     """
 
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
+    cos: Float[Array, "B T half"] | None
+    sin: Float[Array, "B T half"] | None
+    query_factors: Float[Array, "B T"] | None
     mask: Bool[Array, "B T S"] | None
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
@@ -123,17 +141,21 @@ class Layer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         is_local: Bool[Array, ""] | None,
+        is_rotated: Bool[Array, ""] | None,
         views: tuple[View, ...],
         cached: LayerCache | None = None,
         column: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Return the residual stream after the layer, and `cached` with the new keys and values from `column` on.
 
-        With two views, the global and the local one, `is_local` picks this layer's.
+        With two views, the global and the local one, `is_local` picks this layer's. If `is_rotated` is given and
+        False, this layer rotates nothing.
         """
         c = self.config
         x = checkpoint_name(constrain(x, "BTD"), LAYER_INPUT)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
+        if is_rotated is not None:
+            view = view.replace(cos=jnp.where(is_rotated, view.cos, 1.0), sin=jnp.where(is_rotated, view.sin, 0.0))
         query, key, value = self.query_key_value(x, view)
         if cached is None or view.mask is None:
             mixed = self.attend(query, key, value, view, is_local)
@@ -143,12 +165,26 @@ class Layer(nn.Module):
         mixed = constrain(mixed, "BTQH")
         mixed = mixed.reshape(*mixed.shape[:2], c.num_heads * c.head_dim)
         mixed = constrain(self.dense("out", to_residual=True)(mixed), "BTD")
-        x = x + (self.norm("post_attention_norm")(mixed) if c.post_norms else mixed)
-        h = self.norm("mlp_norm")(x)
-        h = constrain(gated(c.activation, self.dense("gate")(h), self.dense("up")(h)), "BTF")
+        x = x + self.added("post_attention_norm", mixed)
+        h = self.norm("mlp_norm")(x) if c.pre_norms else x
+        h = constrain(self.activated(h), "BTF")
         h = constrain(self.dense("down", to_residual=True)(h), "BTD")
-        x = x + (self.norm("post_mlp_norm")(h) if c.post_norms else h)
+        x = x + self.added("post_mlp_norm", h)
         return x, cached
+
+    def added(self, norm: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return what a block adds to the residual stream: its result, with the norm after it if there is one."""
+        y = self.norm(norm)(y) if self.config.post_norms else y
+        scale = self.config.residual_scale
+        return y if scale is None else y * jnp.asarray(scale, y.dtype)
+
+    def activated(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Return the middle of the MLP."""
+        c = self.config
+        if c.gated_mlp:
+            return gated(c.activation, self.dense("gate")(h), self.dense("up")(h))
+        up = self.dense("up")(h)
+        return relu_squared(up) if c.activation == "relu2" else Xielu(jnp.dtype(c.param_dtype), name="xielu")(up)
 
     def query_key_value(
         self, x: Float[Array, "B T D"], view: View
@@ -156,18 +192,29 @@ class Layer(nn.Module):
         """Return the rotated queries and keys, and the values."""
         c = self.config
         B, T, _ = x.shape
-        h = self.norm("attention_norm")(x)
+        h = self.norm("attention_norm")(x) if c.pre_norms else x
         query = self.dense("query")(h).reshape(B, T, c.num_heads, c.head_dim)
         key = self.dense("key")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         value = self.dense("value")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
-            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
-        query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
+        if c.qk_norm and not c.qk_norm_rotated:
+            query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
+        if view.cos is not None and view.sin is not None:
+            query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
+        if c.qk_norm and c.qk_norm_rotated:
+            query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
+        if view.query_factors is not None:
+            query = query * view.query_factors[:, :, None, None].astype(query.dtype)
         query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
         # A shard of the tokens reads all keys. If tokens are sharded, keys and values are gathered here, once: remat
         # policies that keep products keep them too.
         key, value = (checkpoint_name(constrain(x, "BSKH"), QKV) for x in (key, value))
         return query, key, value
+
+    def norm_heads(self, name: str, x: Float[Array, "B T heads H"]) -> Float[Array, "B T heads H"]:
+        """Return the norm of queries or keys: of each head, or of all together."""
+        if self.config.qk_norm_over == "head":
+            return self.norm(name)(x)
+        return self.norm(name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def attend(
         self,
@@ -220,8 +267,9 @@ def append_to_cache(
 
 
 def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
-    """Return the RMSNorm of this name with the config's options."""
-    return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, name=name)
+    """Return the RMSNorm of this name with the config's options. The last one divides the logits too."""
+    divisor = config.logit_divisor if name == "final_norm" else None
+    return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, divisor, name=name)
 
 
 class Decoder(nn.Module):
@@ -260,14 +308,16 @@ class Decoder(nn.Module):
         c = self.config
         views = self.views(positions, segment_ids, (positions, segment_ids) if c.attention == "xla" else None)
         is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
+        some = 0 < c.num_rotated < c.num_layers
+        is_rotated = ~jnp.isin(jnp.arange(c.num_layers), jnp.array(c.unrotated_layers)) if some else None
         layers = nn.scan(
             self.layer_with_remat(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.num_layers,
         )
-        return layers(c, name="layers")(x_BTD, is_local, views)[0]
+        return layers(c, name="layers")(x_BTD, is_local, is_rotated, views)[0]
 
     def unrolled_layers(
         self,
@@ -285,7 +335,9 @@ class Decoder(nn.Module):
         cached = []
         for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
-            x_BTD, new = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, view, own, column)
+            if index in c.unrotated_layers:
+                view = (view[0].replace(cos=None, sin=None),)
+            x_BTD, new = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, None, view, own, column)
             cached.append(new)
         keys, values = zip(*cached, strict=True)
         return x_BTD, KvCache(keys, values, key_positions, key_segments)
@@ -305,11 +357,13 @@ class Decoder(nn.Module):
         c = self.config
 
         def view(theta: float, scaling: RopeScaling | None, window: int | None) -> View:
-            cos, sin = rotation(positions, theta, c.head_dim, scaling)
+            rotated = rotation(positions, theta, c.rotary_dim or c.head_dim, scaling)
+            cos, sin = rotated if c.num_rotated else (None, None)
+            factors = None if c.rope_scaling is None else c.rope_scaling.query_factors(positions)
             mask = None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
             # If layers differ, the program picks a layer's window: there, "no window" is one that holds all tokens.
             reach = jnp.int32(positions.shape[1] if window is None else window) if c.num_local else None
-            return View(cos, sin, mask, positions, segment_ids, reach)
+            return View(cos, sin, factors, mask, positions, segment_ids, reach)
 
         views = []
         if c.num_local < c.num_layers:

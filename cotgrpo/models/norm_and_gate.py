@@ -70,3 +70,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
 }
+
+
+def relu_squared(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """Return `max(x, 0)^2` (So et al. 2021, arXiv:2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def xielu(
+    x: Float[Array, "*batch F"], alpha_p: Float[Array, "1"], alpha_n: Float[Array, "1"]
+) -> Float[Array, "*batch F"]:
+    """Return xIELU (Huang & Schlag 2024, arXiv:2411.13010), computed in float32.
+
+    a x^2 + x / 2                                    for x > 0, with a = softplus(alpha_p)
+    b (exp(min(x, -1e-6)) - 1 - x) + x / 2           else, with b = 1/2 + softplus(alpha_n)
+    """
+    x32 = x.astype(jnp.float32)
+    a, b = (jax.nn.softplus(alpha.astype(jnp.float32)).reshape((1,) * x.ndim) for alpha in (alpha_p, alpha_n))
+    above = a * jnp.square(x32)
+    below = (jnp.expm1(jnp.minimum(x32, -1e-6)) - x32) * (0.5 + b)
+    return (jnp.where(x32 > 0, above, below) + 0.5 * x32).astype(x.dtype)

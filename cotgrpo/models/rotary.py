@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
 
-SCALINGS = ("linear", "dynamic", "llama3", "yarn")
+SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,18 @@ class RopeScaling:
             Those below `original_length / high_freq_factor` stay; those between are blended (arXiv:2407.21783).
             "yarn": frequencies of pairs with fewer than `beta_slow` turns in `original_length` are divided by `factor`.
             Those with more than `beta_fast` turns stay; those between are blended (arXiv:2309.00071).
+            "longrope": pair i is divided by `long_factors[i]` if the longest position of the call lies beyond
+            `original_length`, else by `short_factors[i]` (arXiv:2402.13753).
+            "alpha": theta is multiplied by `factor ** (H / (H - 2))` (NTK-aware, at any length).
         factor: how many times longer the context becomes, > 0.
         original_length: number of positions in training. "linear" ignores it.
         low_freq_factor, high_freq_factor: for "llama3".
         beta_fast, beta_slow: for "yarn".
         truncate: whether "yarn" widens the blended range to whole pairs.
-        attention_factor: "yarn" multiplies queries and keys by it.
+        attention_factor: "yarn" and "longrope" multiply queries and keys by it.
+        short_factors, long_factors: for "longrope", one of each per pair.
+        query_growth: g multiplies a query at position t by `1 + g ln(1 + floor(t / original_length))`
+            (Llama 4's temperature).
 
     Raises:
         ValueError: an unknown kind, or a number out of range.
@@ -51,13 +57,16 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    query_growth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:
             raise ValueError(f"RopeScaling.kind must be one of {SCALINGS}, got {self.kind!r}.")
         if not self.factor > 0:
             raise ValueError(f"RopeScaling.factor must be positive, got {self.factor}.")
-        if self.kind != "linear" and self.original_length < 1:
+        if self.kind not in ("linear", "alpha") and self.original_length < 1:
             raise ValueError(
                 f"RopeScaling.original_length must be at least 1 for kind {self.kind!r}, got {self.original_length}."
             )
@@ -66,6 +75,25 @@ class RopeScaling:
                 f"RopeScaling.low_freq_factor ({self.low_freq_factor}) must be below "
                 f"high_freq_factor ({self.high_freq_factor})."
             )
+        if self.kind == "longrope" and not (min(self.short_factors, default=0) > 0 < min(self.long_factors, default=0)):
+            raise ValueError("RopeScaling.short_factors and long_factors must be positive numbers, one for each pair.")
+
+    def for_length(self, length: int) -> RopeScaling:
+        """Return the scaling of sequences of up to `length` positions, the same in all calls.
+
+        With a cache, keys stay as they were rotated. So a decode loop must not change the factors on its way.
+        """
+        if self.kind != "longrope":
+            return self
+        used = self.long_factors if length > self.original_length else self.short_factors
+        return dataclasses.replace(self, short_factors=used, long_factors=used)
+
+    def query_factors(self, positions: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
+        """Return the factor of each query, in float32; None if they are all 1."""
+        if not self.query_growth:
+            return None
+        turns = jnp.floor(positions.astype(jnp.float32) / self.original_length)
+        return 1.0 + self.query_growth * jnp.log1p(turns)
 
 
 def exponents(head_dim: int) -> np.ndarray:
@@ -83,7 +111,9 @@ def frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 
 def scaled_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> np.ndarray:
-    """Return the frequencies of any scaling but "dynamic", which depends on the positions: float32 `[H/2]`."""
+    """Return the frequencies of any scaling that does not depend on the positions: float32 `[H/2]`."""
+    if scaling is not None and scaling.kind == "alpha":
+        return frequencies(theta * scaling.factor ** (head_dim / (head_dim - 2)), head_dim)
     plain = frequencies(theta, head_dim)
     kept: np.ndarray  # the share of each frequency that is not divided by the factor
     if scaling is None:
@@ -113,11 +143,21 @@ def pair_that_turns(turns: float, theta: float, head_dim: int, scaling: RopeScal
 def rotation(
     positions: Int[Array, "B T"], theta: float, head_dim: int, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Return (cos, sin) of every angle in float32, times `attention_factor`."""
+    """Return (cos, sin) of every angle in float32, times `attention_factor`.
+
+    `head_dim` is the number of values of a head that are rotated.
+    """
     if scaling is not None and scaling.kind == "dynamic":
         length = jnp.maximum(jnp.max(positions) + 1, scaling.original_length)
         stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
         per_pair: Array | np.ndarray = 1.0 / (theta * stretch ** (head_dim / (head_dim - 2))) ** exponents(head_dim)
+    elif scaling is not None and scaling.kind == "longrope":
+        powers = (np.float64(theta) ** exponents(head_dim)).astype(np.float32)
+        short, long = (
+            np.float32(1) / (np.asarray(factors, np.float32) * powers)
+            for factors in (scaling.short_factors, scaling.long_factors)
+        )
+        per_pair = jnp.where(jnp.max(positions) >= scaling.original_length, long, short)
     else:
         per_pair = scaled_frequencies(theta, head_dim, scaling)
     angles = positions[:, :, None].astype(jnp.float32) * per_pair[None, None, :]
@@ -130,7 +170,13 @@ def rotation(
 def rotate(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T heads H"]:
-    """Rotate the pairs (i, i + H/2) of every head in float32: the half-split layout of Hugging Face's Llama."""
+    """Rotate the pairs (i, i + R/2) of every head in float32: the half-split layout of Hugging Face's Llama.
+
+    R is twice the number of angles. Values from R on stay as they are.
+    """
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :rotated], cos, sin), x[..., rotated:]], axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -28,7 +28,41 @@ LLAMA3 = {
 }
 
 
-YARN = {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16}
+YARN: dict[str, Any] = {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16}
+
+
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "head_dim": 12,
+    "sliding_window": None,
+    "rope_theta": 1_000_000.0,
+    "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
+}
+
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 3.0,
+    "attention_multiplier": 0.4,
+}
+
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "patch_size": 8}
+LAYERS = {"num_hidden_layers": 1, "image_size": 32}
+VISIONS: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "siglip_vision_model", **VISION, **LAYERS},
+    "mistral3": {"model_type": "pixtral", "head_dim": 8, **VISION, **LAYERS},
+    "qwen3_vl": {"model_type": "qwen3_vl", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
+    | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+
+
+def wrapped(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a model with images around a text part."""
+    outer = {"vision_config": VISIONS[model_type], "mm_tokens_per_image": 16, "image_token_index": 90}
+    if model_type != "gemma3":
+        outer = {"vision_config": VISIONS[model_type], "image_token_id": 90, "video_token_id": 91}
+    tied = {"tie_word_embeddings": text.get("tie_word_embeddings", model_type == "gemma3")}
+    return {"model_type": model_type, "text_config": {**SMALL, **text}, **outer, **tied}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -93,10 +127,155 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+CASES |= {
+    # Models with images around the text part.
+    "gemma3_images": wrapped("gemma3", CASES["gemma3"]),
+    "qwen3_vl": wrapped(
+        "qwen3_vl",
+        {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 12,
+            "attention_bias": True,
+            "rope_theta": 5_000_000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 2, 2]},
+        },
+    ),
+    "ministral3_images": wrapped("mistral3", {**MINISTRAL3, "tie_word_embeddings": False}),
+    "mistral_images": wrapped("mistral3", {"model_type": "mistral", "head_dim": 12, "sliding_window": None}),
+    "ministral3": MINISTRAL3,
+    # One row of the table each.
+    "gemma": {"model_type": "gemma", "head_dim": 20, "num_key_value_heads": 1, "attention_bias": True},
+    "ministral": {
+        "model_type": "ministral",
+        "num_hidden_layers": 4,
+        "head_dim": 20,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "cwm": {"model_type": "cwm", "num_hidden_layers": 5, "head_dim": 12, "sliding_window": 7, "rope_scaling": LLAMA3},
+    "seed_oss": {
+        "model_type": "seed_oss",
+        "head_dim": 20,
+        "attention_out_bias": True,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+    },
+    "internlm3": {
+        "model_type": "internlm3",
+        "head_dim": 20,
+        "qkv_bias": True,
+        "bias": True,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
+    },
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 20, "use_bias": True, "tie_word_embeddings": True},
+    "smollm3": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 5,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "no_rope_layers": [1, 0, 1, 1, 0],
+        "rope_scaling": YARN,
+    },
+    "smollm3_plain": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True},
+    "granite": {
+        "model_type": "granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_dropout": 0.1,
+        **GRANITE,
+    },
+    "granite4": {
+        "model_type": "granitemoehybrid",
+        "shared_intermediate_size": 56,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["attention"] * 2,
+        "position_embedding_type": "rope",
+        "attention_bias": True,
+        "mamba_n_heads": 4,
+        **GRANITE,
+    },
+    "granite4_nope": {
+        "model_type": "granitemoehybrid",
+        "shared_intermediate_size": 56,
+        "num_local_experts": 0,
+        "layer_types": ["attention"] * 2,
+        "position_embedding_type": "nope",
+        "tie_word_embeddings": True,
+        "mamba_n_heads": 4,
+        **GRANITE,
+    },
+    "olmo2": {"model_type": "olmo2", "head_dim": 12, "attention_bias": True, "num_key_value_heads": 1},
+    "olmo3": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 5,
+        "sliding_window": 7,
+        "rope_theta": 100_000.0,
+        "rope_scaling": {**YARN, "rope_type": "yarn", "attention_factor": 1.2},
+    },
+    "exaone4": {
+        "model_type": "exaone4",
+        "num_hidden_layers": 5,
+        "head_dim": 12,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "rope_scaling": LLAMA3,
+    },
+    "exaone4_small": {
+        "model_type": "exaone4",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 2,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 16,
+        "sliding_window": 21,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 3.0],
+            "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0],
+        },
+    },
+    "phi4": {"model_type": "phi3", "head_dim": 20, "rope_theta": 250_000.0, "rope_scaling": None},
+    "hunyuan": {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 12,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0},
+    },
+    "arcee": {
+        "model_type": "arcee",
+        "head_dim": 20,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "relu2",
+        "rope_scaling": YARN,
+    },
+    "apertus": {
+        "model_type": "apertus",
+        "head_dim": 12,
+        "attention_bias": True,
+        "hidden_act": "xielu",
+        "rope_scaling": LLAMA3,
+    },
+}
+
 
 def old_config(case: str) -> dict[str, Any]:
     """config.json as checkpoints on the hub have it: rope_theta and rope_scaling beside the rest."""
-    return json.loads(json.dumps({**SMALL, **CASES[case]}))
+    own = {} if "text_config" in CASES[case] else SMALL
+    return json.loads(json.dumps({**own, **CASES[case]}))
+
+
+def text_type(case: str) -> str:
+    """Return the `model_type` of the text part."""
+    return str(CASES[case].get("text_config", CASES[case])["model_type"])
 
 
 def make_torch(case: str) -> Any:
@@ -106,11 +285,19 @@ def make_torch(case: str) -> Any:
 
     torch.manual_seed(0)
     config = old_config(case)
-    model = transformers.AutoModelForCausalLM.from_config(
+    made = auto_class(case).from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
-        for p in model.parameters():
+        for p in made.parameters():
             noise = torch.randn_like(p)
             p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
-    return model.eval()
+    return made.eval()
+
+
+def auto_class(case: str) -> Any:
+    """Return the class of transformers that loads the case's model."""
+    import transformers
+
+    with_images = "text_config" in CASES[case]
+    return transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.families import CASES, SMALL, make_torch, old_config
+from helpers.families import CASES, SMALL, make_torch, old_config, text_type
 
 from cotgrpo.models import Pretrained, load_pretrained, save_pretrained
 from cotgrpo.models.huggingface.config import config_json, decoder_config
-from cotgrpo.models.huggingface.families import FAMILIES
+from cotgrpo.models.huggingface.families import FAMILIES, WRAPPERS
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch: pip install 'cotgrpo[parity]'")
 transformers = pytest.importorskip("transformers")
@@ -81,7 +81,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    assert {text_type(case) for case in CASES} == set(FAMILIES)
+    assert {case["model_type"] for case in CASES.values()} - set(FAMILIES) == set(WRAPPERS)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,7 +147,7 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
     save_pretrained(tmp_path / "out", loaded.config, loaded.params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     batch = Batch.make()
-    torch.testing.assert_close(torch_logits(again, batch), torch_logits(model, batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch_logits(again, batch), torch_logits(model, batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -466,7 +466,10 @@ GEMMA2 = {**{k: v for k, v in LLAMA.items() if k not in ("hidden_act", "mlp_bias
         ),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor, low_freq_factor"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
-        (LLAMA | {"rope_scaling": ROPE, "rope_parameters": ROPE}, "both rope_scaling and rope_parameters"),
+        (
+            LLAMA | {"rope_scaling": ROPE, "rope_parameters": ROPE | {"factor": 2.0}},
+            r"both rope_scaling .* differ \(factor\)",
+        ),
         (LLAMA | {"rope_scaling": {"partial_rotary_factor": 0.5}}, "unsupported partial_rotary_factor"),
         (GEMMA2 | {"layer_types": ["full_attention"]}, "layer_types must name"),
         (GEMMA2 | {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types must name"),

@@ -6,25 +6,28 @@ An unknown field is an error that names it: a setting that is silently ignored m
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.huggingface.families import (
-    ACTIVATIONS,
-    COMMON,
-    FAMILIES,
-    FIXED,
-    REQUIRED,
-    WITHOUT_EFFECT,
-    Family,
-    HfConfig,
-    ModelError,
-)
-from cotgrpo.models.rotary import RopeScaling
+from cotgrpo.models.huggingface.families import FAMILIES, WRAPPERS
+from cotgrpo.models.huggingface.family import COMMON, FIXED, REQUIRED, Family, HfConfig, ModelError
+from cotgrpo.models.huggingface.rope_fields import rope_fields, rope_scaling, write_rope
 
 LARGEST_SIZE, MOST_LAYERS = 2**24, 10_000
 """What a model cannot have more of. A damaged config.json would else fill the memory."""
+
+
+OFF = ("", [], {})
+NO_SWITCH = re.compile(r"^use_(?!.*bias)|rope|rotary|norm|scal|causal|gate")
+"""Fields that may change a model by being false."""
+COUNT = re.compile(r"^n(um)?_|experts|dropout|pdrop|_coef$|_prob$")
+"""Fields that change nothing by being 0."""
+OF_OTHER_PARTS = re.compile(
+    r"(?!.*text).*(vision|image|video|audio|projector|mm_tokens|bo[iav]_token|eo[iav]_token|spatial).*"
+)
+"""Fields of a model with images that do not concern its text part."""
 
 
 def decoder_config(hf: HfConfig) -> DecoderConfig:
@@ -33,18 +36,9 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
     Raises:
         ModelError: an unknown `model_type`, or a field that is missing, unknown or has an unsupported value.
     """
-    family = family_of(hf)
-    known = {*REQUIRED, *COMMON, *family.defaults, *FIXED, *WITHOUT_EFFECT}
-    unknown = sorted(name for name in hf if name not in known and not name.startswith("_"))
-    if unknown:
-        raise ModelError(
-            f"config.json of a {hf['model_type']} model: unsupported field {', '.join(unknown)}. "
-            "Remove it from config.json if it does not change the logits."
-        )
-    for name, allowed in FIXED.items():
-        if name in hf and hf[name] not in allowed:
-            raise ModelError(f"config.json: {name} is {hf[name]!r}; supported: {allowed[0]!r}.")
-    field = rope_fields({**COMMON, **family.defaults, **hf})
+    family, hf = family_of(hf), text_config(hf)
+    check_fields(hf, family)
+    field = rope_fields({**COMMON, **family.defaults, **hf}, family)
     sizes = {name: positive(field, name) for name in REQUIRED}
     heads = sizes["num_attention_heads"]
     if field["head_dim"] is None and sizes["hidden_size"] % heads:
@@ -53,37 +47,90 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
             f"num_attention_heads {heads}."
         )
     try:
-        return DecoderConfig(
-            vocab_size=sizes["vocab_size"],
-            width=sizes["hidden_size"],
-            num_layers=sizes["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=heads if field["num_key_value_heads"] is None else positive(field, "num_key_value_heads"),
-            head_dim=sizes["hidden_size"] // heads if field["head_dim"] is None else positive(field, "head_dim"),
-            mlp_width=sizes["intermediate_size"],
-            rope_theta=float(field["rope_theta"]),
-            norm_eps=float(field["rms_norm_eps"]),
-            tied_head=field["tie_word_embeddings"],
-            init_scale=float(field["initializer_range"]),
-            activation=activation(field),
-            rope_scaling=rope_scaling(field),
-            max_positions=field["max_position_embeddings"],
-            **family.reads(field),
-        )
+        options: dict[str, Any] = {
+            "vocab_size": sizes["vocab_size"],
+            "width": sizes["hidden_size"],
+            "num_layers": sizes["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": heads if field["num_key_value_heads"] is None else positive(field, "num_key_value_heads"),
+            "head_dim": sizes["hidden_size"] // heads if field["head_dim"] is None else positive(field, "head_dim"),
+            "mlp_width": sizes["intermediate_size"],
+            "rope_theta": float(field["rope_theta"]),
+            "norm_eps": float(field["rms_norm_eps"]),
+            "tied_head": field["tie_word_embeddings"],
+            "init_scale": float(field["initializer_range"]),
+            "activation": activation(field, family),
+            "rope_scaling": rope_scaling(field, family),
+            "max_positions": field["max_position_embeddings"],
+        }
+        return DecoderConfig(**(options | family.reads(field)))
     except ModelError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"config.json of a {hf['model_type']} model: {error}") from error
 
 
-def family_of(hf: HfConfig) -> Family:
-    """Return the row of `FAMILIES` for the `model_type` of config.json."""
-    if not isinstance(hf.get("model_type"), str) or hf["model_type"] not in FAMILIES:
-        hint = " (its text-only checkpoints are gemma3_text)" if hf.get("model_type") == "gemma3" else ""
+def check_fields(hf: HfConfig, family: Family) -> None:
+    """Raise ModelError if config.json has a field that is unknown or whose value is not supported."""
+    unknown = sorted(name for name in hf if not family.knows(name) and not has_no_effect(name, hf[name]))
+    if unknown:
         raise ModelError(
-            f"config.json: unknown model_type {hf.get('model_type')!r}{hint}; supported: {', '.join(FAMILIES)}."
+            f"config.json of a {hf['model_type']} model: unsupported field {', '.join(unknown)}. "
+            "Remove it from config.json if it does not change the logits."
         )
-    return FAMILIES[hf["model_type"]]
+    for name, allowed in {**FIXED, **family.fixed}.items():
+        if name in hf and name not in family.defaults and hf[name] not in allowed:
+            raise ModelError(f"config.json: {name} is {hf[name]!r}; supported: {allowed[0]!r}.")
+
+
+def has_no_effect(name: str, value: Any) -> bool:
+    """Return whether an unknown field is off: null, empty, or a switch or count that changes nothing at false or 0."""
+    if value is None or (not isinstance(value, bool | int | float) and value in OFF):
+        return True
+    if isinstance(value, bool):
+        return not value and not NO_SWITCH.search(name)
+    return value == 0 and bool(COUNT.search(name))
+
+
+def family_of(hf: HfConfig) -> Family:
+    """Return the row of `FAMILIES` for the `model_type` of config.json, or of its `text_config`."""
+    kind = text_config(hf).get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ModelError(f"config.json: unknown model_type {kind!r}; supported: {', '.join({**FAMILIES, **WRAPPERS})}.")
+    return FAMILIES[kind]
+
+
+def is_wrapped(hf: HfConfig) -> bool:
+    """Return whether the text model is a part of a model with images."""
+    return isinstance(hf.get("model_type"), str) and hf["model_type"] in WRAPPERS
+
+
+def text_config(hf: HfConfig) -> HfConfig:
+    """Return the config.json of the text model: `text_config` of a model with images, else `hf` itself.
+
+    Raises:
+        ModelError: a model with images has no `text_config`, or one of an unknown type.
+    """
+    if not is_wrapped(hf):
+        return hf
+    kind = hf["model_type"]
+    wrapper, text = WRAPPERS[kind], hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ModelError(
+            f"config.json of a {kind} model: no text_config (its text-only checkpoints are {wrapper.text[0]})."
+        )
+    text = {"model_type": wrapper.text[0], **text}
+    if text["model_type"] not in wrapper.text:
+        raise ModelError(
+            f"config.json of a {kind} model: text_config has the model_type {text['model_type']!r}; "
+            f"supported: {', '.join(wrapper.text)}."
+        )
+    family = FAMILIES[text["model_type"]]
+    outer = {name: hf[name] for name in hf if name != "text_config" and not OF_OTHER_PARTS.fullmatch(name)}
+    check_fields(outer, family)
+    # The whole model's field counts. Older files have it in the text part only.
+    tied = {name: hf[name] for name in ("tie_word_embeddings",) if hf.get(name) is not None}
+    return {**wrapper.defaults, **text, **tied}
 
 
 def positive(field: HfConfig, name: str) -> int:
@@ -95,85 +142,12 @@ def positive(field: HfConfig, name: str) -> int:
     return value
 
 
-def activation(field: HfConfig) -> str:
+def activation(field: HfConfig, family: Family) -> str:
     """Return the activation. Gemma's config.json has two fields, and transformers reads `hidden_activation`."""
-    name = field.get("hidden_activation", field["hidden_act"])
-    if name not in ACTIVATIONS:
-        raise ModelError(f"config.json: unsupported hidden_act {name!r}; supported: {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
-
-
-def rope_fields(field: dict[str, Any]) -> dict[str, Any]:
-    """Convert `rope_parameters` of transformers 5 to `rope_theta`, `rope_scaling` and `rope_local_base_freq`."""
-    if field["rope_scaling"] and field["rope_parameters"]:
-        raise ModelError("config.json holds both rope_scaling and rope_parameters: remove one.")
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(field[name] or {}, dict):
-            raise ModelError(f"config.json: {name} is {field[name]!r}; expected an object.")
-    spec = dict(field["rope_scaling"] or field["rope_parameters"] or {})
-    if "rope_local_base_freq" in field and {"full_attention", "sliding_attention"} & set(spec):
-        local = dict(spec.pop("sliding_attention", None) or {})
-        spec = dict(spec.pop("full_attention", None) or {}) | spec
-        field["rope_local_base_freq"] = local.pop("rope_theta", field["rope_local_base_freq"])
-        if local and local != {"rope_type": "default"}:
-            raise ModelError(f"config.json: unsupported scaling of sliding_attention in rope_parameters: {local}.")
-    theta = spec.pop("rope_theta", None)
-    return {**field, "rope_theta": field["rope_theta"] if theta is None else theta, "rope_scaling": spec}
-
-
-ROPE_KEYS = {
-    "default": frozenset[str](),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-        | {"mscale", "mscale_all_dim", "truncate"}
-    ),
-}
-"""Fields of each kind of scaling."""
-
-
-def rope_scaling(field: HfConfig) -> RopeScaling | None:
-    """Return the `RopeScaling` of the field `rope_scaling`."""
-    spec = {name: value for name, value in field["rope_scaling"].items() if value is not None}
-    old, new = spec.pop("type", None), spec.pop("rope_type", None)
-    kind = new or old or "default"
-    if kind not in ROPE_KEYS:
-        raise ModelError(f"config.json: unsupported rope_scaling type {kind!r}; supported: {', '.join(ROPE_KEYS)}.")
-    if spec.pop("partial_rotary_factor", 1) != 1:
-        raise ModelError("config.json: unsupported partial_rotary_factor in rope_scaling; supported: 1.")
-    unknown = sorted(set(spec) - ROPE_KEYS[kind])
-    if unknown:
-        raise ModelError(f"config.json: unsupported field {', '.join(unknown)} in rope_scaling of type {kind!r}.")
-    if kind == "default":
-        return None
-    needed = {"factor", "low_freq_factor", "high_freq_factor"} if kind == "llama3" else {"factor"}
-    if needed - set(spec):
-        raise ModelError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(sorted(needed - set(spec)))}.")
-    if kind == "linear":
-        return RopeScaling(kind, spec["factor"])
-    length = spec.pop("original_max_position_embeddings", field["max_position_embeddings"])
-    mscales = spec.pop("mscale", 0), spec.pop("mscale_all_dim", 0)
-    if kind == "yarn" and "attention_factor" not in spec:
-        over, under = mscales if all(mscales) else (1.0, 0.0)
-        spec["attention_factor"] = yarn_factor(spec["factor"], over) / yarn_factor(spec["factor"], under)
-    return RopeScaling(kind, original_length=length, **spec)
-
-
-def yarn_factor(factor: float, mscale: float) -> float:
-    """Return YaRN's factor of queries and keys: `0.1 mscale ln(factor) + 1`."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Return the field of config.json that `rope_scaling` reads."""
-    if scaling is None:
-        return None
-    field = {**dataclasses.asdict(scaling), "original_max_position_embeddings": scaling.original_length}
-    return {"rope_type": scaling.kind} | {
-        name: field[name] for name in sorted(ROPE_KEYS[scaling.kind]) if name in field
-    }
+    name = field["hidden_activation"] if "hidden_activation" in family.defaults else field["hidden_act"]
+    if name not in family.activations:
+        raise ModelError(f"config.json: unsupported hidden_act {name!r}; supported: {', '.join(family.activations)}.")
+    return family.activations[name]
 
 
 def config_json(config: DecoderConfig) -> dict[str, Any]:
@@ -194,7 +168,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            act: next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
+            act: next((theirs for theirs, ours in family.activations.items() if ours == config.activation), None),
             "max_position_embeddings": config.max_positions or family.defaults["max_position_embeddings"],
             "rms_norm_eps": config.norm_eps,
             "initializer_range": config.init_scale,

@@ -11,7 +11,7 @@ from typing import Any
 from cotgrpo.atomic_files import is_special, read_json
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.config import decoder_config, family_of
-from cotgrpo.models.huggingface.families import HfConfig, ModelError
+from cotgrpo.models.huggingface.family import HfConfig, ModelError
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 

@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a model with images that an export copies too."""
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 STUDENT, TOKENIZER, RECORD = "student", "tokenizer", "base.json"
 """Folders of a stage's copies, and the file that names the original."""
@@ -155,7 +157,7 @@ def keep_files(copy: Path, original: Path, record: Mapping[str, Any]) -> None:
         return
     shutil.rmtree(copy, ignore_errors=True)
     with whole_folder(copy) as partial:
-        for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES):
+        for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES):
             if (original / name).is_file():
                 shutil.copyfile(original / name, partial / name)
         write_json(partial / RECORD, record)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotgrpo.atomic_files import read_json
-from cotgrpo.models.huggingface.families import ModelError
+from cotgrpo.models.huggingface.family import ModelError
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -180,5 +180,5 @@ def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write one safetensors file."""
     from safetensors.numpy import save_file
 
-    arrays = {tensor.name: np.ascontiguousarray(tensor.array().astype(tensor.dtype, copy=False)) for tensor in tensors}
+    arrays = {tensor.name: np.asarray(tensor.array(), tensor.dtype, order="C") for tensor in tensors}
     save_file(arrays, path, metadata={"format": "pt"})

@@ -23,12 +23,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.config import Dtype, RematPolicy
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
-from cotgrpo.models.huggingface.config import config_json, differences
-from cotgrpo.models.huggingface.families import HfConfig, ModelError, tensor_names
+from cotgrpo.models.huggingface.config import config_json, differences, family_of, is_wrapped
+from cotgrpo.models.huggingface.family import HfConfig, ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
-from cotgrpo.models.huggingface.pinned import TOKENIZER_FILES
+from cotgrpo.models.huggingface.pinned import PROCESSOR_FILES, TOKENIZER_FILES
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
+from cotgrpo.models.huggingface.tensor_layout import (
+    OTHER_PARTS,
+    Slot,
+    SlotTensor,
+    TreePath,
+    constants,
+    find_prefix,
+    tensor_layout,
+)
 from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
@@ -38,9 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cotgrpo.types import AnyArray, PyTree
-
-TreePath = tuple[str, ...]
-"""Path of a leaf in the parameter tree."""
 
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors of older checkpoints that follow from the config."""
@@ -96,9 +102,10 @@ def read_weights(
 ) -> Pretrained:
     """Read the weights of a model that is open. The other arguments are those of `load_pretrained`."""
     folder = found.weights_folder()
-    tensors, names = find_tensors(folder), names_by_path(found.config)
-    check_tensors(found.config, names, tensors, folder)
-    stored = tensors["model.embed_tokens.weight"].dtype
+    tensors = find_tensors(folder)
+    layout, fixed = checkpoint_layout(found, tensors)
+    check_tensors(found.config, layout, fixed, tensors, folder, is_wrapped(found.hf_config))
+    stored = tensors[layout["embedding",][0].name].dtype
     own: Dtype = "bfloat16" if stored == jnp.bfloat16 else "float32"
     param_dtype: Dtype = "float32" if dtype is None else own if dtype == "stored" else dtype
     computed = compute_dtype or (own if dtype is None else param_dtype)
@@ -106,7 +113,7 @@ def read_weights(
     return Pretrained(
         config=config,
         student=make_student(config, found.own_vocab_size()),
-        params=read_params(config, names, tensors, mesh),
+        params=read_params(config, layout, tensors, mesh),
         folder=found.folder,
         hf_config=found.hf_config,
         generation_config=found.generation_config,
@@ -118,11 +125,16 @@ def read_weights(
 
 def names_by_path(config: DecoderConfig) -> dict[TreePath, list[str]]:
     """Return {path in the parameter tree: names of its tensors}: one per layer if layers are stacked, else one."""
-    layers = range(config.num_layers)
-    return {
-        path: [name.format(layer) for layer in layers] if path[0] == "layers" else [name]
-        for path, name in tensor_names(config).items()
-    }
+    return {path: [slot.name for slot in slots] for path, slots in tensor_layout(config).items()}
+
+
+def checkpoint_layout(
+    found: ModelFolder, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[TreePath, list[Slot]], dict[str, float]]:
+    """Return the places of the parameters in a checkpoint, and the numbers that it holds besides."""
+    prefix, head = find_prefix(tensors, is_wrapped(found.hf_config))
+    layout = tensor_layout(found.config, family_of(found.hf_config), prefix, head)
+    return layout, constants(found.config, prefix)
 
 
 @functools.cache
@@ -148,27 +160,46 @@ def leaves_by_path(tree: PyTree) -> dict[TreePath, Any]:
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
+def stored_shapes(config: DecoderConfig, layout: Mapping[TreePath, list[Slot]]) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of a checkpoint's tensors. A fused one has the rows of all its parts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in leaves_by_path(abstract_params(config)).items():
+        rows, *others = stored_shape(path, leaf.shape)
+        for slot in layout[path]:
+            shapes[slot.name] = (shapes.get(slot.name, (0,))[0] + rows, *others)
+    return shapes
+
+
 def check_tensors(
     config: DecoderConfig,
-    names: Mapping[TreePath, list[str]],
+    layout: Mapping[TreePath, list[Slot]],
+    fixed: Mapping[str, float],
     tensors: Mapping[str, StoredTensor],
     folder: Path,
+    wrapped: bool = False,
 ) -> None:
     """Check that the checkpoint holds the tensors of the config, in its shapes, and no others.
+
+    Args:
+        config: the decoder.
+        layout: places of its parameters.
+        fixed: numbers that the checkpoint holds and the decoder does not read.
+        tensors: the checkpoint.
+        folder: of the checkpoint, for errors.
+        wrapped: whether the checkpoint may hold the other parts of a model with images.
 
     Raises:
         ModelError: names the tensors that are missing, unexpected or of another shape.
     """
-    expected = {
-        name: stored_shape(path, leaf.shape)
-        for path, leaf in leaves_by_path(abstract_params(config)).items()
-        for name in names[path]
-    }
+    expected = stored_shapes(config, layout)
     missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected and not DERIVED.search(name)]
-    if config.tied_head and "lm_head.weight" in extra and "model.embed_tokens.weight" in tensors:
-        check_tied_head(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"], folder)
-        extra.remove("lm_head.weight")
+    extra = [name for name in tensors if name not in expected and name not in fixed and not DERIVED.search(name)]
+    extra = [name for name in extra if not (wrapped and OTHER_PARTS.match(name))]
+    embedding = layout["embedding",][0].name
+    for head in {"lm_head.weight", find_prefix(tensors, wrapped)[1]}:
+        if config.tied_head and head in extra and embedding in tensors:
+            check_tied_head(tensors[head], tensors[embedding], folder)
+            extra.remove(head)
     for found, what in ((missing, "lacks"), (extra, "holds unexpected")):
         if found:
             listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
@@ -178,20 +209,23 @@ def check_tensors(
             raise ModelError(
                 f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json needs {list(shape)}."
             )
+    for name, value in fixed.items():
+        if name in tensors and not np.allclose(tensors[name].read().astype(np.float32), value, rtol=1e-2, atol=0):
+            raise ModelError(f"{folder}: {name} is {tensors[name].read()}; supported: {value}.")
 
 
 def check_tied_head(head: StoredTensor, embedding: StoredTensor, folder: Path) -> None:
     """Raise ModelError if a head that is stored next to the embedding it is tied to differs from it."""
     if head.shape != embedding.shape or head.read().tobytes() != embedding.read().tobytes():
         raise ModelError(
-            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight differs "
-            "from model.embed_tokens.weight. Set tie_word_embeddings to false to keep both, or remove lm_head.weight."
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but {head.name} differs "
+            f"from {embedding.name}. Set tie_word_embeddings to false to keep both, or remove {head.name}."
         )
 
 
 def read_params(
     config: DecoderConfig,
-    names: Mapping[TreePath, list[str]],
+    layout: Mapping[TreePath, list[Slot]],
     tensors: Mapping[str, StoredTensor],
     mesh: Mesh | None,
 ) -> Params:
@@ -204,7 +238,7 @@ def read_params(
     shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(leaves)
     filled: dict[str, Any] = {}
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
-        stored = [tensors[name] for name in names[path]]
+        stored = [SlotTensor(slot, tensors[slot.name]) for slot in layout[path]]
         inner = filled
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
@@ -213,7 +247,7 @@ def read_params(
 
 
 def read_leaf(
-    path: TreePath, leaf: jax.ShapeDtypeStruct, stored: Sequence[StoredTensor], sharding: NamedSharding | None
+    path: TreePath, leaf: jax.ShapeDtypeStruct, stored: Sequence[SlotTensor], sharding: NamedSharding | None
 ) -> Array:
     """Return one leaf of the tree, read whole or layer by layer."""
     if path[0] != "layers":
@@ -249,7 +283,7 @@ def lay_out(x: Shaped[Array, "..."], sharding: NamedSharding | None) -> Shaped[A
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def read_tensor(tensor: StoredTensor, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None) -> Array:
+def read_tensor(tensor: SlotTensor, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None) -> Array:
     """Return one stored tensor on the devices. Each slice that this process's devices hold is read once."""
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -313,11 +347,11 @@ def save_pretrained(
         raise ModelError(f"The config is not that of {source.folder}: {'; '.join(found)}.")
     base = {"base_model": source.hub_id} if source and source.hub_id else {}
     readme = model_card(folder.name, base | dict(card or {}))
-    tensors = new_tensors(config, params, dtype)
-    hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, str(tensors[0].dtype))
+    tensors, others = new_tensors(config, params, dtype, hf, source)
+    hf = exported_config(hf, str(tensors[0].dtype))
     if jax.process_index() == 0:
         with whole_folder(folder) as partial:
-            write_tensors(partial, tensors, max_shard_bytes)
+            write_tensors(partial, [*tensors, *others], max_shard_bytes)
             write_configs(partial, hf, source, tokenizer, generation_config or {})
             (partial / "README.md").write_text(readme, encoding="utf-8")
             also(partial)
@@ -327,8 +361,23 @@ def save_pretrained(
     return folder
 
 
-def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[NewTensor]:
-    """Return the tensors of a checkpoint. Each is fetched from the devices when it is written."""
+def exported_config(hf: HfConfig, dtype: str) -> dict[str, Any]:
+    """Return the config.json of an export: with its number type, and without the names of code that is not copied."""
+    hf = {name: value for name, value in hf.items() if name != "auto_map"}
+    hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, dtype)
+    if is_wrapped(hf):
+        text = dict(hf["text_config"])
+        hf["text_config"] = text | dict.fromkeys({"dtype", "torch_dtype"} & set(text), dtype)
+    return hf
+
+
+def new_tensors(
+    config: DecoderConfig, params: Params, dtype: str | None, hf: HfConfig, source: ModelFolder | None
+) -> tuple[list[NewTensor], list[NewTensor]]:
+    """Return the tensors of a checkpoint. Each is fetched from the devices when it is written.
+
+    The second list holds the other parts of a model with images, as they are in the source.
+    """
     pairs: dict[TreePath, dict[str, Array]] = {}
     scale = 1.0
     if isinstance(params, AdaptedParams):
@@ -343,18 +392,43 @@ def new_tensors(config: DecoderConfig, params: Params, dtype: str | None) -> lis
     known = {str(kind): kind for kind in DTYPES.values()}
     if dtype is not None and dtype not in known:
         raise ModelError(f"dtype must be one of {', '.join(known)} or None, got {dtype!r}.")
-    return [
-        NewTensor(
-            name=name,
-            dtype=np.dtype(leaves[path].dtype) if dtype is None else known[dtype],
-            shape=stored_shape(path, leaves[path].shape),
-            array=functools.partial(on_host, path, leaves[path], layer)
-            if path[-1] != "kernel" or path[:-1] not in pairs
-            else functools.partial(merged_on_host, path, leaves[path], pairs[path[:-1]], scale, layer),
-        )
-        for path, layer_names in names_by_path(config).items()
-        for layer, name in enumerate(layer_names)
+    if source is not None and is_wrapped(hf):
+        stored = find_tensors(source.weights_folder())
+        layout, fixed = checkpoint_layout(source, stored)
+    else:
+        stored, layout, fixed = {}, tensor_layout(config, family_of(hf)), constants(config)
+    parts: dict[str, list[tuple[np.dtype, Callable[[], np.ndarray]]]] = {}
+    for path, slots in layout.items():
+        for layer, slot in enumerate(slots):
+            read = (
+                functools.partial(on_host, path, leaves[path], layer)
+                if path[-1] != "kernel" or path[:-1] not in pairs
+                else functools.partial(merged_on_host, path, leaves[path], pairs[path[:-1]], scale, layer)
+            )
+            own = np.dtype(leaves[path].dtype) if dtype is None else known[dtype]
+            parts.setdefault(slot.name, []).append((own, functools.partial(in_slot, slot, read)))
+    shapes = stored_shapes(config, layout)
+    tensors = [
+        NewTensor(name, own[0][0], shapes[name], functools.partial(joined, [read for _, read in own]))
+        for name, own in parts.items()
     ]
+    tensors += [
+        NewTensor(name, tensors[0].dtype, (), functools.partial(np.array, value, np.float32))
+        for name, value in fixed.items()
+    ]
+    others = [NewTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items() if OTHER_PARTS.match(name)]
+    return tensors, others
+
+
+def in_slot(slot: Slot, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return a tensor of the tree with its rows in the checkpoint's order."""
+    return slot.to_stored(read())
+
+
+def joined(parts: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
+    """Return a stored tensor from its parts, which follow each other row by row."""
+    arrays = [part() for part in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def on_host(path: TreePath, leaf: Shaped[AnyArray, "..."], layer: int) -> np.ndarray:
@@ -389,10 +463,10 @@ def write_configs(
     if tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         ids = {name: i for name, i in ids.items() if i is not None}
-        generation, hf = ids | generation, ids | dict(hf)
+        generation, hf = ids | generation, ids | {name: x for name, x in hf.items() if x is not None or name not in ids}
         tokenizer.save_pretrained(folder)
     elif source is not None:
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
     generation |= generation_config

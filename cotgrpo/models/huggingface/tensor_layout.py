@@ -1,0 +1,155 @@
+"""Where a checkpoint keeps the decoder's parameters: names, prefixes, fused tensors and orders of rows, by family."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.huggingface.families import FAMILIES, MODULES, POST_NORM_MODULES
+from cotgrpo.models.huggingface.family import Family
+from cotgrpo.models.huggingface.safetensors_files import StoredTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Shaped
+
+    from cotgrpo.types import AnyArray
+
+TreePath = tuple[str, ...]
+"""Path of a leaf in the parameter tree."""
+
+PREFIXES = ("model.", "")
+"""What names of a text model begin with. Those of a checkpoint without a head may begin with nothing."""
+WRAPPED_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
+"""The same for the text part of a model with images: in transformers 5, on the hub, and without a head."""
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|vision_embed_tokens)\.")
+"""Tensors of a model with images that its text part does not have. An export copies them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of one tensor of the parameter tree: rows of a stored tensor, which is `[outputs, inputs]`.
+
+    Attributes:
+        name: of the stored tensor.
+        start: its first row.
+        rows: their number. None: all.
+        heads: in each of so many heads, rotary pairs are neighbours in the checkpoint and halves in the decoder.
+            0: the rows are in the same order.
+    """
+
+    name: str
+    start: int = 0
+    rows: int | None = None
+    heads: int = 0
+
+    def from_stored(self, part: Shaped[AnyArray, "rows ..."]) -> Shaped[AnyArray, "rows ..."]:
+        """Return the rows in the decoder's order."""
+        return part if not self.heads else part[np.argsort(self.order(len(part)))]
+
+    def to_stored(self, part: Shaped[AnyArray, "rows ..."]) -> Shaped[AnyArray, "rows ..."]:
+        """Return the rows in the checkpoint's order."""
+        return part if not self.heads else part[self.order(len(part))]
+
+    def order(self, rows: int) -> np.ndarray:
+        """Return the decoder's row of each stored row."""
+        return np.arange(rows).reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotTensor:
+    """What a `Slot` holds, read as a tensor of its own."""
+
+    slot: Slot
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.stored.shape[0] if self.slot.rows is None else self.slot.rows
+        return (rows, *self.stored.shape[1:])
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Return a slice of the tensor, or all of it."""
+        if self.slot.rows is None and not self.slot.heads:
+            return self.stored.read(index)
+        rows, *others = index or (slice(None),) * len(self.shape)
+        start, stop, _ = rows.indices(self.shape[0])
+        if not self.slot.heads:
+            return self.stored.read((slice(self.slot.start + start, self.slot.start + stop), *others))
+        whole = self.stored.read((slice(self.slot.start, self.slot.start + self.shape[0]), *others))
+        return self.slot.from_stored(whole)[start:stop]
+
+
+def tensor_layout(
+    config: DecoderConfig, family: Family | None = None, prefix: str = "model.", head: str = HEADS[0]
+) -> dict[TreePath, list[Slot]]:
+    """Return {path in the parameter tree: places of its tensors}: one per layer if layers are stacked, else one.
+
+    Args:
+        config: the decoder.
+        family: its row of `FAMILIES`. None: Llama's names.
+        prefix: what the names of the checkpoint begin with.
+        head: name of the head.
+    """
+    family = family or FAMILIES["llama"]
+    layout = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
+    layout["final_norm", "scale"] = [Slot(f"{prefix}norm.weight")]
+    if not config.tied_head:
+        layout["head",] = [Slot(head)]
+    for path, slot in layer_slots(config, family).items():
+        layers = range(config.num_layers)
+        layout[path] = [dataclasses.replace(slot, name=f"{prefix}layers.{i}.{slot.name}") for i in layers]
+    return layout
+
+
+def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
+    """Return {path of a stacked leaf: its place in a layer}."""
+    modules = {**MODULES, **(POST_NORM_MODULES if config.post_norms else {}), **family.modules}
+    slots = {}
+    for name, (_, outputs) in config.projections.items():
+        slot = projection_slot(config, family, modules, name, outputs)
+        parts = {"kernel": "weight"} | ({"bias": "bias"} if name in config.biases else {})
+        for ours, theirs in parts.items():
+            slots["layers", name, ours] = dataclasses.replace(slot, name=f"{slot.name}.{theirs}")
+    norms = ("attention_norm", "mlp_norm") if config.pre_norms else ()
+    norms += ("post_attention_norm", "post_mlp_norm") if config.post_norms else ()
+    norms += ("query_norm", "key_norm") if config.qk_norm else ()
+    slots |= {("layers", name, "scale"): Slot(f"{modules[name]}.weight") for name in norms}
+    if config.activation == "xielu":
+        slots |= {("layers", "xielu", name): Slot(f"mlp.act_fn.{name}") for name in ("alpha_p", "alpha_n")}
+    return slots
+
+
+def projection_slot(config: DecoderConfig, family: Family, modules: Mapping[str, str], name: str, outputs: int) -> Slot:
+    """Return the place of a projection in a layer, without `.weight`."""
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}.get(name, 0) if family.interleaved else 0
+    for module, names in family.fused.items():
+        if name in names:
+            before = names[: names.index(name)]
+            return Slot(module, sum(config.projections[other][1] for other in before), outputs, heads)
+    return Slot(modules[name], heads=heads)
+
+
+def constants(config: DecoderConfig, prefix: str = "model.") -> dict[str, float]:
+    """Return {name: value} of the numbers that a checkpoint holds and the decoder fixes: those of xIELU."""
+    if config.activation != "xielu":
+        return {}
+    return {
+        f"{prefix}layers.{i}.mlp.act_fn.{name}": value
+        for i in range(config.num_layers)
+        for name, value in (("beta", 0.5), ("eps", -1e-6))
+    }
+
+
+def find_prefix(names: Collection[str], wrapped: bool) -> tuple[str, str]:
+    """Return the prefix of the text model's names in a checkpoint, and the name of its head."""
+    candidates = (*WRAPPED_PREFIXES, *PREFIXES) if wrapped else PREFIXES
+    prefix = next((p for p in candidates if f"{p}embed_tokens.weight" in names), candidates[0])
+    return prefix, next((head for head in HEADS if head in names), HEADS[0])
