@@ -122,7 +122,7 @@ class DataConfig:
 
     Attributes:
         train: files (.jsonl, .json, .csv, .tsv or .parquet, also compressed), folders, patterns such as data/*.jsonl
-            (one or a list), or hub ids ("org/name" or "org/name:config"). docs/data.md lists the layouts of rows.
+            (one or a list), or hub ids ("org/name:config@revision"). docs/data.md lists the layouts of rows.
         test: held-out rows, in the same form; empty: hold out test_rows of the training rows. All of them count for
             exact match, against gold, or against the answer of a row without gold. Those with a correct reply count for
             the loss.

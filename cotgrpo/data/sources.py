@@ -38,6 +38,10 @@ LONGEST_CELL = 2**31 - 1
 ARRAY_START, BETWEEN_ITEMS, ITEM_ENDS = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*"), re.compile(r"\s*[],]")
 
 
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+"""Owner and name of a data set, and maybe a configuration and a revision."""
+
+
 class DataError(ValueError):
     """Data that cannot be used; the message names the place, what was expected and the fix."""
 
@@ -87,7 +91,7 @@ def files_of(name: str | Path, split: str | None) -> list[Path | str]:
         if not inside:
             raise DataError(f"{name}: no file matches this pattern with a name that ends in {', '.join(FORMATS)}.")
         return [*inside]
-    if path.name.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(name)):
+    if path.name.endswith(SUFFIXES) or not HUB_ID.fullmatch(str(name)):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else " Check the path."
         raise DataError(f"{path}: no such file.{hint}")
@@ -378,14 +382,17 @@ def cell_value(name: str, cell: str) -> str | bool | None:
 
 
 def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of "org/name", "org/name:config", or another name that `datasets.load_dataset` takes."""
-    hub_id, _, config = name.partition(":")
-    yield from numbered(
-        name, load_dataset(f"{name} is not a file, and as a data set", hub_id, config or None, split=split)
-    )
+    """Yield the rows of "org/name:config@revision", or another name that `datasets.load_dataset` takes.
+
+    The configuration and the revision (a branch, tag or commit) may be left out.
+    """
+    found = HUB_ID.fullmatch(name)
+    hub_id, config, revision = found.groups() if found else (name, None, None)
+    about = f"{name} is not a file, and as a data set"
+    yield from numbered(name, load_dataset(about, hub_id, config, split=split, revision=revision))
 
 
-def load_dataset(name: str | Path, *args: str | None, **kwargs: str) -> Iterable[Any]:
+def load_dataset(name: str | Path, *args: str | None, **kwargs: str | None) -> Iterable[Any]:
     """Call `datasets.load_dataset`, streamed, without a cache. A failure becomes a `DataError` about `name`."""
     import datasets
 

@@ -251,6 +251,31 @@ def test_a_name_that_is_no_file_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.
             read_triples(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("org/name", ("org/name", None, None)),
+        ("org/name:main", ("org/name", "main", None)),
+        ("org/name@v1.5", ("org/name", None, "v1.5")),
+        ("org/name-v1.5:main@e53f048", ("org/name-v1.5", "main", "e53f048")),
+        ("org/name@refs/pr/1", ("org/name", None, "refs/pr/1")),
+    ],
+)
+def test_a_hub_id_has_a_configuration_and_a_revision(
+    name: str, asked: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str | None, ...]] = []
+
+    def load(path: str, config: str | None, *, split: str, revision: str | None, streaming: bool) -> list[Any]:
+        found.append((path, config, revision))
+        assert streaming and split == "train"
+        return [GOOD]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(read_triples(name)[0]) == 1
+    assert found == [asked]
+
+
 def test_wrong_answers_and_splits(tmp_path: Path) -> None:
     rows: list[Mapping[str, Any]] = [
         {"question": "1", "rationale": "r", "answer": "5", "correct": False, "gold": "5"},
