@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from cotgrpo.data.tokenizer import decode_text
 from cotgrpo.distributed.processes import fetch
 from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.sampling import QUEUE, SamplingSettings, make_sampler, pad_prompts
-from cotgrpo.sharding import batch_shards, jit_eval
+from cotgrpo.sharding import jit_eval
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Key
@@ -112,7 +113,8 @@ class ReplyWriter:
         self.prompts = [question.prompt_tokens(template) for question in questions]
         self.samples = 1 if draws is None else draws.samples
         self.keys = None if draws is None else reply_keys(self.questions, draws)
-        count, over = len(self.questions) * self.samples, 1 if mesh is None else batch_shards(mesh.shape)
+        count, sizes = len(self.questions) * self.samples, {} if mesh is None else mesh.shape
+        over = math.prod(size for axis, size in sizes.items() if axis != "tensor")
         # Rounded up: every device decodes the same number of rows.
         slots = -(-min(batch_size, count) // over) * over
         calls = -(-count // (QUEUE * slots))

@@ -70,7 +70,8 @@ class DecodingBytes:
         state: parameters and optimizer as they are trained, and other parameters that stay (`also_resident`).
         copy: the weights that the loop reads.
         cache: keys and values.
-        temporaries: scores of the prompts' prefill, and logits.
+        temporaries: logits, the head in another order, and of the prompts' prefill the scores, the new part of the
+            cache and a copy of the whole.
     """
 
     state: int
@@ -136,18 +137,26 @@ class DecodingLayout:
         numbers = 2 * config.num_layers * config.num_kv_heads // heads * config.head_dim
         cache = rows * columns * (numbers * jnp.dtype(config.dtype).itemsize + 2 * INT)
         scores = rows * config.num_heads // heads * prompt_columns**2 * (FLOAT + jnp.dtype(config.dtype).itemsize)
-        logits = LOGITS_COPIES * rows * config.vocab_size // self.parts("V", config.vocab_size) * FLOAT
-        return cache, scores + logits
+        columns_of_head = config.vocab_size // self.parts("V", config.vocab_size)
+        logits = LOGITS_COPIES * rows * columns_of_head * FLOAT
+        head = columns_of_head * config.width * jnp.dtype(config.dtype).itemsize
+        admitted = cache + cache * prompt_columns // columns
+        return cache, scores + logits + head + admitted
 
     def __str__(self) -> str:
         """Return one line: the layout, and why."""
-        gb = lambda count: f"{count / 1e9:.3g} GB"
         ways = {axes: math.prod(self.sizes[axis] for axis in getattr(self, axes)) for axes in ("rows", "tensor")}
-        why = "" if self.fits else "; no layout fits by this count, and this one is the smallest"
         split = f"sequences over {ways['rows']} devices, weights over {ways['tensor']}"
-        needs = f"weights {gb(self.bytes.copy)}, cache {gb(self.bytes.cache)}, {gb(self.bytes.total)} in all"
-        there = "" if self.memory is None else f" of {gb(self.memory)}"
-        return f"decoding: {self.name}, {split} ({needs}{there} a device{why})"
+        needs = f"weights {human(self.bytes.copy)}, cache {human(self.bytes.cache)}, {human(self.bytes.total)} in all"
+        if self.memory is None:
+            return f"decoding: {self.name}, {split} (a device takes {needs}; how much it has is not known)"
+        why = "the first layout that fits" if self.fits else "no layout fits by this count, and this is the smallest"
+        return f"decoding: {self.name}, {split} (a device takes {needs}, of {human(self.memory)}: {why})"
+
+
+def human(count: int) -> str:
+    """Return bytes as a person reads them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def decoding_bytes(
