@@ -42,9 +42,8 @@ Tree = TypeVar("Tree")
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Join the processes of a run through `jax.distributed`. Call this before any use of a device.
 
-    Without arguments JAX finds them: on Cloud TPU (one process per host), under SLURM and Open MPI (one process per
-        GPU), on
-    Kubernetes, or at `JAX_COORDINATOR_ADDRESS`. A single process starts nothing.
+    Without arguments JAX finds them: on Cloud TPU (one process per host, of all slices), under SLURM and Open MPI (one
+    process per GPU), on Kubernetes, or at `JAX_COORDINATOR_ADDRESS`. A single process starts nothing.
 
     Args:
         coordinator: HOST:PORT, a free port of process 0's host.
@@ -66,6 +65,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         raise ConfigError(f"distributed.coordinator must be HOST:PORT, got {coordinator!r}.")
     # On CPUs two programs in flight could send their messages in one order here and in another there.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    check_slices()
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:
@@ -90,12 +90,33 @@ def on_a_cluster() -> bool:
     return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
-def count_in(name: str) -> int:
-    """Return the number in a variable of the environment; 1 if it is not set."""
-    value = os.environ.get(name, "1")
-    if not value.strip().isdigit():
+def check_slices() -> None:
+    """Check the variables by which several slices of TPUs find each other, where the environment has them.
+
+    JAX takes a slice without a number for the first of one, and two of those would wait for each other.
+
+    Raises:
+        ConfigError: slices without a number, or a number that is none of them.
+    """
+    slices, own = count_in("MEGASCALE_NUM_SLICES", "slices"), os.environ.get("MEGASCALE_SLICE_ID")
+    if slices > 1 and own is None:
         raise ConfigError(
-            f"The variable {name} must be the number of processes, got {value!r}. Unset it, or give "
+            f"The variable MEGASCALE_NUM_SLICES has {slices} slices, but MEGASCALE_SLICE_ID is not set: it must be the "
+            f"number of this slice, from 0 to {slices - 1}."
+        )
+    if own is not None and not (own.strip().isdigit() and int(own) < slices):
+        raise ConfigError(
+            f"The variable MEGASCALE_SLICE_ID must be the number of this slice, from 0 to {slices - 1} as "
+            f"MEGASCALE_NUM_SLICES has {slices}, got {own!r}."
+        )
+
+
+def count_in(name: str, what: str = "processes") -> int:
+    """Return the number in a variable of the environment; 1 if it is not set. `what` is counted."""
+    value = os.environ.get(name, "1")
+    if not (value.strip().isdigit() and int(value)):
+        raise ConfigError(
+            f"The variable {name} must be the number of {what}, got {value!r}. Unset it, or give "
             "--distributed.num_processes 1 if this is the only one."
         )
     return int(value)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers import training_run
@@ -25,8 +26,9 @@ from helpers.training_run import as_arrays, half_written, new_state
 
 from cotgrpo.checkpoints.manager import Checkpoints
 from cotgrpo.cli import main
+from cotgrpo.config import ConfigError
 from cotgrpo.distributed.peer_monitor import OTHER_ENDED
-from cotgrpo.distributed.processes import on_a_cluster
+from cotgrpo.distributed.processes import on_a_cluster, start
 from cotgrpo.logs.completions import read_completions
 from cotgrpo.logs.metrics_log import read_metrics
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
@@ -114,6 +116,49 @@ def test_the_environment_tells_of_several_processes(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert on_a_cluster() == several
+
+
+SLICES = "MEGASCALE_NUM_SLICES"
+OWN = "MEGASCALE_SLICE_ID"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, None),  # one slice, or several whose numbers are in the machine's metadata
+        ({SLICES: "1"}, None),
+        ({SLICES: "1", OWN: "0"}, None),
+        ({SLICES: "2", OWN: "1"}, None),
+        ({OWN: "0"}, None),
+        ({SLICES: "2"}, "has 2 slices, but MEGASCALE_SLICE_ID is not set: .* from 0 to 1"),
+        ({SLICES: "2", OWN: "2"}, "MEGASCALE_SLICE_ID must be .* from 0 to 1 as .* got '2'"),
+        ({SLICES: "2", OWN: "-1"}, "MEGASCALE_SLICE_ID must be .* got '-1'"),
+        ({SLICES: "2", OWN: "b"}, "MEGASCALE_SLICE_ID must be .* got 'b'"),
+        ({SLICES: "2", OWN: ""}, "MEGASCALE_SLICE_ID must be .* got ''"),
+        ({OWN: "1"}, "from 0 to 0 as MEGASCALE_NUM_SLICES has 1, got '1'"),
+        ({SLICES: "two", OWN: "0"}, "MEGASCALE_NUM_SLICES must be the number of slices, got 'two'"),
+        ({SLICES: "0", OWN: "0"}, "MEGASCALE_NUM_SLICES must be the number of slices, got '0'"),
+    ],
+)
+def test_variables_of_slices(
+    environment: dict[str, str],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One slice without its number would wait for the others without end."""
+    for name in (SLICES, OWN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    started: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *place, **options: started.append(place))
+    if message is None:
+        start("host:1", 2, 0)
+        assert started == [("host:1", 2, 0)]
+        return
+    with pytest.raises(ConfigError, match=message) as found:
+        start("host:1", 2, 0)
+    assert "\n" not in str(found.value) and not started
 
 
 @pytest.mark.parametrize(
