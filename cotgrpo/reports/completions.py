@@ -64,10 +64,15 @@ def read_completion(row: Mapping[str, Any]) -> Completion:
 
 def coloured_token(text: str, count: int, ghost: str | None, reward: int | float, alone: str) -> Token:
     """Return a piece of `count` tokens with its tooltip and colour; `alone` starts the tooltip if the ghost agrees."""
-    strength = min(abs(reward) / FULL_COLOUR, 1.0)
-    # Both hues are dark enough to be told apart, and pale enough for the text to be read, in light and dark.
-    hue = "46, 160, 90" if reward > 0 else "214, 60, 50"
-    style = f"background: rgba({hue}, {0.1 + 0.5 * strength:.2f})" if reward else ""
+    style = f"background: {colour_of(reward)}" if reward else ""
     label = alone if ghost is None else f"ghost: {ghost}; reward"
     joined = f" ({count} tokens)" if count > 1 else ""
     return Token(text, f"{label} {reward:+.2f}{joined}", style, corrected=ghost is not None)
+
+
+def colour_of(reward: int | float) -> str:
+    """Return the CSS colour of a reward: green if the ghost's token is the likelier one, red if the student's is."""
+    strength = min(abs(reward) / FULL_COLOUR, 1.0)
+    # Both hues are dark enough to be told apart, and pale enough for the text to be read, in light and dark.
+    hue = "46, 160, 90" if reward > 0 else "214, 60, 50"
+    return f"rgba({hue}, {0.1 + 0.5 * strength:.2f})"
