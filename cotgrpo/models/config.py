@@ -284,6 +284,12 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         if not (self.pre_norms or self.post_norms):
             raise ValueError("DecoderConfig needs pre_norms, post_norms or both, got neither.")
 
+    def for_length(self, length: int) -> DecoderConfig:
+        """Return the decoder of sequences of up to `length` positions, whose rotation is the same in all calls."""
+        if self.rope_scaling is None:
+            return self
+        return dataclasses.replace(self, rope_scaling=self.rope_scaling.for_length(length))
+
     @property
     def gated_mlp(self) -> bool:
         """Return whether the MLP has a gate."""

@@ -154,7 +154,7 @@ class Layer(nn.Module):
         c = self.config
         x = checkpoint_name(constrain(x, "BTD"), LAYER_INPUT)
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
-        if is_rotated is not None:
+        if is_rotated is not None and view.cos is not None and view.sin is not None:
             view = view.replace(cos=jnp.where(is_rotated, view.cos, 1.0), sin=jnp.where(is_rotated, view.sin, 0.0))
         query, key, value = self.query_key_value(x, view)
         if cached is None or view.mask is None:

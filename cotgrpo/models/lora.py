@@ -52,6 +52,10 @@ Path = tuple[str, ...]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
+DEFAULT_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+"""All projections. A model whose MLP has no gate has no "gate"."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which projections are adapted, and how.
@@ -71,7 +75,7 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    targets: tuple[str, ...] = DEFAULT_TARGETS
     rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -126,7 +130,7 @@ def target_kernels(params: Params, lora: LoraConfig) -> dict[Path, Any]:
     matched: set[Path] = set()
     for pattern in lora.targets:
         own = {path for path in found if re.search(pattern, "/".join(path))}
-        if not own:
+        if not own and not (pattern == "gate" and lora.targets == DEFAULT_TARGETS):
             names = ", ".join("/".join(path) for path in found) or "none"
             raise ValueError(f"The LoRA target {pattern!r} matches no projection of the model. There are: {names}.")
         matched |= own

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Label = Literal["matrix", "embedding", "norm", "bias", "adapter"]
 
 ADAPTER = re.compile(r"lora|adapter")
-BIAS = re.compile(r"bias$|^(b|beta|offset)$")
+BIAS = re.compile(r"bias$|^(b|beta|offset|alpha_[pn])$")
 NORM_LEAF = re.compile(r"(^|_)(scale|gamma)$|norm")
 NORM_MODULE = re.compile(r"norm|^ln(_|\d|$)|_ln\d*$")
 EMBEDDING = re.compile(r"embed|^(wte|wpe|shared)$|^(lm_?)?head$|^output_layer$")

@@ -86,7 +86,7 @@ def make_sampler(
             laid_out(config, whole, layout, prompts, key) as (own, prompts, key),
         ):
             replies = DecodeLoop(
-                config=config,
+                config=config.for_length(prompts.tokens.shape[1] + settings.max_new_tokens),
                 settings=settings,
                 spec=spec,
                 params=own,

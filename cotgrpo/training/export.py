@@ -137,6 +137,7 @@ def write_adapter(
         card,
         revision=weights.base_revision,
         also=functools.partial(copy_split, run_dir),
+        hf_config=source.hf_config,
     )
 
 

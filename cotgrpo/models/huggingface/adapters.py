@@ -18,18 +18,24 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from cotgrpo.atomic_files import whole_folder
-from cotgrpo.models.huggingface.families import PROJECTIONS, ModelError
+from cotgrpo.models.huggingface.config import decoder_config, family_of, is_wrapped
+from cotgrpo.models.huggingface.families import PROJECTIONS
+from cotgrpo.models.huggingface.family import HfConfig, ModelError
 from cotgrpo.models.huggingface.folder import read_json_object, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.safetensors_files import StoredTensor, list_tensors
-from cotgrpo.models.huggingface.weights import TreePath, on_host
+from cotgrpo.models.huggingface.tensor_layout import Slot, TreePath, projection_slots
+from cotgrpo.models.huggingface.weights import on_host
 from cotgrpo.models.lora import Adapters, LoraConfig, flatten_adapters, kernels
 from cotgrpo.types import Params
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-NAME = "base_model.model.model.layers.{}.{}.{}.weight"
-NAMED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([\w.]+)\.(lora_[AB])\.weight")
+NAME = "base_model.model.{}layers.{}.{}.{}.weight"
+NAMED = re.compile(
+    r"base_model\.model\.(?:model|model\.language_model|language_model\.model)"
+    r"\.layers\.(\d+)\.([\w.]+)\.(lora_[AB])\.weight"
+)
 PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 READ = frozenset({"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"})
@@ -53,6 +59,7 @@ def save_adapter(
     *,
     revision: str | None = None,
     also: Callable[[Path], None] = lambda partial: None,
+    hf_config: HfConfig | None = None,
 ) -> Path:
     """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically.
 
@@ -66,18 +73,27 @@ def save_adapter(
         card: facts for a model card (`cotgrpo.models.huggingface.model_card.model_card`). None: no card.
         revision: the commit of the frozen model, if its name is a hub id.
         also: writes further files into the folder before it counts. Called on process 0.
+        hf_config: config.json of the frozen model, for the names of its projections. None: Llama's names.
 
     Raises:
-        ModelError: the folder is not empty, or Hugging Face's models do not have an adapted projection.
+        ModelError: the folder is not empty, or the frozen model does not have an adapted projection.
     """
     folder = Path(folder)
     refuse_used(folder)
     pairs = flatten_adapters(adapters)
+    slots = adapted_slots(hf_config)
     unknown = ["/".join(path) for path in pairs if path[:-1] != ("layers",) or path[-1] not in PROJECTIONS]
     if unknown:
         raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {set(PROJECTIONS)}.")
+    fused = [path[-1] for path in pairs if path[-1] not in slots]
+    if hf_config is not None and fused:
+        raise ModelError(
+            f"peft cannot load an adapter of {', '.join(fused)} alone: a {hf_config['model_type']} model keeps several "
+            "projections in one module. Export the merged weights."
+        )
+    prefix = "model." if hf_config is None or not is_wrapped(hf_config) else "model.language_model."
     tensors = {
-        NAME.format(layer, PROJECTIONS[path[-1]], theirs): np.ascontiguousarray(on_host(path, pair[ours], layer).T)
+        NAME.format(prefix, layer, slots[path[-1]].name, theirs): in_peft(slots[path[-1]], path, pair, ours, layer)
         for path, pair in pairs.items()
         for theirs, ours in PARTS.items()
         for layer in range(pair[ours].shape[0])
@@ -87,7 +103,7 @@ def save_adapter(
 
         with whole_folder(folder) as partial:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            text = json.dumps(adapter_config(pairs, lora, base_model_name, revision), indent=2)
+            text = json.dumps(adapter_config(pairs, lora, base_model_name, revision, slots), indent=2)
             (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             if card is not None:
                 base = {"base_model": base_model_name} if base_model_name else {}
@@ -97,10 +113,29 @@ def save_adapter(
     return folder
 
 
+def adapted_slots(hf_config: HfConfig | None) -> dict[str, Slot]:
+    """Return {projection: its place in a layer} of the projections that are modules of their own."""
+    if hf_config is None:
+        return {name: Slot(module) for name, module in PROJECTIONS.items()}
+    slots = projection_slots(decoder_config(hf_config), family_of(hf_config))
+    return {name: slot for name, slot in slots.items() if slot.rows is None}
+
+
+def in_peft(slot: Slot, path: TreePath, pair: Mapping[str, Any], part: str, layer: int) -> np.ndarray:
+    """Return A or B of one layer in the format's layout. B's rows are in the checkpoint's order."""
+    array = on_host(path, pair[part], layer).T
+    return np.ascontiguousarray(slot.to_stored(array) if part == "lora_b" else array)
+
+
 def adapter_config(
-    paths: Iterable[TreePath], lora: LoraConfig, base_model_name: str | None, revision: str | None = None
+    paths: Iterable[TreePath],
+    lora: LoraConfig,
+    base_model_name: str | None,
+    revision: str | None = None,
+    slots: Mapping[str, Slot] | None = None,
 ) -> dict[str, Any]:
     """Return adapter_config.json. A whole `alpha` is an integer, as `peft` declares it."""
+    slots = slots or adapted_slots(None)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -114,16 +149,17 @@ def adapter_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(PROJECTIONS[path[-1]].rpartition(".")[2] for path in paths),
+        "target_modules": sorted(slots[path[-1]].name.rpartition(".")[2] for path in paths),
     }
 
 
-def load_adapter(folder: str | Path, params: Params) -> tuple[Adapters, LoraConfig]:
+def load_adapter(folder: str | Path, params: Params, hf_config: HfConfig | None = None) -> tuple[Adapters, LoraConfig]:
     """Read an adapter that `peft` or `save_adapter` wrote.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
         params: the parameters of the adapted model, or their `jax.eval_shape`.
+        hf_config: its config.json, as for `save_adapter`.
 
     Returns:
         The adapters in float32 on JAX's default device, and the config. Its targets are the adapted projections.
@@ -136,20 +172,21 @@ def load_adapter(folder: str | Path, params: Params) -> tuple[Adapters, LoraConf
     check_settings(settings, folder)
     stored = list_tensors(weights_path(folder))
     found = kernels(params)
-    ours = {theirs: ("layers", name) for name, theirs in PROJECTIONS.items()}
+    slots = adapted_slots(hf_config)
+    ours = {slot.name: ("layers", name) for name, slot in slots.items()}
     tensors: dict[TreePath, dict[tuple[str, int], StoredTensor]] = {}
     for name, tensor in stored.items():
         match = NAMED.fullmatch(name)
         path = ours.get(match[2]) if match else None
         if match is None or path not in found:
-            names = ", ".join(PROJECTIONS[p[-1]] for p in found)
+            names = ", ".join(slots[p[-1]].name for p in found if p[-1] in slots)
             raise ModelError(f"{folder}: {name} adapts a projection that this model does not have. It has {names}.")
         tensors.setdefault(path, {})[PARTS[match[3]], int(match[1])] = tensor
     if not tensors:
         raise ModelError(f"{folder / WEIGHTS_FILE} holds no tensors: save the adapter again.")
     adapted = [path for path in found if path in tensors]
     lora = lora_config(settings, tuple(path[-1] for path in adapted), folder)
-    pairs = {path: read_pair(path, tensors[path], found[path].shape, lora.rank, folder) for path in adapted}
+    pairs = {path: read_pair(slots[path[-1]], tensors[path], found[path].shape, lora.rank, folder) for path in adapted}
     return unflatten_dict(pairs), lora
 
 
@@ -194,7 +231,7 @@ def lora_config(settings: Mapping[str, Any], targets: tuple[str, ...], folder: P
 
 
 def read_pair(
-    path: TreePath,
+    slot: Slot,
     tensors: Mapping[tuple[str, int], StoredTensor],
     kernel_shape: tuple[int, ...],
     rank: int,
@@ -202,7 +239,7 @@ def read_pair(
 ) -> dict[str, Any]:
     """Return `lora_a` and `lora_b` of one projection, stacked over layers."""
     L, inputs, outputs = kernel_shape
-    shapes, module = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}, PROJECTIONS[path[-1]]
+    shapes, module = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}, slot.name
     expected = {(part, layer) for part in shapes for layer in range(L)}
     if odd := sorted(expected ^ tensors.keys()):
         part, layer = odd[0]
@@ -217,7 +254,10 @@ def read_pair(
                 f"{folder}: {part} of layer {layer} of {module} has the shape {list(tensor.shape)}, but this model "
                 f"and rank {rank} need {list(shapes[part])}: the adapter belongs to another model."
             )
+    ordered = {"lora_a": lambda array: array, "lora_b": slot.from_stored}
     return {
-        part: jnp.asarray(np.stack([tensors[part, layer].read().T.astype(np.float32) for layer in range(L)]))
+        part: jnp.asarray(
+            np.stack([ordered[part](tensors[part, layer].read()).T.astype(np.float32) for layer in range(L)])
+        )
         for part in shapes
     }

@@ -19,7 +19,7 @@ LARGEST_SIZE, MOST_LAYERS = 2**24, 10_000
 """What a model cannot have more of. A damaged config.json would else fill the memory."""
 
 
-OFF = ("", [], {})
+OFF: tuple[Any, ...] = ("", [], {})
 NO_SWITCH = re.compile(r"^use_(?!.*bias)|rope|rotary|norm|scal|causal|gate")
 """Fields that may change a model by being false."""
 COUNT = re.compile(r"^n(um)?_|experts|dropout|pdrop|_coef$|_prob$")

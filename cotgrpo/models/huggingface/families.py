@@ -137,7 +137,7 @@ def cwm(field: HfConfig) -> dict[str, Any]:
 
 def seed_oss(field: HfConfig) -> dict[str, Any]:
     """Return Seed-OSS's options: three fields for biases."""
-    biases = ("query", "key", "value") if field["attention_bias"] else ()
+    biases: tuple[str, ...] = ("query", "key", "value") if field["attention_bias"] else ()
     biases += ("out",) if field["attention_out_bias"] else ()
     return {"biases": biases + (("gate", "up", "down") if field["mlp_bias"] else ())}
 

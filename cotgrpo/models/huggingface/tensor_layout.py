@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +12,6 @@ from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.families import FAMILIES, MODULES, POST_NORM_MODULES
 from cotgrpo.models.huggingface.family import Family
 from cotgrpo.models.huggingface.safetensors_files import StoredTensor
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from jaxtyping import Shaped
-
-    from cotgrpo.types import AnyArray
 
 TreePath = tuple[str, ...]
 """Path of a leaf in the parameter tree."""
@@ -50,11 +42,11 @@ class Slot:
     rows: int | None = None
     heads: int = 0
 
-    def from_stored(self, part: Shaped[AnyArray, "rows ..."]) -> Shaped[AnyArray, "rows ..."]:
+    def from_stored(self, part: np.ndarray) -> np.ndarray:
         """Return the rows in the decoder's order."""
         return part if not self.heads else part[np.argsort(self.order(len(part)))]
 
-    def to_stored(self, part: Shaped[AnyArray, "rows ..."]) -> Shaped[AnyArray, "rows ..."]:
+    def to_stored(self, part: np.ndarray) -> np.ndarray:
         """Return the rows in the checkpoint's order."""
         return part if not self.heads else part[self.order(len(part))]
 
@@ -99,7 +91,7 @@ def tensor_layout(
         head: name of the head.
     """
     family = family or FAMILIES["llama"]
-    layout = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
+    layout: dict[TreePath, list[Slot]] = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
     layout["final_norm", "scale"] = [Slot(f"{prefix}norm.weight")]
     if not config.tied_head:
         layout["head",] = [Slot(head)]
@@ -112,13 +104,12 @@ def tensor_layout(
 def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
     """Return {path of a stacked leaf: its place in a layer}."""
     modules = {**MODULES, **(POST_NORM_MODULES if config.post_norms else {}), **family.modules}
-    slots = {}
-    for name, (_, outputs) in config.projections.items():
-        slot = projection_slot(config, family, modules, name, outputs)
+    slots: dict[TreePath, Slot] = {}
+    for name, slot in projection_slots(config, family).items():
         parts = {"kernel": "weight"} | ({"bias": "bias"} if name in config.biases else {})
         for ours, theirs in parts.items():
             slots["layers", name, ours] = dataclasses.replace(slot, name=f"{slot.name}.{theirs}")
-    norms = ("attention_norm", "mlp_norm") if config.pre_norms else ()
+    norms: tuple[str, ...] = ("attention_norm", "mlp_norm") if config.pre_norms else ()
     norms += ("post_attention_norm", "post_mlp_norm") if config.post_norms else ()
     norms += ("query_norm", "key_norm") if config.qk_norm else ()
     slots |= {("layers", name, "scale"): Slot(f"{modules[name]}.weight") for name in norms}
@@ -127,14 +118,20 @@ def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
     return slots
 
 
-def projection_slot(config: DecoderConfig, family: Family, modules: Mapping[str, str], name: str, outputs: int) -> Slot:
+def projection_slots(config: DecoderConfig, family: Family) -> dict[str, Slot]:
+    """Return {projection: its place in a layer, without `.weight`}."""
+    return {name: projection_slot(config, family, name) for name in config.projections}
+
+
+def projection_slot(config: DecoderConfig, family: Family, name: str) -> Slot:
     """Return the place of a projection in a layer, without `.weight`."""
     heads = {"query": config.num_heads, "key": config.num_kv_heads}.get(name, 0) if family.interleaved else 0
     for module, names in family.fused.items():
         if name in names:
             before = names[: names.index(name)]
-            return Slot(module, sum(config.projections[other][1] for other in before), outputs, heads)
-    return Slot(modules[name], heads=heads)
+            start = sum(config.projections[other][1] for other in before)
+            return Slot(module, start, config.projections[name][1], heads)
+    return Slot(family.modules.get(name, MODULES[name]), heads=heads)
 
 
 def constants(config: DecoderConfig, prefix: str = "model.") -> dict[str, float]:
