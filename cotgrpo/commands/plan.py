@@ -28,7 +28,8 @@ def add_options(parser: ArgumentParser) -> None:
         "--topology",
         type=str,
         metavar="CHIPS",
-        help="v5p:4x4x4, v5e:4x4, v4:..., v6e:..., tpu7x:..., h100:8, a100:8 or h200:8",
+        help="a slice such as v5e-8, v5p-32 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), several as 2xv5e-16, or GPUs "
+        "such as h100:8 (a100, h100, h200, b200, gb200, mi300x)",
     )
     add("--stage", type=Literal["sft", "grpo"], default="grpo", metavar="{sft,grpo}", help="the stage (default: grpo)")
     add("--search", action="store_true", help="rank meshes, remat policies and micro-batches")
@@ -37,14 +38,19 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> None:
-    """Plan the stage."""
+    """Plan the stage.
+
+    Raises:
+        ConfigError: the run does not fit, or nothing that was searched. The plan is printed and written all the same.
+    """
     import jax
 
-    from cotgrpo.planning.plan import run_plan
+    from cotgrpo.planning.plan import check_fits, run_plan
 
     given, config = options.values, options.settings(Config())
     if given.topology is None:
-        raise ConfigError("plan needs --topology, such as v5p:4x4x4 (a TPU slice) or h100:8 (GPUs).")
+        raise ConfigError("plan needs --topology, such as v5p-128 or v5p:4x4x4 (a TPU slice), or h100:8 (GPUs).")
     jax.config.update("jax_platforms", "cpu")  # the machine's own accelerator is not needed
     out = None if given.out is None else Path(given.out)
-    run_plan(config, given.stage, given.topology, out, console, search=given.search)
+    figures = run_plan(config, given.stage, given.topology, out, console, search=given.search)
+    check_fits(figures)

@@ -2,16 +2,18 @@
 
 For TPUs, `libtpu` compiles the very train step of the config for the slice. Memory, collectives and the compiler's
 estimate are read from the compiled program. Compiling for GPUs needs the device, so their plan is arithmetic.
-Both use the roofline of `cotgrpo.accelerators.roofline`.
+`cotgrpo.accelerators.step_estimate` turns what a step does into the time to expect.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +22,24 @@ from jax.sharding import AbstractMesh, AxisType
 
 from cotgrpo.accelerators.chips import Topology
 from cotgrpo.accelerators.roofline import Work, step_time
+from cotgrpo.accelerators.step_estimate import (
+    RANGE,
+    StepLoad,
+    arithmetic_load,
+    collective_seconds,
+    expected_seconds,
+)
 from cotgrpo.compiler_options.measured import OptionValue, options_for
 from cotgrpo.config import Config, ConfigError, StageConfig
+from cotgrpo.config.ghosts import StudentReplies
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.models.huggingface.folder import open_folder
-from cotgrpo.models.lora import init_lora
+from cotgrpo.models.lora import AdaptedParams, init_lora
 from cotgrpo.objectives import Nll
-from cotgrpo.planning.hlo import Collective, collectives, estimated_cycles
+from cotgrpo.planning.hlo import Collective, attention_kernels, collectives, estimated_cycles
+from cotgrpo.planning.rollout_plan import RolloutPlan, teacher_paths
+from cotgrpo.planning.slice_transfers import slice_transfers
 from cotgrpo.planning.step_arguments import StepArguments, abstract_batch
 from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, tpu_devices
 from cotgrpo.sharding import (
@@ -39,7 +51,7 @@ from cotgrpo.sharding import (
 )
 from cotgrpo.tiled_loss import default_tile_size
 from cotgrpo.train_steps import Step
-from cotgrpo.training.steps import StageName, needs_reference, stage_optimizer, stage_step
+from cotgrpo.training.steps import StageName, needs_reference, needs_teacher, stage_optimizer, stage_step
 from cotgrpo.types import TrainState
 
 
@@ -143,17 +155,21 @@ class StagePlan:
         estimate = by_arithmetic or self.topology.chip.platform != "tpu"
         step, arguments = self.step()
         memory = self.argument_bytes(arguments)
+        state_bytes = memory["parameters"] + memory["optimizer"]
         found = self.estimated(memory) if estimate else self.compiled(step, arguments)
         memory |= found.pop("memory")
         memory["total"] = memory.get("total", sum(memory.values()))
+        fits, load = found.pop("fits", True), found.pop("load", None)
+        speed = self.speed(load or self.load_by_arithmetic(state_bytes), state_bytes, found, compiled=load is not None)
+        phases = self.phases(arguments, memory, speed["expected"]["seconds"])
         memory["hbm"] = round(self.topology.hbm_bytes)
-        state_bytes = memory["parameters"] + memory["optimizer"]
         return {
             "topology": self.topology.name,
             "chips": self.topology.num_chips,
             "devices": self.topology.num_devices,
             "mesh": self.mesh_sizes,
             "stage": self.stage,
+            "versions": versions(),
             "student": {"path": self.config.student.path, "parameters": self.decoder.num_params()}
             | {name: getattr(self.decoder, name) for name in ("dtype", "param_dtype", "remat", "attention")},
             "batch": {"sequences": self.settings.batch_size, "seq_len": self.config.data.seq_len}
@@ -162,10 +178,11 @@ class StagePlan:
             "compiler_options": self.compiler_options,
             "lora_rank": self.config.lora.rank if self.config.lora else 0,
             "estimate": estimate,
-            "fits": found.pop("fits", memory["total"] <= memory["hbm"]),
+            "fits": fits and memory["total"] <= memory["hbm"],
             "bytes_per_device": memory,
             **found,
-            **self.speed(state_bytes, found.get("sent_bytes"), found.get("compiler_seconds")),
+            **speed,
+            **phases,
         }
 
     def argument_bytes(self, arguments: StepArguments) -> dict[str, int]:
@@ -185,20 +202,66 @@ class StagePlan:
         wide = self.settings.micro_batches > 1 and self.config.student.param_dtype == "bfloat16"
         return params_bytes * (2 if wide else 1)
 
-    def speed(self, state_bytes: int, sent_bytes: float | None, compiler_seconds: float | None) -> dict[str, Any]:
-        """Return operations, the roofline's times, and the MFU and tokens per second that they allow."""
+    def load_by_arithmetic(self, state_bytes: int) -> StepLoad:
+        """Return what a device does in a step, without a compiled program."""
+        return arithmetic_load(self.work, self.topology, float(state_bytes), self.mesh_sizes)
+
+    def speed(self, load: StepLoad, state_bytes: int, found: Mapping[str, Any], *, compiled: bool) -> dict[str, Any]:
+        """Return operations, the roofline's times, the time to expect, and the speed that follows, with ranges."""
         work, topology = self.work, self.topology
-        sent_bytes = work.sent_bytes(self.mesh_sizes) if sent_bytes is None else sent_bytes
+        sent_bytes = found.get("sent_bytes", work.sent_bytes(self.mesh_sizes))
         times = step_time(work, topology, float(state_bytes), float(sent_bytes), self.mesh_sizes)
-        range_of = lambda per_second: [per_second(times.in_turn), per_second(times.overlapped)]
+        seconds = expected_seconds(load, topology.chip, self.decoder.head_dim, compiled=compiled)
+        low, high = (seconds * factor for factor in RANGE)
         peak = topology.num_chips * topology.chip.flops
+        mfu = lambda seconds: work.model_flops / (seconds * peak)
         return {
             "flops": {"model": work.model_flops, "hardware": work.hardware_flops},
             "seconds": dataclasses.asdict(times)
-            | {"step": [times.overlapped, times.in_turn], "compiler": compiler_seconds},
-            "mfu": range_of(lambda seconds: work.model_flops / (seconds * peak)),
-            "tokens_per_second": range_of(lambda seconds: work.tokens / seconds),
+            | {"step": [low, high], "compiler": found.get("compiler_seconds"), "load": dataclasses.asdict(load)},
+            "expected": {
+                "seconds": seconds,
+                "mfu": mfu(seconds),
+                "tokens_per_second": work.tokens / seconds,
+                "tokens_per_second_per_chip": work.tokens / seconds / topology.num_chips,
+            },
+            "mfu": [mfu(high), mfu(low)],
+            "tokens_per_second": [work.tokens / high, work.tokens / low],
         }
+
+    def phases(self, arguments: StepArguments, memory: dict[str, int], step_seconds: float) -> dict[str, Any]:
+        """Return the times of an update's phases with replies of the student; add to `memory` what they need.
+
+        The total becomes that of the larger phase: the train step, or the rollout.
+        """
+        if self.stage != "grpo" or not isinstance(self.config.grpo.ghosts, StudentReplies):
+            return {}
+        plan = self.rollouts(arguments)
+        counted = needs_teacher(self.config, self.stage)  # it is an argument of the step
+        teacher = 0 if counted else plan.teacher_bytes
+        if plan.holds_first_self(self.work.reference or self.work.frozen):
+            teacher += memory["parameters"]
+        stays = memory["parameters"] + memory["optimizer"] + memory["frozen parameters"] + teacher
+        layout = plan.layout(memory["frozen parameters"] + teacher)
+        decoding = {"copy": layout.bytes.copy, "cache": layout.bytes.cache, "temporaries": layout.bytes.temporaries}
+        memory["live teacher"] = teacher
+        memory["total"] = max(memory["total"] + teacher, stays + sum(decoding.values()))
+        seconds = {"rollout": plan.rollout_seconds(layout), "ghosts": plan.ghost_seconds(), "train step": step_seconds}
+        whole = sum(seconds.values())
+        return {
+            "phases": {name: {"seconds": time, "share": time / whole} for name, time in seconds.items()},
+            "decoding": {"layout": layout.name, "bytes_per_device": decoding, "total": stays + sum(decoding.values())},
+            "notes": list(plan.notes()),
+        }
+
+    def rollouts(self, arguments: StepArguments) -> RolloutPlan:
+        """Return the plan of the rollouts."""
+        student, lora = arguments.state.params, self.config.lora
+        if lora is not None:
+            student = AdaptedParams(arguments.frozen[0], student, lora)
+        teachers = tuple(open_folder(path).config for path in teacher_paths(self.config.grpo))
+        seq_len, topology = self.config.data.seq_len, self.topology
+        return RolloutPlan(self.config.grpo, self.decoder, teachers, seq_len, topology, self.mesh_sizes, student)
 
     def compiled(self, step: Step, arguments: StepArguments) -> dict[str, Any]:
         """Compile the step for the slice; return memory, collectives and the compiler's estimate."""
@@ -211,7 +274,7 @@ class StagePlan:
         memory: Any = program.memory_analysis()
         text = program.as_text() or ""
         found = collectives(text)
-        clock = self.topology.chip.clock
+        load = self.compiled_load(text, found, [place_of(device) for device in mesh.devices.flat])
         return {
             "memory": {
                 "temporaries": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -225,10 +288,38 @@ class StagePlan:
             "fits": True,  # or it would not have compiled
             "argument_bytes": memory.argument_size_in_bytes,
             "sent_bytes": sum(c.sent * self.times(c) for c in found),
+            "sent_bytes_between_slices": sum(t.sent * t.times(self.num_tiles) for t in slice_transfers(text)),
             "collectives": self.by_kind(found),
             "tile_loop": self.tile_loop(found),
-            "compiler_seconds": estimated_cycles(text, self.num_tiles) / clock if clock else None,
+            "compiler_seconds": load.compute,
+            "load": load,
         } | seconds_since(started)
+
+    def compiled_load(self, text: str, found: list[Collective], places: Sequence[Sequence[int]]) -> StepLoad:
+        """Return what one device does in a step, from the compiled text.
+
+        Args:
+            text: of the program.
+            found: its collectives.
+            places: of each device of the mesh, the number of its slice and the coordinates of its chip.
+        """
+        chip, decoder = self.topology.chip, self.decoder
+        seen_keys = self.work.seen_keys / decoder.num_layers
+        kernels = sum(kernel.flops(seen_keys) for kernel in attention_kernels(text, self.num_tiles))
+        network = {True: 0.0, False: 0.0}
+        for collective in found:
+            sent = collective.sent * self.times(collective)
+            network[collective.asynchronous] += collective_seconds(sent, collective.members, places, self.topology)
+        for transfer in slice_transfers(text):
+            # Those of a loop are sent while its next turn computes.
+            sent = transfer.sent * transfer.times(self.num_tiles)
+            network[bool(transfer.loops)] += sent / (chip.nic_bandwidth / chip.devices)
+        return StepLoad(
+            compute=estimated_cycles(text, self.num_tiles) / chip.clock,
+            kernels=kernels / (chip.flops / chip.devices),
+            waited=network[False],
+            hidden=network[True],
+        )
 
     def times(self, collective: Collective) -> int:
         """Return how often a collective runs in a step.
@@ -263,6 +354,19 @@ def in_tile_loop(collective: Collective) -> bool:
     That loop's length depends on the data, unlike that of a loop that the compiler made around a matrix product.
     """
     return None in collective.loops and "shard_map/while" in collective.name
+
+
+def place_of(device: Any) -> tuple[int, ...]:
+    """Return the number of a TPU's slice and the coordinates of its chip."""
+    return (getattr(device, "slice_index", 0) or 0, *device.coords)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of jax and libtpu that made a plan."""
+    found = {"jax": jax.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["libtpu"] = importlib.metadata.version("libtpu")
+    return found
 
 
 def seconds_since(started: float) -> dict[str, float]:

@@ -11,13 +11,15 @@ from cotgrpo.accelerators.chips import GIB, Topology
 from cotgrpo.compiler_options.measured import options_line
 
 WIDTH = 110
+"""Columns of a table at most; a narrower terminal has its own."""
 
 
-def plan_table(figures: dict[str, Any], topology: Topology) -> Table:
+def plan_table(figures: dict[str, Any], topology: Topology, width: int = WIDTH) -> Table:
     """Return the table of one plan: memory, collectives, operations and time."""
     verdict = "fits" if figures["fits"] else "does not fit"
     how = "estimate by arithmetic" if figures["estimate"] else "compiled"
-    table = Table(title=f"{figures['stage']} on {topology.name}: {verdict} ({how})", title_justify="left", width=WIDTH)
+    title = f"{figures['stage']} on {topology.name}: {verdict} ({how})"
+    table = Table(title=title, title_justify="left", width=min(width, WIDTH))
     table.add_column("what", no_wrap=True)
     table.add_column("figure")
     batch, student = figures["batch"], figures["student"]
@@ -29,13 +31,8 @@ def plan_table(figures: dict[str, Any], topology: Topology) -> Table:
     if figures["compiler_options"]:
         table.add_row("XLA's options", options_line(figures["compiler_options"]))
     table.add_section()
-    memory = figures["bytes_per_device"]
-    unit = "a chip" if topology.chip.devices == 1 else "a device (half a chip)"
-    for kind, size in memory.items():
-        if kind not in ("total", "hbm") and size:
-            table.add_row(f"bytes of {kind}", gib(size))
-    used = memory["total"] / memory["hbm"]
-    table.add_row(f"in all, {unit}", f"{gib(memory['total'])} of {gib(memory['hbm'])} ({used:.0%})")
+    for row in memory_rows(figures, topology):
+        table.add_row(*row)
     table.add_section()
     for kind, own in figures.get("collectives", {}).items():
         table.add_row(kind, f"{own['times']:,.0f} a step, {gib(own['sent_bytes'])} sent by each device")
@@ -52,21 +49,45 @@ def plan_table(figures: dict[str, Any], topology: Topology) -> Table:
     return table
 
 
+def memory_rows(figures: dict[str, Any], topology: Topology) -> Iterator[tuple[str, str]]:
+    """Yield rows of what takes memory, for the train step and for rollouts."""
+    memory, decoding = figures["bytes_per_device"], figures.get("decoding")
+    unit = "a chip" if topology.chip.devices == 1 else "a device (half a chip)"
+    for kind, size in memory.items():
+        if kind not in ("total", "hbm") and size:
+            yield f"bytes of {kind}", gib(size)
+    if decoding is not None:
+        parts = ", ".join(f"{kind} {gib(size)}" for kind, size in decoding["bytes_per_device"].items())
+        yield "bytes of decoding", f"{parts} (weights {decoding['layout']})"
+        yield "in all, during rollouts", gib(decoding["total"])
+    used = memory["total"] / memory["hbm"]
+    yield f"in all, {unit}", f"{gib(memory['total'])} of {gib(memory['hbm'])} ({used:.0%})"
+
+
 def speed_rows(figures: dict[str, Any], topology: Topology) -> Iterator[tuple[str, str]]:
-    """Yield rows of operations and times. A range ends where everything overlaps, and where nothing does."""
-    flops, seconds = figures["flops"], figures["seconds"]
+    """Yield rows of operations and times: the time to expect, and in parentheses the range that holds it."""
+    flops, seconds, expected = figures["flops"], figures["seconds"], figures["expected"]
     yield "model FLOPs a step", f"{flops['model']:.3e} (with what is computed again {flops['hardware']:.3e})"
-    limits = ", ".join(f"{name} {seconds[name]:.3f} s" for name in ("compute", "memory", "network"))
-    yield "roofline", limits
-    yield "step time, all at once to in turn", "{:.3f} to {:.3f} s".format(*seconds["step"])
-    if seconds["compiler"] is not None:
-        yield "the compiler's own estimate", f"{seconds['compiler']:.3f} s, without communication and kernels"
-    low, high = figures["mfu"]
-    yield "MFU", f"{low:.1%} to {high:.1%} of {topology.chip.flops / 1e12:.0f} TFLOP/s a chip"
-    low, high = figures["tokens_per_second"]
-    yield "tokens a second", f"{low:,.0f} to {high:,.0f}"
+    load = seconds["load"]
+    parts = [f"compute {load['compute']:.3f} s", f"kernels {load['kernels']:.3f} s"]
+    if figures["estimate"]:
+        parts.append(f"memory {load['memory']:.3f} s")
+    yield ("at published rates" if figures["estimate"] else "compiler and links"), ", ".join(parts)
+    yield "network", f"{load['waited']:.3f} s waited for, {load['hidden']:.3f} s while computing"
+    yield "step time", "{:.3f} s ({:.3f} to {:.3f})".format(expected["seconds"], *seconds["step"])
+    peak = f"{topology.chip.flops / 1e12:.0f} TFLOP/s a chip"
+    yield "MFU", "{:.1%} ({:.1%} to {:.1%}) of ".format(expected["mfu"], *figures["mfu"]) + peak
+    speed = "{:,.0f} ({:,.0f} to {:,.0f})".format(expected["tokens_per_second"], *figures["tokens_per_second"])
+    yield "tokens a second", f"{speed}; {expected['tokens_per_second_per_chip']:,.0f} a chip"
+    for name, phase in figures.get("phases", {}).items():
+        yield f"phase: {name}", f"{phase['seconds']:.2f} s ({phase['share']:.0%} of an update)"
+    for note in figures.get("notes", ()):
+        yield "note", note
+    if figures["estimate"]:
+        yield "note", "nothing was compiled: the times are published rates times what other runs reach"
     if "compile_seconds" in figures:
         yield "compiled in", f"{figures['compile_seconds']:.0f} s"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
 
 
 def student_line(figures: dict[str, Any]) -> str:
@@ -90,9 +111,10 @@ def gib(size: int | float) -> str:
     return f"{size / GIB:,.3f} GiB"
 
 
-def search_table(found: list[dict[str, Any]], topology: Topology, stage: str) -> Table:
+def search_table(found: list[dict[str, Any]], topology: Topology, stage: str, width: int = WIDTH) -> Table:
     """Return the table of a search's ranking."""
-    table = Table(title=f"{stage} on {topology.name}: {len(found)} ways", title_justify="left", width=WIDTH)
+    title = f"{stage} on {topology.name}: {len(found)} ways"
+    table = Table(title=title, title_justify="left", width=min(width, WIDTH))
     for name in ("mesh", "remat", "parts", "fits", "GiB a device", "step time", "MFU"):
         table.add_column(name)
     for figures in found:
@@ -103,7 +125,7 @@ def search_table(found: list[dict[str, Any]], topology: Topology, stage: str) ->
             str(figures["batch"]["micro_batches"]),
             "yes" if figures["fits"] else "no",
             f"{memory['total'] / GIB:.2f}",
-            "{:.2f} to {:.2f} s".format(*figures["seconds"]["step"]),
-            "{:.0%} to {:.0%}".format(*figures["mfu"]),
+            f"{figures['expected']['seconds']:.2f} s",
+            f"{figures['expected']['mfu']:.0%}",
         )
     return table

@@ -10,7 +10,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cotgrpo.planning.hlo import bytes_sent, collectives, group_size
+from cotgrpo.planning.hlo import (
+    attention_kernels,
+    bytes_sent,
+    collectives,
+    estimated_cycles,
+    first_group,
+    group_size,
+)
 
 RING = [(i, (i + 1) % 4) for i in range(4)]
 MESH = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -177,3 +184,131 @@ def test_groups() -> None:
 def test_text_of_something_else() -> None:
     with pytest.raises(ValueError, match="no ENTRY computation"):
         collectives("module @jit_f { }")
+
+
+SPLIT = """HloModule jit_step, num_partitions=16
+
+%begin (p: bf16[1,512]) -> (bf16[1,512], bf16[16,512]) {
+  %p = bf16[1,512]{1,0} parameter(0)
+  %g.1 = bf16[16,512]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %c.1 = (bf16[1,512], bf16[16,512]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (p.1: bf16[1,512]) -> bf16[16,512] {
+  %p.1 = bf16[1,512]{1,0} parameter(0)
+  ROOT %g.2 = bf16[16,512]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+%finish (p.2: bf16[1,512]) -> bf16[16,512] {
+  %p.2 = bf16[1,512]{1,0} parameter(0)
+  %g.3 = bf16[16,512]{1,0} all-gather(%p.2), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %c.3 = bf16[16,512]{1,0} custom-call(%g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%part_body (q.1: (s32[], bf16[1,512])) -> (s32[], bf16[1,512]) {
+  %q.1 = (s32[], bf16[1,512]) parameter(0)
+  %a.2 = bf16[16,512]{1,0} fusion(%q.1), kind=kCustom, calls=%go_on
+  ROOT %t.1 = (s32[], bf16[1,512]) tuple(%q.1)
+}
+
+%layer_body (q: (s32[], bf16[1,512])) -> (s32[], bf16[1,512]) {
+  %q = (s32[], bf16[1,512]) parameter(0)
+  %a.1 = (bf16[1,512], bf16[16,512]) fusion(%q), kind=kCustom, calls=%begin
+  %w.1 = (s32[], bf16[1,512]) while(%a.1), condition=%c, body=%part_body, backend_config={"known_trip_count":{"n":"4"}}
+  %w.2 = (s32[], bf16[1,512]) while(%w.1), condition=%c, body=%part_body, backend_config={"known_trip_count":{"n":"6"}}
+  %a.3 = bf16[16,512]{1,0} fusion(%w.2), kind=kCustom, calls=%finish
+  ROOT %t = (s32[], bf16[1,512]) tuple(%q)
+}
+
+ENTRY %main (x: bf16[1,512]) -> bf16[1,512] {
+  %x = bf16[1,512]{1,0} parameter(0)
+  %first = (bf16[1,512], bf16[16,512]) fusion(%x), kind=kCustom, calls=%begin
+  %layers = (s32[], bf16[1,512]) while(%first), condition=%c, body=%layer_body, backend_config={"known_trip_count":{"n":"31"}}
+  ROOT %out = bf16[1,512]{1,0} get-tuple-element(%layers), index=1
+}
+"""
+
+
+def test_an_asynchronous_gather_counts_once_where_it_starts() -> None:
+    """It starts before the loop over layers and in it, goes on in two loops over parts, and ends: 32 gathers, not 343.
+
+    Its bytes are those of 32 gathers of 16 x 512 bfloat16 numbers.
+    """
+    found = collectives(SPLIT)
+    assert sorted(c.loops for c in found) == [(), (31,)]
+    assert all(c.asynchronous and c.members == tuple(range(16)) for c in found)
+    assert bytes_sent(found) == {"all-gather": 32 * 15 / 16 * 2 * 16 * 512}
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}, x", (0, 2, 4, 6)),
+        ("replica_groups=[2,4]<=[8], x", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, x", (0, 1, 2, 3)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}, x", (0, 4)),
+        ("replica_groups=mesh['fsdp'=8] {'fsdp':(1)2}, x", (0, 4)),  # the outer part of the axis
+        ("replica_groups=mesh['fsdp'=8] {'fsdp':(4)2}, x", (0, 1)),
+        ("replica_groups=mesh['a'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}, x", (0, 2, 4, 6)),
+        ("source_target_pairs={{0,1},{1,0}}, x", ()),
+    ],
+)
+def test_devices_of_the_first_group(groups: str, members: tuple[int, ...]) -> None:
+    assert first_group(groups) == members
+    assert not members or len(members) == group_size(groups)
+
+
+KERNELS = """HloModule step
+
+%local (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %splash_mha_fwd.1 = (bf16[2,8,256,64]) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}, bf16[2,2,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": false}"
+}}, metadata={op_name="kernel"}
+  ROOT %a = f32[8] add(%x, %x), backend_config={"estimated_cycles":"100"}
+}
+
+%global (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8] parameter(0)
+  %splash_mha_fwd.2 = (bf16[2,8,256,64]) custom-call(%x.1), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}, bf16[2,2,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": false}"
+}}, metadata={op_name="kernel"}
+  ROOT %b = f32[8] add(%x.1, %x.1), backend_config={"estimated_cycles":"300"}
+}
+
+%body (x.2: f32[8]) -> f32[8] {
+  %x.2 = f32[8] parameter(0)
+  %dkv = f32[8] conditional(%x.2), branch_computations={%local, %global}
+  %splash_mha_dkv.1 = (bf16[2,2,256,64]) custom-call(%x.2), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": true}"
+}}, metadata={op_name="kernel"}
+  ROOT %d = f32[8] add(%x.2, %x.2), backend_config={"estimated_cycles":"1000"}
+}
+
+ENTRY %main (x.3: f32[8]) -> f32[8] {
+  %x.3 = f32[8] parameter(0)
+  %scan = f32[8] while(%x.3), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %splash_mha_dq.1 = (bf16[2,8,256,64]) custom-call(%scan), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"use_fused_bwd_kernel\\": false}"
+}}, metadata={op_name="kernel"}
+  ROOT %e = f32[8] add(%scan, %scan)
+}
+"""
+
+
+def test_attention_kernels_count_by_their_own_operations() -> None:
+    """Two forward kernels in the branches of a conditional: one of them runs in each of six turns."""
+    found = {kernel.name.partition(".")[0]: 0.0 for kernel in attention_kernels(KERNELS)}
+    for kernel in attention_kernels(KERNELS):
+        found[kernel.name.partition(".")[0]] += kernel.flops(seen_keys=128.0)
+    score = 2 * 2 * 8 * 256 * 64 * 128  # one product: 2 B Q T H for each key
+    assert found == {
+        "splash_mha_fwd": 6 * 2 * score,
+        "splash_mha_dkv": 6 * 5 * score,  # fused: the queries' gradient too
+        "splash_mha_dq": 3 * score,
+    }
+
+
+def test_a_conditional_takes_the_mean_of_its_branches() -> None:
+    assert estimated_cycles(KERNELS) == 6 * (1000 + (100 + 300) / 2)
