@@ -126,7 +126,8 @@ class EngineReplies:
             found = self.ask(number, prompts, key)
             found["own"] = np.asarray(jax.device_get(self.log_probs(params, (prompts, self.replies_of(found)))))
             self.check_gap(number, found)
-            arrays = found | {"version": np.int32(self.version), "prompts": np.uint32(checksum(prompts))}
+            about = {"version": np.asarray(self.version), "prompts": np.asarray(checksum(prompts))}
+            arrays = found | about
             on_process_0(lambda: self.journal.write(number, arrays))
         self.versions = {n: v for n, v in self.versions.items() if n > number - KEPT_VERSIONS} | {number: self.version}
         self.add_metrics(number, found)
@@ -213,8 +214,6 @@ class EngineReplies:
     def check_samples(self, version: Version, own: np.ndarray, theirs: np.ndarray) -> None:
         """Raise TeacherError if the engine's log-probabilities of the samples are not those of the new weights."""
         gap = float(np.abs(theirs - own).mean())
-        if gap > self.settings.largest_gap:
-            raise self.other_weights(version.number, gap)
         before = min((float(np.abs(theirs - older).mean()) for older in self.older), default=np.inf)
         if gap > LEAST_GAP and before < gap / 2:
             assert self.server is not None
@@ -224,6 +223,8 @@ class EngineReplies:
                 "from the new ones. No reply of it is trained on. Update the server, or start it anew, and run the "
                 "same command to continue."
             )
+        if gap > self.settings.largest_gap:
+            raise self.other_weights(version.number, gap)
 
     def check_gap(self, number: int, found: Arrays) -> None:
         """Raise TeacherError if replies of the newest weights have other log-probabilities than the student's own."""
@@ -254,7 +255,8 @@ class EngineReplies:
             ]
             keys = jax.random.bits(jax.random.fold_in(key, number), (count,), jnp.uint32)
             seeds = [int(seed) for seed in np.asarray(keys)]
-            return self.arrays_of(wait_for(self.server.write_later(rows, seeds)))
+            replies: list[ServedReply] = wait_for(self.server.write_later(rows, seeds))
+            return self.arrays_of(replies)
 
         return broadcast_arrays(get, self.empty(count))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+
 from cotgrpo.config import ConfigError, LiveGhosts, RolloutServerSettings, VerifiedReward
-from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.weights import save_pretrained
 from cotgrpo.models.lora import AdaptedParams
@@ -69,8 +71,8 @@ def sample_rows(at: BatchContext) -> list[Text]:
     """Return the beginnings of some training rows, in the student's tokens."""
     examples = at.inputs.train[:SAMPLES]
     if not examples and at.inputs.stream is not None:
-        rows = at.inputs.stream.triples.files
-        examples = at.inputs.stream.encode(list(range(min(SAMPLES, len(rows)))))[0]
+        count = min(SAMPLES, len(at.inputs.stream.triples.files))
+        examples = at.inputs.stream.encode(list(range(count)))[0]
     rows = [[int(i) for i in example.tokens[:SAMPLE_TOKENS]] for example in examples]
     return [Text(row[:1], row[1:]) for row in rows if len(row) >= 2]
 
@@ -80,6 +82,8 @@ def save_version(
 ) -> None:
     """Write what the server is to load. Every process calls it, and process 0 writes."""
     model, weights = at.model, at.weights
+    if not is_process_0():  # a slow process must not meet the folder that process 0 has written
+        folder = folder.with_name(f"{folder.name}.process_{jax.process_index()}")
     if is_adapter:
         assert isinstance(params, AdaptedParams)
         save_adapter(folder, params.adapters, params.lora, weights.base_name, revision=weights.base_revision)
