@@ -86,8 +86,8 @@ def compiled_text(axis: str, count: int, batch: int, seq: int) -> str:
 def expected(axis: str, n: int, batch: int, seq: int) -> dict[str, float]:
     """Return the bytes that a device sends in float32, by what is sent.
 
-    Scalars, row sums of the softmax and norms do not count. Gradients are all-reduced on the fsdp axis too: XLA for CPU
-    does not turn an all-reduce and a slice into a reduce-scatter, as XLA for TPU does.
+    Scalars, row sums of the softmax and norms do not count. The layers' gradients are all-reduced on the fsdp axis too:
+    XLA for CPU does not turn an all-reduce and a slice into a reduce-scatter, as XLA for TPU does on some slices.
     """
     c, part = CONFIG, 4 * (n - 1) / n
     layers = c.num_layers * (2 * c.width * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.width * c.mlp_width)
@@ -97,11 +97,15 @@ def expected(axis: str, n: int, batch: int, seq: int) -> dict[str, float]:
         # In a layer: out and down forward; backward the inputs of query, key, value, gate and up.
         # Outside: the embedding's rows and d hidden.
         return {"residual stream": 2 * part * stream * (7 * c.num_layers + 2)}
-    sums = {"gradients": 2 * part * (layers + embeddings)}
     if axis == "fsdp":
-        return sums | {
-            "parameters": part * (2 * layers + embeddings)
-        }  # the layers' are gathered again in the backward pass
+        head, rows = c.vocab_size * c.width, batch * seq * c.width / n
+        return {
+            # The layers' are gathered again in the backward pass. The embedding stays where it lies: its rows travel.
+            "parameters": part * (2 * layers + head),
+            "gradients": part * (2 * layers + head),
+            "the embedding's rows and their gradients": 2 * part * rows,
+        }
+    sums = {"gradients": 2 * part * (layers + embeddings)}
     if axis == "context":
         keys = c.num_layers * batch * seq * 2 * c.num_kv_heads * c.head_dim
         return sums | {"keys and values": part * keys, "their gradients": 2 * part * keys}

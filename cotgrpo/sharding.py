@@ -37,6 +37,7 @@ from cotgrpo.compiler_options.measured import OptionValue, chip_name, options_fo
 from cotgrpo.types import GhostBatch, SftBatch, check_arrays
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
     from jaxtyping import Shaped
 
     from cotgrpo.types import Array, Params, PyTree
@@ -265,9 +266,39 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
 
 def constrain_param(x: Shaped[Array, "..."], name: str) -> Shaped[Array, "..."]:
     """Lay out `x` as the parameter `name` on the ambient mesh."""
+    return apply_constraint(x, ambient_param_spec(name, x.shape))
+
+
+def constrain_kernel(x: Shaped[Array, "D F"], letters: str) -> Shaped[Array, "D F"]:
+    """Lay out `x` as the kernel of one layer, whose dimensions are "DF" or "FD", lies between its uses."""
+    return constrain_param(x, {"DF": "head", "FD": "embedding"}[letters])
+
+
+def ambient_param_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Return the ambient mesh's axes of each dimension of the parameter `name`."""
     axes = {role: open_of(axis_layout().roles.get(role, ())) for role in AXES}
-    roles = param_spec(name, x.shape, {role: axes_size(own) for role, own in axes.items()})
-    return apply_constraint(x, PartitionSpec(*(axes[role] or None if role else None for role in roles)))
+    roles = param_spec(name, shape, {role: axes_size(own) for role, own in axes.items()})
+    return PartitionSpec(*(axes[role] or None if role else None for role in roles))
+
+
+def look_up(
+    table_VD: Shaped[Array, "V D"], ids_BT: Shaped[Array, "B T"], dtype: DTypeLike, *, gather: bool = False
+) -> Shaped[Array, "B T D"]:
+    """Return the rows of an embedding in a type, laid out as "BTD".
+
+    If an axis splits both the sequences and the columns, each device reads its columns of all the rows, and an
+    all-to-all brings the columns together. A gather of the table would send many times the bytes. The gradient goes the
+    same way back, so no device sums a whole table. `gather` gathers it all the same, which a loop over tokens needs
+    once.
+    """
+    batch, length = dimension_axes(partition_spec("BT", ids_BT.shape))
+    columns = dimension_axes(ambient_param_spec("embedding", table_VD.shape))[1]
+    if gather or not columns or not set(columns) <= set(batch):
+        return constrain(all_gather_param(table_VD, "VD", "embedding")[ids_BT].astype(dtype), "BTD")
+    others = tuple(axis for axis in batch if axis not in columns) or None
+    ids_BT = apply_constraint(ids_BT, PartitionSpec(others, length or None))
+    rows_BTD = apply_constraint(table_VD[ids_BT].astype(dtype), PartitionSpec(others, length or None, columns))
+    return constrain(rows_BTD, "BTD")
 
 
 def all_gather_param(x: Shaped[Array, "..."], letters: str, name: str) -> Shaped[Array, "..."]:

@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cotgrpo.sharding import (
     AxisLayout,
+    ambient_param_spec,
     axis_names,
     constrain,
     dimension_axes,
@@ -144,7 +145,34 @@ def over_named_shards(
     )(rows, heads, weight)
     # Without `check_vma` the results look as if they were the same on all devices of a surrounding `shard_map`.
     *_, partial, out = vary_alike(rows, heads, weight, partial, out)
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), partial), out
+    first = jax.tree.leaves(heads)[:1]
+    of_head = lambda x: bool(first) and x.shape[1:] == first[0].shape
+    sums = jax.tree.map(lambda x: sum_of_heads(x, shards, first[0]) if of_head(x) else jnp.sum(x, axis=0), partial)
+    *_, sums = vary_alike(rows, heads, weight, sums)
+    return sums, out
+
+
+def sum_of_heads(parts: Float[Array, "N D V"], shards: Axes, head: Float[Array, "D V"]) -> Float[Array, "D V"]:
+    """Return the sum of the shards' gradients of a head, in the head's type and laid out as the parameter is.
+
+    Each device adds up the rows that it keeps, and sends each of the others once. XLA would sum whole heads.
+    """
+    rows, columns = dimension_axes(ambient_param_spec("head", head.shape))
+    if not rows or not set(rows) <= set(shards) or set(columns) & set(shards):
+        return jnp.sum(parts, axis=0)
+    others = tuple(axis for axis in shards if axis not in rows)
+
+    def one_device(part: Float[Array, "1 D W"]) -> Float[Array, "E W"]:
+        part = jax.lax.psum(part[0], others) if others else part[0]
+        return jax.lax.psum_scatter(part, rows, scatter_dimension=0, tiled=True)
+
+    return jax.shard_map(
+        one_device,
+        in_specs=PartitionSpec(shards, None, columns or None),
+        out_specs=PartitionSpec(rows, columns or None),
+        axis_names={*shards, *columns},
+        check_vma=False,
+    )(parts.astype(head.dtype))
 
 
 def over_explicit_shards(

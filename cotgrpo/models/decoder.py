@@ -29,7 +29,7 @@ from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, relu_squared, rms_norm, xielu
 from cotgrpo.models.rotary import RopeScaling, rotate, rotation
 from cotgrpo.models.splash_attention import splash_attention
-from cotgrpo.sharding import all_gather_param, constrain, vary_alike, with_types_as_layout
+from cotgrpo.sharding import constrain, look_up, vary_alike, with_types_as_layout
 from cotgrpo.types import Params, Student
 from cotgrpo.xla_cpu import project_few_tokens
 
@@ -292,7 +292,7 @@ class Decoder(nn.Module):
         )
         if not c.tied_head:
             self.param("head", nn.initializers.normal(c.init_scale), (c.width, c.vocab_size), jnp.dtype(c.param_dtype))
-        x_BTD = constrain(all_gather_param(embedding_VD, "VD", "embedding")[tokens].astype(jnp.dtype(c.dtype)), "BTD")
+        x_BTD = look_up(embedding_VD, tokens, jnp.dtype(c.dtype), gather=cache is not None)
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
         if cache is None:

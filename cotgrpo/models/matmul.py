@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import constrain, in_this_layout, layout_is_hidden, open_axes, partition_spec, vary_alike
+from cotgrpo.sharding import constrain, constrain_kernel, in_this_layout, layout_is_hidden, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -35,12 +35,12 @@ def project_tokens(
     For that, XLA's CPU compiler writes out a transposed `dy` and repeats the elementwise work that makes it.
     One product over the B T rows needs no copy.
 
-    If the layout is hidden, `letters` are the kernel's dimensions as `constrain` reads them. So an axis that splits
-    both sequences and parameters gathers the kernel and not the activations. `saved_name` is what remat policies call
-    the result.
+    `letters` are the kernel's dimensions as `constrain` reads them. The kernel is gathered before each product and `dW`
+    is laid out as the kernel lies. Left to itself, XLA moves activations, or sends the kernel in parts during the
+    product, which makes it slower. `saved_name` is what remat policies call the result.
     """
     # Gathered at each use: the forward pass keeps the kernel as it lies.
-    gathered = lambda kernel: kernel if open_axes() else constrain(kernel, letters)
+    gathered = lambda kernel: constrain(kernel, letters)
 
     @jax.custom_vjp
     def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
@@ -65,7 +65,7 @@ def project_tokens(
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))
         dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision)
-        return dx, gathered(dkernel).astype(kernel.dtype)
+        return dx, constrain_kernel(gathered(dkernel), letters).astype(kernel.dtype)
 
     product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
     return checkpoint_name(product(*vary_alike(x, kernel)), saved_name)
