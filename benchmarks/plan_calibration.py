@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cotgrpo.accelerators.chips import parse_topology
+from cotgrpo.accelerators.roofline import DTYPE_BYTES
 from cotgrpo.accelerators.step_estimate import StepLoad, expected_seconds
 from cotgrpo.atomic_files import write_json, write_text
 from cotgrpo.config import Config, DataConfig, StageConfig, StudentConfig, TokenizerConfig
@@ -95,22 +96,19 @@ def stored_path(run: dict[str, Any]) -> Path:
     return STORED / (re.sub(r"\W+", "-", run["run"].lower()).strip("-") + ".json")
 
 
-def load_of(run: dict[str, Any]) -> tuple[StepLoad, bool]:
+def load_of(run: dict[str, Any], *, by_arithmetic: bool = False) -> tuple[StepLoad, bool]:
     """Return what a device does in a step, and whether that was compiled. Not stored: by arithmetic."""
-    if stored_path(run).exists():
+    if stored_path(run).exists() and not by_arithmetic:
         return StepLoad(**json.loads(stored_path(run).read_text())["load"]), True
     plan = plan_of(run)
-    memory = plan.argument_bytes(plan.step()[1])
-    return plan.load_by_arithmetic(memory["parameters"] + memory["optimizer"]), False
+    parts = plan.mesh_sizes["fsdp"] * plan.mesh_sizes["tensor"]
+    state_bytes = 3 * DTYPE_BYTES[run["param_dtype"]] * plan.decoder.num_params() // parts  # with AdamW's moments
+    return plan.load_by_arithmetic(state_bytes), False
 
 
 def compare(run: dict[str, Any], *, by_arithmetic: bool = False) -> Comparison:
     """Return the plan's time of a published run."""
-    load, compiled = load_of(run)
-    if by_arithmetic and compiled:
-        plan = plan_of(run)
-        memory = plan.argument_bytes(plan.step()[1])
-        load, compiled = plan.load_by_arithmetic(memory["parameters"] + memory["optimizer"]), False
+    load, compiled = load_of(run, by_arithmetic=by_arithmetic)
     chip = parse_topology(run["topology"]).chip
     return Comparison(run, compiled, expected_seconds(load, chip, run["shape"]["head_dim"], compiled=compiled))
 

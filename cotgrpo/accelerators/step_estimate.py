@@ -16,8 +16,13 @@ from collections.abc import Mapping, Sequence
 from cotgrpo.accelerators.chips import Chip, Topology
 from cotgrpo.accelerators.roofline import Work
 
-COMPILED_SHARES = {"v4": 1.0, "v5e": 1.12, "v5p": 1.0, "v6e": 1.15, "tpu7x": 1.05}
-"""The compiler's estimate of compute over the time that it takes."""
+COMPILED_SHARES = {"v4": 1.0, "v5e": 1.12, "v5p": 1.0, "v6e": 1.75, "tpu7x": 1.4}
+"""The compiler's estimate of compute over the time that it takes.
+
+It is most careful with a matrix unit of 256 columns (v6e, tpu7x): even a single large product has 0.6 to 0.9 of the
+peak there. v5e and v6e are fitted to compiled steps, v5p to what `PEAK_SHARES` gives the same step. v4 and tpu7x are
+scaled from single products, and are the least certain.
+"""
 PEAK_SHARES = {"v4": 0.74, "v5e": 0.82, "v5p": 0.72, "v6e": 0.64, "tpu7x": 0.75, "gpu": 0.42}
 """Share of the published peak that a step's matrix products reach. It is for steps that are not compiled."""
 KERNEL_SHARE = 0.51
