@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +23,9 @@ CONTROL = re.compile(
     "\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible, and the direction of writing
     "\ud800-\udfff\U000e0000-\U000e007f]"  # surrogates, and invisible tags
 )
+
+NARROWEST = 40
+"""Lines are not wrapped on a terminal of fewer columns."""
 
 
 def clean(text: str) -> str:
@@ -35,10 +39,33 @@ def clean(text: str) -> str:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a text as it is: without markup, without colours of its own, not wrapped."""
+    """Print a text as it is: without markup and without colours of its own.
+
+    On a terminal, a longer line goes on after a space, so that no number is broken. A log gets the whole line.
+    """
     from rich.text import Text
 
-    console.print(Text(clean(text), style=style), highlight=False, soft_wrap=True)
+    text = clean(text)
+    if console.is_terminal and console.width >= NARROWEST:
+        text = "\n".join(wrapped(line, console.width) for line in text.split("\n"))
+    console.print(Text(text, style=style), highlight=False, soft_wrap=True)
+
+
+def wrapped(line: str, width: int) -> str:
+    """Return a line in parts of at most `width` letters, without breaking a word. Later parts are indented."""
+    if len(line) <= width:
+        return line
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            width,
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
+        )
+    )
 
 
 def complain(text: str) -> None:

@@ -44,6 +44,27 @@ def test_hostile_text_is_printed_as_text(kind: str, capsys: pytest.CaptureFixtur
     assert ("[" in text) <= ("[" in shown) and (":smile:" in text) <= (":smile:" in shown)
 
 
+RESULT = "after grpo: accuracy 99.8% of 500 (95 % interval 98.9% to 100.0%), loss 0.0001 on 1,234,567 rows"
+FOLDER = "written: /" + "a-long-folder/" * 9 + "page.html"
+
+
+@pytest.mark.parametrize("text", [RESULT, f"  {RESULT}", f"{RESULT}\n{RESULT}", FOLDER, "x" * 200, "short", ""])
+@pytest.mark.parametrize("width", [40, 57, 80])
+def test_a_terminal_breaks_lines_between_words(text: str, width: int) -> None:
+    file = io.StringIO()
+    say(Console(file=file, force_terminal=True, width=width), text)
+    lines = file.getvalue().removesuffix("\n").split("\n")
+    assert " ".join(lines).split() == text.split()
+    assert all(len(line) <= width or len(line.split()) == 1 for line in lines)
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(False, 80), (True, 39)])
+def test_a_log_and_a_narrow_terminal_get_whole_lines(terminal: bool, width: int) -> None:
+    file = io.StringIO()
+    say(Console(file=file, force_terminal=terminal, width=width), RESULT)
+    assert file.getvalue() == f"{RESULT}\n"
+
+
 def test_plain_text_stays() -> None:
     text = "é 中文 😀 (50 %)\n\ttab [x] \\n"
     assert clean(text) == text

@@ -23,17 +23,22 @@ class TooLarge(MemoryError):
     """Raised for what cannot fit into memory. The message says what is needed, and what is there."""
 
 
-def check_step(compiled: Any, say: Callable[[str], None] = complain) -> None:
+def check_step(compiled: Any, say: Callable[[str], None] = complain) -> int | None:
     """Check that a compiled step fits, by the compiler's own sizes of its arguments, temporaries and results.
+
+    Returns:
+        The bytes that it needs on a device; None if the backend does not tell.
 
     Raises:
         TooLarge: as `check_fits` does.
     """
     sizes = compiled.memory_analysis()
-    if sizes is None:  # a backend that does not tell
-        return
+    if sizes is None:
+        return None
     new = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    check_fits("a step", sizes.argument_size_in_bytes + new, new, say)
+    total: int = sizes.argument_size_in_bytes + new
+    check_fits("a step", total, new, say)
+    return total
 
 
 def check_fits(what: str, total: int, new: int, say: Callable[[str], None] = complain) -> None:

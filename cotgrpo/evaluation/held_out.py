@@ -122,7 +122,11 @@ class HeldOut:
             else ("no loss: no row has a correct reply that fits")
         )
         reward = "" if accuracy.reward is None else f", mean reward {accuracy.reward:.4g}"
-        say(self.console, f"{when}: held-out accuracy {accuracy}{reward}, {shown}")
+        say(
+            self.console,
+            f"{when}: held-out accuracy {accuracy.value:.1%} of {accuracy.n}\n"
+            f"  95 % interval {accuracy.low:.1%} to {accuracy.high:.1%}{reward}, {shown}",
+        )
         if sampled is not None:
             say(self.console, f"{when}: held-out {sampled}")
         measured = measured_set(accuracy, sampled)

@@ -153,7 +153,7 @@ class ProgressLine:
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:
-        self.console = console
+        self.title, self.console = title, console
         self.progress = Progress(
             StatusColumn(console),
             BarColumn(bar_width=None),

@@ -125,7 +125,7 @@ def run_quickstart(
         on_process_0(lambda: teach(folder, seed, language))
         say(
             console,
-            f"teacher: {TRAIN_ROWS[language]} triples, {QUESTIONS} questions and {TEST_ROWS} held-out rows in {folder}",
+            f"teacher: {TRAIN_ROWS[language]} triples, {QUESTIONS:,} questions and {TEST_ROWS} held-out rows in {folder}",
         )
         data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
         config = dataclasses.replace(config, data=data)
@@ -137,12 +137,10 @@ def run_quickstart(
         reports["on_policy"] = run_grpo(on_policy(config, language), console)
     report = combined(config, reports, stages, language)
     page = on_process_0(lambda: str(write_combined(folder, report)))
+    say(console, "accuracy on held-out questions:")
     for name, row in report["accuracy"].items():
-        say(
-            console,
-            f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} held-out questions "
-            f"(95 % interval {row['low']:.1%} to {row['high']:.1%})",
-        )
+        interval = f"(95 % interval {row['low']:.1%} to {row['high']:.1%})"
+        say(console, f"{STAGES[name]:26} {row['value']:6.1%} of {row['n']} {interval}")
     say(console, f"{report['wall_seconds']['total']:.0f} s in all; open {page}")
     return report
 

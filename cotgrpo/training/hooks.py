@@ -161,15 +161,30 @@ class LogHook(Hook):
         self.log.write(step, row)
 
 
+def estimate_text(steps: int, seconds: float) -> str:
+    """Return how long so many more steps take, at so many seconds a step."""
+    minutes, rest = divmod(round(steps * seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    speed = f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return f"about {left} for the other {steps:,} steps ({speed} each), plus evaluations"
+
+
 @dataclasses.dataclass
 class ProgressHook(Hook):
-    """Shows the step and the newest training metrics."""
+    """Shows the step and the newest training metrics. After the first steps, it prints how long the others take."""
 
     line: ProgressLine
+    total_steps: int
+    estimated: bool = False
 
     def on_row(self, step: int, row: Row) -> None:
-        if "train/step_time" in row:
-            self.line.show(step, row)
+        if "train/step_time" not in row:
+            return
+        self.line.show(step, row)
+        if not self.estimated and step < self.total_steps:
+            self.estimated = True
+            self.line.say(f"{self.line.title}: {estimate_text(self.total_steps - step, row['train/step_time'])}")
 
     def on_step(self, step: int) -> None:
         self.line.advance(step)

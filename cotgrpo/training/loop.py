@@ -238,7 +238,7 @@ def train(
             every_hook.insert(0, LogHook(log))
         signals = stack.enter_context(Signals())
         line = stack.enter_context(ProgressLine(settings.title, settings.total_steps, done, console))
-        every_hook.append(ProgressHook(line))
+        every_hook.append(ProgressHook(line, settings.total_steps))
         if evaluate is not None:
             every_hook.append(EvaluationHook(evaluate, schedule))
         every_hook.append(CheckpointHook(checkpoints, schedule, signals, line.say, lambda: clear_stop(folder)))
@@ -246,7 +246,8 @@ def train(
             stack.callback(hook.on_end)
             hook.on_start(done)
         good = on_process_0(lambda: last_good_step(folder)) == done
-        loop = Loop(step, batches, settings, schedule, extra, every_hook, good_step=done if good else done - 1)
+        good_step = done if good else done - 1
+        loop = Loop(step, batches, settings, schedule, extra, every_hook, line.say, good_step=good_step)
         try:
             state = loop.run(state, position)
         except TrainingStopped as stop:
@@ -312,6 +313,7 @@ class Loop:
     schedule: Schedule
     extra: tuple[Params, ...]
     hooks: Sequence[Hook]
+    say: Callable[[str], None]
     skipped_in_a_row: int = 0
     number: int = 0  # the newest step
     settled_step: int = 0
@@ -340,8 +342,7 @@ class Loop:
         on_devices = self.to_devices(batch)
         self.rows, self.batch_size = self.own_rows(batch), len(batch.tokens)
         self.settled_step = self.trained_step = int(state.step)
-        self.compiled = self.step.lower(state, on_devices, *self.extra).compile()
-        check_step(self.compiled)
+        self.compile(state, on_devices)
         self.clock = time.perf_counter()
         for number in range(int(state.step) + 1, self.settings.total_steps + 1):
             taken, used = self.batches.get_state(), on_devices
@@ -360,6 +361,17 @@ class Loop:
             for hook in self.hooks:
                 hook.on_step(number)
         return state
+
+    def compile(self, state: TrainState, batch: Batch) -> None:
+        """Compile the step, and print what is compiled, how long it took and the memory that it needs."""
+        title, (rows, length) = self.settings.title, batch.tokens.shape
+        self.say(f"{title}: compiling the step on {rows} x {length} tokens")
+        started = time.perf_counter()
+        self.compiled = self.step.lower(state, batch, *self.extra).compile()
+        needed = check_step(self.compiled)
+        seconds = time.perf_counter() - started
+        memory = "" if needed is None else f", and it needs {needed / 1e9:.2f} GB of memory on a device"
+        self.say(f"{title}: compiled in {seconds:.1f} s{memory}")
 
     def own_rows(self, batch: Batch) -> np.ndarray:
         """Return the rows of every batch that this process reads."""

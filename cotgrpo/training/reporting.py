@@ -7,7 +7,7 @@ import dataclasses
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax
 from rich.console import Console
 
 from cotgrpo.atomic_files import find_json_object, write_json
-from cotgrpo.config import Config, VerifiedReward
+from cotgrpo.config import Cached, Config, SelfReply, TeacherForced, VerifiedReward
+from cotgrpo.data.rows import DropReport
 from cotgrpo.distributed.processes import is_process_0, on_process_0
 from cotgrpo.evaluation.accuracy import draws_of, draws_text
 from cotgrpo.evaluation.held_out import HeldOut, set_figures
@@ -24,10 +25,12 @@ from cotgrpo.reports.report import ReportError, Shape, check, read_report, write
 from cotgrpo.terminal import say
 from cotgrpo.training.inputs import StageInputs
 from cotgrpo.training.mesh import run_mesh, run_options
-from cotgrpo.training.steps import StageName
+from cotgrpo.training.steps import StageName, stage_title
 from cotgrpo.types import Params
 
 SAMPLES_SHOWN = 12
+MADE_OF_ROWS = ("training sequences", "held-out questions", "held-out replies")
+"""Reports on what is made of rows that other reports count."""
 MEASUREMENT: Shape = {
     "accuracy": {"value": float, "n": int, "low": float, "high": float},
     "loss_rows": int,
@@ -94,6 +97,8 @@ class MeasurementCache:
             say(self.held_out.console, f"{path} was measured on other held-out rows: the report leaves it out")
             return None
         if known is None:
+            questions = len(self.held_out.exact_match.questions)
+            say(self.held_out.console, f"{when}: {questions} greedy replies (compiled at the first use)")
             known = self.held_out.measure(params(), when)
         if is_process_0() and not same:
             write_json(path, known)
@@ -128,8 +133,39 @@ def find_measurement(path: Path) -> dict[str, Any] | None:
 
 def print_reports(inputs: StageInputs, console: Console) -> None:
     """Print what was read, and what was left out."""
-    for title, report in inputs.reports.items():
-        say(console, f"{title}: {report}")
+    for line in report_lines(inputs.reports):
+        say(console, line)
+
+
+def report_lines(reports: Mapping[str, DropReport]) -> list[str]:
+    """Return what was left out of the rows and why, and in one line the rows of which all were kept.
+
+    What is made of the rows, such as sequences, is named only if some are left out.
+    """
+    lines, whole = [], list[str]()
+    for title, report in reports.items():
+        if report.dropped or report.noted:
+            lines.append(f"{title}: {report}")
+        elif not whole:
+            whole.append(f"{title}: {report}")
+        elif not (title in MADE_OF_ROWS or title.endswith(", questions")):
+            whole.append(f"{title}: all {report.read}")
+    return [*lines, "; ".join(whole)] if whole else lines
+
+
+def announce(stage: StageName, config: Config, inputs: StageInputs, console: Console) -> None:
+    """Print what a stage will do: its steps, and the rows and tokens that they are on."""
+    settings, ghosts = getattr(config, stage), config.grpo.ghosts
+    replies = stage == "grpo" and not isinstance(ghosts, TeacherForced | SelfReply | Cached)
+    what = "replies of the student" if replies else f"rows of {config.data.seq_len} tokens"
+    line = f"{stage_title(stage, config)}: {settings.steps:,} steps of {settings.batch_size} {what}"
+    if inputs.train and not replies:
+        tokens = sum(len(example.tokens) for example in inputs.train)
+        passes = settings.steps * settings.batch_size * config.data.seq_len / tokens
+        if not config.data.packing:
+            passes = settings.steps * settings.batch_size / len(inputs.train)
+        line += f"\n  about {passes:.3g} passes over {len(inputs.train):,} sequences, which are {tokens:,} tokens"
+    say(console, line)
 
 
 def write_stage_report(

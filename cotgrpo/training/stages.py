@@ -47,6 +47,7 @@ from cotgrpo.training.reporting import (
     MeasurementCache,
     Timer,
     add_evaluation,
+    announce,
     find_measurement,
     print_reports,
     write_live_report,
@@ -63,6 +64,7 @@ from cotgrpo.training.steps import (
     save_epochs,
     stage_optimizer,
     stage_step,
+    stage_title,
     with_steps,
 )
 from cotgrpo.training.weights import (
@@ -136,20 +138,22 @@ def run_locked_stage(
     on_process_0(lambda: claim_folder(folder, inputs))
     on_process_0(lambda: save_epochs(folder, epochs))
     print_student(inputs.model, weights, start, console)
+    announce(stage, config, inputs, console)
+    title = stage_title(stage, config)
     warn_of_rounding(stage, config, weights)
 
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     after_sft = origin if stage == "grpo" and origin == run_dir / "sft" else None
     cache = MeasurementCache(folder, held_out, after_sft, location.exists())
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
-        before = cache.measure("before.json", weights.adapted, f"before {stage}")
+        before = cache.measure("before.json", weights.adapted, f"before {title}")
     points = {} if before is None else {"base" if stage == "sft" or origin is None else "sft": before}
     live_report = ReportHook(lambda step: write_live_report(stage, config, inputs, points, timer.seconds(), step))
     advice = lambda: advice_for_training(stage, config, weights)
     with timer.training(), explain_out_of_memory(advice), explain_refused_option():
         state = train_stage(stage, config, inputs.model, weights, batches, held_out, console, [live_report, *hooks])
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
-        after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {stage}")
+        after = cache.measure("after.json", lambda: weights.adapted(state.params), f"after {title}")
 
     measured = points | ({} if after is None else {stage: after})
     if (base := on_process_0(lambda: cache.of_sft("before.json"))) is not None:
@@ -279,7 +283,7 @@ def train_stage(
         batches,
         folder,
         LoopSettings(
-            title=stage,
+            title=stage_title(stage, config),
             total_steps=settings.steps,
             log_every=settings.log_every,
             eval_every=settings.eval_every,

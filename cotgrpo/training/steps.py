@@ -32,6 +32,13 @@ TRIED_CASES = 2
 """Cases of each kind that an objective of the user's own is tried on."""
 
 
+def stage_title(stage: StageName, config: Config) -> str:
+    """Return the name of a stage in what a run prints: that of GRPO says whose contexts it trains on."""
+    if stage == "sft":
+        return stage
+    return f"{stage} {'on-policy' if config.grpo.ghosts.on_policy else 'teacher-forced'}"
+
+
 def stage_step(
     config: Config,
     stage: StageName,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
@@ -33,8 +35,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_triples(folder / "rows.jsonl", ProceduralTeacher(seed=1).draw(120))
     (folder / "c.yaml").write_text(f"run_dir: {folder / 'run'}\n{SETTINGS}", encoding="utf-8")
     for command in ("sft", "grpo"):
-        assert main([command, *options(folder)]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            assert main([command, *options(folder)]) == 0
+        (folder / f"{command}.txt").write_text(shown.getvalue(), encoding="utf-8")
     return folder
+
+
+def test_a_run_announces_what_it_does(trained: Path) -> None:
+    for stage, title, steps in (("sft", "sft", 6), ("grpo", "grpo teacher-forced", 4)):
+        lines = (trained / f"{stage}.txt").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if "rows kept" in line]
+        assert kept == ["training rows: 100 of 120 rows kept", "held-out rows: 20 of 20 rows kept"]
+        order = [
+            rf"{title}: {steps} steps of \d+ rows of 256 tokens",
+            r"  about [\d.]+ passes over 100 sequences, which are [\d,]+ tokens",
+            rf"{title}: compiling the step on \d+ x 256 tokens",
+            rf"{title}: compiled in [\d.]+ s, and it needs [\d.]+ GB of memory on a device",
+            rf"{title}  2/{steps}  loss .*",
+            rf"{title}: about \d+ s for the other {steps - 2} steps \([\d.]+ m?s each\), plus evaluations",
+            rf"after {title}: held-out accuracy [\d.]+% of 20",
+            r"  95 % interval [\d.]+% to [\d.]+%, loss [\d.]+ on 20",
+        ]
+        found = [next((n for n, line in enumerate(lines) if re.fullmatch(form, line)), -1) for form in order[:-1]]
+        assert -1 not in found and found == sorted(found), dict(zip(order, found, strict=False))
+        assert re.fullmatch(order[-1], lines[found[-1] + 1])
+        assert max(len(lines[number]) for number in found) <= 80
 
 
 def test_a_run_leaves_what_it_promises(trained: Path) -> None:
