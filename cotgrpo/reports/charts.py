@@ -245,7 +245,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any] 
             f'<g style="{series_style(stage)}"><title>{name}: {figures}</title>'
             f'<text x="{left}" y="{top + 15}"{smaller}>'
         )
-        parts.append(f'<tspan class="name">{name}</tspan><tspan dx="8">{figures}</tspan></text>')
+        parts.append(f'<tspan class="name">{name}</tspan><tspan class="figures" dx="8">{figures}</tspan></text>')
         box = f'x="{left}" y="{top + 23}" height="16" rx="3"'
         parts.append(f'<rect class="track" {box} width="{WIDTH - left - right}"/>')
         if row is not None:

@@ -28,6 +28,8 @@ COLOURS = ("sft", "grpo", "on_policy", "other", "base")
 VALUES_SHOWN = 4
 """Curves of a chart whose last values fit into its legend."""
 LEAVES = ("data.columns", "grpo.objective.options")
+ANSWERS_SHOWN = 8
+REPLIES: Shape = {"replies": [{"question": str, "gold": str, "text": str, "correct": bool}]}
 MEASURED: Shape = {"accuracy": {"value": float, "n": int, "low": float, "high": float}}
 
 
@@ -42,6 +44,7 @@ class StageOfRun:
         accuracy: the measurements that were made, by what they measure.
         finished: whether the stage has its report.
         problems: what is missing or damaged.
+        replies: the newest measured replies, by question.
     """
 
     name: str
@@ -50,6 +53,7 @@ class StageOfRun:
     accuracy: Mapping[str, Mapping[str, Any]]
     finished: bool
     problems: Sequence[str]
+    replies: Mapping[str, Mapping[str, Any]]
 
     @property
     def step(self) -> int:
@@ -108,6 +112,11 @@ class ComparedRun:
     def accuracy(self) -> dict[str, Mapping[str, Any]]:
         """All of its measurements."""
         return {name: row for stage in self.stages for name, row in stage.accuracy.items()}
+
+    @property
+    def replies(self) -> Mapping[str, Mapping[str, Any]]:
+        """The replies of its newest stage that has any, by question."""
+        return next((stage.replies for stage in reversed(self.stages) if stage.replies), {})
 
 
 def compare_runs(folders: Sequence[str], out: Path) -> Path:
@@ -180,7 +189,7 @@ def read_stage(name: str, folder: Path) -> StageOfRun:
         problems.append("accuracy: nothing was measured yet, or the measurements cannot be read")
     if (stopped := stop_text(folder)) is not None:
         problems.append(stopped)
-    return StageOfRun(name, rows, settings, accuracy, finished, problems)
+    return StageOfRun(name, rows, settings, accuracy, finished, problems, newest_replies(folder))
 
 
 def measurements(stage: str, folder: Path) -> dict[str, dict[str, Any]]:
@@ -197,6 +206,35 @@ def measurements(stage: str, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def newest_replies(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest replies that a stage's folder holds, by question."""
+    for file in ("eval.json", "after.json", "before.json"):
+        values = find_json_object(folder / file)
+        try:
+            check(values, REPLIES, "")
+        except ReportError:
+            continue
+        assert values is not None
+        return {reply["question"]: reply for reply in values["replies"]}
+    return {}
+
+
+def differing_answers(runs: Sequence[ComparedRun]) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any] | None]]]:
+    """Return questions that several runs were asked, each with a reply of every run, None if it was not asked.
+
+    Questions that not all of them answer right, or wrong, come first, and those with equal replies are left out.
+    """
+    asked = [run.replies for run in runs if run.replies]
+    if len(asked) < 2:
+        return []
+    several = [q for q in dict.fromkeys(q for replies in asked for q in replies) if sum(q in r for r in asked) > 1]
+    count = lambda question, key: len({replies[question][key] for replies in asked if question in replies})
+    found = [question for question in several if count(question, "text") > 1]
+    found.sort(key=lambda question: -count(question, "correct"))
+    rows = [[run.replies.get(question) for run in runs] for question in found[:ANSWERS_SHOWN]]
+    return [(next(reply for reply in row if reply is not None), row) for row in rows]
+
+
 def render(runs: Sequence[ComparedRun]) -> str:
     """Return the page as HTML text."""
     moments = list(dict.fromkeys(name for run in runs for name in run.accuracy))
@@ -207,7 +245,8 @@ def render(runs: Sequence[ComparedRun]) -> str:
             runs=runs,
             differing=list(differing_settings(runs)),
             moments=moments,
-            accuracy_charts=[(moment, accuracy_chart(moment, runs)) for moment in moments],
+            accuracy_chart=accuracy_chart(runs),
+            answers=differing_answers(runs),
             stages=[(stage, list(stage_charts(stage, runs))) for stage in stages_of(runs)],
         )
     )
@@ -232,16 +271,19 @@ def differing_settings(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, list[
             yield key, values
 
 
-def accuracy_chart(moment: str, runs: Sequence[ComparedRun]) -> Markup:
-    """Draw the accuracy of each run at one moment."""
-    rows = [(run.colour, f"{run.letter}", run.accuracy.get(moment)) for run in runs]
-    return interval_chart(f"Accuracy {moment}", rows)
+def accuracy_chart(runs: Sequence[ComparedRun]) -> Markup:
+    """Draw the newest accuracy of each run."""
+    rows = []
+    for run in runs:
+        moment, row = next(reversed(run.accuracy.items()), ("", None))
+        rows.append((run.colour, f"{run.letter} {moment}".strip(), row))
+    return interval_chart("Newest accuracy", rows)
 
 
 def stage_charts(stage: str, runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str, Markup]]:
     """Yield title, unit and chart of each metric that a run has logged in a stage."""
     for metric in METRICS:
-        for key in filter(None, (metric.key, metric.compared)):
+        for key in metric.keys:
             curves = [
                 Curve(stage, run.letter, found, second=run.dashed, colour=run.colour)
                 for run in runs

@@ -31,6 +31,7 @@ class Metric:
         unit: what is measured.
         key: name in the log.
         compared: name in the log of a second curve, drawn dashed; "" for none.
+        third: the same of a third one, in the colours of the stages.
         percent: whether values are fractions, shown as percentages.
         log: whether a logarithmic axis may be used.
     """
@@ -39,8 +40,14 @@ class Metric:
     unit: str
     key: str
     compared: str = ""
+    third: str = ""
     percent: bool = False
     log: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names in the log of all its curves."""
+        return tuple(filter(None, (self.key, self.compared, self.third)))
 
 
 METRICS = (
@@ -48,17 +55,26 @@ METRICS = (
     Metric("Reward", "log p(ghost) \N{MINUS SIGN} log p(drawn), nats", "train/reward"),
     Metric("Ghost and drawn tokens", "their mean probability", "train/ghost_prob", "train/drawn_prob", percent=True),
     Metric("Match rate", "drawn token is the ghost token", "train/match_rate", percent=True),
-    Metric("Token accuracy", "the likeliest token is the right one", "train/token_accuracy", percent=True),
-    Metric("Reply accuracy", "sampled in training, else greedy", "train/accuracy", "eval/accuracy", percent=True),
+    Metric(
+        "Accuracy",
+        "Training: the likeliest token. Reply accuracy: sampled, or greedy held out",
+        "train/token_accuracy",
+        "train/accuracy",
+        "eval/accuracy",
+        percent=True,
+    ),
     Metric("Entropy", "of the next token, nats", "train/entropy", log=True),
     Metric("KL", "to the frozen reference, nats", "train/kl", log=True),
     Metric("Gradient norm", "before clipping", "train/grad_norm", log=True),
     Metric("Learning rate", "by the schedule", "train/learning_rate"),
     Metric("Throughput", "real tokens per second", "train/tokens_per_sec"),
 )
+VALUES_IN_A_LEGEND = 2
+"""A chart with more kinds of curves has no room for their last values."""
 LEGENDS = {
     "train/loss": "training",
     "eval/loss": "held out",
+    "train/token_accuracy": "training",
     "train/accuracy": "sampled",
     "eval/accuracy": "greedy",
     "train/ghost_prob": "ghost",
@@ -150,13 +166,20 @@ def drawn_charts(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[
     """Yield a chart for each metric that the logs hold."""
     for metric in METRICS:
         curves = [
-            Curve(stage, LEGENDS.get(key, ""), found, second=key == metric.compared)
-            for key in (metric.key, metric.compared)
+            Curve(
+                stage,
+                LEGENDS.get(key, ""),
+                found,
+                second=key != metric.key,
+                colour=stage if key == metric.third else "",
+            )
+            for key in metric.keys
             for stage, rows in stages.items()
             if (found := points(rows, key))
         ]
         if curves:
-            yield metric, curve_chart(metric.title, curves, percent=metric.percent, log=metric.log)
+            few = len({curve.label for curve in curves}) <= VALUES_IN_A_LEGEND
+            yield metric, curve_chart(metric.title, curves, percent=metric.percent, log=metric.log, last_values=few)
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

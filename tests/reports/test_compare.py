@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -58,6 +59,42 @@ def page(*runs: str) -> str:
     assert text.startswith("<!DOCTYPE html>") and text.rstrip().endswith("</html>")
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
     return text
+
+
+ODD = "<i>&amp;</i>"
+
+
+def write_replies(folder: Path, replies: dict[str, bool], text: str) -> None:
+    """Add replies to the measurement after a stage."""
+    path = folder / "after.json"
+    found = [{"question": q, "gold": "1", "text": f"{text} {q}", "correct": right} for q, right in replies.items()]
+    path.write_text(json.dumps({"accuracy": ACCURACY, "replies": found}), encoding="utf-8")
+
+
+def test_answers_that_differ_are_side_by_side(runs: Path) -> None:
+    """Different verdicts come first; questions of one run alone are left out; text stays text."""
+    assert "no question has replies of several runs" in page("a", "b<i>")
+    write_replies(runs / "a" / "sft", {"same verdict": True, ODD: True, "of one run": True}, "a's")
+    write_replies(runs / "b<i>" / "grpo", {"same verdict": True, ODD: False}, "b's")
+    text = page("a", "b<i>").partition('<section id="answers">')[2].partition("</section>")[0]
+    assert re.findall(r"right|wrong", re.sub("Right|<[^>]*>", "", text)) == ["right", "wrong", "right", "right"]
+    shown = html.unescape(re.sub(r"<[^>]*>", " ", text))
+    assert shown.index(ODD) < shown.index("same verdict") and "of one run" not in shown
+    assert f"a's {ODD}" in shown and f"b's {ODD}" in shown and "<i>" not in text
+
+
+@pytest.mark.parametrize("replies", [[{"question": "q"}], "text", [[]], None, [{"question": 1, "gold": "1"}]])
+def test_replies_that_cannot_be_read_are_left_out(runs: Path, replies: Any) -> None:
+    for name in ("a/sft", "b<i>/grpo"):
+        (runs / name / "after.json").write_text(json.dumps({"accuracy": ACCURACY, "replies": replies}))
+    assert "no question has replies of several runs" in page("a", "b<i>")
+
+
+def test_the_newest_accuracy_of_each_run_is_one_chart(runs: Path) -> None:
+    text = page("a", "b<i>")
+    assert re.findall(r'aria-label="Newest accuracy\. ([^"]*)"', text) == [
+        "A after SFT: 62.5% (30.0% to 70.0%, n = 20); B after GRPO: 62.5% (30.0% to 70.0%, n = 20)."
+    ]
 
 
 def test_runs_side_by_side(runs: Path) -> None:
