@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from cotgrpo.models.decoder import DecoderConfig, KvCache, decode, head_of, init_cache, make_student
 from cotgrpo.models.lora import apply_adapters
 from cotgrpo.objectives import draw, draw_uniform, likeliest, softmax
-from cotgrpo.sampling.decoding_layout import DecodingLayout, ambient_layout, laid_out, row_parts, vocab_parts
+from cotgrpo.sampling.decoding_layout import (
+    DecodingLayout,
+    ambient_layout,
+    laid_out,
+    row_parts,
+    vocab_parts,
+    whole_rows,
+)
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
 from cotgrpo.sharding import constrain
@@ -370,6 +377,10 @@ def sample_tokens(
         token_B = jax.vmap(likeliest)(logits_BV)
     else:
         uniform_B2 = jax.vmap(lambda key, index: draw_uniform(jax.random.fold_in(key, index)))(keys_B, index_B)
-        filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(logits_BV)
+        drawn_BV = logits_BV
+        if parts > 1 and (settings.top_k is not None or settings.top_p < 1):
+            drawn_BV, parts = whole_rows(logits_BV), 1  # a filter sorts a whole row
+        filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(drawn_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None], parts)[0])(filtered_BV, uniform_B2)
+        token_B = constrain(token_B, "B")
     return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from cotgrpo.models.decoder import DecoderConfig, init_params, unstack_layers
 from cotgrpo.models.lora import AdaptedParams, apply_adapters
 from cotgrpo.sharding import (
     FOUND_LAYOUT,
     AxisLayout,
+    apply_constraint,
     axes_size,
     axis_layout,
     axis_names,
@@ -44,7 +45,7 @@ from cotgrpo.sharding import (
 from cotgrpo.types import Params
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Shaped
+    from jaxtyping import Array, Float, Shaped
 
     from cotgrpo.types import PyTree
 
@@ -382,3 +383,12 @@ def vocab_parts(vocab_size: int) -> int:
 def row_parts() -> int:
     """Return over how many shards the ambient layout spreads the sequences."""
     return axes_size(open_of(axis_layout().dimensions["B"]))
+
+
+def whole_rows(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Spread logits by sequence also over the devices that split the vocabulary, each row whole on one device."""
+    dimensions = axis_layout().dimensions
+    axes = open_of((*dimensions["B"], *dimensions["V"]))
+    if len(logits_BV) % axes_size(axes):
+        axes = open_of(dimensions["B"])
+    return apply_constraint(constrain(logits_BV, "BV"), PartitionSpec(axes or None, None))
