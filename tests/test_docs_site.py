@@ -1,0 +1,90 @@
+"""The documentation site: every page and setting is in it, and a broken link is an error."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cotgrpo
+from cotgrpo.config import Config
+from cotgrpo.config.sections import settings_in
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("build_site")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](data.md#files) b", "[a](data.md#files) b"),
+        ("[a](../docs/data.md)", "[a](data.md)"),
+        ("see [`c`](../configs/gsm8k_small.yaml).", "see `c`."),
+        ("![p](ghost_tokens.svg)", "![p](ghost_tokens.svg)"),
+        ("[out](https://example.org/x)", "[out](https://example.org/x)"),
+        ("[here](#files)", "[here](#files)"),
+        ("```\n[a](nowhere.py)\n```", "```\n[a](nowhere.py)\n```"),
+    ],
+)
+def test_links(site: Any, text: str, expected: str) -> None:
+    assert site.out_of_site(text, "docs/steps.md", {"data.md"}) == expected
+
+
+@pytest.mark.parametrize("target", ["nowhere.md", "../configs/none.yaml", "data.md/x"])
+def test_a_link_to_nothing(site: Any, target: str) -> None:
+    with pytest.raises(SystemExit, match=rf"docs/steps.md: a link to {re.escape(target)}"):
+        site.out_of_site(f"[a]({target})", "docs/steps.md", {"data.md"})
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(site: Any, tmp_path: Path) -> None:
+    site.write_sources(tmp_path / "sources")
+    written = {path.name for path in (tmp_path / "sources").glob("*.md")}
+    assert written >= {path.name for path in (ROOT / "docs").glob("*.md")} | {"index.md", "settings.md", "api.md"}
+    for path in (tmp_path / "sources").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for _, _, target in site.LINK.findall(text):
+            file, _, place = target.partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            other = path if not file else tmp_path / "sources" / file
+            assert other.is_file(), f"{path.name}: {target}"
+            if place and other.suffix == ".md":
+                assert place in anchors(other.read_text(encoding="utf-8")), f"{path.name}: {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """The places in a page, by its headings, as the site names them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    plain = [re.sub(r"[^\w\s-]", "", head.replace("`", "").lower()).strip() for head in heads]
+    return {re.sub(r"[\s-]+", "-", head) for head in plain}
+
+
+def test_every_setting_and_public_name_is_in_the_reference(site: Any) -> None:
+    settings = "\n".join(site.settings_page(site.read_index()))
+    names = re.findall(r"^- `([^`]*)`", settings, re.M)
+    for setting in settings_in(Config()):
+        assert f"--{setting.key}" in names, setting.key
+    api = "\n".join(site.api_page())
+    for name in cotgrpo.__all__:
+        assert re.search(rf"^::: cotgrpo\.[\w.]+\.{name}$", api, re.M), name
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly(site: Any, tmp_path: Path) -> None:
+    pytest.importorskip("zensical", reason="the site needs cotgrpo's docs extra")
+    assert site.main(["--out", str(tmp_path / "site")]) == 0
+    for page in ("index", "data", "method", "settings", "api"):
+        assert (tmp_path / "site" / f"{page}.html").is_file()
+    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert "log p(y*)" in api and 'id="cotgrpo.train_steps.make_grpo_step"' in api
+    found = json.loads(next((tmp_path / "site").rglob("search*.json")).read_text(encoding="utf-8"))
+    assert "GhostRespond" in json.dumps(found)
