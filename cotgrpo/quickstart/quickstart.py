@@ -123,10 +123,8 @@ def run_quickstart(
     own_rows = bool(config.data.train)
     if not own_rows:
         on_process_0(lambda: teach(folder, seed, language))
-        say(
-            console,
-            f"teacher: {TRAIN_ROWS[language]} triples, {QUESTIONS:,} questions and {TEST_ROWS} held-out rows in {folder}",
-        )
+        rows = f"{TRAIN_ROWS[language]} triples, {QUESTIONS:,} questions and {TEST_ROWS} held-out rows"
+        say(console, f"teacher: {rows} in {folder}")
         data = dataclasses.replace(config.data, train=[str(folder / "train.jsonl")], test=[str(folder / "test.jsonl")])
         config = dataclasses.replace(config, data=data)
     elif config.tokenizer == QUICKSTARTS[language].tokenizer:  # it knows sums only
