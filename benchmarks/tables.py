@@ -1,9 +1,9 @@
-"""Write the tables of docs/performance.md from the JSON in benchmarks/results, so that both agree.
+"""Write the tables of docs/performance.md and NOTES.md from the JSON in benchmarks/results, so that all agree.
 
     python benchmarks/tables.py            write
     python benchmarks/tables.py --check    show the difference, and exit with 1 if there is one
 
-In the page, a line `<!-- results/cpu/step_16m.json -->` precedes each table.
+In a page, a line `<!-- results/cpu/step_16m.json -->` precedes each table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cotgrpo.bench.command import FORMATS
 from cotgrpo.bench.parts import PARTS
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+PAGES = (HERE.parent / "docs" / "performance.md", HERE / "NOTES.md")
 MARKED = re.compile(r"(<!-- (results/\S+\.json) -->\n)((?:\|[^\n]*\n)*)")
 PEER_COLUMNS = (
     "peer",
@@ -29,7 +29,7 @@ PEER_COLUMNS = (
     "of the floor",
     "first step s",
     "peak GB",
-    "cotgrpo beside it s",
+    "cotgrpo in turn, s",
     "times as fast",
     "processor seconds",
 )
@@ -92,14 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
-    before = PAGE.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if check:
-        differing = [line for line in after.splitlines() if line not in before.splitlines()]
-        print("\n".join(differing))
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    wrong = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if check:
+            print("\n".join(line for line in after.splitlines() if line not in before.splitlines()))
+            wrong |= before != after
+        else:
+            page.write_text(after, encoding="utf-8")
+    return int(wrong)
 
 
 if __name__ == "__main__":

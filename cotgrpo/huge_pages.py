@@ -13,7 +13,7 @@ def use_huge_pages() -> None:
     """Restart this process, with the same arguments and process id, so that `malloc` asks Linux for pages of 2 MiB.
 
     XLA's CPU backend allocates its temporaries at each call and frees them. With pages of 4 KiB, the kernel clears and
-    maps gigabytes of them in each train step. docs/performance.md has the figures. The variable `GLIBC_TUNABLES` is
+    maps gigabytes of them in each train step. benchmarks/NOTES.md has the figures. The variable `GLIBC_TUNABLES` is
     read only when a process starts. Without glibc, or if the variable is set (even to an empty value), this does
     nothing.
     """

@@ -253,7 +253,7 @@ def test_run_gpu_smoke(tmp_path: pathlib.Path) -> None:
 
 def test_the_tables_of_the_page_are_those_of_the_results(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tables = importlib.import_module("tables")
-    page = tables.PAGE.read_text(encoding="utf-8")
+    page = "\n".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
     assert tables.main(["--check"]) == 0, f"run benchmarks/tables.py: {capsys.readouterr().out}"
     named = {path for _, path, _ in tables.MARKED.findall(page)}
     assert named and all(f"<!-- {path} -->\n| " in page for path in named)
