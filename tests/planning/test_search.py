@@ -104,3 +104,11 @@ def test_nothing_near_is_an_error_with_what_to_do() -> None:
     huge = dataclasses.replace(CONFIG, student=StudentConfig(width=16_384, num_layers=40, mlp_width=65_536))
     with pytest.raises(ConfigError, match="Nothing comes near to fitting on v5e:2x2: the smallest candidate takes"):
         rank_candidates(dataclasses.replace(PLAN, config=huge), QUIET)
+
+
+def test_of_equal_times_the_smaller_comes_first() -> None:
+    plan = lambda name, fits, seconds, size: {
+        "name": name, "fits": fits, "seconds": {"step": [seconds, seconds]}, "bytes_per_device": {"total": size},
+    }  # fmt: skip
+    found = [plan("a", False, 0.1, 1), plan("b", True, 1.0, 9), plan("c", True, 1.001, 5), plan("d", True, 0.9, 9)]
+    assert [own["name"] for own in sorted(found, key=search.by_speed)] == ["d", "c", "b", "a"]
