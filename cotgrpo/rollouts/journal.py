@@ -35,9 +35,9 @@ class RolloutJournal:
     def find(self, number: int) -> Arrays | None:
         """Return the arrays of a rollout, or None if they are missing or damaged: the rollout is made again then."""
         try:
-            with np.load(self.path(number)) as arrays:
+            with self.path(number).open("rb") as file, np.load(file) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile):
             return None
 
     def write(self, number: int, arrays: Arrays) -> None:
