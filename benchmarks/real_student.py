@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -282,7 +283,7 @@ class Study:
         self.start = self.trained("start", ["small"], START_RATE, sizes.start_steps)
         self.measure = Measure(self.start, self.rows, self.teacher)
         for name in ("teacher", "start"):
-            self.add({"arm": name, "rate": 0.0, "seed": 0, "steps": 0}, lambda name=name: self.figures(name, "sft"))
+            self.add({"arm": name, "rate": 0.0, "seed": 0, "steps": 0}, functools.partial(self.figures, name, "sft"))
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
             self.write_text(name, temperature)
         self.write_labels()
@@ -395,7 +396,7 @@ class Study:
         found = {}
         for rate in rates:
             key = {"arm": name, "rate": rate, "seed": 0, "steps": self.rows.sizes.steps, "chosen_on": "choice"}
-            found[rate] = self.add(key, lambda rate=rate: self.chosen(name, rate))["choice"]
+            found[rate] = self.add(key, functools.partial(self.chosen, name, rate))["choice"]
         return max(found, key=lambda rate: found[rate])
 
     def chosen(self, name: str, rate: float) -> dict[str, Any]:
@@ -408,7 +409,7 @@ class Study:
         rate = self.choose(name, rates) if len(rates) > 1 else rates[0]
         for seed in range(seeds):
             key = {"arm": name, "rate": rate, "seed": seed, "steps": self.rows.sizes.steps, "chosen_on": ""}
-            self.add(key, lambda seed=seed: self.measured(name, rate, seed))
+            self.add(key, functools.partial(self.measured, name, rate, seed))
 
     def measured(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         folder, seconds = self.train(name, rate, seed)
