@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.package_sources import CORE_PACKAGES, IMPORTS, TRAIN_STEP
 from packaging.requirements import Requirement
 
@@ -100,6 +102,25 @@ def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert any("make_grpo_step" in block for block in blocks), "the README shows no ```python example of make_grpo_step"
     run(sys.executable, "-W", "error", "-c", "\n".join(blocks), cwd=tmp_path)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """Templates, the live teachers and the help's index too, and nothing else."""
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("cotgrpo-*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "cotgrpo").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == tracked
 
 
 @pytest.mark.slow
