@@ -22,6 +22,7 @@ from cotgrpo.config.ghosts import LiveGhosts, SelfReply, StudentReplies, Teacher
 from cotgrpo.config.settings import GrpoConfig
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
+from cotgrpo.rollout_servers.settings import InProcess
 from cotgrpo.sampling.decoding_layout import DecodingLayout, decoding_bytes
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params
@@ -99,8 +100,15 @@ class RolloutPlan:
         memory = round(self.topology.hbm_bytes)
         return decoding_bytes(self.decoder, self.mesh, *sizes, memory=memory, params=self.params, resident=resident)
 
+    @property
+    def on_server(self) -> bool:
+        """Whether an engine on a server writes the replies."""
+        return not isinstance(self.settings.rollouts, InProcess)
+
     def rollout_seconds(self, layout: DecodingLayout) -> float:
-        """Return the time of the replies of one update: prefill, then a token of all rows at a time."""
+        """Return the time of the replies of one update here: prefill, then a token of all rows at a time."""
+        if self.on_server:
+            return 0.0
         waves = self.replies / self.rows
         return waves * (self.prefill_seconds + self.ghosts.max_new_tokens * self.token_seconds(layout))
 
@@ -153,6 +161,8 @@ class RolloutPlan:
         """Yield what the plan does not count."""
         if isinstance(self.ghosts, TeacherServer):
             yield "the ghosts' pass is on the teacher's server, and is not counted"
+        if self.on_server:
+            yield "the server writes the replies, which is not counted"
         yield f"every reply has max_new_tokens ({self.ghosts.max_new_tokens}) tokens"
 
 

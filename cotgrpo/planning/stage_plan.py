@@ -243,7 +243,8 @@ class StagePlan:
             teacher += memory["parameters"]
         stays = memory["parameters"] + memory["optimizer"] + memory["frozen parameters"] + teacher
         layout = plan.layout(memory["frozen parameters"] + teacher)
-        decoding = {"copy": layout.bytes.copy, "cache": layout.bytes.cache, "temporaries": layout.bytes.temporaries}
+        names = ("copy", "cache", "temporaries")
+        decoding = {name: 0 if plan.on_server else getattr(layout.bytes, name) for name in names}
         memory["live teacher"] = teacher
         memory["total"] = max(memory["total"] + teacher, stays + sum(decoding.values()))
         seconds = {"rollout": plan.rollout_seconds(layout), "ghosts": plan.ghost_seconds(), "train step": step_seconds}

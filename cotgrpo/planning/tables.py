@@ -70,9 +70,9 @@ def speed_rows(figures: dict[str, Any], topology: Topology) -> Iterator[tuple[st
     yield "model FLOPs a step", f"{flops['model']:.3e} (with what is computed again {flops['hardware']:.3e})"
     load = seconds["load"]
     parts = [f"compute {load['compute']:.3f} s", f"kernels {load['kernels']:.3f} s"]
-    if figures["estimate"]:
+    if seconds["compiler"] is None:
         parts.append(f"memory {load['memory']:.3f} s")
-    yield ("at published rates" if figures["estimate"] else "compiler and links"), ", ".join(parts)
+    yield ("at published rates" if seconds["compiler"] is None else "by the compiler"), ", ".join(parts)
     yield "network", f"{load['waited']:.3f} s waited for, {load['hidden']:.3f} s while computing"
     yield "step time", "{:.3f} s ({:.3f} to {:.3f})".format(expected["seconds"], *seconds["step"])
     peak = f"{topology.chip.flops / 1e12:.0f} TFLOP/s a chip"
@@ -83,8 +83,9 @@ def speed_rows(figures: dict[str, Any], topology: Topology) -> Iterator[tuple[st
         yield f"phase: {name}", f"{phase['seconds']:.2f} s ({phase['share']:.0%} of an update)"
     for note in figures.get("notes", ()):
         yield "note", note
-    if figures["estimate"]:
-        yield "note", "nothing was compiled: the times are published rates times what other runs reach"
+    if seconds["compiler"] is None:
+        why = "nothing was compiled" if figures["estimate"] else "it did not compile, for it does not fit"
+        yield "note", f"{why}: times are by arithmetic, at the share of the peak that other runs reach"
     if "compile_seconds" in figures:
         yield "compiled in", f"{figures['compile_seconds']:.0f} s"
     yield "versions", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())

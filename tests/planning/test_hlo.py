@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -211,7 +212,7 @@ SPLIT = """HloModule jit_step, num_partitions=16
   ROOT %t.1 = (s32[], bf16[1,512]) tuple(%q.1)
 }
 
-%layer_body (q: (s32[], bf16[1,512])) -> (s32[], bf16[1,512]) {
+%layers (q: (s32[], bf16[1,512])) -> (s32[], bf16[1,512]) {
   %q = (s32[], bf16[1,512]) parameter(0)
   %a.1 = (bf16[1,512], bf16[16,512]) fusion(%q), kind=kCustom, calls=%begin
   %w.1 = (s32[], bf16[1,512]) while(%a.1), condition=%c, body=%part_body, backend_config={"known_trip_count":{"n":"4"}}
@@ -223,8 +224,8 @@ SPLIT = """HloModule jit_step, num_partitions=16
 ENTRY %main (x: bf16[1,512]) -> bf16[1,512] {
   %x = bf16[1,512]{1,0} parameter(0)
   %first = (bf16[1,512], bf16[16,512]) fusion(%x), kind=kCustom, calls=%begin
-  %layers = (s32[], bf16[1,512]) while(%first), condition=%c, body=%layer_body, backend_config={"known_trip_count":{"n":"31"}}
-  ROOT %out = bf16[1,512]{1,0} get-tuple-element(%layers), index=1
+  %all = (s32[], bf16[1,512]) while(%first), condition=%c, body=%layers, backend_config={"known_trip_count":{"n":"31"}}
+  ROOT %out = bf16[1,512]{1,0} get-tuple-element(%all), index=1
 }
 """
 
@@ -259,42 +260,46 @@ def test_devices_of_the_first_group(groups: str, members: tuple[int, ...]) -> No
     assert not members or len(members) == group_size(groups)
 
 
-KERNELS = """HloModule step
+KERNEL = """  %{0} = bf16[2,8,256,64] custom-call(%{1}), custom_call_target="tpu_custom_call", {2}={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": {3}}}"
+}}}}, metadata={{op_name="kernel"}}"""
+"""A kernel's definition, which runs over three lines, with its name, operand and whether its backward is fused."""
+OPERANDS = "operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}}, frontend_attributes"
+
+
+def with_kernels(text: str) -> str:
+    """Return the text with each `@name operand fused` as a kernel."""
+    return re.sub(r"@(\S+) (\S+) (\w+)", lambda found: KERNEL.format(found[1], found[2], OPERANDS, found[3]), text)
+
+
+KERNELS = with_kernels("""HloModule step
 
 %local (x: f32[8]) -> f32[8] {
   %x = f32[8] parameter(0)
-  %splash_mha_fwd.1 = (bf16[2,8,256,64]) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}, bf16[2,2,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": false}"
-}}, metadata={op_name="kernel"}
+@splash_mha_fwd.1 x false
   ROOT %a = f32[8] add(%x, %x), backend_config={"estimated_cycles":"100"}
 }
 
 %global (x.1: f32[8]) -> f32[8] {
   %x.1 = f32[8] parameter(0)
-  %splash_mha_fwd.2 = (bf16[2,8,256,64]) custom-call(%x.1), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}, bf16[2,2,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": false}"
-}}, metadata={op_name="kernel"}
+@splash_mha_fwd.2 x.1 false
   ROOT %b = f32[8] add(%x.1, %x.1), backend_config={"estimated_cycles":"300"}
 }
 
 %body (x.2: f32[8]) -> f32[8] {
   %x.2 = f32[8] parameter(0)
   %dkv = f32[8] conditional(%x.2), branch_computations={%local, %global}
-  %splash_mha_dkv.1 = (bf16[2,2,256,64]) custom-call(%x.2), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"block_q\\": 64, \\"use_fused_bwd_kernel\\": true}"
-}}, metadata={op_name="kernel"}
+@splash_mha_dkv.1 x.2 true
   ROOT %d = f32[8] add(%x.2, %x.2), backend_config={"estimated_cycles":"1000"}
 }
 
 ENTRY %main (x.3: f32[8]) -> f32[8] {
   %x.3 = f32[8] parameter(0)
   %scan = f32[8] while(%x.3), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
-  %splash_mha_dq.1 = (bf16[2,8,256,64]) custom-call(%scan), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,256,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"use_fused_bwd_kernel\\": false}"
-}}, metadata={op_name="kernel"}
+@splash_mha_dq.1 scan false
   ROOT %e = f32[8] add(%scan, %scan)
 }
-"""
+""")
 
 
 def test_attention_kernels_count_by_their_own_operations() -> None:

@@ -21,6 +21,7 @@ from cotgrpo.models.decoder import init_params
 from cotgrpo.objectives import GroupRelative
 from cotgrpo.planning.rollout_plan import HBM_SHARE, RolloutPlan, teacher_params, teacher_paths
 from cotgrpo.planning.stage_plan import StagePlan
+from cotgrpo.rollout_servers.settings import RolloutServerSettings
 
 ROOT = Path(__file__).parents[2]
 DECODER = DecoderConfig(64, 32, 2, 4, 2, 8, 64, dtype="bfloat16", tied_head=False)
@@ -89,6 +90,13 @@ def test_a_server_s_pass_is_not_counted_and_that_is_said() -> None:
     plan = plan_for(TeacherServer(base_url="http://localhost", model="m", max_new_tokens=4))
     assert plan.ghost_seconds() == 0 and plan.teacher_bytes == 0
     assert any("server" in note for note in plan.notes())
+
+
+def test_replies_of_an_engine_on_a_server_take_nothing_here() -> None:
+    ghosts = TeacherModel(teacher="x", max_new_tokens=4)
+    plan = plan_for(ghosts, rollouts=RolloutServerSettings(base_url="http://localhost:8000"))
+    assert plan.on_server and plan.rollout_seconds(plan.layout(resident=0)) == 0
+    assert any("server writes the replies" in note for note in plan.notes())
 
 
 def test_the_live_teacher_s_weights_are_counted_once_on_each_device() -> None:
