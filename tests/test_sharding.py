@@ -323,7 +323,10 @@ def test_the_head_travels_once(
         for c in reductions
         for _, shape in c.arrays
     ]
-    assert [(c.kind, c.times()) for size, c in sizes if size == whole] == [("reduce-scatter", micro_batches)]
+    of_head = [c for size, c in sizes if size == whole]
+    assert [c.times() for c in of_head] == [micro_batches], "no table of the embedding's gradient is summed"
+    if platform == "cpu":  # XLA for TPUs writes an all-reduce for groups of which it has no reduce-scatter
+        assert of_head[0].kind == "reduce-scatter"
 
 
 def test_activations_lie_as_the_batch_does() -> None:
