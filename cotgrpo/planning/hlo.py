@@ -363,7 +363,7 @@ def attention_kernels(text: str, unknown: int = 1) -> list[Kernel]:
             if "tpu_custom_call" in line and "splash" in instruction:
                 arrays = [tuple(map(int, dims.split(","))) for _, dims in ARRAY.findall(constraints(line)) if dims]
                 shape = next(dims for dims in arrays if len(dims) == 4)
-                found.append(Kernel(instruction, shape, times, FUSED.search(line) is not None))  # type: ignore[arg-type]
+                found.append(Kernel(instruction, shape, times, FUSED.search(line) is not None))
             for call in calls(line, bodies):
                 trips = 1 if not call.loop else unknown if call.trips is None else call.trips
                 visit(call.callee, times * call.share * trips)

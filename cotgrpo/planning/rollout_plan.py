@@ -125,20 +125,12 @@ class RolloutPlan:
         work = Work(self.decoder, tokens=1, seq_len=self.seq_len)
         flops = 2 * (work.layer_weights + work.head_weights) * self.rows
         compute = flops / (devices * peak_share(chip) * chip.flops / chip.devices)
-        layers = self.decoder.num_layers
-        if layout.name == "as trained":  # all weights are gathered for each token
-            parts = math.prod(self.mesh.get(axis, 1) for axis in ("fsdp", "tensor"))
-            read = layout.bytes.copy * parts / self.mesh.get("tensor", 1)
-            sent = read * (1 - 1 / max(self.mesh.get("fsdp", 1), 1)) / self.topology.network_bandwidth
-            hops = 8 * layers
-        else:
-            read, sent = layout.bytes.copy, 0.0
-            split = math.prod(layout.sizes[axis] for axis in layout.tensor)
-            hops = 2 * layers if split > 1 else 0
-            own_rows = self.rows / layout.parts("B", self.rows)
-            stream = 2 * 2 * own_rows * self.decoder.width * (1 - 1 / split) * 2 * layers
-            sent += stream / self.topology.network_bandwidth
-        return max((read + seen * layout.bytes.cache) / bandwidth, compute) + sent + hops * HOP_SECONDS
+        # Where weights are split, the residual stream is summed twice in each layer.
+        split, sums = math.prod(layout.sizes[axis] for axis in layout.tensor), 2 * self.decoder.num_layers
+        own_rows = self.rows / layout.parts("B", self.rows)
+        sent = sums * 2 * (1 - 1 / split) * 2 * own_rows * self.decoder.width / self.topology.network_bandwidth
+        hops = sums * HOP_SECONDS if split > 1 else 0.0
+        return max((layout.bytes.copy + seen * layout.bytes.cache) / bandwidth, compute) + sent + hops
 
     def ghost_seconds(self) -> float:
         """Return the time in which the live ghosts of this process read the batch."""

@@ -19,7 +19,7 @@ from cotgrpo.config.ghosts import SelfReply, TeacherForced, TeacherModel, Teache
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.objectives import GroupRelative
-from cotgrpo.planning.rollout_plan import HBM_SHARE, RolloutPlan, teacher_params, teacher_paths
+from cotgrpo.planning.rollout_plan import HBM_SHARE, HOP_SECONDS, RolloutPlan, teacher_params, teacher_paths
 from cotgrpo.planning.stage_plan import StagePlan
 from cotgrpo.rollout_servers.settings import RolloutServerSettings
 
@@ -72,6 +72,16 @@ def test_a_token_reads_the_weights_and_the_cache_once() -> None:
     assert plan.rollout_seconds(layout) == pytest.approx(whole)
     halves = dataclasses.replace(plan.settings, ghosts=dataclasses.replace(plan.ghosts, updates_per_rollout=2))
     assert dataclasses.replace(plan, settings=halves).rollout_seconds(layout) == pytest.approx(whole / 2)
+
+
+def test_split_weights_sum_the_stream_twice_a_layer() -> None:
+    """Two devices hold half of the weights each: two layers, two sums of 8 rows of 32 bfloat16 numbers in each."""
+    mesh = MESH | {"tensor": 2}
+    plan = plan_for(TeacherModel(teacher="x", max_new_tokens=4), "h100:2", mesh)
+    layout = plan.layout(resident=0)
+    read = (layout.bytes.copy + (12 + 4 / 2) / 16 * layout.bytes.cache) / (HBM_SHARE * 3350e9)
+    sent = 4 * 2 * (1 / 2) * 8 * 32 * 2 / 450e9
+    assert plan.token_seconds(layout) == pytest.approx(read + sent + 4 * HOP_SECONDS)
 
 
 def test_a_prefill_and_the_ghosts_pass_are_forward_passes() -> None:
