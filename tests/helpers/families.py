@@ -167,6 +167,9 @@ CASES |= {
         "bias": True,
         "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
     },
+    # Below the length from which the rotation changes with the longest row.
+    "internlm3_near": {"model_type": "internlm3", "head_dim": 20, "max_position_embeddings": 128}
+    | {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 20, "use_bias": True, "tie_word_embeddings": True},
     "smollm3": {
         "model_type": "smollm3",
@@ -240,6 +243,15 @@ CASES |= {
             "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 3.0],
             "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0],
         },
+    },
+    "phi4_mini": {
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 80,
+        "max_position_embeddings": 320,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 3.0], "long_factor": [9.0] * 6},
     },
     "phi4": {"model_type": "phi3", "head_dim": 20, "rope_theta": 250_000.0, "rope_scaling": None},
     "hunyuan": {

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.families import CASES, SMALL, make_torch, old_config, text_type
+from helpers.families import CASES, SMALL, auto_class, make_torch, old_config, text_type
 
 from cotgrpo.models import Pretrained, load_pretrained, save_pretrained
 from cotgrpo.models.huggingface.config import config_json, decoder_config
@@ -108,7 +108,11 @@ def test_old_and_new_configs_say_the_same(case: str, saved: Any) -> None:
     assert loaded.config == decoder_config(loaded.hf_config) == decoder_config(old_config(case))
 
 
-@pytest.mark.parametrize("case", ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "apertus"]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4")],
+)
 def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
     """Of the mean next-token loss, leaf by leaf: |difference| <= 1e-3 of the leaf's largest entry."""
     from safetensors.torch import save_file
@@ -151,7 +155,14 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ["llama_biased", "smollm2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama_biased", "smollm2", "qwen3", "gemma3", "ernie4_5", "phi3"]
+    + [
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("gemma3_images", "qwen3_vl", "ministral3_images", "granite4", "apertus", "hunyuan", "olmo3")
+    ],
+)
 def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     """In from shards, out into shards: bit-equal tensors, the same config, the same logits."""
     from safetensors.torch import load_file
@@ -177,7 +188,7 @@ def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
     models = []
     for name in ("in", "out"):
-        found, report = transformers.AutoModelForCausalLM.from_pretrained(
+        found, report = auto_class(case).from_pretrained(
             tmp_path / name, attn_implementation="eager", output_loading_info=True
         )
         assert not any(report.values()), report

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.families import CASES, SMALL, make_torch
+from helpers.families import SMALL, make_torch, text_type
 
 from cotgrpo.data.chat import ChatTemplate, generation_stop_ids
 from cotgrpo.data.tokenizer import load_tokenizer
@@ -31,6 +31,12 @@ torch = pytest.importorskip("torch", reason="the oracle is transformers on torch
 transformers = pytest.importorskip("transformers")
 
 FAMILY_CASES = ("llama31_scaled", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+MORE_CASES = ("gemma3_images", "qwen3_vl", "ministral3", "mistral_images", "gemma", "ministral", "cwm", "seed_oss")
+MORE_CASES += ("internlm3_near", "ernie4_5", "smollm3", "granite", "granite4", "granite4_nope", "olmo2", "olmo3")
+MORE_CASES += ("exaone4", "exaone4_small", "phi4_mini", "phi4", "hunyuan", "arcee", "apertus")
+"""The families that are combinations of options of the decoder."""
+EMBEDDINGS = {"gemma": 0.05, "granite4_nope": 0.05, "olmo2": 4.0}
+"""Factors of the embedding with which random models say more than one word."""
 VIEW_CASES = ("llama31_scaled", "mistral", "gemma3")
 """One for each thing that a layer may see: all tokens, a window, either."""
 PROMPTS = [np.random.default_rng(n).integers(3, SMALL["vocab_size"], n).astype(np.int32) for n in (13, 5, 1, 9)]
@@ -143,7 +149,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {CASES[name]["model_type"] for name in FAMILY_CASES} == set(FAMILIES)
+    assert {text_type(name) for name in FAMILY_CASES + MORE_CASES} == set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_48_greedy_tokens(name: str, tmp_path: Path) -> None:
+    """As `test_greedy_tokens`, with twice the length."""
+    model, prompts = make_torch(name), pad_prompts(PROMPTS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(EMBEDDINGS.get(name, 0.3))
+    model.generation_config.eos_token_id = None
+    want, logits = torch_greedy(model, prompts, 48, PAD)
+    model.save_pretrained(tmp_path)
+    assert len(np.unique(want)) > 5, "replies that say something"
+    got = greedy(load_pretrained(tmp_path), prompts, 48)
+    assert count_tied(got.tokens, want, logits, TIE) <= 1
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)

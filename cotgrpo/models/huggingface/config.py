@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.huggingface.families import FAMILIES, WRAPPERS
+from cotgrpo.models.huggingface.families import FAMILIES, LACKING, WRAPPERS
 from cotgrpo.models.huggingface.family import COMMON, FIXED, REQUIRED, Family, HfConfig, ModelError
 from cotgrpo.models.huggingface.rope_fields import rope_fields, rope_scaling, write_rope
 
@@ -96,7 +96,10 @@ def family_of(hf: HfConfig) -> Family:
     """Return the row of `FAMILIES` for the `model_type` of config.json, or of its `text_config`."""
     kind = text_config(hf).get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ModelError(f"config.json: unknown model_type {kind!r}; supported: {', '.join({**FAMILIES, **WRAPPERS})}.")
+        known = str(kind).removesuffix("_text")
+        lacks = f" (the decoder has no {LACKING[known]})" if known in LACKING else ""
+        supported = ", ".join({**FAMILIES, **WRAPPERS})
+        raise ModelError(f"config.json: unknown model_type {kind!r}{lacks}; supported: {supported}.")
     return FAMILIES[kind]
 
 

@@ -713,6 +713,20 @@ WRAPPERS: dict[str, Wrapper] = {
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), {"head_dim": 128}),
 }
 
+LACKING = {
+    "qwen3_5": "gated delta-net layers and gated attention",
+    "qwen3_next": "gated delta-net layers, gated attention and experts",
+    "gemma4": "per-layer embeddings, shared keys and values, and another head width in global layers",
+    "gemma3n": "per-layer embeddings, shared keys and values, and low-rank residuals",
+    "qwen3_moe": "experts",
+    "gpt_oss": "experts, attention sinks and MXFP4 weights",
+    "deepseek_v3": "experts and latent attention",
+    "mixtral": "experts",
+    "lfm2": "short convolutions with a state",
+    "llama4": "experts and chunked attention",
+}
+"""{`model_type`: what the decoder lacks} of types that people ask for."""
+
 MODULES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",

@@ -363,11 +363,14 @@ def save_pretrained(
 
 def exported_config(hf: HfConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json of an export: with its number type, and without the names of code that is not copied."""
+    before = hf.get("dtype", hf.get("torch_dtype"))
     hf = {name: value for name, value in hf.items() if name != "auto_map"}
     hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, dtype)
     if is_wrapped(hf):
         text = dict(hf["text_config"])
-        hf["text_config"] = text | dict.fromkeys({"dtype", "torch_dtype"} & set(text), dtype)
+        hf["text_config"] = text | {
+            name: dtype for name in ("dtype", "torch_dtype") if name in text and text[name] == before
+        }
     return hf
 
 

@@ -1,0 +1,50 @@
+"""The tables of docs/models.md, made from those of the package. `python tests/helpers/models_page.py` writes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(parent) for parent in Path(__file__).parents[1:3]]
+
+from cotgrpo.models.huggingface.config import decoder_config
+from cotgrpo.models.huggingface.families import FAMILIES, LACKING, WRAPPERS
+from helpers.published_models import PUBLISHED
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def families_table() -> str:
+    """Return a row for each type that loads."""
+    lines = [
+        "| `model_type` | class in transformers | published models (parameters of the text part) |",
+        "|---|---|---|",
+    ]
+    for kind, row in {**FAMILIES, **WRAPPERS}.items():
+        sizes = [
+            f"{name} ({decoder_config(hf).num_params() / 1e9:.2f} B)"
+            for name, hf in PUBLISHED.items()
+            if hf["model_type"] == kind
+        ]
+        lines.append(
+            f"| `{kind}` | {row.architecture} | {', '.join(sizes) or 'the text part of a model with images'} |"
+        )
+    return "\n".join(lines)
+
+
+def refused_table() -> str:
+    """Return a row for each type that people ask for and that does not load."""
+    rows = [f"| `{kind}` | {what} |" for kind, what in LACKING.items()]
+    return "\n".join(["| `model_type` | the decoder lacks |", "|---|---|", *rows])
+
+
+def filled(page: str) -> str:
+    """Return the page with its tables as they are now."""
+    for name, table in (("families", families_table()), ("refused", refused_table())):
+        start, rest = page.split(f"<!-- {name} -->\n")
+        page = f"{start}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,122 @@
+"""config.json of published models, as far as it sets the decoder, and how many parameters their text part has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LLAMA3: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+def hub(
+    model_type: str, V: int, D: int, F: int, L: int, Q: int, K: int, eps: float = 1e-5, **more: Any
+) -> dict[str, Any]:
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L}
+    heads = {"num_attention_heads": Q, "num_key_value_heads": K}
+    return {"model_type": model_type, "max_position_embeddings": 32768, "rms_norm_eps": eps, **sizes, **heads, **more}
+
+
+def images(model_type: str, text: dict[str, Any], **outer: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "text_config": text, "vision_config": {"hidden_size": 1152}, **outer}
+
+
+def gemma3(D: int, F: int, L: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": L, "sliding_window": 1024, **more}
+    text = {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, **sizes}
+    return images("gemma3", text, mm_tokens_per_image=256, boi_token_index=255999, image_token_index=262144)
+
+
+def qwen3_vl(D: int, F: int, L: int, Q: int, tied: bool) -> dict[str, Any]:
+    rope: dict[str, Any] = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+    text = hub("qwen3_vl_text", 151936, D, F, L, Q, 8, 1e-6, head_dim=128, rope_scaling=rope, rope_theta=5_000_000)
+    return images("qwen3_vl", text, tie_word_embeddings=tied, image_token_id=151655, vision_start_token_id=151652)
+
+
+def ministral3(D: int, F: int, L: int, tied: bool = False) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+    rope |= {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
+    text = hub("ministral3", 131072, D, F, L, 32, 8, head_dim=128, rope_parameters=rope, tie_word_embeddings=tied)
+    return images("mistral3", text, projector_hidden_act="gelu", spatial_merge_size=2)
+
+
+def granite4(D: int, F: int, L: int, Q: int, K: int, **more: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"shared_intermediate_size": F, "num_local_experts": 0, "layer_types": ["attention"] * L}
+    fields |= {"position_embedding_type": "rope", "logits_scaling": 10, "residual_multiplier": 0.22}
+    fields |= {"embedding_multiplier": 12, "attention_multiplier": 0.015625, "mamba_n_heads": 64}
+    return hub("granitemoehybrid", 100352, D, F, L, Q, K, tie_word_embeddings=True, **fields, **more)
+
+
+def hunyuan(V: int, D: int, F: int, L: int, Q: int, K: int, tied: bool) -> dict[str, Any]:
+    rope = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "type": "dynamic"}
+    fields: dict[str, Any] = {
+        "use_qk_norm": True,
+        "use_cla": False,
+        "kv_lora_rank": None,
+        "rope_scaling": rope,
+        "eod_token_id": 3,
+    }
+    return hub("hunyuan_v1_dense", V, D, F, L, Q, K, head_dim=128, tie_word_embeddings=tied, **fields)
+
+
+GRANITE3 = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_dropout": 0.1}
+SHORT_AND_LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+YARN_R1 = {"attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama 3.2 1B": hub("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True),
+    "Llama 3.1 8B": hub("llama", 128256, 4096, 14336, 32, 32, 8, rope_scaling=LLAMA3),
+    "SmolLM2 135M": hub("llama", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+    "Mistral 7B v0.3": hub("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None),
+    "Qwen2.5 0.5B": hub("qwen2", 151936, 896, 4864, 24, 14, 2, 1e-6, tie_word_embeddings=True),
+    "Qwen2.5 7B": hub("qwen2", 152064, 3584, 18944, 28, 28, 4, 1e-6, use_sliding_window=False),
+    "Qwen3 0.6B": hub("qwen3", 151936, 1024, 3072, 28, 16, 8, 1e-6, head_dim=128, tie_word_embeddings=True),
+    "Qwen3 8B": hub("qwen3", 151936, 4096, 12288, 36, 32, 8, 1e-6, head_dim=128),
+    "DeepSeek R1 0528 Qwen3 8B": hub("qwen3", 151936, 4096, 12288, 36, 32, 8, 1e-6, head_dim=128)
+    | {"rope_scaling": YARN_R1 | {"rope_type": "yarn"}},
+    "Gemma 2 2B": hub("gemma2", 256000, 2304, 9216, 26, 8, 4, 1e-6, cache_implementation="hybrid"),
+    "Gemma 3 1B": hub("gemma3_text", 262144, 1152, 6912, 26, 4, 1, 1e-6, sliding_window=512),
+    "Gemma 3 4B": gemma3(2560, 10240, 34),
+    "Gemma 3 12B": gemma3(3840, 15360, 48, num_attention_heads=16, num_key_value_heads=8),
+    "Gemma 3 27B": gemma3(
+        5376, 21504, 62, num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
+    ),
+    "Qwen3-VL 2B": qwen3_vl(2048, 6144, 28, 16, True),
+    "Qwen3-VL 4B": qwen3_vl(2560, 9728, 36, 32, True),
+    "Qwen3-VL 8B": qwen3_vl(4096, 12288, 36, 32, False),
+    "Ministral 3 3B": ministral3(3072, 9216, 26, True),
+    "Ministral 3 8B": ministral3(4096, 14336, 34),
+    "Ministral 3 14B": ministral3(5120, 16384, 40),
+    "Gemma 2B": hub("gemma", 256000, 2048, 16384, 18, 8, 1, 1e-6, head_dim=256, hidden_act="gelu"),
+    "Gemma 7B": hub("gemma", 256000, 3072, 24576, 28, 16, 16, 1e-6, head_dim=256, hidden_act="gelu"),
+    "Ministral 8B 2410": hub("ministral", 131072, 4096, 12288, 36, 32, 8, head_dim=128, sliding_window=32768),
+    "CWM 32B": hub("cwm", 128256, 6144, 21504, 64, 48, 8, sliding_window=8192),
+    "Seed-OSS 36B": hub("seed_oss", 155136, 5120, 27648, 64, 80, 8, 1e-6, head_dim=128, residual_dropout=0.1),
+    "InternLM3 8B": hub("internlm3", 128512, 4096, 10240, 48, 32, 2, head_dim=128, qkv_bias=False, bias=False),
+    "ERNIE 4.5 0.3B": hub("ernie4_5", 103424, 1024, 3072, 18, 16, 2, head_dim=128, use_bias=False),
+    "SmolLM3 3B": hub("smollm3", 128256, 2048, 11008, 36, 16, 4, 1e-6, rope_theta=5e6, max_window_layers=28),
+    "Granite 3.3 2B": hub("granite", 49159, 2048, 8192, 40, 32, 8, tie_word_embeddings=True, **GRANITE3),
+    "Granite 3.3 8B": hub("granite", 49159, 4096, 12800, 40, 32, 8, tie_word_embeddings=True, **GRANITE3),
+    "Granite 4.0 micro 3B": granite4(2560, 8192, 40, 40, 8),
+    "OLMo 2 1B": hub("olmo2", 100352, 2048, 8192, 16, 16, 16, 1e-6, rope_theta=500000),
+    "OLMo 2 7B": hub("olmo2", 100352, 4096, 11008, 32, 32, 32, 1e-6, rope_theta=500000),
+    "OLMo 2 32B": hub("olmo2", 100352, 5120, 27648, 64, 40, 8, 1e-6, rope_theta=500000),
+    "OLMo 3 7B": hub("olmo3", 100278, 4096, 11008, 32, 32, 32, 1e-6, sliding_window=4096, rope_theta=500000),
+    "EXAONE 4.0 1.2B": hub("exaone4", 102400, 2048, 4096, 30, 32, 8, head_dim=64, tie_word_embeddings=True)
+    | {"sliding_window": None, "layer_types": ["full_attention"] * 30, "sliding_window_pattern": None},
+    "EXAONE 4.0 32B": hub("exaone4", 102400, 5120, 27392, 64, 40, 8, head_dim=128, sliding_window=4096)
+    | {"sliding_window_pattern": "LLLG"},
+    "Phi-3.5 mini": hub("phi3", 32064, 3072, 8192, 32, 32, 32, sliding_window=262144, rope_scaling=SHORT_AND_LONG),
+    "Phi-4 mini": hub("phi3", 200064, 3072, 8192, 32, 24, 8, tie_word_embeddings=True, partial_rotary_factor=0.75)
+    | {"rope_scaling": SHORT_AND_LONG, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
+    "Phi-4": hub("phi3", 100352, 5120, 17920, 40, 40, 10, rope_theta=250000, rope_scaling=None, embd_pdrop=0.0),
+    "HunYuan 0.5B": hunyuan(120818, 1024, 3584, 24, 16, 8, True),
+    "HunYuan 7B": hunyuan(128167, 4096, 14336, 32, 32, 8, True),
+    "AFM 4.5B": hub("arcee", 128004, 2560, 18432, 36, 20, 4, head_dim=128, hidden_act="relu2"),
+    "Apertus 8B": hub("apertus", 131072, 4096, 21504, 32, 32, 8, hidden_act="xielu", qk_norm=True, post_norm=False),
+}
