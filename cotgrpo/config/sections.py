@@ -144,7 +144,11 @@ class Choice:
             if section == key and last not in (self.switch, *names):
                 takes = f"takes {', '.join(names)}" if names else "takes no options"
                 kind = f"the {key.rpartition('.')[2]} {name!r}"
-                given.check_applies(other, f"{key}.{self.switch}", f"{kind}, which {takes}.")
+                try:
+                    given.check_applies(other, f"{key}.{self.switch}", f"{kind}, which {takes}.")
+                except ConfigError:
+                    self.check_range(key, last, given.values[other])
+                    raise
         own = {field: given.values[f"{key}.{field}"] for field in names if f"{key}.{field}" in given.values}
         if type(value) is alternative:
             own = shallow(value) | own
@@ -153,6 +157,18 @@ class Choice:
         for name in unused.names:
             given.check_applies(f"{key}.{name}", f"{key}.{unused.switch}", unused.reason)
         return construct(alternative, {k: v for k, v in own.items() if k not in unused.names}, f"{key}.")
+
+    def check_range(self, key: str, name: str, value: Any) -> None:
+        """Raise ConfigError if no alternative takes this value of a setting. It may not apply for another reason."""
+        owners = [c for c in self.alternatives.values() if name in (field.name for field in dataclasses.fields(c))]
+        problems = []
+        for owner in owners:
+            try:
+                construct(owner, {name: value}, f"{key}.")
+            except ConfigError as error:
+                problems += [error] * str(error).startswith(f"{key}.{name} ")
+        if problems and len(problems) == len(owners):
+            raise problems[0]
 
     def tree(self, value: DataclassInstance) -> dict[str, Any]:
         """Return the alternative's name and its settings."""

@@ -49,14 +49,14 @@ class RolloutServerSettings(ConnectionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base_url:
-            raise ValueError("base_url must be the server's address, such as http://localhost:8000/v1, got none.")
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}.")
         if self.folder is not None and not self.folder.strip():
             raise ValueError("folder must be the name of a folder or null, got an empty text.")
         if not self.largest_gap > 0:
             raise ValueError(f"largest_gap must be above 0, got {self.largest_gap}.")
+        if not self.base_url:
+            raise ValueError("base_url must be the server's address, such as http://localhost:8000/v1, got none.")
 
 
 ENGINES: dict[str, type[InProcess] | type[RolloutServerSettings]] = {

@@ -515,3 +515,20 @@ def test_a_setting_of_several_alternatives_has_one_type(alternatives: Mapping[st
         for field in dataclasses.fields(kind):
             types.setdefault(field.name, set()).add(str(hints[field.name]))
     assert {name: found for name, found in types.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("grpo.rollouts.retries", "-7", "must be at least 0"),
+        ("grpo.rollouts.largest_gap", "-1", "must be above 0"),
+        ("grpo.rollouts.largest_gap", "0.5", "does not apply"),
+        ("grpo.ghosts.num_generations", "0", "must be at least 1"),
+        ("grpo.ghosts.num_generations", "2", "does not apply"),
+        ("grpo.objective.top_k", "-3", "must be"),
+        ("grpo.objective.top_k", "3", "does not apply"),
+    ],
+)
+def test_a_value_that_no_alternative_takes_is_wrong_before_it_does_not_apply(key: str, value: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} {says}"):
+        parse_config([f"--{key}", value])
