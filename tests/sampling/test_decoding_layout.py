@@ -162,20 +162,16 @@ def params_of(config: DecoderConfig, lora: bool = False) -> Params:
     ("mesh", "parts", "options"),
     [
         ("fsdp", 1, {}),
-        pytest.param("fsdp", 4, {}, marks=pytest.mark.slow),
         ("fsdp", 8, {"slots": 4}),  # more devices than key/value heads
-        ("fsdp-tensor", 1, {"slots": 4}),
+        pytest.param("fsdp-tensor", 1, {"slots": 4}, marks=pytest.mark.slow),
         pytest.param("fsdp-tensor", 4, {"lora": True}, marks=pytest.mark.slow),
         pytest.param("fsdp", 1, {"lora": True}, marks=pytest.mark.slow),
-        pytest.param("context", 1, {}, marks=pytest.mark.slow),
         pytest.param("context", 2, {}, marks=pytest.mark.slow),
         pytest.param("fsdp", 4, {"top_k": 7, "top_p": 0.9}, marks=pytest.mark.slow),
         pytest.param("data-fsdp", 8, {"temperature": 0.0}, marks=pytest.mark.slow),
         ("tensor", 1, {}),  # an axis that does not divide the key/value heads
-        pytest.param("all", 1, {"slots": 4}, marks=pytest.mark.slow),
         pytest.param("all", 8, {}, marks=pytest.mark.slow),
         pytest.param("fsdp-context", 4, {"lora": True}, marks=pytest.mark.slow),
-        pytest.param("data", 2, {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_same_tokens(mesh: str, parts: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,11 +233,8 @@ def most_bytes(config: DecoderConfig, batch: int) -> int:
         pytest.param("fsdp-tensor", 1, {}, marks=pytest.mark.slow),
         pytest.param("context", 1, {"top_p": 0.9}, marks=pytest.mark.slow),
         pytest.param("fsdp", 4, {}, marks=pytest.mark.slow),
-        pytest.param("fsdp", 8, {}, marks=pytest.mark.slow),
         ("fsdp-tensor", 4, {"lora": True}),
-        pytest.param("fsdp-tensor", 4, {"temperature": 0.0}, marks=pytest.mark.slow),
         pytest.param("all", 8, {}, marks=pytest.mark.slow),
-        pytest.param("fsdp-context", 1, {"lora": True}, marks=pytest.mark.slow),
         pytest.param("fsdp-context", 8, {}, marks=pytest.mark.slow),
     ],
 )
