@@ -12,6 +12,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LINES = 62
+LINES_OF_THE_WHOLE_METHOD = 80
 
 
 @pytest.mark.slow
@@ -36,7 +37,8 @@ def test_example(path: Path, devices: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+    most = LINES_OF_THE_WHOLE_METHOD if path.stem == "train_steps_in_your_loop" else LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
 
 
 def test_there_are_examples() -> None:
