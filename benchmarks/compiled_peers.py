@@ -26,7 +26,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from cotgrpo.planning.stage_plan import StagePlan
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "compiled_peers"
@@ -66,7 +69,7 @@ class Row:
     slice: str
     sequences: int
     seq_len: int
-    param_dtype: str
+    param_dtype: Literal["float32", "bfloat16"]
     maxtext: tuple[str, ...]
     devices: int
     lora_rank: int = 0
@@ -155,15 +158,15 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     write_json(path, figures)
 
 
-def compile_cotgrpo(row: Row, flags: dict[str, int]) -> dict[str, Any]:
-    """Compile the step of `cotgrpo sft`."""
+def plan_of(row: Row, flags: dict[str, int]) -> StagePlan:
+    """Return the plan of `cotgrpo sft` on a row's slice, with these options of XLA and no others."""
     from cotgrpo.accelerators.chips import parse_topology
     from cotgrpo.compiler_options.measured import CompilerConfig
-    from cotgrpo.config import Config, DataConfig, LoraConfig, OptimizerConfig, SftConfig, StudentConfig
+    from cotgrpo.config import Config, DataConfig, LoraConfig, OptimizerConfig, StudentConfig
     from cotgrpo.planning.stage_plan import StagePlan
-    from cotgrpo.planning.tpu_compile import compile_step, tpu_devices
-    from cotgrpo.sharding import MeshConfig, make_mesh
+    from cotgrpo.sharding import MeshConfig
 
+    optimizer = OptimizerConfig("adamw")
     config = Config(
         student=StudentConfig(
             path=str(ROOT / "configs" / "models" / row.model),
@@ -172,15 +175,23 @@ def compile_cotgrpo(row: Row, flags: dict[str, int]) -> dict[str, Any]:
             remat="full",
         ),
         data=DataConfig(seq_len=row.seq_len),
-        sft=SftConfig(batch_size=row.sequences, optimizer=OptimizerConfig("adamw")),
+        sft=dataclasses.replace(Config().sft, batch_size=row.sequences, optimizer=optimizer),
         lora=LoraConfig(rank=row.lora_rank) if row.lora_rank else None,
         mesh=MeshConfig(data=1, fsdp=-1),
         compiler=CompilerConfig(measured=False, options=dict(flags)),
     )
-    plan = StagePlan(config, "sft", parse_topology(row.slice))
-    mesh = make_mesh(devices=tpu_devices(plan.topology), **plan.mesh_sizes)
+    return StagePlan(config, "sft", parse_topology(row.slice))
+
+
+def compile_cotgrpo(row: Row, flags: dict[str, int]) -> dict[str, Any]:
+    """Compile the step of `cotgrpo sft`."""
+    from cotgrpo.planning.tpu_compile import compile_step, tpu_devices
+    from cotgrpo.sharding import make_mesh
+
+    plan = plan_of(row, flags)
     step, arguments = plan.step()
-    program = compile_step(step, mesh, arguments, config.compiler.given("tpu"))
+    mesh = make_mesh(devices=tpu_devices(plan.topology), **plan.mesh_sizes)
+    program = compile_step(step, mesh, arguments, plan.config.compiler.given("tpu"))
     return figures_of(program, plan.topology.chip.clock, lambda in_loss: plan.num_tiles if in_loss else None)
 
 

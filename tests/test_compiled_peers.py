@@ -78,6 +78,24 @@ def test_maxtext_has_no_step_for_lora(peers: Any, tmp_path: pathlib.Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+PARAMETERS = {"llama-3-8b": 8_030_261_248, "gemma-3-1b": 999_885_952, "qwen3-0.6b": 596_049_920}
+
+
+def test_our_side_of_every_row(peers: Any) -> None:
+    """The plan has the row's model, tokens and options of XLA, and none that were measured to help."""
+    for row in peers.ROWS.values():
+        plan = peers.plan_of(row, peers.FLAGS["no-loops"])
+        assert plan.decoder.num_params() == PARAMETERS[row.model]
+        assert (plan.decoder.remat, plan.decoder.attention, plan.decoder.param_dtype) == (
+            "full", "splash", row.param_dtype,
+        )  # fmt: skip
+        assert plan.mesh_sizes == {"data": 1, "fsdp": row.devices, "tensor": 1, "context": 1}
+        assert plan.work.tokens == row.sequences * row.seq_len
+        assert plan.config.compiler.given("tpu") == peers.FLAGS["no-loops"]
+        left_out = peers.plan_of(row, peers.FLAGS["default"]).config.compiler.given("tpu")
+        assert set(left_out.values()) == {None}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["qwen"], "There is no row qwen"), ([ROW], "--maxtext is missing")],
