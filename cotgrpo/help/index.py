@@ -119,7 +119,7 @@ def make_commands() -> dict[str, Command]:
     from cotgrpo.bench.command import make_parser as make_bench_parser
     from cotgrpo.commands.parsers import COMMANDS, make_parser
 
-    commands = {}
+    commands: dict[str, Command] = {}
     for name in COMMANDS:
         if name == "bench":
             commands |= dict(commands_in("bench", make_bench_parser()))
@@ -130,9 +130,9 @@ def make_commands() -> dict[str, Command]:
 
 def commands_in(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, Command]]:
     """Yield a command and its parts."""
-    groups, hidden = [], []
+    groups, hidden = [], list[str]()
     for group in parser._action_groups:
-        options = []
+        options = list[Option]()
         for action in group._group_actions:
             if isinstance(action, argparse._SubParsersAction):
                 options += [Option((), part.dest, part.help or "") for part in action._get_subactions()]

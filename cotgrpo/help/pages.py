@@ -163,8 +163,10 @@ def completion(shell: str) -> str:
         own = commands.add_parser(name, help=line, add_help=False)
         add_completed_options(own, index[name])
         parts = [option for option in index[name].options if not option.flags and f"{name} {option.metavar}" in index]
-        inner = own.add_subparsers() if parts else None
-        for part in parts if inner else ():
+        if not parts:
+            continue
+        inner = own.add_subparsers()
+        for part in parts:
             of_part = inner.add_parser(part.metavar, help=escaped(part.help), add_help=False)
             add_completed_options(of_part, index[f"{name} {part.metavar}"])
     return str(shtab.complete(parser, shell=shell))
@@ -189,10 +191,11 @@ def add_completed_options(parser: argparse.ArgumentParser, command: Command) -> 
             parser.add_argument(*option.flags, action="store_true", help=help)
             continue
         words = re.fullmatch(r"\{([\w.,-]+)\}", option.metavar)
-        positional = {"nargs": "*"} if not option.flags else {}
-        action = parser.add_argument(
-            *(option.flags or ["runs"]), choices=words[1].split(",") if words else None, help=help, **positional
-        )
+        choices = words[1].split(",") if words else None
+        if option.flags:
+            action = parser.add_argument(*option.flags, choices=choices, help=help)
+        else:
+            action = parser.add_argument("runs", nargs="*", help=help)
         if {*FOLDERS} & {*option.flags} or not option.flags:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif {*FILES} & {*option.flags}:
