@@ -297,3 +297,36 @@ def test_a_busy_server_and_one_that_cuts_its_answers_are_asked_again(
         server.fault = fault
         assert [reply.ids for reply in written(client, prompts)] == own_replies(folders[0], prompts)
         assert not faults and json.dumps(client.said) == "[]"  # type: ignore[attr-defined]
+
+
+def test_a_server_that_times_out_is_waited_for_and_named_once(
+    server: RolloutServer, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotgrpo.teacher_servers.patient_server.SAID_AFTER", 0.05)
+    slow, prompts = 2, prompts_of(folders[0])
+
+    def fault(path: str, body: Any) -> None:
+        nonlocal slow
+        slow -= 1
+        if slow >= 0:
+            time.sleep(1.5)
+
+    with connected(server.url, folders[0], concurrency=1) as client:
+        client.connect()
+        expected = written(client, prompts)  # its programs are compiled
+        server.fault = fault
+        monkeypatch.setattr(client, "settings", dataclasses.replace(client.settings, timeout=1.0))
+        assert written(client, prompts) == expected
+        said = client.said  # type: ignore[attr-defined]
+    assert "does not answer (timeout: no answer in 1 s)" in said[0] and "answers again" in said[1]
+    assert server.loaded == []
+
+
+def test_a_model_that_the_server_does_not_have_is_one_line(server: RolloutServer, folders: tuple[Path, Path]) -> None:
+    words = "The model `tutor` does not exist."
+    server.fault = lambda path, body: (404, {"error": {"message": words}}) if body.get("model") == "tutor" else None
+    with connected(server.url, folders[0], model="tutor") as client, pytest.raises(TeacherError) as error:
+        client.connect()
+    assert "does not know this address or model (HTTP 404; model 'tutor'). Check grpo.rollouts.base_url" in str(
+        error.value
+    )
