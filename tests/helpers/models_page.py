@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(parent) for parent in Path(__file__).parents[1:3]]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cotgrpo.models.huggingface.config import decoder_config
 from cotgrpo.models.huggingface.families import FAMILIES, LACKING, WRAPPERS
