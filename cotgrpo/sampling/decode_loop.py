@@ -21,13 +21,13 @@ from cotgrpo.sampling.decoding_layout import (
     DecodingLayout,
     ambient_layout,
     laid_out,
+    lay_out,
     row_parts,
     vocab_parts,
     whole_rows,
 )
 from cotgrpo.sampling.prompts import Prompts, Replies
 from cotgrpo.sampling.settings import SamplingSettings, filter_logits
-from cotgrpo.sharding import constrain
 from cotgrpo.tiled_loss import HeadSpec
 from cotgrpo.types import Params
 from cotgrpo.xla_cpu import project_few_tokens
@@ -103,7 +103,7 @@ def make_sampler(
                 batch_size=batch_size,
                 admit_size=admit_size(batch_size, count),
             ).run()
-        return replies if layout is None else jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), replies)
+        return replies if layout is None else jax.tree.map(lambda x: lay_out(x, "BT"[: x.ndim]), replies)
 
     return sample
 
@@ -202,9 +202,9 @@ class DecodeLoop:
             position=zeros,
             ended=jnp.ones((self.batch_size,), bool),
             finished=jnp.zeros((self.batch_size,), bool),
-            hidden=constrain(jnp.zeros((self.batch_size, self.config.width), jnp.dtype(self.config.dtype)), "BD"),
-            tokens=constrain(jnp.zeros(ring, jnp.int32), "BN"),
-            log_probs=constrain(jnp.zeros(ring, jnp.float32), "BN"),
+            hidden=lay_out(jnp.zeros((self.batch_size, self.config.width), jnp.dtype(self.config.dtype)), "BD"),
+            tokens=lay_out(jnp.zeros(ring, jnp.int32), "BN"),
+            log_probs=lay_out(jnp.zeros(ring, jnp.float32), "BN"),
             cache=init_cache(self.config, self.batch_size, self.prompts.tokens.shape[1] + ring[1]),
         )
 
@@ -382,5 +382,5 @@ def sample_tokens(
             drawn_BV, parts = whole_rows(logits_BV), 1  # a filter sorts a whole row
         filtered_BV = jax.vmap(lambda logits_V: filter_logits(logits_V, settings))(drawn_BV)
         token_B = jax.vmap(lambda logits_V, u: draw(logits_V, u[None], parts)[0])(filtered_BV, uniform_B2)
-        token_B = constrain(token_B, "B")
+        token_B = lay_out(token_B, "B")
     return token_B, jax.vmap(lambda logits_V, token: softmax(logits_V).log_prob(token))(logits_BV, token_B)

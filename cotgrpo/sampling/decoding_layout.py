@@ -385,6 +385,11 @@ def row_parts() -> int:
     return axes_size(open_of(axis_layout().dimensions["B"]))
 
 
+def lay_out(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
+    """Lay out an array of the loop by its letters. Without a mesh whose axes are known, return it unchanged."""
+    return apply_constraint(x, partition_spec(letters, x.shape))
+
+
 def whole_rows(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """Spread logits by sequence also over the devices that split the vocabulary, each row whole on one device."""
     dimensions = axis_layout().dimensions
