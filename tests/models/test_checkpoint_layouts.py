@@ -140,6 +140,4 @@ def test_adapters_of_fused_modules_are_merged_only(tmp_path: Path) -> None:
     params, lora = load_pretrained(tmp_path / "in").params, LoraConfig(rank=2)
     adapters = init_lora(params, lora, jax.random.key(1))
     with pytest.raises(ModelError, match=r"adapter of gate, key, query, up, value alone: a phi3 model keeps several"):
-        ModelError, match=r"cannot load an adapter of gate, key, query, up, value alone: a phi3 .* merged weights"
-    ):
         save_adapter(tmp_path / "adapter", dict(adapters), lora, hf_config=PHI)

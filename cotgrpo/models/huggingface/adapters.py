@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,7 @@ def save_adapter(
     unknown = ["/".join(path) for path in pairs if path[:-1] != ("layers",) or path[-1] not in PROJECTIONS]
     if unknown:
         raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {set(PROJECTIONS)}.")
-    fused = [path[-1] for path in pairs if path[-1] not in slots]
-    if hf_config is not None and fused:
-        raise ModelError(
-            f"peft cannot load an adapter of {', '.join(fused)} alone: a {hf_config['model_type']} model keeps several "
-            "projections in one module. Export the merged weights."
-        )
+    refuse_fused([path[-1] for path in pairs if path[-1] not in slots], hf_config)
     prefix = "model." if hf_config is None or not is_wrapped(hf_config) else "model.language_model."
     tensors = {
         NAME.format(prefix, layer, slots[path[-1]].name, theirs): in_peft(slots[path[-1]], path, pair, ours, layer)
@@ -111,6 +106,15 @@ def save_adapter(
                 (partial / "README.md").write_text(text, encoding="utf-8")
             also(partial)
     return folder
+
+
+def refuse_fused(names: Sequence[str], hf_config: HfConfig | None) -> None:
+    """Raise ModelError if there are projections that share a module with others."""
+    if names and hf_config is not None:
+        raise ModelError(
+            f"peft cannot load an adapter of {', '.join(names)} alone: a {hf_config['model_type']} model keeps several "
+            "projections in one module. Export the merged weights."
+        )
 
 
 def adapted_slots(hf_config: HfConfig | None) -> dict[str, Slot]:
