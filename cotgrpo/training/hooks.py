@@ -167,7 +167,7 @@ def estimate_text(steps: int, seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     left = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
     speed = f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-    return f"about {left} for the other {steps:,} steps ({speed} each), plus evaluations"
+    return f"about {left} of training left, {steps:,} steps of {speed}"
 
 
 @dataclasses.dataclass

@@ -370,7 +370,7 @@ class Loop:
         self.compiled = self.step.lower(state, batch, *self.extra).compile()
         needed = check_step(self.compiled)
         seconds = time.perf_counter() - started
-        memory = "" if needed is None else f", and it needs {needed / 1e9:.2f} GB of memory on a device"
+        memory = "" if needed is None else f"; needs {needed / 1e9:.2f} GB of memory on a device"
         self.say(f"{title}: compiled in {seconds:.1f} s{memory}")
 
     def own_rows(self, batch: Batch) -> np.ndarray:

@@ -50,9 +50,9 @@ def test_a_run_announces_what_it_does(trained: Path) -> None:
             rf"{title}: {steps} steps of \d+ rows of 256 tokens",
             r"  about [\d.]+ passes over 100 sequences, which are [\d,]+ tokens",
             rf"{title}: compiling the step on \d+ x 256 tokens",
-            rf"{title}: compiled in [\d.]+ s, and it needs [\d.]+ GB of memory on a device",
+            rf"{title}: compiled in [\d.]+ s; needs [\d.]+ GB of memory on a device",
             rf"{title}  2/{steps}  loss .*",
-            rf"{title}: about \d+ s for the other {steps - 2} steps \([\d.]+ m?s each\), plus evaluations",
+            rf"{title}: about \d+ s of training left, {steps - 2} steps of [\d.]+ m?s",
             rf"after {title}: held-out accuracy [\d.]+% of 20",
             r"  95 % interval [\d.]+% to [\d.]+%, loss [\d.]+ on 20",
         ]

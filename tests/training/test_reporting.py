@@ -76,10 +76,10 @@ def test_a_stage_is_named_by_its_contexts(stage: StageName, options: list[str], 
 @pytest.mark.parametrize(
     ("steps", "seconds", "text"),
     [
-        (1990, 0.0225, "about 45 s for the other 1,990 steps (22.5 ms each), plus evaluations"),
-        (300, 1.5, "about 7 min 30 s for the other 300 steps (1.50 s each), plus evaluations"),
-        (10_000, 2.0, "about 5 h 33 min for the other 10,000 steps (2.00 s each), plus evaluations"),
-        (1, 0.0001, "about 0 s for the other 1 steps (0.1 ms each), plus evaluations"),
+        (1990, 0.0225, "about 45 s of training left, 1,990 steps of 22.5 ms"),
+        (300, 1.5, "about 7 min 30 s of training left, 300 steps of 1.50 s"),
+        (10_000, 2.0, "about 5 h 33 min of training left, 10,000 steps of 2.00 s"),
+        (1, 0.0001, "about 0 s of training left, 1 steps of 0.1 ms"),
     ],
 )
 def test_the_time_to_expect(steps: int, seconds: float, text: str) -> None:
