@@ -228,7 +228,8 @@ def test_only_sums_of_gradients_cross_slices(sizes: dict[str, int]) -> None:
     assert {(transfer.kind, transfer.slices) for transfer in crossing} == {("all-reduce", 2)}
     share = SMALL.num_params() * 4 / 8  # of a slice's eight devices
     sent = sum(transfer.bytes * transfer.times() for transfer in crossing)
-    # A pipelined loop over layers may send one layer twice. Gradients of layers may be in bfloat16.
-    assert share / 2 <= sent <= 1.5 * share + 2**14
+    # A pipelined loop over two layers may send one of them twice. Gradients of layers may be in bfloat16. What is small
+    # is padded. All weights, or the gradients of a device without reduction in its slice, would be 8 times as much.
+    assert share / 2 <= sent <= 2 * share
     assert max(collective.group for collective in collectives(text)) <= 8, "all else stays in a slice"
     assert not slice_transfers(compiled_for("v5e:2x4", {"fsdp": 8}))
