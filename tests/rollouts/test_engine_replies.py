@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,32 @@ def test_adapters_alone_are_refreshed(folder: Path, tmp_path: Path) -> None:
     assert names[0] is None and len(set(names)) == 3 and all("student-" in name for name in names[1:])
     assert (tmp_path / "grpo" / "rollout_weights" / "00000001" / "adapter_model.safetensors").is_file()
     assert all(row["train/rollout_gap"] < 1e-3 for row in lasting(tmp_path) if "train/rollout_gap" in row)
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_alone_asks(folder: Path, tmp_path: Path) -> None:
+    """Both write the weights, and train on the same replies: those of one process, each asked for once."""
+    with RolloutServer(folder / "student", ("vllm",)) as server:
+        assert grpo(folder, tmp_path / "one", *SELF, *served(server.url), "--grpo.steps", "2") == 0
+        count = len(server.asked)
+        with socket.create_server(("localhost", 0)) as free:
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        arguments = options(folder, tmp_path / "two", *SELF, *served(server.url), "--grpo.steps", "2")
+        arguments += ["--grpo.init_from", str(folder / "run" / "sft"), "--distributed.coordinator", coordinator]
+        program = [sys.executable, "-m", "cotgrpo.cli", "grpo", *arguments, "--distributed.num_processes", "2"]
+        environment = {**os.environ, "NPROC": str(os.cpu_count()), "JAX_COMPILATION_CACHE_DIR": ""}
+        running = [
+            subprocess.Popen([*program, "--distributed.process_id", str(i)], env=environment, stdout=subprocess.DEVNULL)
+            for i in range(2)
+        ]
+        assert [process.wait(400) for process in running] == [0, 0]
+        assert len(server.asked) == 2 * count
+    texts = [[row["text"] for row in read_completions(tmp_path / name / "grpo", 100)] for name in ("one", "two")]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert sorted(path.name for path in (tmp_path / "two" / "grpo" / "rollout_weights").iterdir()) == [
+        "00000000",
+        "00000001",
+    ]
 
 
 @pytest.mark.slow
