@@ -38,8 +38,10 @@ from cotgrpo.config import (
 )
 from cotgrpo.data.triples import Triple
 from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.logs.completions import read_completions
 from cotgrpo.reports.charts import interval_chart, standalone
-from cotgrpo.reports.report import write_report
+from cotgrpo.reports.reply_chart import reply_chart
+from cotgrpo.reports.report import COMPLETIONS_READ, is_completion, write_report
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 from cotgrpo.teachers.procedural_words import LanguageName
 from cotgrpo.terminal import say
@@ -161,7 +163,11 @@ def on_policy(config: Config, language: LanguageName = "en") -> Config:
 
 
 def write_combined(folder: Path, report: dict[str, Any]) -> Path:
-    """Write `report.json`, its page and the chart of the accuracies. Return the path of the page."""
+    """Write `report.json`, its page, the chart of the accuracies and a picture of a reply. Return the page's path."""
+    logged = read_completions(folder / "on_policy" / "grpo", COMPLETIONS_READ)
+    if replies := [row for row in logged if is_completion(row) and row["ghosts"] is not None]:
+        most = max(replies, key=lambda row: sum(ghost is not None for ghost in row["ghosts"]))
+        write_text(folder / "reply.svg", standalone(reply_chart(most)))
     rows = [(name, STAGES[name], row) for name, row in report["accuracy"].items()]
     write_text(folder / "accuracy.svg", standalone(interval_chart("Held-out accuracy", rows)))
     page = write_report(folder, report)

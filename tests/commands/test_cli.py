@@ -276,7 +276,7 @@ def test_the_quick_start_runs_again_without_work(tmp_path: Path, capsys: pytest.
         f"{100 * (report['accuracy']['on_policy']['value'] - report['accuracy']['grpo']['value']):+.1f} points"
         in report["notes"][1]
     )
-    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "accuracy.svg").is_file()
+    assert all((tmp_path / "run" / name).is_file() for name in ("report.html", "accuracy.svg", "reply.svg"))
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("is complete") == 3
