@@ -27,7 +27,7 @@ from cotgrpo.models.config import LAYER_INPUT, PROJECTION_NAMES, QKV, SAVED_NAME
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, relu_squared, rms_norm, xielu
-from cotgrpo.models.rotary import RopeScaling, rotate, rotation
+from cotgrpo.models.rotary import RopeScaling, rotate, rotate_by_product, rotation
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.sharding import constrain, look_up, vary_alike, with_types_as_layout
 from cotgrpo.types import Params, Student
@@ -199,7 +199,8 @@ class Layer(nn.Module):
         if c.qk_norm and not c.qk_norm_rotated:
             query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
         if view.cos is not None and view.sin is not None:
-            query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
+            turn = rotate_by_product if c.attention == "splash" else rotate
+            query, key = turn(query, view.cos, view.sin), turn(key, view.cos, view.sin)
         if c.qk_norm and c.qk_norm_rotated:
             query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
         if view.query_factors is not None:
@@ -244,6 +245,7 @@ class Layer(nn.Module):
         if self.transposed:
             return TransposedDense(c.projections[name][1], name in c.biases, jnp.dtype(c.dtype), name=name)
         scale = c.init_scale / (2 * c.num_layers) ** 0.5 if to_residual else c.init_scale
+        by_head = c.attention == "splash" and name in ("query", "key", "value", "out")
         return nn.Dense(
             c.projections[name][1],
             use_bias=name in c.biases,
@@ -252,7 +254,10 @@ class Layer(nn.Module):
             param_dtype=jnp.dtype(c.param_dtype),
             kernel_init=nn.initializers.normal(scale),
             dot_general=functools.partial(
-                project_tokens, letters="FD" if to_residual else "DF", saved_name=PROJECTION_NAMES[name]
+                project_tokens,
+                letters="FD" if to_residual else "DF",
+                saved_name=PROJECTION_NAMES[name],
+                head_dim=c.head_dim if by_head else None,
             ),
         )
 

@@ -10,7 +10,15 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
-from cotgrpo.sharding import constrain, constrain_kernel, in_this_layout, layout_is_hidden, partition_spec, vary_alike
+from cotgrpo.sharding import (
+    constrain,
+    constrain_kernel,
+    in_this_layout,
+    layout_is_hidden,
+    open_axes,
+    partition_spec,
+    vary_alike,
+)
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float
@@ -28,6 +36,7 @@ def project_tokens(
     preferred_element_type: DTypeLike | None = None,
     letters: str = "DF",
     saved_name: str = SAVED_NAMES,
+    head_dim: int | None = None,
 ) -> Float[Array, "B T F"]:
     """Return `x W`: a `dot_general` for `flax.linen.Dense`.
 
@@ -38,14 +47,31 @@ def project_tokens(
     `letters` are the kernel's dimensions as `constrain` reads them. The kernel is gathered before each product and `dW`
     is laid out as the kernel lies. Left to itself, XLA moves activations, or sends the kernel in parts during the
     product, which makes it slower. `saved_name` is what remat policies call the result.
+
+    With `head_dim`, the products have F as heads and their values. On TPUs attention reads heads in another layout, and
+    XLA writes the product in it. From a product with F as one dimension it would copy the result.
     """
     # Gathered at each use: the forward pass keeps the kernel as it lies.
     gathered = lambda kernel: constrain(kernel, letters)
+    split = lambda size, letter: (size // head_dim, head_dim) if head_dim and letter == "F" else (size,)
+    by_head = lambda x, letter: x.reshape(*x.shape[:-1], *split(x.shape[-1], letter))
+    flat = lambda x, letter: x.reshape(*x.shape[: -len(split(0, letter))], -1)
+
+    def kernel_by_head(kernel: Float[Array, "D F"]) -> Float[Array, "*inputs_and_outputs"]:
+        return gathered(kernel).reshape(*split(kernel.shape[0], letters[0]), *split(kernel.shape[1], letters[1]))
 
     @jax.custom_vjp
     def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
-        kernel = gathered(kernel)
-        return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=preferred_element_type)
+        x, inputs = by_head(x, letters[0]), len(split(0, letters[0]))
+        contracted = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+        y = jax.lax.dot_general(
+            x,
+            kernel_by_head(kernel),
+            dimensions if head_dim is None else (contracted, ((), ())),
+            precision,
+            preferred_element_type=preferred_element_type,
+        )
+        return flat(y, letters[1])
 
     def forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array | None, Array]]:
         # Frozen weights (those under LoRA) have no gradient, so x is not kept.
@@ -57,15 +83,20 @@ def project_tokens(
         x, kernel = kept
         if isinstance(dy, SymbolicZero):
             return None, None
-        dx = jax.lax.dot_general(dy, gathered(kernel), (((dy.ndim - 1,), (1,)), ((), ())), precision).astype(dy.dtype)
+        dy, whole = by_head(dy, letters[1]), kernel_by_head(kernel)
+        inputs, outputs = (len(split(0, letter)) for letter in letters)
+        contracted = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(inputs, whole.ndim)))
+        dx = flat(jax.lax.dot_general(dy, whole, (contracted, ((), ())), precision), letters[0]).astype(dy.dtype)
         if x is None:
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
-        if partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
+        if head_dim is None and partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
             x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
         tokens = tuple(range(x.ndim - 1))
-        dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision)
-        return dx, constrain_kernel(gathered(dkernel), letters).astype(kernel.dtype)
+        dkernel = jax.lax.dot_general(by_head(x, letters[0]), dy, ((tokens, tokens), ((), ())), precision)
+        dkernel = dkernel.reshape(kernel.shape)
+        dkernel = constrain_kernel(dkernel, letters) if open_axes() else gathered(dkernel)
+        return dx, dkernel.astype(kernel.dtype)
 
     product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
     return checkpoint_name(product(*vary_alike(x, kernel)), saved_name)

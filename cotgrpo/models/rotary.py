@@ -10,8 +10,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cotgrpo.sharding import vary_alike
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
@@ -180,3 +183,36 @@ def rotate(
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_by_product(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T heads H"]:
+    """Return what `rotate` returns, as the exact product with a signed permutation swaps the halves of a head.
+
+    XLA for TPUs writes both halves to memory before it joins them, and fuses a product with what follows. If only some
+    values of a head turn, this is `rotate`.
+    """
+    return rotate(x, cos, sin) if 2 * cos.shape[-1] < x.shape[-1] else swap_and_rotate(*vary_alike(x, cos, sin))
+
+
+@jax.custom_vjp
+def swap_and_rotate(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T heads H"]:
+    """Return `x cos + swap(x) sin` in float32, with `swap(x) = (-x_second, x_first)`."""
+    half = cos.shape[-1]
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    swap[range(half, 2 * half), range(half)] = -1
+    swap[range(half), range(half, 2 * half)] = 1
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    swapped = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    cos, sin = (jnp.concatenate([angle, angle], axis=-1)[:, :, None, :] for angle in (cos, sin))
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+# The rotation the other way around. By autodiff, the product would round gradients in float32 to bfloat16.
+swap_and_rotate.defvjp(
+    lambda x, cos, sin: (swap_and_rotate(x, cos, sin), (cos, sin)),
+    lambda angles, dy: (swap_and_rotate(dy, angles[0], -angles[1]), None, None),
+)
