@@ -83,17 +83,20 @@ def project_tokens(
         x, kernel = kept
         if isinstance(dy, SymbolicZero):
             return None, None
-        dy, whole = by_head(dy, letters[1]), kernel_by_head(kernel)
+        slopes: Array = by_head(dy, letters[1])
+        whole = kernel_by_head(kernel)
         inputs, outputs = (len(split(0, letter)) for letter in letters)
-        contracted = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(inputs, whole.ndim)))
-        dx = flat(jax.lax.dot_general(dy, whole, (contracted, ((), ())), precision), letters[0]).astype(dy.dtype)
+        contracted = (tuple(range(slopes.ndim - outputs, slopes.ndim)), tuple(range(inputs, whole.ndim)))
+        dx = flat(jax.lax.dot_general(slopes, whole, (contracted, ((), ())), precision), letters[0]).astype(
+            slopes.dtype
+        )
         if x is None:
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
         if head_dim is None and partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
-            x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
+            x, slopes = (y.reshape(-1, y.shape[-1]) for y in (x, slopes))
         tokens = tuple(range(x.ndim - 1))
-        dkernel = jax.lax.dot_general(by_head(x, letters[0]), dy, ((tokens, tokens), ((), ())), precision)
+        dkernel = jax.lax.dot_general(by_head(x, letters[0]), slopes, ((tokens, tokens), ((), ())), precision)
         dkernel = dkernel.reshape(kernel.shape)
         dkernel = constrain_kernel(dkernel, letters) if open_axes() else gathered(dkernel)
         return dx, dkernel.astype(kernel.dtype)
