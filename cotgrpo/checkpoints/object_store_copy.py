@@ -39,7 +39,7 @@ class ObjectStoreCopy:
             store, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
             return store, root.rstrip("/")
         except (ImportError, ValueError) as error:
-            library = "pip install 'cotgrpo[s3]'" if self.url.startswith("s3://") else "install fsspec's client for it"
+            library = "pip install s3fs" if self.url.startswith("s3://") else "install fsspec's client for it"
             raise CheckpointError(
                 f"{self.url}: no library here reads and writes such a store ({first_line(error)}): {library}, or mount "
                 "it as a folder of this machine and name that folder."

@@ -42,7 +42,7 @@ def open_folder(name: str | PurePath) -> Folder:
             "Name it as checkpoint.folder of a run, which keeps a copy on its disk, and name that folder here."
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise CheckpointError(f"{name}: gs:// needs a library: pip install 'cotgrpo[gcs]'.")
+        raise CheckpointError(f"{name}: gs:// needs a library: pip install gcsfs.")
     from etils import epath
 
     return epath.Path(name)

@@ -55,7 +55,8 @@ def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "plan compiles for TPUs with libtpu, which is not installed (no TPU is needed). "
-            "Install cotgrpo's `tpu` extra: pip install 'cotgrpo[tpu]'."
+            "Install cotgrpo's `tpu` extra: pip install 'cotgrpo[tpu]' or, from a clone, "
+            "pip install -e '.[tpu]'."
         )
     # Without these, libtpu looks for the TPUs of this machine, or for the one process that may use them.
     for name, value in {

@@ -330,7 +330,7 @@ class Connection:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise TeacherError('A teacher behind an endpoint needs openai: pip install "cotgrpo[teacher]".') from error
+            raise TeacherError("A teacher behind an endpoint needs openai: pip install openai.") from error
         settings = self.settings
         return AsyncOpenAI(api_key=self.api_key, base_url=settings.base_url, max_retries=0, timeout=settings.timeout)
 
