@@ -148,7 +148,9 @@ KINDS: dict[str, type[NamedTracker]] = {kind.package: kind for kind in (Wandb, M
 def check_installed(name: str) -> None:
     """Raise OwnCodeError if the package of a tracker is missing."""
     if importlib.util.find_spec(name) is None:
-        raise OwnCodeError(f"trackers: {name} needs the package {name}: pip install {name}.")
+        raise OwnCodeError(
+            f"trackers: {name} needs the package {name}: pip install 'cotgrpo[{name}]' or pip install {name}."
+        )
 
 
 def dotted(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
