@@ -30,7 +30,7 @@ from cotgrpo.types import TrainState
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a mesh is compared with others that JAX has made
 class Device:
     """What a mesh is made of, for the checks of signatures a `jax.Device`."""
 

@@ -433,9 +433,9 @@ class EvalConfig:
                 raise ConfigError(f"sets names a test set {name!r}: expected letters, digits and . _ - alone.")
             if not (names := [files] if isinstance(files, str) else files) or not all(each.strip() for each in names):
                 raise ConfigError(f"sets.{name} must name at least one file or hub id, got {files!r}.")
-        at_least_one = all(k >= 1 for k in ([self.k] if isinstance(self.k, int) else self.k))
-        expect(at_least_one, self, "k", "at least 1")
         if not self.samples:
+            at_least_one = all(k >= 1 for k in ([self.k] if isinstance(self.k, int) else self.k))
+            expect(at_least_one, self, "k", "at least 1")
             return
         if self.samples > 1 and self.temperature == 0:
             raise ConfigError(

@@ -163,7 +163,8 @@ def option_of(parser: argparse.ArgumentParser, action: argparse.Action) -> Optio
     default = formatter._get_default_metavar_for_optional if named else formatter._get_default_metavar_for_positional
     metavar = formatter._format_args(action, default(action)) if action.nargs != 0 else ""
     flags = tuple(flag for flag in action.option_strings if not flag.endswith("+"))
-    return Option(flags, metavar, formatter._expand_help(action) if action.help else "")
+    help = formatter._expand_help(action) if action.help else ""
+    return Option(flags, metavar, help.replace(f"{PACKAGE.parent}/", ""))  # wherever the package is installed
 
 
 def sources_of_settings() -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,9 +95,8 @@ def rank_candidates(plan: StagePlan, console: Console) -> list[dict[str, Any]]:
 
 
 def by_speed(figures: dict[str, Any]) -> tuple[bool, float, float]:
-    """Return the key that sorts plans: those that fit first, then the faster, and of times within 1 % the smaller."""
-    time = round(math.log(sum(figures["seconds"]["step"])), 2)
-    return not figures["fits"], time, figures["bytes_per_device"]["total"]
+    """Return the key that sorts plans: those that fit first, then the faster, and of equal times the smaller."""
+    return not figures["fits"], sum(figures["seconds"]["step"]), figures["bytes_per_device"]["total"]
 
 
 def estimated_candidates(plan: StagePlan) -> list[Candidate]:

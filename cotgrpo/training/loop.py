@@ -87,6 +87,7 @@ class LoopSettings:
         checkpoint: when and where checkpoints are saved, and which of them stay.
         max_skipped: this many skipped updates in a row stop the run.
         flops: needed for the metric `mfu`; None leaves it out.
+        announce: print what is compiled, and how long the training will take.
     """
 
     title: str
@@ -96,6 +97,7 @@ class LoopSettings:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     max_skipped: int = 10
     flops: StepFlops | None = None
+    announce: bool = False
 
 
 @runtime_checkable
@@ -238,7 +240,7 @@ def train(
             every_hook.insert(0, LogHook(log))
         signals = stack.enter_context(Signals())
         line = stack.enter_context(ProgressLine(settings.title, settings.total_steps, done, console))
-        every_hook.append(ProgressHook(line, settings.total_steps))
+        every_hook.append(ProgressHook(line, settings.total_steps, estimated=not settings.announce))
         if evaluate is not None:
             every_hook.append(EvaluationHook(evaluate, schedule))
         every_hook.append(CheckpointHook(checkpoints, schedule, signals, line.say, lambda: clear_stop(folder)))
@@ -247,7 +249,8 @@ def train(
             hook.on_start(done)
         good = on_process_0(lambda: last_good_step(folder)) == done
         good_step = done if good else done - 1
-        loop = Loop(step, batches, settings, schedule, extra, every_hook, line.say, good_step=good_step)
+        announce = line.say if settings.announce else lambda text: None
+        loop = Loop(step, batches, settings, schedule, extra, every_hook, announce, good_step=good_step)
         try:
             state = loop.run(state, position)
         except TrainingStopped as stop:

@@ -290,6 +290,7 @@ def train_stage(
             checkpoint=config.checkpoint,
             max_skipped=config.max_skipped,
             flops=flops,
+            announce=True,
         ),
         extra=(*base, *reference),
         evaluate=lambda trained: measure(weights.adapted(trained)),

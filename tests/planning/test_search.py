@@ -110,5 +110,5 @@ def test_of_equal_times_the_smaller_comes_first() -> None:
     plan = lambda name, fits, seconds, size: {
         "name": name, "fits": fits, "seconds": {"step": [seconds, seconds]}, "bytes_per_device": {"total": size},
     }  # fmt: skip
-    found = [plan("a", False, 0.1, 1), plan("b", True, 1.0, 9), plan("c", True, 1.001, 5), plan("d", True, 0.9, 9)]
+    found = [plan("a", False, 0.1, 1), plan("b", True, 1.0, 9), plan("c", True, 1.0, 5), plan("d", True, 0.9, 9)]
     assert [own["name"] for own in sorted(found, key=search.by_speed)] == ["d", "c", "b", "a"]
