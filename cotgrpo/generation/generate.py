@@ -24,7 +24,7 @@ from cotgrpo.atomic_files import write_json
 from cotgrpo.config import ConfigError, GenerateConfig, differences, flat, parse_settings, save_config
 from cotgrpo.config.files import saved_by_a_run
 from cotgrpo.data.own.loading import OwnCodeError
-from cotgrpo.data.questions import Question, read_questions
+from cotgrpo.data.questions import Question, place_of, read_questions
 from cotgrpo.data.rows import DropReport, squeeze
 from cotgrpo.data.sources import DataError
 from cotgrpo.distributed.interrupts import raising
@@ -392,9 +392,10 @@ class Generation:
         Raises:
             TeacherError: no reply could be kept.
         """
-        if self.judge.failed is not None:
+        places = (place_of(question) for question, _ in self.chats.values())
+        if first := next((place for place in places if place in self.judge.failures), None):
             raise OwnCodeError(
-                f"{self.judge.failed} All replies are in {self.journal.path}: run the same command again."
+                f"{self.judge.failures[first]} All replies are in {self.journal.path}: run the same command again."
             )
         rows, verdicts, cached = self.choose()
         summary = self.summary(report, rows, verdicts) | {"seconds": round(time.monotonic() - started, 1)}

@@ -128,7 +128,8 @@ class Judge:
         verifier: decides if it has a function of the user's own.
 
     Attributes:
-        failed: the first error of that function, after which every verdict is to be made again.
+        failures: the first error of that function for each question, by its place. After one, every verdict is to be made
+            again.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Judge:
         verifier: Verifier = EXACT_MATCH,
     ) -> None:
         self.check, self.test, self.max_tokens, self.verifier = check, test, max_tokens, verifier
-        self.failed: OwnCodeError | None = None
+        self.failures: dict[str, OwnCodeError] = {}
 
     def __call__(self, question: Question, reply: TeacherReply) -> Verdict:
         """Return the first verdict that holds.
@@ -193,7 +194,7 @@ class Judge:
         try:
             found = self.verifier(whole, answer, question.gold, question.row, place_of(question))
         except OwnCodeError as error:
-            self.failed = self.failed or error
+            self.failures.setdefault(place_of(question), error)
             return Verdict(False, "check failed", str(error)[:200])
         if found.correct:
             return Verdict(True, "correct", found.message[:80])
