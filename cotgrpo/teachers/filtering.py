@@ -128,8 +128,8 @@ class Judge:
         verifier: decides if it has a function of the user's own.
 
     Attributes:
-        failures: the first error of that function for each question, by its place. After one, every verdict is to be made
-            again.
+        failures: the first error of that function for each question, by its place. After one, all verdicts are to be
+            made again.
     """
 
     def __init__(
