@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES: dict[str, dict[str, str]] = {
     "Guides": {
+        "Coming from TRL": "from_trl.md",
         "Your data": "data.md",
         "Answers": "answers.md",
         "Teachers": "teachers.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import cotgrpo
 from cotgrpo.config import Config
@@ -76,6 +78,40 @@ def test_every_setting_and_public_name_is_in_the_reference(site: Any) -> None:
     api = "\n".join(site.api_page())
     for name in cotgrpo.__all__:
         assert re.search(rf"^::: cotgrpo\.[\w.]+\.{name}$", api, re.M), name
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_is_code(page: str, site: Any) -> None:
+    """Python parses, YAML loads, and a command of cotgrpo has only options that there are."""
+    index = site.read_index()
+    for language, code in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        if language in ("py", "python"):
+            ast.parse(code)
+        elif language == "yaml":
+            list(yaml.safe_load_all(code))
+        elif language in ("sh", "bash"):
+            joined = re.sub(r"\\\n\s*", "", code)
+            for name, rest in re.findall(r"(?:^|[\s/])cotgrpo (\w+)([^\n|;&>]*)", joined):
+                if name not in index:  # the word is a folder's name
+                    continue
+                command = index[name] if name != "bench" else index[f"bench {rest.split()[0]}"]
+                for flag in re.findall(r"(?<!\S)(--[a-z][\w.]*)", rest.partition(" #")[0]):
+                    # Some settings are dicts, as --eval.sets.math FILE.
+                    assert {flag, flag.rpartition(".")[0]} & {*command.flags, "--help", "--help-all"}, (
+                        f"{page}: {name} {flag}"
+                    )
+
+
+def test_settings_that_the_pages_name_exist() -> None:
+    """The keys between backticks in the page for users of TRL."""
+    known = {setting.key for setting in settings_in(Config())}
+    text = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:sft|grpo|data|eval)\.[a-z_.]+)`", text)
+    assert len(named) >= 5 and set(named) <= known
 
 
 @pytest.mark.slow
