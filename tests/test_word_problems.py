@@ -30,14 +30,14 @@ def value(text: str) -> float:
 
 def test_every_row_is_right() -> None:
     rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 330 and len({row["question"] for row in rows}) == 330
+    assert len(rows) == 759 and len({row["question"] for row in rows}) == 759
     for row in rows:
         found = EQUATION.findall(row["rationale"])
         assert all(value(left) == float(right) for left, right in found), row
         assert found and row["answer"] in re.findall(r"\d+", row["rationale"]), row
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 275), ("test", 55)])
+@pytest.mark.parametrize(("split", "count"), [("train", 653), ("test", 106)])
 def test_both_splits_are_read(split: str, count: int) -> None:
     triples, report = read_triples(FILE, split=split)
     questions, _ = read_questions(FILE, split=split)
@@ -50,4 +50,4 @@ def test_the_config_reads_them_from_a_clone(monkeypatch: pytest.MonkeyPatch) -> 
     data = load_config(Path("configs/smollm2_word_problems.yaml")).data
     train, _ = read_triples(data.train, split=data.train_split)
     test, _ = read_questions(data.test, split=data.test_split)
-    assert len(train) == 275 and not {question_text(row) for row in train} & {question_text(row) for row in test}
+    assert len(train) == 653 and not {question_text(row) for row in train} & {question_text(row) for row in test}
