@@ -107,6 +107,23 @@ class RolloutDialect(Dialect):
         """Return log p of each token of that text but the first. Raises Malformed."""
 
 
+def sampling_fields(sampling: SamplingSettings) -> dict[str, Any]:
+    """Return how tokens are drawn, in the names that both engines have.
+
+    Each field is sent: the server's own default may be another, from the model's generation_config.json.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(sampling.eos_ids),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class VllmRollouts(Vllm, RolloutDialect):
     """vLLM: OpenAI's completions with `return_token_ids`.
@@ -122,18 +139,9 @@ class VllmRollouts(Vllm, RolloutDialect):
     takes_adapters = True
 
     def reply_call(self, prompt: list[int], sampling: SamplingSettings, seed: int | None) -> Call:
-        # Each field is sent: the server's own default may be another, from the model's generation_config.json.
-        body = {
+        body = sampling_fields(sampling) | {
             "prompt": prompt,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": list(sampling.eos_ids),
             "ignore_eos": True,  # only the run's own stop tokens end a reply
             "logprobs": 1,
             "return_token_ids": True,
@@ -191,18 +199,8 @@ class SglangRollouts(Sglang, RolloutDialect):
 
     def reply_call(self, prompt: list[int], sampling: SamplingSettings, seed: int | None) -> Call:
         # With ignore_eos SGLang would ignore stop_token_ids too.
-        parameters = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": list(sampling.eos_ids),
-            "no_stop_trim": True,
-        } | ({} if seed is None else {"sampling_seed": seed})
+        own = {"max_new_tokens": sampling.max_new_tokens, "no_stop_trim": True}
+        parameters = sampling_fields(sampling) | own | ({} if seed is None else {"sampling_seed": seed})
         body = {"input_ids": prompt, "sampling_params": parameters, "return_logprob": True}
         return Call(f"{self.root}/generate", body)
 

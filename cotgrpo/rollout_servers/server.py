@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from cotgrpo.rollout_servers.dialects import ROLLOUT_DIALECTS, RolloutDialect, ServedReply
 from cotgrpo.rollout_servers.settings import RolloutServerSettings
@@ -101,32 +103,25 @@ class RolloutServer(PatientServer[RolloutServerSettings]):
 
     async def find_dialect(self) -> RolloutDialect:
         """Return the first dialect in which the server returns the ids of a reply's tokens."""
-        settings, prompt, attempt = self.settings, self.samples[0].context, 0
+        settings, prompt = self.settings, self.samples[0].context
         wanted = [kind for kind in ROLLOUT_DIALECTS if settings.dialect in ("auto", kind.name)]
-        while True:
-            refusals: list[str] = []
-            down: AttemptFailed | None = None
-            for kind in wanted:
-                dialect = kind(str(settings.base_url), settings.model, self.vocabulary)
-                try:
-                    answer = await self.send(dialect.reply_call(prompt, self.sampling, self.seed(0)))
-                    dialect.reply_fields(answer, prompt, None)
-                    return dialect
-                except Refused as refused:
-                    self.raise_if_fatal(refused.error)
-                    refusals.append(f"{kind.name}: HTTP {refused.error.status} {refused.error.message}")
-                except Malformed as error:
-                    refusals.append(f"{kind.name}: {error}")
-                except AttemptFailed as failed:
-                    down = failed
-            if down is None:
-                words = "; ".join(self.connection.shorten(text) for text in refusals)
-                raise TeacherError(
-                    f"{self.connection.name} does not return the token ids of its replies with their "
-                    f"log-probabilities. {'; '.join(kind.returns_ids for kind in wanted)}. What it answered: {words}"
-                )
-            attempt += 1
-            await self.pause(attempt, down)
+
+        async def attempt(kind: type[RolloutDialect]) -> RolloutDialect:
+            dialect = kind(str(settings.base_url), settings.model, self.vocabulary)
+            answer = await self.send(dialect.reply_call(prompt, self.sampling, self.seed(0)))
+            dialect.reply_fields(answer, prompt, None)
+            return dialect
+
+        def without_ids(refusals: list[str]) -> TeacherError:
+            return TeacherError(
+                f"{self.connection.name} does not return the token ids of its replies with their log-probabilities. "
+                f"{'; '.join(kind.returns_ids for kind in wanted)}. What it answered: {'; '.join(refusals)}"
+            )
+
+        attempts: dict[str, Callable[[], Coroutine[Any, Any, RolloutDialect]]] = {
+            kind.name: functools.partial(attempt, kind) for kind in wanted
+        }
+        return await self.first_that_answers(attempts, without_ids)
 
     async def check_tokens(self) -> None:
         """Raise TeacherError unless the server cuts the samples into the student's tokens."""

@@ -12,7 +12,7 @@ import atexit
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -107,6 +107,40 @@ class PatientServer(abc.ABC, Generic[Settings]):
     @abc.abstractmethod
     def refusal(self, error: ServerError, length: int) -> TeacherError:
         """Return the error of a request that the server refuses, whose text has `length` tokens."""
+
+    async def first_that_answers(
+        self,
+        attempts: Mapping[str, Callable[[], Coroutine[Any, Any, T]]],
+        none_does: Callable[[list[str]], TeacherError],
+    ) -> T:
+        """Return the result of the first dialect in which the server answers. Waits while the server is down.
+
+        Args:
+            attempts: by the name of each dialect, in the order in which they are tried, what asks once in it. It raises
+                Refused, Malformed or AttemptFailed.
+            none_does: makes the error of a server that answers in none, from a sentence for each.
+
+        Raises:
+            TeacherError: every request would meet the same error, or no dialect is answered.
+        """
+        pauses = 0
+        while True:
+            refusals: list[str] = []
+            down: AttemptFailed | None = None
+            for name, attempt in attempts.items():
+                try:
+                    return await attempt()
+                except Refused as refused:
+                    self.raise_if_fatal(refused.error)
+                    refusals.append(f"{name}: HTTP {refused.error.status} {refused.error.message}")
+                except Malformed as error:
+                    refusals.append(f"{name}: {error}")
+                except AttemptFailed as failed:
+                    down = failed
+            if down is None:
+                raise none_does([self.connection.shorten(text) for text in refusals])
+            pauses += 1
+            await self.pause(pauses, down)
 
     async def usable(self, ask: Callable[[], Coroutine[Any, Any, T]], length: int) -> T:
         """Return the answer to a request. Waits while the server is down.

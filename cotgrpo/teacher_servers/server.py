@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from cotgrpo.objectives import MASKED_LOGIT
 from cotgrpo.teacher_servers.dialects import DIALECTS, Dialect, Malformed, Top
-from cotgrpo.teacher_servers.patient_server import PatientServer, Refused
+from cotgrpo.teacher_servers.patient_server import PatientServer
 from cotgrpo.teacher_servers.vocabulary import Vocabulary, cut_differently
-from cotgrpo.teachers.endpoint import AttemptFailed, ConnectionSettings, TeacherError
+from cotgrpo.teachers.endpoint import ConnectionSettings, TeacherError
 from cotgrpo.teachers.server_errors import CONTEXT, ServerError
 
 LARGEST_DRIFT = 0.5
@@ -155,37 +156,26 @@ class ScoringServer(PatientServer[ServerSettings]):
 
     async def find_dialect(self) -> Dialect:
         """Return the first dialect that the server answers."""
-        settings, sample, attempt = self.settings, self.samples[0], 0
+        settings, sample = self.settings, self.samples[0]
         wanted = [kind for kind in DIALECTS if settings.dialect in ("auto", kind.name)]
-        while True:
-            refusals: list[str] = []
-            down: AttemptFailed | None = None
-            for kind in wanted:
-                dialect = kind(str(settings.base_url), settings.model, self.vocabulary)
-                try:
-                    found = await self.score_once(dialect, Text(sample.context, sample.scored[:PROBED_TOKENS]))
-                    if any(found):
-                        return dialect
-                    refusals.append(f"{kind.name}: its likeliest tokens are none of the student's")
-                except Refused as refused:
-                    self.raise_if_fatal(refused.error)
-                    refusals.append(f"{kind.name}: HTTP {refused.error.status} {refused.error.message}")
-                except Malformed as error:
-                    refusals.append(f"{kind.name}: {error}")
-                except AttemptFailed as failed:
-                    down = failed
-            if down is None:
-                raise self.without_log_probs(wanted, refusals)
-            attempt += 1
-            await self.pause(attempt, down)
+
+        async def attempt(kind: type[Dialect]) -> Dialect:
+            dialect = kind(str(settings.base_url), settings.model, self.vocabulary)
+            if not any(await self.score_once(dialect, Text(sample.context, sample.scored[:PROBED_TOKENS]))):
+                raise Malformed("its likeliest tokens are none of the student's")
+            return dialect
+
+        attempts: dict[str, Callable[[], Coroutine[Any, Any, Dialect]]] = {
+            kind.name: functools.partial(attempt, kind) for kind in wanted
+        }
+        return await self.first_that_answers(attempts, lambda texts: self.without_log_probs(wanted, texts))
 
     def without_log_probs(self, wanted: Sequence[type[Dialect]], refusals: Sequence[str]) -> TeacherError:
         """Return the error of a server that no dialect gets log-probabilities from."""
         fixes = "; ".join(dict.fromkeys(kind.fix.format(top_k=self.top_k) for kind in wanted))
-        words = "; ".join(self.connection.shorten(text) for text in refusals)
         return TeacherError(
             f"The teacher at {self.where} does not return the {self.top_k} likeliest tokens of a given text. {fixes}. "
-            f"Or ask for fewer ({self.settings.top_settings}). What it answered: {words}"
+            f"Or ask for fewer ({self.settings.top_settings}). What it answered: {'; '.join(refusals)}"
         )
 
     async def check_tokens(self) -> None:

@@ -151,7 +151,8 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
     save_pretrained(tmp_path / "out", loaded.config, loaded.params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     batch = Batch.make()
-    torch.testing.assert_close(torch_logits(again, batch), torch_logits(model, batch), rtol=0, atol=1e-5)
+    atol = 1e-5 if case == "ernie4_5" else 1e-6  # it goes out as a Llama, with its rows in another order
+    torch.testing.assert_close(torch_logits(again, batch), torch_logits(model, batch), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
