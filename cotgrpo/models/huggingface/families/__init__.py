@@ -1,0 +1,56 @@
+"""Families of Hugging Face models, as data: fields of their config.json as a `DecoderConfig`, and names of modules.
+
+A family is a row of `FAMILIES`: the fields of its config.json, their defaults, the options of the decoder, and the
+names of its modules. The files of this folder hold the rows. `cotgrpo.models.huggingface.config` reads and writes
+config.json by these rows, and `cotgrpo.models.huggingface.tensor_layout` finds the decoder's parameters in a
+checkpoint. A model with images around its text part is a row of `WRAPPERS`: the text part is one of the families.
+"""
+
+from __future__ import annotations
+
+from cotgrpo.models.huggingface.families.dense import DENSE
+from cotgrpo.models.huggingface.families.gemma import GEMMA
+from cotgrpo.models.huggingface.families.granite import GRANITE
+from cotgrpo.models.huggingface.families.llama import LLAMA
+from cotgrpo.models.huggingface.families.modules import MODULES as MODULES
+from cotgrpo.models.huggingface.families.modules import POST_NORM_MODULES as POST_NORM_MODULES
+from cotgrpo.models.huggingface.families.modules import PROJECTIONS as PROJECTIONS
+from cotgrpo.models.huggingface.families.olmo import OLMO
+from cotgrpo.models.huggingface.families.qwen import QWEN
+from cotgrpo.models.huggingface.family import Family, Wrapper
+from cotgrpo.models.huggingface.family import ModelError as ModelError
+
+FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO}
+"""{`model_type`: its row}. Where several rows can express a decoder, the first one is written."""
+
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": Wrapper(
+        "Gemma3ForConditionalGeneration",
+        ("gemma3_text",),
+        # Published files leave out what equals the defaults of transformers.
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", ("qwen3_vl_text",), {}),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), {"head_dim": 128}),
+}
+
+LACKING = {
+    "qwen3_5": "gated delta-net layers and gated attention",
+    "qwen3_next": "gated delta-net layers, gated attention and experts",
+    "gemma4": "per-layer embeddings, shared keys and values, and another head width in global layers",
+    "gemma3n": "per-layer embeddings, shared keys and values, and low-rank residuals",
+    "qwen3_moe": "experts",
+    "gpt_oss": "experts, attention sinks and MXFP4 weights",
+    "deepseek_v3": "experts and latent attention",
+    "mixtral": "experts",
+    "lfm2": "short convolutions with a state",
+    "llama4": "experts and chunked attention",
+}
+"""{`model_type`: what the decoder lacks} of types that people ask for."""
