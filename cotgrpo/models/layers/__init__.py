@@ -1,0 +1,1 @@
+"""Kinds of layers besides attention and the gated MLP, each with its options."""
