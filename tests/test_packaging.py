@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -109,11 +110,30 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
 
 
+OUTSIDE_OF_A_RELEASE = re.compile(
+    r"^(runs|site|quickstart_run)/|(^|/)(\.git|\.ci|\.github|\.venv|\.\w+_cache|__pycache__)/|\.pyc$|events\.out"
+)
+TEXTS = (
+    *("LICENSE", "README.md", "README.zh.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"),
+    *("pyproject.toml", "PKG-INFO"),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist of this checkout."""
+    folder = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "venv", str(folder / "env"), cwd=folder)
+    python = str(folder / "env" / "bin" / "python")
+    run(python, "-m", "pip", "install", "--quiet", "hatchling", cwd=folder)
+    run(python, "-m", "hatchling", "build", "-d", str(folder / "dist"), cwd=ROOT)
+    return folder / "dist"
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package(built: Path) -> None:
     """Templates, the live teachers and the help's index too, and nothing else."""
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
-    (wheel,) = tmp_path.glob("cotgrpo-*.whl")
+    (wheel,) = built.glob(f"cotgrpo-{PROJECT['version']}-py3-none-any.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = {
         path.relative_to(ROOT).as_posix()
@@ -121,6 +141,44 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == tracked
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_a_clone_does(built: Path, tmp_path: Path) -> None:
+    """Its tests, pages, examples, notebooks and configs. The package that is built from it has the same files."""
+    (sdist,) = built.glob(f"cotgrpo-{PROJECT['version']}.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    assert set(TEXTS) <= held
+    for folder in ("cotgrpo", "configs", "docs", "examples", "notebooks", "tests", "benchmarks"):
+        wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {name for name in wanted if not OUTSIDE_OF_A_RELEASE.search(name)} <= held, folder
+    assert not [name for name in held if OUTSIDE_OF_A_RELEASE.search(name)]
+    (source,) = tmp_path.iterdir()
+    run(str(built.parent / "env" / "bin" / "python"), "-m", "hatchling", "build", "-t", "wheel", cwd=source)
+    (again,), (wheel,) = (source / "dist").glob("*.whl"), built.glob("*.whl")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    heads = re.findall(r"^## \[?([\w.]+)\]?", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    released = [head for head in heads if head != "Unreleased"]
+    assert released[0] == PROJECT["version"]
+
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_forms(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.stem == "config":
+        assert form == {"blank_issues_enabled": True}
+        return
+    assert form["name"] and form["description"] and form["body"]
+    assert len({field["id"] for field in form["body"]}) == len(form["body"])
+    assert all(field["type"] in ("input", "textarea") and field["attributes"]["label"] for field in form["body"])
 
 
 @pytest.mark.slow

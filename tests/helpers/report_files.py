@@ -48,7 +48,7 @@ def results(stages: tuple[str, ...] = ("base", "sft", "grpo")) -> dict[str, Any]
         "samples": samples,
         "data": {"train rows": train, "test rows": whole_data},
         "config": "seed: 0\nstudent:\n  width: 192\n  layers: 4\nsft:\n  steps: 1000\n  optimizer:\n    name: adamw\n",
-        "versions": {"cotgrpo": "0.1.0", "jax": "0.10.0", "numpy": "2.3.1", "python": "3.12.4", "device": "1 x cpu"},
+        "versions": {"cotgrpo": "0.2.0", "jax": "0.10.0", "numpy": "2.3.1", "python": "3.12.4", "device": "1 x cpu"},
     }
 
 
