@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from cotgrpo.models.layers.options import PerLayerEmbeddings
 from cotgrpo.models.rotary import RopeScaling
 
 Dtype = Literal["float32", "bfloat16"]
@@ -17,9 +18,9 @@ A policy that looks for matrix products does not see into functions with their o
 """
 LAYER_INPUT, QKV, ATTENTION_RESULT = "layer_input", "qkv_proj", "attention"
 PROJECTION_NAMES = {"query": QKV, "key": QKV, "value": QKV} | {name: f"{name}_proj" for name in ("out", "gate", "up")}
-PROJECTION_NAMES |= {"down": "down_proj"}
+PROJECTION_NAMES |= {"down": "down_proj", "per_layer_gate": "per_layer_proj", "per_layer_out": "per_layer_proj"}
 """The name of `KEPT_NAMES` of each matrix product of a layer."""
-KEPT_NAMES = (LAYER_INPUT, QKV, ATTENTION_RESULT, "out_proj", "gate_proj", "up_proj", "down_proj")
+KEPT_NAMES = (LAYER_INPUT, QKV, ATTENTION_RESULT, "out_proj", "gate_proj", "up_proj", "down_proj", "per_layer_proj")
 """Results of a layer that a remat policy can keep, in the order in which the layer computes them."""
 OFFLOAD = "offload:"
 """Prefix of a name that is kept in host memory."""
@@ -164,7 +165,8 @@ class DecoderPrecision:
             to keep, as `qkv_proj,out_proj,offload:gate_proj`. A name keeps this many numbers of `dtype` per token and
             layer: layer_input D (always kept), qkv_proj (Q + 2 K) H (with query and key norms, K H more), attention
             Q H and Q float32 (so `xla` attention lacks it), out_proj D, gate_proj F, up_proj F, down_proj D (0 without
-            norms after the blocks, as nothing reads it). `offload:` before a name keeps it in host memory.
+            norms after the blocks, as nothing reads it), per_layer_proj P + D (0 without per-layer embeddings).
+            `offload:` before a name keeps it in host memory.
     """
 
     dtype: Dtype = "float32"
@@ -186,6 +188,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         qk_norm: RMSNorm of the queries and keys, before the rotation.
         qk_norm_over: what that norm is over: "head", the H values of each head, or "width", all heads together.
         qk_norm_rotated: the norm of the queries and keys comes after the rotation.
+        value_norm: RMSNorm of the values of each head, without a scale.
         pre_norms: RMSNorm before attention and before the MLP.
         post_norms: RMSNorm after attention and after the MLP, before each is added to the residual stream.
         norm_plus_one: RMSNorm multiplies by `1 + scale`, and `scale` starts at 0.
@@ -203,6 +206,9 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         rope_scaling: how the rotary frequencies are scaled, or None.
         rotary_dim: values of each head that are rotated, the first ones, even (`partial_rotary_factor`). None: all.
         unrotated_layers: indices of the layers without rotary positions (`no_rope_layers`).
+        per_layer_embeddings: a second embedding, of which every layer reads a part of its own, or None.
+        layer_scale: the residual stream is multiplied by a number of each layer's own after the layer. Training leaves
+            it as it is (`layer_scalar`).
         max_positions: context length (`max_position_embeddings`). It is not enforced.
 
     Raises:
@@ -216,6 +222,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     qk_norm: bool = False
     qk_norm_over: str = "head"
     qk_norm_rotated: bool = False
+    value_norm: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     norm_plus_one: bool = False
@@ -231,6 +238,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     unrotated_layers: tuple[int, ...] = ()
+    per_layer_embeddings: PerLayerEmbeddings | None = None
+    layer_scale: bool = False
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -320,23 +329,28 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             "up": (self.width, self.mlp_width),
             "down": (self.mlp_width, self.width),
         }
+        if self.per_layer_embeddings is not None:
+            own = self.per_layer_embeddings.width
+            projections |= {"per_layer_gate": (self.width, own), "per_layer_out": (own, self.width)}
         return projections if self.gated_mlp else {name: p for name, p in projections.items() if name != "gate"}
 
     @property
     def kept_sizes(self) -> dict[str, int]:
         """Return how many numbers per token a layer keeps under each name of `KEPT_NAMES`.
 
-        A normed key is kept before its norm too, which the norm's gradient reads. Only a norm reads the result of down.
+        A normed key or value is kept before its norm too, which the norm's gradient reads. Only a norm reads the result
+        of down.
         """
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sizes = (
             self.width,
-            heads + (3 if self.qk_norm else 2) * kv_heads,
+            heads + (2 + self.qk_norm + self.value_norm) * kv_heads,
             heads + self.num_heads * (1 if self.dtype == "float32" else 2),  # a float32 of each head's softmax
             self.width,
             self.mlp_width if self.gated_mlp else 0,
             self.mlp_width,
             self.width if self.post_norms else 0,
+            0 if self.per_layer_embeddings is None else self.per_layer_embeddings.width + self.width,
         )
         return dict(zip(KEPT_NAMES, sizes, strict=True))
 
@@ -359,4 +373,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         norms = self.width * 2 * (self.pre_norms + self.post_norms) + (heads * self.head_dim if self.qk_norm else 0)
         activation = 2 if self.activation == "xielu" else 0
         embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
-        return self.num_layers * (products + biases + norms + activation) + self.width + embeddings
+        scalars = activation + self.layer_scale
+        if self.per_layer_embeddings is not None:
+            norms += self.width
+            embeddings += self.per_layer_embeddings.num_params(self.width, self.num_layers)
+        return self.num_layers * (products + biases + norms + scalars) + self.width + embeddings

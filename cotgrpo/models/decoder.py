@@ -25,6 +25,7 @@ from cotgrpo.models.attention import attention, attention_by_head, causal_segmen
 from cotgrpo.models.blockwise_attention import block_attention
 from cotgrpo.models.config import LAYER_INPUT, PROJECTION_NAMES, QKV, SAVED_NAMES, DecoderConfig, parse_remat
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
+from cotgrpo.models.layers.per_layer_embeddings import PerLayerInputs
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, relu_squared, rms_norm, xielu
 from cotgrpo.models.rotary import RopeScaling, rotate, rotate_by_product, rotation
@@ -143,13 +144,14 @@ class Layer(nn.Module):
         is_local: Bool[Array, ""] | None,
         is_rotated: Bool[Array, ""] | None,
         views: tuple[View, ...],
+        per_layer: Float[Array, "B T P"] | None = None,
         cached: LayerCache | None = None,
         column: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Return the residual stream after the layer, and `cached` with the new keys and values from `column` on.
 
         With two views, the global and the local one, `is_local` picks this layer's. If `is_rotated` is given and
-        False, this layer rotates nothing.
+        False, this layer rotates nothing. `per_layer` is this layer's part of the per-layer embeddings.
         """
         c = self.config
         x = checkpoint_name(constrain(x, "BTD"), LAYER_INPUT)
@@ -170,7 +172,17 @@ class Layer(nn.Module):
         h = constrain(self.activated(h), "BTF")
         h = constrain(self.dense("down", to_residual=True)(h), "BTD")
         x = x + self.added("post_mlp_norm", h)
+        if per_layer is not None:
+            x = x + self.from_per_layer(x, per_layer)
+        if c.layer_scale:
+            scale = self.param("layer_scale", nn.initializers.ones, (1,), jnp.dtype(c.param_dtype))
+            x = x * broadcast_last(jax.lax.stop_gradient(scale).astype(x.dtype), x)
         return x, cached
+
+    def from_per_layer(self, x: Float[Array, "B T D"], per_layer: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
+        """Return what the per-layer embeddings add to the residual stream."""
+        h = gated(self.config.activation, self.dense("per_layer_gate")(x), per_layer)
+        return self.norm("post_per_layer_norm")(constrain(self.dense("per_layer_out", to_residual=True)(h), "BTD"))
 
     def added(self, norm: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return what a block adds to the residual stream: its result, with the norm after it if there is one."""
@@ -198,6 +210,8 @@ class Layer(nn.Module):
         value = self.dense("value")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         if c.qk_norm and not c.qk_norm_rotated:
             query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
+        if c.value_norm:
+            value = rms_norm(*vary_alike(value, jnp.ones(c.head_dim, jnp.float32)), c.norm_eps)
         if view.cos is not None and view.sin is not None:
             turn = rotate_by_product if c.attention == "splash" else rotate
             query, key = turn(query, view.cos, view.sin), turn(key, view.cos, view.sin)
@@ -300,14 +314,19 @@ class Decoder(nn.Module):
         x_BTD = look_up(embedding_VD, tokens, jnp.dtype(c.dtype), gather=cache is not None)
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
+        per_layer = PerLayerInputs(c, name="per_layer")(tokens, x_BTD) if c.per_layer_embeddings is not None else None
         if cache is None:
-            x_BTD = self.scan_layers(x_BTD, positions, segment_ids)
+            x_BTD = self.scan_layers(x_BTD, positions, segment_ids, per_layer)
         else:
-            x_BTD, cache = self.unrolled_layers(x_BTD, positions, segment_ids, cache, column)
+            x_BTD, cache = self.unrolled_layers(x_BTD, positions, segment_ids, per_layer, cache, column)
         return make_norm(c, "final_norm")(x_BTD), cache
 
     def scan_layers(
-        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        per_layer: Float[Array, "L B T P"] | None,
     ) -> Float[Array, "B T D"]:
         """Return the residual stream after all layers, for whole sequences."""
         c = self.config
@@ -319,16 +338,17 @@ class Decoder(nn.Module):
             self.layer_with_remat(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, 0),
             length=c.num_layers,
         )
-        return layers(c, name="layers")(x_BTD, is_local, is_rotated, views)[0]
+        return layers(c, name="layers")(x_BTD, is_local, is_rotated, views, per_layer)[0]
 
     def unrolled_layers(
         self,
         x_BTD: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
+        per_layer: Float[Array, "L B T P"] | None,
         cache: KvCache,
         column: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], KvCache]:
@@ -342,7 +362,8 @@ class Decoder(nn.Module):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
             if index in c.unrotated_layers:
                 view = (view[0].replace(cos=None, sin=None),)
-            x_BTD, new = Layer(c, transposed=True, name=f"layer_{index}")(x_BTD, None, None, view, own, column)
+            layer = Layer(c, transposed=True, name=f"layer_{index}")
+            x_BTD, new = layer(x_BTD, None, None, view, None if per_layer is None else per_layer[index], own, column)
             cached.append(new)
         keys, values = zip(*cached, strict=True)
         return x_BTD, KvCache(keys, values, key_positions, key_segments)

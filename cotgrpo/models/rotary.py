@@ -19,7 +19,7 @@ from cotgrpo.sharding import vary_alike
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Float, Int
 
-SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "alpha")
+SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "alpha", "proportional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,15 @@ class RopeScaling:
             "longrope": pair i is divided by `long_factors[i]` if the longest position of the call lies beyond
             `original_length`, else by `short_factors[i]` (arXiv:2402.13753).
             "alpha": theta is multiplied by `factor ** (H / (H - 2))` (NTK-aware, at any length).
+            "proportional": only the first `rotated_share` of the pairs turn. Frequencies are divided by `factor`.
         factor: how many times longer the context becomes, > 0.
-        original_length: number of positions in training. "linear" ignores it.
+        original_length: number of positions in training. "linear", "alpha" and "proportional" ignore it.
         low_freq_factor, high_freq_factor: for "llama3".
         beta_fast, beta_slow: for "yarn".
         truncate: whether "yarn" widens the blended range to whole pairs.
         attention_factor: "yarn" and "longrope" multiply queries and keys by it.
         short_factors, long_factors: for "longrope", one of each per pair.
+        rotated_share: for "proportional", in (0, 1].
         query_growth: g multiplies a query at position t by `1 + g ln(1 + floor(t / original_length))`
             (Llama 4's temperature).
 
@@ -62,6 +64,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0
     query_growth: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class RopeScaling:
             raise ValueError(f"RopeScaling.kind must be one of {SCALINGS}, got {self.kind!r}.")
         if not self.factor > 0:
             raise ValueError(f"RopeScaling.factor must be positive, got {self.factor}.")
-        if self.kind not in ("linear", "alpha") and self.original_length < 1:
+        if self.kind not in ("linear", "alpha", "proportional") and self.original_length < 1:
             raise ValueError(
                 f"RopeScaling.original_length must be at least 1 for kind {self.kind!r}, got {self.original_length}."
             )
@@ -78,6 +81,8 @@ class RopeScaling:
                 f"RopeScaling.low_freq_factor ({self.low_freq_factor}) must be below "
                 f"high_freq_factor ({self.high_freq_factor})."
             )
+        if not 0 < self.rotated_share <= 1:
+            raise ValueError(f"RopeScaling.rotated_share must lie in (0, 1], got {self.rotated_share}.")
         if self.kind == "longrope" and not (min(self.short_factors, default=0) > 0 < min(self.long_factors, default=0)):
             raise ValueError("RopeScaling.short_factors and long_factors must be positive numbers, one for each pair.")
 
@@ -121,6 +126,9 @@ def scaled_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None)
     kept: np.ndarray  # the share of each frequency that is not divided by the factor
     if scaling is None:
         return plain
+    if scaling.kind == "proportional":
+        turning = np.arange(head_dim // 2) < int(scaling.rotated_share * head_dim // 2)
+        return np.asarray(np.where(turning, plain, 0) / np.float32(scaling.factor), np.float32)
     if scaling.kind == "llama3":
         # Turns within the original context: low_freq_factor and high_freq_factor bound the blended range.
         turns = np.float32(scaling.original_length) / (np.float32(2 * math.pi) / plain)
