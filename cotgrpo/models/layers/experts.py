@@ -1,0 +1,503 @@
+"""A mixture of experts: an MLP of many parts, each token sent to a few (Shazeer et al. 2017, arXiv:1701.06538).
+
+    y_n = sum_{e in top-K of the router's logits} w_ne down_e(activation(gate_e(x_n)) * up_e(x_n))
+
+The tokens are sorted by expert, and each product is one grouped product over the sorted rows. No token is dropped,
+whatever the load. The weights w multiply the middle of the MLP, not its result, so the backward pass need not keep
+the K results of every token.
+
+Dimensions besides those of `cotgrpo.types`: N tokens, K experts of a token, E experts, and M rows: a row for each pair of
+a token and its expert, in the order of the experts, and empty rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from cotgrpo.models.norm_and_gate import ACTIVATIONS
+from cotgrpo.sharding import ambient_param_spec, axis_names, dimension_axes, open_axes, partition_spec, vary_alike
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cotgrpo.types import Array, Bool, Float, Int
+
+Products = Literal["auto", "ragged", "blocks"]
+LETTERS = {"router": "DE", "router_bias": "E", "gate": "EDF", "up": "EDF", "down": "EFD"}
+LETTERS |= {"gate_bias": "EF", "up_bias": "EF", "down_bias": "ED"}
+"""The dimensions of each parameter of a layer, as `cotgrpo.sharding.constrain` reads them."""
+IN_FLOAT32 = ("router", "router_bias")
+KEPT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+"""What remat policies call the result of each product."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
+"""Rows of a block of "blocks"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts of a layer's MLP. Names in parentheses are those of Hugging Face's config.json.
+
+    Attributes:
+        number: E, experts of a layer (`num_experts`, `num_local_experts`).
+        chosen: K, experts of a token, those with the largest logits (`num_experts_per_tok`).
+        width: F, inner size of an expert (`moe_intermediate_size`).
+        normalized: whether the weights of a token's experts sum to 1: the softmax is over its K logits, else over all E
+            (`norm_topk_prob`).
+        biases: whether the router and the experts' products have biases.
+        shared: whether every token also goes through the layer's own MLP of `mlp_width`, whose result is added.
+        shared_gate: whether a sigmoid of a product of x scales what the shared MLP adds.
+        limit: c cuts the gate off above c, and up outside [-c, c]. Then the middle is
+            `gate sigmoid(gate_slope * gate) * (up + 1)` (`swiglu_limit`). None: the activation of the decoder.
+        gate_slope: as above (`swiglu_alpha`).
+        dense_layers: indices of the layers with a plain MLP of `mlp_width` and no experts (`mlp_only_layers`).
+        balance_weight: factor of the load-balancing loss in the loss of a train step. 0: it is not added.
+        products: how grouped products are computed: "ragged" (`jax.lax.ragged_dot`), "blocks" (a loop over blocks of
+            rows of one expert) or "auto": "blocks" on a CPU, where XLA multiplies every row with every expert in
+            `ragged_dot`, and "ragged" elsewhere.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    number: int
+    chosen: int
+    width: int
+    normalized: bool = True
+    biases: bool = False
+    shared: bool = False
+    shared_gate: bool = False
+    limit: float | None = None
+    gate_slope: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+    balance_weight: float = 0.0
+    products: Products = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("number", "chosen", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Experts.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.chosen > self.number:
+            raise ValueError(f"Experts.chosen must be at most number ({self.number}), got {self.chosen}.")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"Experts.limit must be positive or None, got {self.limit}.")
+        if not (self.balance_weight >= 0 and math.isfinite(self.balance_weight)):
+            raise ValueError(f"Experts.balance_weight must be at least 0, got {self.balance_weight}.")
+        if self.products not in get_args(Products):
+            raise ValueError(f"Experts.products must be one of {get_args(Products)}, got {self.products!r}.")
+        if self.shared_gate and not self.shared:
+            raise ValueError("Experts.shared_gate needs shared: there is nothing else for it to scale.")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of a layer with a residual stream of `width`."""
+        sizes = {"D": width, "E": self.number, "F": self.width}
+        names = [name for name in LETTERS if self.biases or not name.endswith("_bias")]
+        return {name: tuple(sizes[letter] for letter in LETTERS[name]) for name in names}
+
+    def num_params(self, width: int) -> int:
+        """Return the number of parameters of a layer, without the shared MLP's own."""
+        return sum(math.prod(shape) for shape in self.shapes(width).values()) + (width if self.shared_gate else 0)
+
+    def active_weights(self, width: int) -> int:
+        """Return the number of weights in the matrix products of one token."""
+        return width * self.number + self.chosen * 3 * width * self.width + (width if self.shared_gate else 0)
+
+
+class Plan(NamedTuple):
+    """Where the pairs of a token and its expert lie in the order of the experts.
+
+    Attributes:
+        rows: int32 `[N, K]`, the row of each pair; M for a pair without one, whose expert is on another device.
+        pairs: int32 `[M]`, the pair `n K + k` of each row; N K for an empty row.
+        sizes: int32 `[E]`, rows of each expert, empty ones included. They follow each other from row 0 on.
+        block: of how many rows each size is a multiple.
+    """
+
+    rows: Int[Array, "N K"]
+    pairs: Int[Array, "M"]
+    sizes: Int[Array, "E"]
+    block: int
+
+    @property
+    def expert_of_row(self) -> Int[Array, "M"]:
+        """Return the expert of each row. Rows after the last expert's have the last one's number."""
+        ends = jnp.cumsum(self.sizes)
+        at = jnp.searchsorted(ends, jnp.arange(len(self.pairs), dtype=ends.dtype), side="right")
+        return jnp.minimum(at, len(self.sizes) - 1).astype(jnp.int32)
+
+
+class Load(NamedTuple):
+    """What the router did with real tokens, summed over them.
+
+    Attributes:
+        tokens: float32 `[E]`, tokens that each expert got.
+        probabilities: float32 `[E]`, sums of the softmax of the router's logits.
+    """
+
+    tokens: Float[Array, "E"]
+    probabilities: Float[Array, "E"]
+
+
+def route(
+    experts: Experts, x: Float[Array, "N D"], router: Float[Array, "D E"], bias: Float[Array, "E"] | None
+) -> tuple[Float[Array, "N E"], Float[Array, "N K"], Int[Array, "N K"]]:
+    """Return the router's logits, and the weights and numbers of each token's experts, all in float32.
+
+    Of equal logits, the experts of lower numbers are chosen.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[None, :]
+    top, chosen = jax.lax.top_k(logits, experts.chosen)
+    if experts.normalized:
+        return logits, jax.nn.softmax(top, axis=-1), chosen
+    return logits, jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), chosen
+
+
+def make_plan(chosen: Int[Array, "N K"], number: int, block: int) -> Plan:
+    """Return the order of the pairs by expert. Those with an expert outside `0..number - 1` get no row."""
+    N, K = chosen.shape
+    flat = chosen.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < number), flat, number)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=number + 1).astype(jnp.int32)
+    sizes = -(-counts[:number] // block) * block
+    starts = jnp.cumsum(counts) - counts
+    # The row of a pair is the first one of its expert, and its rank among the expert's pairs.
+    firsts = jnp.append(jnp.cumsum(sizes) - sizes, 0)
+    by_expert = flat[order]
+    rows = firsts[by_expert] + jnp.arange(N * K, dtype=jnp.int32) - starts[by_expert]
+    # A token has each expert at most once, so more than `number` pairs of it have no row.
+    most = N * min(K, number) + min(number, N * K) * (block - 1)
+    total = -(-most // block) * block
+    rows = jnp.where(by_expert == number, total, rows).astype(jnp.int32)
+    return Plan(
+        rows=jnp.zeros(N * K, jnp.int32).at[order].set(rows, unique_indices=True).reshape(N, K),
+        pairs=jnp.full(total, N * K, jnp.int32).at[rows].set(order.astype(jnp.int32), mode="drop"),
+        sizes=sizes,
+        block=block,
+    )
+
+
+@jax.custom_vjp
+def to_experts(x: Float[Array, "N D"], rows: Int[Array, "N K"], pairs: Int[Array, "M"]) -> Float[Array, "M D"]:
+    """Return the token of each row, and zeros in empty rows. `rows` and `pairs` are those of a `Plan`."""
+    return jnp.take(x, pairs // rows.shape[1], axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def from_experts(y: Float[Array, "M D"], rows: Int[Array, "N K"], pairs: Int[Array, "M"]) -> Float[Array, "N D"]:
+    """Return the sum of each token's rows: the transpose of `to_experts`. Sums are float32."""
+    own = jnp.take(y, rows, axis=0, mode="fill", fill_value=0)
+    return jnp.sum(own.astype(jnp.float32), axis=1).astype(y.dtype)
+
+
+# Each is the other's gradient, so none of the two scatters.
+to_experts.defvjp(
+    lambda x, rows, pairs: (to_experts(x, rows, pairs), (rows, pairs)),
+    lambda plan, dy: (from_experts(dy, *plan), None, None),
+)
+from_experts.defvjp(
+    lambda y, rows, pairs: (from_experts(y, rows, pairs), (rows, pairs)),
+    lambda plan, dx: (to_experts(dx, *plan), None, None),
+)
+
+
+def row_weights(weights: Float[Array, "N K"], plan: Plan) -> Float[Array, "M"]:
+    """Return the weight of each row, 0 in empty ones."""
+    return jnp.take(weights.reshape(-1), plan.pairs, mode="fill", fill_value=0)
+
+
+def grouped_product(
+    x: Float[Array, "M D"], kernel: Float[Array, "E D F"], plan: Plan, products: str
+) -> Float[Array, "M F"]:
+    """Return the product of each row with its expert's matrix. Rows after the last expert's are undefined."""
+    if products == "ragged":
+        return jax.lax.ragged_dot(x, kernel, plan.sizes, preferred_element_type=x.dtype)
+    return block_product(plan.block, *vary_alike(x, kernel, plan.expert_of_row[:: plan.block]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def block_product(
+    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "blocks"]
+) -> Float[Array, "M F"]:
+    """Return the product of each block of rows with its expert's matrix."""
+
+    def one(carry: tuple[()], own: tuple[Array, Array]) -> tuple[tuple[()], Array]:
+        rows, expert = own
+        return carry, jnp.matmul(rows, kernel[expert], preferred_element_type=jnp.float32).astype(x.dtype)
+
+    blocks = x.reshape(-1, block, x.shape[1])
+    return jax.lax.scan(one, (), (blocks, expert_of_block))[1].reshape(len(x), -1)
+
+
+def block_product_forward(
+    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "blocks"]
+) -> tuple[Float[Array, "M F"], tuple[Array, Array, Array]]:
+    """Return the product and what its gradient needs."""
+    return block_product(block, x, kernel, expert_of_block), (x, kernel, expert_of_block)
+
+
+def block_product_backward(
+    block: int, kept: tuple[Array, Array, Array], dy: Float[Array, "M F"]
+) -> tuple[Float[Array, "M D"], Float[Array, "E D F"], None]:
+    """Return `dx = dy W_e^T`, and `dW_e = sum x^T dy` over the expert's rows in float32."""
+    x, kernel, expert_of_block = kept
+
+    def one(sums: Array, own: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        rows, slopes, expert = own
+        dx = jnp.matmul(slopes, kernel[expert].T, preferred_element_type=jnp.float32).astype(rows.dtype)
+        dkernel = jnp.matmul(rows.T, slopes, preferred_element_type=jnp.float32)
+        return sums.at[expert].add(dkernel), dx
+
+    parts = (x.reshape(-1, block, x.shape[1]), dy.reshape(-1, block, dy.shape[1]), expert_of_block)
+    start, _ = vary_alike(jnp.zeros(kernel.shape, jnp.float32), dy)
+    dkernel, dx = jax.lax.scan(one, start, parts)
+    return dx.reshape(x.shape), dkernel.astype(kernel.dtype), None
+
+
+block_product.defvjp(block_product_forward, block_product_backward)
+
+
+def middle(
+    experts: Experts, activation: str, gate: Float[Array, "M F"], up: Float[Array, "M F"], weights: Float[Array, "M"]
+) -> Float[Array, "M F"]:
+    """Return the middle of the MLP times the weight of each row. It is 0 in empty rows, whatever they hold."""
+    if experts.limit is None:
+        h = ACTIVATIONS[activation](gate) * up
+    else:
+        gate = jnp.minimum(gate, experts.limit)
+        up = jnp.clip(up, -experts.limit, experts.limit)
+        h = gate * jax.nn.sigmoid(experts.gate_slope * gate) * (up + 1)
+    weights = weights[:, None]
+    return jnp.where(weights == 0, 0, h.astype(jnp.float32) * weights).astype(up.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weighted_middle(
+    experts: Experts, activation: str, gate: Float[Array, "M F"], up: Float[Array, "M F"], weights: Float[Array, "M"]
+) -> Float[Array, "M F"]:
+    """Return `middle`. The gradient keeps its arguments and nothing computed from them."""
+    return middle(experts, activation, gate, up, weights)
+
+
+def weighted_middle_backward(
+    experts: Experts, activation: str, kept: tuple[Array, Array, Array], dy: Float[Array, "M F"]
+) -> tuple[Array, ...]:
+    """Return autodiff's gradients."""
+    gate, up, weights = kept
+    used = weights[:, None] != 0
+    gate, up = jnp.where(used, gate, 0), jnp.where(used, up, 0)
+    return jax.vjp(functools.partial(middle, experts, activation), gate, up, weights)[1](dy)
+
+
+weighted_middle.defvjp(
+    lambda experts, activation, gate, up, weights: (
+        weighted_middle(experts, activation, gate, up, weights),
+        (gate, up, weights),
+    ),
+    weighted_middle_backward,
+)
+
+
+def through_experts(
+    experts: Experts,
+    activation: str,
+    params: Mapping[str, Array],
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N K"],
+    chosen: Int[Array, "N K"],
+) -> Float[Array, "N D"]:
+    """Return the weighted sum of the results of each token's experts, of those that `params` hold.
+
+    Args:
+        experts: what they are.
+        activation: of the gate.
+        params: `gate`, `up`, `down` and their biases, in the compute type. They may be the experts of one device.
+        x: the tokens.
+        weights, chosen: of `route`, with the numbers of experts counted from the first one in `params`.
+    """
+    number = len(params["gate"])
+    products = experts.products if experts.products != "auto" else auto_products()
+    plan = make_plan(chosen, number, 1 if products == "ragged" else block_rows(chosen.size, experts.number))
+    x, weights, plan, params = vary_alike(x, weights, plan, dict(params))
+
+    def product(name: str, rows: Float[Array, "M inputs"], factor: Float[Array, "M"] | None = None) -> Array:
+        y = grouped_product(rows, params[name], plan, products)
+        if f"{name}_bias" in params:
+            bias = params[f"{name}_bias"][plan.expert_of_row]
+            y = y + (bias if factor is None else (bias * factor[:, None]).astype(y.dtype))
+        return checkpoint_name(y, KEPT[name])
+
+    own = row_weights(weights, plan)
+    rows = to_experts(x, plan.rows, plan.pairs)
+    h = weighted_middle(experts, activation, product("gate", rows), product("up", rows), own)
+    return from_experts(product("down", h, own), plan.rows, plan.pairs)
+
+
+def auto_products() -> str:
+    """Return how this platform computes grouped products."""
+    return "blocks" if jax.default_backend() == "cpu" else "ragged"
+
+
+def block_rows(pairs: int, number: int) -> int:
+    """Return the rows of a block: at most half of what an expert gets on average, so that few rows are empty."""
+    rows = SMALLEST_BLOCK
+    while rows * 2 <= LARGEST_BLOCK and rows * 4 <= pairs // number:
+        rows *= 2
+    return rows
+
+
+def load_of(logits: Float[Array, "N E"], chosen: Int[Array, "N K"], real: Bool[Array, "N"]) -> Load:
+    """Return the load of the experts by real tokens. The gradient goes through the probabilities."""
+    number = logits.shape[1]
+    counted = jnp.broadcast_to(real[:, None], chosen.shape).reshape(-1).astype(jnp.float32)
+    tokens = jnp.zeros(number, jnp.float32).at[chosen.reshape(-1)].add(counted)
+    return Load(tokens, jnp.sum(jnp.where(real[:, None], jax.nn.softmax(logits, axis=-1), 0), axis=0))
+
+
+class ExpertLayout(NamedTuple):
+    """Which axes of the ambient mesh split what in a mixture of experts.
+
+    Attributes:
+        batch, length: of the tokens.
+        number, width: of the experts and of their inner size.
+        inputs: of the residual stream in the parameters as they lie, which are gathered over these.
+    """
+
+    batch: tuple[str, ...]
+    length: tuple[str, ...]
+    number: tuple[str, ...]
+    width: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def of_ambient_mesh(cls, experts: Experts, shape: tuple[int, ...]) -> ExpertLayout:
+        """Return the layout for tokens of this shape `[B, T, D]`."""
+        batch, length, _ = dimension_axes(partition_spec("BTD", shape))
+        kernel = experts.shapes(shape[2])["gate"]
+        number, _, width = dimension_axes(partition_spec("EDF", kernel))
+        taken = {*number, *width}
+        inputs = dimension_axes(ambient_param_spec("experts/gate", kernel))[1]
+        return cls(batch, length, number, width, tuple(axis for axis in inputs if axis not in taken))
+
+    def spec(self, letters: str) -> PartitionSpec:
+        """Return the layout of a parameter."""
+        axes = {"E": self.number, "F": self.width, "D": self.inputs}
+        return PartitionSpec(*(axes[letter] or None for letter in letters))
+
+
+def mixture_of_experts(
+    experts: Experts, activation: str, params: Mapping[str, Array], x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Load]:
+    """Return what the experts add to the residual stream, and their load. Nothing is dropped.
+
+    On a mesh every device sorts its own tokens. If the axis `expert` splits the experts, the tokens of its devices are
+    gathered, each device computes what its experts add to all of them, and the sums go back (reduce-scatter). With P
+    devices a device receives 2 (P - 1) N D numbers in each pass, N its own tokens. An all-to-all of the pairs would
+    receive 2 K N D (P - 1) / P, which is more if P < K, and it needs rows for the worst case too.
+
+    Args:
+        experts: what they are.
+        activation: of the gate.
+        params: as in `Experts.shapes`, the router's in float32 and the others in the compute type.
+        x: the normed residual stream.
+        real: False for padding, which does not count in the load.
+    """
+    B, T, D = x.shape
+    if not open_axes():
+        y, load = on_one_device(experts, activation, params, x.reshape(B * T, D), real.reshape(B * T))
+        return y.reshape(x.shape), load
+    layout = ExpertLayout.of_ambient_mesh(experts, x.shape)
+    of_tokens = PartitionSpec(layout.batch or None, layout.length or None)
+    specs = {name: layout.spec(LETTERS[name]) for name in params if name not in IN_FLOAT32}
+    specs |= {name: PartitionSpec() for name in params if name in IN_FLOAT32}
+
+    def shard(params: dict[str, Array], x: Array, real: Array) -> tuple[Array, Load]:
+        own = x.reshape(-1, D)
+        y, load = on_one_device(experts, activation, params, own, real.reshape(-1), layout)
+        return y.reshape(x.shape), load
+
+    mapped: Any = jax.shard_map(
+        shard,
+        in_specs=(specs, of_tokens, of_tokens),
+        out_specs=(of_tokens, PartitionSpec()),
+        axis_names=set(open_axes()),
+    )
+    return mapped(dict(params), x, real)
+
+
+def on_one_device(
+    experts: Experts,
+    activation: str,
+    params: Mapping[str, Array],
+    x: Float[Array, "N D"],
+    real: Bool[Array, "N"],
+    layout: ExpertLayout | None = None,
+) -> tuple[Float[Array, "N D"], Load]:
+    """Return one device's part of `mixture_of_experts`: of its tokens, and of its experts if there is a layout."""
+    logits, weights, chosen = route(experts, x, params["router"], params.get("router_bias"))
+    load = load_of(logits, chosen, real)
+    kernels = {name: value for name, value in params.items() if name not in IN_FLOAT32}
+    if layout is None:
+        return through_experts(experts, activation, kernels, x, weights, chosen), load
+    tokens = layout.batch + layout.length
+    load = jax.lax.psum(load, tokens) if tokens else load
+    if layout.inputs:
+        kernels = {name: gather_inputs(name, value, layout.inputs) for name, value in kernels.items()}
+    # Tokens that differ among the devices of an axis are gathered; others are there already.
+    spread = tuple(axis for axis in layout.number if axis in tokens)
+    if spread:
+        x, weights, chosen = (jax.lax.all_gather(part, spread, tiled=True) for part in (x, weights, chosen))
+    if layout.number:
+        chosen = chosen - jax.lax.axis_index(layout.number) * len(kernels["gate"])
+    if "down_bias" in kernels and layout.width:
+        # Every part of the width would add it.
+        first = jax.lax.axis_index(layout.width) == 0
+        kernels["down_bias"] = jnp.where(first, kernels["down_bias"], 0)
+    y = through_experts(experts, activation, kernels, x, weights, chosen)
+    if spread:
+        y = jax.lax.psum_scatter(y, spread, tiled=True)
+    summed = layout.width + tuple(axis for axis in layout.number if axis not in spread)
+    return (jax.lax.psum(y, summed) if summed else y), load
+
+
+def gather_inputs(name: str, kernel: Array, axes: tuple[str, ...]) -> Array:
+    """Return a parameter with its residual dimension whole. Its gradient is summed into the shards (reduce-scatter)."""
+    if "D" not in LETTERS[name]:
+        return kernel
+    return jax.lax.all_gather(kernel, axes, axis=LETTERS[name].index("D"), tiled=True)
+
+
+def balance_loss(experts: Experts, tokens_LE: Float[Array, "L E"], probabilities_LE: Float[Array, "L E"]) -> Array:
+    """Return the load-balancing loss of all layers together (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
+
+        E sum_e f_e p_e
+
+    f_e is the mean number of a token's choices that fall on expert e, over the tokens of all layers, and p_e the mean
+    probability. It is K if the load is even. This is what `transformers` computes.
+    """
+    count = jnp.maximum(jnp.sum(tokens_LE) / experts.chosen, 1.0)
+    f, p = jnp.sum(tokens_LE, axis=0) / count, jnp.sum(probabilities_LE, axis=0) / count
+    return experts.number * jnp.sum(jax.lax.stop_gradient(f) * p)
+
+
+def load_metrics(tokens_LE: Float[Array, "L E"]) -> dict[str, Float[Array, ""]]:
+    """Return how even the load is, as means over the layers.
+
+    Returns:
+        expert_share_max: share of a layer's choices that fall on its busiest expert; `1 / E` if the load is even.
+        expert_entropy: entropy of the load over its maximum `ln E`: 1 if the load is even, 0 if one expert gets all.
+    """
+    number = tokens_LE.shape[1]
+    share = tokens_LE / jnp.maximum(jnp.sum(tokens_LE, axis=1, keepdims=True), 1.0)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=1)
+    most = math.log(number) if number > 1 else 1.0
+    return {"expert_share_max": jnp.mean(jnp.max(share, axis=1)), "expert_entropy": jnp.mean(entropy) / most}
