@@ -22,10 +22,11 @@ ROPE_KEYS = {
     "longrope": frozenset(
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
+    "proportional": frozenset({"factor"}),
 }
 """Fields of each kind of scaling."""
 
-SOME_FAMILIES = frozenset({"longrope"})
+SOME_FAMILIES = frozenset({"longrope", "proportional"})
 """Kinds of scaling that only families with this kind in `Family.rope_kinds` have."""
 
 NOT_READ = frozenset({"attn_factor"})
@@ -104,11 +105,14 @@ def rope_scaling(field: HfConfig, family: Family) -> RopeScaling | None:
     needed = {
         "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
         "longrope": {"short_factor", "long_factor"},
+        "proportional": set(),
     }.get(kind, {"factor"})
     if needed - set(spec):
         raise ModelError(f"config.json: rope_scaling of type {kind!r} lacks {', '.join(sorted(needed - set(spec)))}.")
     if kind == "linear":
         return RopeScaling(kind, spec["factor"])
+    if kind == "proportional":
+        return RopeScaling(kind, spec.get("factor", 1.0), rotated_share=field["partial_rotary_factor"])
     length = spec.pop("original_max_position_embeddings", field["max_position_embeddings"])
     if kind == "longrope":
         return longrope(field, spec, length)

@@ -7,6 +7,9 @@ from typing import Any
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.family import HfConfig, ModelError
 
+TYPES = ("full_attention", "sliding_attention")
+"""`layer_types` of a layer without and with a window."""
+
 
 def used_windows(field: HfConfig, layer_types: list[str]) -> dict[str, Any]:
     """Return the windows of a family with `use_sliding_window`, which switches them off."""
@@ -22,8 +25,7 @@ def used_windows(field: HfConfig, layer_types: list[str]) -> dict[str, Any]:
 
 def window_between(field: HfConfig, pattern: int) -> dict[str, Any]:
     """Return Gemma's windows: in all layers but every `pattern`-th."""
-    types = ["full_attention", "sliding_attention"]
-    return windows(field, [types[bool((i + 1) % pattern)] for i in range(field["num_hidden_layers"])])
+    return windows(field, [TYPES[bool((i + 1) % pattern)] for i in range(field["num_hidden_layers"])])
 
 
 def all_windows(field: HfConfig) -> dict[str, Any]:
@@ -54,8 +56,7 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
     """Return the fields that `windows` reads."""
     local = range(config.num_layers) if config.local_layers is None else config.local_layers
     local = local if config.window is not None else ()
-    types = ["full_attention", "sliding_attention"]
-    return {"sliding_window": config.window, "layer_types": [types[i in local] for i in range(config.num_layers)]}
+    return {"sliding_window": config.window, "layer_types": [TYPES[i in local] for i in range(config.num_layers)]}
 
 
 def attention_biases(field: HfConfig) -> tuple[str, ...]:

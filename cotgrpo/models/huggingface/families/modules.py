@@ -14,6 +14,9 @@ MODULES = {
     "mlp_norm": "post_attention_layernorm",
     "query_norm": "self_attn.q_norm",
     "key_norm": "self_attn.k_norm",
+    "per_layer_gate": "per_layer_input_gate",
+    "per_layer_out": "per_layer_projection",
+    "post_per_layer_norm": "post_per_layer_input_norm",
 }
 """{our name: the module's name in a layer of the checkpoint}. `Family.modules` override them."""
 
