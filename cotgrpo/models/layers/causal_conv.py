@@ -32,29 +32,29 @@ class ConvWindow(flax.struct.PyTreeNode):
 
 def causal_conv(
     x: Float[Array, "B T C"],
-    kernel: Float[Array, "taps one C"],
+    kernel: Float[Array, "C one taps"],
     segment_ids: Int[Array, "B T"],
     window: ConvWindow | None = None,
 ) -> tuple[Float[Array, "B T C"], ConvWindow | None]:
-    """Return `y_t = sum_d kernel[taps - 1 - d] * x_(t - d)` over the tokens of t's own segment, and the next window.
+    """Return `y_t = sum_d kernel[:, 0, taps - 1 - d] * x_(t - d)` over tokens of t's segment, and the next window.
 
-    The kernel is stored as `flax.linen.Conv` stores a depthwise one. A token of segment 0 is padding: its result is 0
+    A token of segment 0 is padding: its result is 0
     and no token reads it. Padding lies before or after a segment, never inside.
 
     Args:
         x: the inputs.
-        kernel: one filter for each channel.
+        kernel: one filter for each channel, as torch stores them.
         segment_ids: of the tokens.
         window: the inputs before these. None: there are none, and none are returned.
     """
-    taps, T = len(kernel), x.shape[1]
+    taps, T = kernel.shape[2], x.shape[1]
     before = ConvWindow.empty(len(x), taps, x.shape[2], x.dtype) if window is None else window
     inputs = jnp.concatenate([before.inputs.astype(x.dtype), x], axis=1)
     segments = jnp.concatenate([before.segment_ids, segment_ids], axis=1)
-    kernel, y = kernel.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32)
+    y = jnp.zeros(x.shape, jnp.float32)
     for tap in range(taps):
         same = (segments[:, tap : tap + T] == segment_ids) & (segment_ids > 0)
-        y += jnp.where(same[:, :, None], inputs[:, tap : tap + T] * kernel[tap], 0)
+        y += jnp.where(same[:, :, None], inputs[:, tap : tap + T] * kernel[None, None, :, 0, tap], 0)
     return y.astype(x.dtype), None if window is None else last_inputs(inputs, segments, taps - 1)
 
 
@@ -62,7 +62,7 @@ def last_inputs(x: Float[Array, "B S C"], segment_ids: Int[Array, "B S"], count:
     """Return the `count` columns of each row that end with its last token, or its last columns if it has none."""
     columns = x.shape[1]
     padding = jnp.argmax(segment_ids[:, ::-1] > 0, axis=1)  # columns after the last token
-    index = jnp.maximum(columns - count + jnp.arange(count) - padding[:, None], 0)
+    index = jnp.maximum(columns - count + jnp.arange(count)[None] - padding[:, None], 0)
     return ConvWindow(
         jnp.take_along_axis(x, index[:, :, None], axis=1), jnp.take_along_axis(segment_ids, index, axis=1)
     )

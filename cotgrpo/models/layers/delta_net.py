@@ -7,6 +7,9 @@ Each head keeps a matrix `S` from keys to values. Token t forgets a part of it a
 with `g_t <= 0` and `0 <= b_t <= 1`. `chunked_delta_rule` computes it with matrix products over chunks of tokens, and
 `delta_rule_steps` token by token. All sums are in float32. The state is zero at the first token of a segment. Padding,
 which is segment 0, leaves it as it is.
+
+`GatedDeltaNet` is the layer of Qwen3-Next and Qwen3.5 around it: a short convolution of queries, keys and values before
+the rule, and a gated norm of each head after it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,27 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from cotgrpo.models.layers.causal_conv import ConvWindow, causal_conv
+from cotgrpo.models.layers.options import DeltaNet
+from cotgrpo.models.norm_and_gate import broadcast_last, rms_norm
+from cotgrpo.sharding import constrain, vary_alike
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Bool, Float, Int
+    from jax.typing import DTypeLike
+
+    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
 
 CHUNK = 64
 """Tokens of a chunk."""
+
+NORM_EPS = 1e-6
+"""Added to the squared length of a query or a key that is brought to length 1."""
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 """Products in float32 on every device. The defaults of TPUs and GPUs round their factors."""
@@ -44,7 +60,7 @@ class DeltaTokens(NamedTuple):
     strength: Float[Array, "B T K R"]
 
 
-class DeltaState(NamedTuple):
+class DeltaState(flax.struct.PyTreeNode):
     """What the tokens read so far leave behind.
 
     Attributes:
@@ -56,10 +72,17 @@ class DeltaState(NamedTuple):
     segment_ids: Int[Array, "B"]
 
     @classmethod
-    def empty(cls, tokens: DeltaTokens) -> DeltaState:
+    def empty(cls, batch: int, options: DeltaNet) -> DeltaState:
         """Return the state before the first token."""
+        K, R = options.num_key_heads, options.num_value_heads // options.num_key_heads
+        memory = jnp.zeros((batch, K, R, options.key_dim, options.value_dim), jnp.float32)
+        return cls(memory, jnp.zeros((batch,), jnp.int32))
+
+    @classmethod
+    def before(cls, tokens: DeltaTokens) -> DeltaState:
+        """Return the state before the first of some tokens."""
         B, _, K, R, E = tokens.value.shape
-        return cls(jnp.zeros((B, K, R, tokens.key.shape[-1], E), jnp.float32), jnp.zeros((B,), jnp.int32))
+        return cls.empty(B, DeltaNet(K, K * R, tokens.key.shape[-1], E))
 
 
 def without_padding(tokens: DeltaTokens, segment_ids: Int[Array, "B T"]) -> DeltaTokens:
@@ -75,7 +98,7 @@ def segment_starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"]) -> tup
     Padding is skipped: it begins none, and the token after it is compared with the one before it.
     """
     real = segment_ids > 0
-    index = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1]), -1), axis=1)  # of the last token up to here
+    index = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1])[None], -1), axis=1)  # of the last token up to here
     seen = jnp.where(index < 0, last[:, None], jnp.take_along_axis(segment_ids, jnp.maximum(index, 0), axis=1))
     before = jnp.concatenate([last[:, None], seen[:, :-1]], axis=1)
     return real & (segment_ids != before), seen[:, -1]
@@ -85,7 +108,8 @@ def delta_rule_steps(
     tokens: DeltaTokens, segment_ids: Int[Array, "B T"], state: DeltaState | None = None
 ) -> tuple[Float[Array, "B T K R E"], DeltaState]:
     """Return the outputs in float32 and the state after the last token, computed token by token."""
-    state = DeltaState.empty(tokens) if state is None else state
+    state = DeltaState.before(tokens) if state is None else state
+    tokens, segment_ids, state = vary_alike(tokens, segment_ids, state)
     starts, last = segment_starts(segment_ids, state.segment_ids)
     tokens = without_padding(tokens, segment_ids)
 
@@ -113,7 +137,8 @@ def chunked_delta_rule(
 
     The backward pass keeps one state per chunk and computes the rest of a chunk again.
     """
-    state = DeltaState.empty(tokens) if state is None else state
+    state = DeltaState.before(tokens) if state is None else state
+    tokens, segment_ids, state = vary_alike(tokens, segment_ids, state)
     starts, last = segment_starts(segment_ids, state.segment_ids)
     tokens, T = without_padding(tokens, segment_ids), segment_ids.shape[1]
     chunk = min(chunk, T)
@@ -150,15 +175,14 @@ def one_chunk(
         now: the tokens, the number of segments begun up to each, and up to the end of the chunk before.
     """
     (query, key, value, log_decay, strength), begun, before = now
-    C = key.shape[1]
-    row, column = jnp.arange(C)[:, None], jnp.arange(C)
     log_decay, strength = jnp.moveaxis(log_decay, 1, -1), jnp.moveaxis(strength, 1, -1)  # [B, K, R, C]
-    sums = jnp.cumsum(jnp.where(row > column, log_decay[..., :, None], 0), axis=-2)
-    seen = (row >= column) & (begun[:, :, None] == begun[:, None, :])
+    pairs = (*log_decay.shape, log_decay.shape[-1])
+    sums = jnp.cumsum(jnp.tril(jnp.broadcast_to(log_decay[..., None], pairs), -1), axis=-2)
+    seen = jnp.tril(begun[:, :, None] == begun[:, None, :])
     decay = jnp.where(seen[:, None, None], jnp.exp(sums), 0)  # [B, K, R, C, C]
     of_state = (begun == before[:, None])[:, None, None] * jnp.exp(jnp.cumsum(log_decay, axis=-1))  # [B, K, R, C]
     similar = einsum("bika,bjka->bkij", key, key)[:, :, None]
-    inverse = unit_lower_inverse(jnp.where(row > column, strength[..., None] * decay * similar, 0))
+    inverse = unit_lower_inverse(jnp.tril(strength[..., None] * decay * similar, -1))
     answers = of_state[..., None] * einsum("bika,bkrae->bkrie", key, memory)
     error = strength[..., None] * (jnp.moveaxis(value, 1, 3) - answers)
     error = einsum("bkrij,bkrje->bkrie", inverse, error)
@@ -177,9 +201,9 @@ def unit_lower_inverse(strictly_lower: Float[Array, "*batch C C"]) -> Float[Arra
     log2(C) rounds. Unlike a power series of A, it is as stable as substitution. Unlike substitution, which TPUs and
     GPUs do row by row, it is matrix products, and a sharded batch stays sharded.
     """
-    C = strictly_lower.shape[-1]
-    row, column = jnp.arange(C)[:, None], jnp.arange(C)
-    inverse = jnp.broadcast_to(jnp.eye(C, dtype=strictly_lower.dtype), strictly_lower.shape)
+    C, shape = strictly_lower.shape[-1], strictly_lower.shape
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis) for axis in (-2, -1))
+    inverse = jnp.broadcast_to(jnp.eye(C, dtype=strictly_lower.dtype).reshape((1,) * (len(shape) - 2) + (C, C)), shape)
     size = 1
     while size < C:
         below = (row // size % 2 == 1) & (column // size == row // size - 1)
@@ -206,3 +230,110 @@ def unit_lower_inverse_backward(
 
 
 unit_lower_inverse.defvjp(unit_lower_inverse_forward, unit_lower_inverse_backward)
+
+
+class DeltaCache(flax.struct.PyTreeNode):
+    """What a layer keeps while tokens are decoded: the window of its convolution and the state of the rule."""
+
+    window: ConvWindow
+    state: DeltaState
+
+    @classmethod
+    def empty(cls, batch: int, options: DeltaNet, dtype: DTypeLike) -> DeltaCache:
+        """Return the cache of rows without a token."""
+        window = ConvWindow.empty(batch, options.taps, options.channels, dtype)
+        return cls(
+            window.replace(inputs=constrain(window.inputs, "BNF")),
+            lay_out_state(DeltaState.empty(batch, options)),
+        )
+
+
+def lay_out_state(state: DeltaState) -> DeltaState:
+    """Lay out a state by key heads on the ambient mesh."""
+    return state.replace(memory=constrain(state.memory, "BKRHN"))
+
+
+def start_decay(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "K"]:
+    """Return fresh logarithms of decays, which are uniform in (0.01, 16)."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 0.01, 16.0))
+
+
+class GatedDeltaNet(nn.Module):
+    """The projections of a layer's input to what is projected into the residual stream.
+
+    The decays and the norm's scale are float32 in every storage type: they are few, and a decay of bfloat16 forgets
+    at another rate.
+
+    Attributes:
+        saved_name: what remat policies call the result.
+    """
+
+    options: DeltaNet
+    norm_eps: float
+    param_dtype: DTypeLike
+    init_scale: float
+    saved_name: str
+
+    @nn.compact
+    def __call__(
+        self,
+        mixed: Float[Array, "B T channels"],
+        gate: Float[Array, "B T values"],
+        strength: Float[Array, "B T heads"],
+        decay: Float[Array, "B T heads"],
+        segment_ids: Int[Array, "B T"],
+        cache: DeltaCache | None,
+    ) -> tuple[Float[Array, "B T values"], DeltaCache | None]:
+        """Return the result, and `cache` after the new tokens.
+
+        Args:
+            mixed: queries, keys and values side by side, before the convolution.
+            gate: of the result.
+            strength, decay: before their activations.
+            segment_ids: of the tokens.
+            cache: of the tokens before these. None: there are none, and none is returned.
+        """
+        own, heads = self.options, (self.options.num_value_heads,)
+        filters = self.param(
+            "filters", nn.initializers.normal(self.init_scale), (own.channels, 1, own.taps), self.param_dtype
+        )
+        decay_log = self.param("decay_log", start_decay, heads)
+        decay_bias = self.param("decay_bias", nn.initializers.ones, heads, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (own.value_dim,), jnp.float32)
+        # All tokens of a sequence lie on one device: each of them reads the state of those before it.
+        mixed, filters = vary_alike(constrain(mixed, "BSF"), filters.astype(jnp.float32))
+        mixed, window = causal_conv(mixed, filters, segment_ids, None if cache is None else cache.window)
+        decay, decay_log, decay_bias = vary_alike(decay.astype(jnp.float32), decay_log, decay_bias)
+        decay = -broadcast_last(jnp.exp(decay_log), decay) * jax.nn.softplus(decay + broadcast_last(decay_bias, decay))
+        tokens = self.by_head(jax.nn.silu(mixed), decay, jax.nn.sigmoid(strength.astype(jnp.float32)))
+        rule = delta_rule_steps if mixed.shape[1] == 1 else chunked_delta_rule
+        out, state = rule(tokens, segment_ids, None if cache is None else cache.state)
+        out = rms_norm(*vary_alike(out, scale.astype(jnp.float32)), self.norm_eps)
+        out = out.reshape(gate.shape) * jax.nn.silu(gate.astype(jnp.float32))
+        out = checkpoint_name(constrain(out.astype(gate.dtype), "BTF"), self.saved_name)
+        if cache is None or window is None:
+            return out, None
+        return out, DeltaCache(window, lay_out_state(state))
+
+    def by_head(
+        self,
+        mixed: Float[Array, "B T channels"],
+        log_decay: Float[Array, "B T heads"],
+        strength: Float[Array, "B T heads"],
+    ) -> DeltaTokens:
+        """Return what the rule reads: queries and keys of length 1 by key head, the rest by value head."""
+        own = self.options
+        B, T, K = *mixed.shape[:2], own.num_key_heads
+        query, key, value = jnp.split(mixed.astype(jnp.float32), (own.keys, 2 * own.keys), axis=-1)
+        query, key = (unit_length(constrain(x.reshape(B, T, K, own.key_dim), "BSKH")) for x in (query, key))
+        return DeltaTokens(
+            query * own.key_dim**-0.5,
+            key,
+            constrain(value.reshape(B, T, K, -1, own.value_dim), "BSKRH"),
+            *(constrain(x.reshape(B, T, K, -1), "BSKR") for x in (log_decay, strength)),
+        )
+
+
+def unit_length(x: Float[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+    """Return `x / sqrt(sum(x^2) + eps)`."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS)

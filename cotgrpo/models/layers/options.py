@@ -6,6 +6,30 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortConv:
+    """A gated short convolution in place of attention (`layers/short_conv.py`).
+
+    Attributes:
+        taps: tokens that it reads: the present one and those before it (`conv_L_cache`).
+        bias: whether the convolution has a bias (`conv_bias`).
+
+    Raises:
+        ValueError: `taps` is below 1.
+    """
+
+    taps: int = 3
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.taps < 1:
+            raise ValueError(f"ShortConv.taps must be at least 1, got {self.taps}.")
+
+    def num_params(self, width: int) -> int:
+        """Return the number of parameters of the convolution, with D `width`."""
+        return (self.taps + self.bias) * width
+
+
+@dataclasses.dataclass(frozen=True)
 class PerLayerEmbeddings:
     """A second embedding, from which every layer reads a vector of its own (`layers/per_layer_embeddings.py`).
 
@@ -28,3 +52,69 @@ class PerLayerEmbeddings:
     def num_params(self, width: int, num_layers: int) -> int:
         """Return the number of parameters outside the layers, with D `width`: table, projection and its norm."""
         return (self.vocab_size + width) * num_layers * self.width + self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net in place of attention (`layers/delta_net.py`).
+
+    Attributes:
+        num_key_heads: K, heads of queries and keys (`linear_num_key_heads`). It divides `num_value_heads`.
+        num_value_heads: heads of values, each with a state of its own (`linear_num_value_heads`).
+        key_dim: A, width of a query and a key (`linear_key_head_dim`).
+        value_dim: E, width of a value (`linear_value_head_dim`).
+        taps: tokens that the convolution of queries, keys and values reads (`linear_conv_kernel_dim`).
+
+    Raises:
+        ValueError: a size is not positive, or the heads do not fit.
+    """
+
+    num_key_heads: int = 16
+    num_value_heads: int = 32
+    key_dim: int = 128
+    value_dim: int = 128
+    taps: int = 4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"DeltaNet.{field.name} must be at least 1, got {getattr(self, field.name)}.")
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"DeltaNet.num_value_heads ({self.num_value_heads}) must be a multiple of num_key_heads "
+                f"({self.num_key_heads})."
+            )
+
+    @property
+    def keys(self) -> int:
+        """Return the numbers per token of all keys."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Return the numbers per token of all values."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Return the numbers per token that the convolution reads: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def state_size(self) -> int:
+        """Return the float32 numbers of a sequence's state in a layer."""
+        return self.num_value_heads * self.key_dim * self.value_dim
+
+    def projections(self, width: int) -> dict[str, tuple[int, int]]:
+        """Return (inputs, outputs) of each matrix product, with D `width`."""
+        return {
+            "delta_in": (width, self.channels),
+            "delta_gate": (width, self.values),
+            "delta_strength": (width, self.num_value_heads),
+            "delta_decay": (width, self.num_value_heads),
+            "delta_out": (self.values, width),
+        }
+
+    def num_params(self) -> int:
+        """Return the number of parameters besides the matrix products: filters, decays and the norm."""
+        return self.taps * self.channels + 2 * self.num_value_heads + self.value_dim
