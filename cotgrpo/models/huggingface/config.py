@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.huggingface.dequantize.formats import quantization_of
 from cotgrpo.models.huggingface.families import FAMILIES, LACKING, WRAPPERS
 from cotgrpo.models.huggingface.family import COMMON, FIXED, REQUIRED, Family, HfConfig, ModelError
 from cotgrpo.models.huggingface.rope_fields import rope_fields, rope_scaling, write_rope
@@ -36,6 +37,7 @@ def decoder_config(hf: HfConfig) -> DecoderConfig:
     Raises:
         ModelError: an unknown `model_type`, or a field that is missing, unknown or has an unsupported value.
     """
+    quantization_of(hf)
     family, hf = family_of(hf), text_config(hf)
     check_fields(hf, family)
     field = rope_fields({**COMMON, **family.defaults, **hf}, family)
@@ -180,6 +182,8 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
             "rope_scaling": write_rope(config.rope_scaling),
             **family.writes(config),
         }
+        if "rope_parameters" in written:  # transformers takes one form
+            written = {name: value for name, value in written.items() if name not in ("rope_theta", "rope_scaling")}
         if not differences(config, written):
             return written
     raise ModelError(f"No family of transformers ({', '.join(FAMILIES)}) has this combination of settings: {config}.")

@@ -37,7 +37,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
     "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
     "auto_map": (None,),
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
@@ -49,6 +48,7 @@ WITHOUT_EFFECT = frozenset(
     {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "tokenizer_class"}
     | {"bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation", "pretraining_tp", "is_llama_config"}
     | {"output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"}
+    | {"quantization_config", "compression_config", "quantization"}  # read on their own
     | {"is_decoder", "problem_type", "id2label", "label2id", "num_labels", "task_specific_params", "finetuning_task"}
     | {"max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "transformers.js_config"}
     | {"unsloth_fixed", "unsloth_version", "sep_token_id", "unk_token_id", "mask_token_id", "eod_token_id"}

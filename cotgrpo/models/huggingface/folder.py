@@ -11,9 +11,16 @@ from typing import Any
 from cotgrpo.atomic_files import is_special, read_json
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.config import decoder_config, family_of
+from cotgrpo.models.huggingface.dequantize.formats import QuantizationError
+from cotgrpo.models.huggingface.dequantize.original import name_original
 from cotgrpo.models.huggingface.family import HfConfig, ModelError
+from cotgrpo.models.huggingface.safetensors_files import refuse_pointer
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
+LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+"""What the names of files with a license begin with. An export has to keep them."""
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
+HUB_FILES += tuple(f"{name}*" for name in LICENSES)
+"""Files of a hub id that are downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,7 @@ class ModelFolder:
         try:
             vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
         except Exception as error:  # the library raises no narrower type
+            refuse_pointer(path)
             raise ModelError(f"{path} is not a tokenizer: {error}.") from error
         return self.vocab_size(vocabulary, path)
 
@@ -100,8 +108,12 @@ def open_folder(folder_or_id: str | Path) -> ModelFolder:
     folder = local_folder(folder_or_id)
     hub_id = None if Path(folder_or_id).is_dir() else split_revision(str(folder_or_id))[0]
     hf = read_json_object(folder / "config.json")
+    try:
+        config = decoder_config(hf)
+    except QuantizationError as error:
+        raise QuantizationError(f"{error}{name_original(folder, str(folder_or_id))}") from error
     return ModelFolder(
-        config=decoder_config(hf),
+        config=config,
         folder=folder,
         hf_config=hf,
         generation_config=read_json_object(p) if (p := folder / "generation_config.json").is_file() else None,
@@ -168,6 +180,7 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"No {path.name} in {path.parent}: expected a Hugging Face model folder.") from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise ModelError(f"{path} is not JSON: {error}.") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error

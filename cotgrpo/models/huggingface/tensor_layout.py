@@ -20,8 +20,12 @@ PREFIXES = ("model.", "")
 """What names of a text model begin with. Those of a checkpoint without a head may begin with nothing."""
 WRAPPED_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
 """The same for the text part of a model with images: in transformers 5, on the hub, and without a head."""
+EMBEDDING = "embed_tokens.weight"
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|vision_embed_tokens)\.")
+OTHER_PARTS = re.compile(
+    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|vision_embed_tokens|vision_embedder|"
+    r"audio_tower|embed_vision|embed_audio)\."
+)
 """Tensors of a model with images that its text part does not have. An export copies them."""
 
 
@@ -95,6 +99,10 @@ def tensor_layout(
     layout["final_norm", "scale"] = [Slot(f"{prefix}norm.weight")]
     if not config.tied_head:
         layout["head",] = [Slot(head)]
+    if config.per_layer_embeddings is not None:
+        layout["per_layer", "embedding"] = [Slot(f"{prefix}embed_tokens_per_layer.weight")]
+        layout["per_layer", "projection", "kernel"] = [Slot(f"{prefix}per_layer_model_projection.weight")]
+        layout["per_layer", "scale"] = [Slot(f"{prefix}per_layer_projection_norm.weight")]
     for path, slot in layer_slots(config, family).items():
         layers = range(config.num_layers)
         layout[path] = [dataclasses.replace(slot, name=f"{prefix}layers.{i}.{slot.name}") for i in layers]
@@ -112,7 +120,10 @@ def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
     norms: tuple[str, ...] = ("attention_norm", "mlp_norm") if config.pre_norms else ()
     norms += ("post_attention_norm", "post_mlp_norm") if config.post_norms else ()
     norms += ("query_norm", "key_norm") if config.qk_norm else ()
+    norms += ("post_per_layer_norm",) if config.per_layer_embeddings is not None else ()
     slots |= {("layers", name, "scale"): Slot(f"{modules[name]}.weight") for name in norms}
+    if config.layer_scale:
+        slots["layers", "layer_scale"] = Slot("layer_scalar")
     if config.activation == "xielu":
         slots |= {("layers", "xielu", name): Slot(f"mlp.act_fn.{name}") for name in ("alpha_p", "alpha_n")}
     return slots
@@ -146,7 +157,16 @@ def constants(config: DecoderConfig, prefix: str = "model.") -> dict[str, float]
 
 
 def find_prefix(names: Collection[str], wrapped: bool) -> tuple[str, str]:
-    """Return the prefix of the text model's names in a checkpoint, and the name of its head."""
-    candidates = (*WRAPPED_PREFIXES, *PREFIXES) if wrapped else PREFIXES
-    prefix = next((p for p in candidates if f"{p}embed_tokens.weight" in names), candidates[0])
-    return prefix, next((head for head in HEADS if head in names), HEADS[0])
+    """Return the prefix of the text model's names in a checkpoint, and the name of its head.
+
+    A prefix that no class of transformers writes is found by the embedding, as that of a compiled or wrapped module.
+    """
+    candidates = (*WRAPPED_PREFIXES, *PREFIXES) if wrapped else (*PREFIXES, *WRAPPED_PREFIXES)
+    found = {name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)}
+    found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
+    prefix = next((p for p in candidates if p in found), None)
+    if prefix is None:
+        others = sorted(prefix for prefix in found if not OTHER_PARTS.match(prefix))
+        prefix = others[0] if len(others) == 1 else candidates[0]
+    heads = [name for name in names if name == HEADS[0] or name.endswith(f".{HEADS[0]}")]
+    return prefix, next((head for head in HEADS if head in heads), heads[0] if len(heads) == 1 else HEADS[0])

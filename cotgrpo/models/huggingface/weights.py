@@ -24,6 +24,8 @@ from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.config import Dtype, RematPolicy
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.config import config_json, differences, family_of, is_wrapped
+from cotgrpo.models.huggingface.dequantize.formats import QuantizationError, decode_tensors
+from cotgrpo.models.huggingface.dequantize.original import name_original
 from cotgrpo.models.huggingface.family import HfConfig, ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
@@ -31,6 +33,7 @@ from cotgrpo.models.huggingface.pinned import PROCESSOR_FILES, TOKENIZER_FILES
 from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
 from cotgrpo.models.huggingface.tensor_layout import (
     OTHER_PARTS,
+    WRAPPED_PREFIXES,
     Slot,
     SlotTensor,
     TreePath,
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors of older checkpoints that follow from the config."""
+PIECE = 2**22
+"""Numbers that are checked at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ def read_weights(
 ) -> Pretrained:
     """Read the weights of a model that is open. The other arguments are those of `load_pretrained`."""
     folder = found.weights_folder()
-    tensors = find_tensors(folder)
+    tensors = checkpoint_tensors(found)
     layout, fixed = checkpoint_layout(found, tensors)
     check_tensors(found.config, layout, fixed, tensors, folder, is_wrapped(found.hf_config))
     stored = tensors[layout["embedding",][0].name].dtype
@@ -126,6 +131,19 @@ def read_weights(
 def names_by_path(config: DecoderConfig) -> dict[TreePath, list[str]]:
     """Return {path in the parameter tree: names of its tensors}: one per layer if layers are stacked, else one."""
     return {path: [slot.name for slot in slots] for path, slots in tensor_layout(config).items()}
+
+
+def checkpoint_tensors(found: ModelFolder) -> dict[str, StoredTensor]:
+    """Return the tensors of a model by the names that they have in a checkpoint that is not quantized.
+
+    Raises:
+        ModelError: files are missing or corrupt, or quantized in a way that is not read.
+    """
+    folder = found.weights_folder()
+    try:
+        return decode_tensors(find_tensors(folder), found.hf_config)
+    except QuantizationError as error:
+        raise QuantizationError(f"{error}{name_original(folder, found.name)}") from error
 
 
 def checkpoint_layout(
@@ -192,10 +210,11 @@ def check_tensors(
         ModelError: names the tensors that are missing, unexpected or of another shape.
     """
     expected = stored_shapes(config, layout)
+    embedding = layout["embedding",][0].name
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and name not in fixed and not DERIVED.search(name)]
-    extra = [name for name in extra if not (wrapped and OTHER_PARTS.match(name))]
-    embedding = layout["embedding",][0].name
+    wrapped = wrapped or embedding.startswith(WRAPPED_PREFIXES)
+    extra = [name for name in extra if not (wrapped and OTHER_PARTS.match(name)) and not is_zero_bias(tensors[name])]
     for head in {"lm_head.weight", find_prefix(tensors, wrapped)[1]}:
         if config.tied_head and head in extra and embedding in tensors:
             check_tied_head(tensors[head], tensors[embedding], folder)
@@ -209,9 +228,20 @@ def check_tensors(
             raise ModelError(
                 f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json needs {list(shape)}."
             )
+        if tensors[name].dtype not in DTYPES.values():
+            raise QuantizationError(
+                f"{folder}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}. If it is "
+                "quantized, config.json and the parts next to it do not tell how. Use the model in bfloat16."
+                f"{name_original(folder, folder.name)}"
+            )
     for name, value in fixed.items():
         if name in tensors and not np.allclose(tensors[name].read().astype(np.float32), value, rtol=1e-2, atol=0):
             raise ModelError(f"{folder}: {name} is {tensors[name].read()}; supported: {value}.")
+
+
+def is_zero_bias(tensor: StoredTensor) -> bool:
+    """Return whether a tensor is a bias that adds nothing. GPTQ writes one for each layer without a bias."""
+    return tensor.name.endswith(".bias") and len(tensor.shape) == 1 and not tensor.read().any()
 
 
 def check_tied_head(head: StoredTensor, embedding: StoredTensor, folder: Path) -> None:
@@ -287,7 +317,9 @@ def read_tensor(tensor: SlotTensor, transposed: bool, dtype: np.dtype, sharding:
     """Return one stored tensor on the devices. Each slice that this process's devices hold is read once."""
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        part = tensor.read(index[::-1] if index is not None and transposed else index).astype(dtype, copy=False)
+        part = tensor.read(index[::-1] if index is not None and transposed else index)
+        check_finite(part, tensor.stored)
+        part = part.astype(dtype, copy=False)
         return part.T if transposed else part
 
     if sharding is None:
@@ -301,6 +333,25 @@ def read_tensor(tensor: SlotTensor, transposed: bool, dtype: np.dtype, sharding:
         return parts[key]
 
     return jax.make_array_from_callback(tensor.shape[:: -1 if transposed else 1], sharding, read_once)
+
+
+def check_finite(part: np.ndarray, stored: StoredTensor) -> None:
+    """Raise ModelError if a weight is NaN or infinite."""
+    if (value := not_finite(part)) is not None:
+        raise ModelError(
+            f"{stored.path}: {stored.name} holds {value}. No training recovers from it: download the model again, or "
+            "use the weights of an earlier step."
+        )
+
+
+def not_finite(array: np.ndarray) -> str | None:
+    """Return "nan", "inf" or "-inf" if an array holds one, else None. It is looked at piece by piece."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE].astype(np.float32, copy=False)
+        if not np.isfinite(piece).all():
+            return str(piece[~np.isfinite(piece)][0])
+    return None
 
 
 def save_pretrained(

@@ -1,0 +1,1 @@
+"""Quantized checkpoints, read as if their tensors were stored in floating point."""
