@@ -8,6 +8,8 @@ and `constrain(x, "BTD")` looks it up there. Without a mesh it does nothing, nor
     fsdp      sequences; parameters and optimizer state split, each layer gathered when it is used
     tensor    heads, the MLP's middle and the vocabulary
     context   tokens of each sequence; attention gathers the keys and values
+    expert    sequences; the experts of each layer split, other parameters whole on each device. Only meshes that split
+              experts have this axis.
 
 Between slices of TPUs, which only the data-center network (DCN) connects, lies the axis `data`, see `make_mesh`.
 
@@ -43,10 +45,14 @@ if TYPE_CHECKING:
     from cotgrpo.types import Array, Params, PyTree
 
 AXES = ("data", "fsdp", "tensor", "context")
+"""The axes that every mesh has."""
+EXPERT = "expert"
+KNOWN_AXES = (*AXES, EXPERT)
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", EXPERT),
     "T": ("context",),
+    "E": (EXPERT,),
     "Q": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
@@ -66,6 +72,12 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value|gate|up)/lora_b$", (None, None, "tensor")),
     (r"(out|down)/lora_a$", (None, "tensor", None)),
     (r"(out|down)/lora_b$", (None, None, "fsdp")),
+    # Experts of all layers, and of one layer.
+    (r"experts/(gate|up)$", (None, EXPERT, "fsdp", "tensor")),
+    (r"experts/down$", (None, EXPERT, "tensor", "fsdp")),
+    (r"experts/(gate|up)_bias$", (None, EXPERT, "tensor")),
+    (r"experts/down_bias$", (None, EXPERT, "fsdp")),
+    (r"experts/(gate|up)$", (EXPERT, "fsdp", "tensor")),
 )
 """(pattern searched in the path, mesh axis of each dimension). The first match counts.
 
@@ -83,15 +95,17 @@ class MeshConfig:
         fsdp: devices that share the sequences, and the parameters and optimizer state too.
         tensor: devices that share the heads, the MLP and the vocabulary.
         context: devices that share the tokens of each sequence.
+        expert: devices that share the sequences, and the experts of a model that has some.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        for name in AXES:
+        for name in KNOWN_AXES:
             size = getattr(self, name)
             if size < 1 and size != -1:
                 raise ValueError(f"{name} must be at least 1, or -1 for all devices that are left, got {size}.")
@@ -114,19 +128,21 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> M
     devices = jax.devices() if devices is None else devices
     slices = split_slices(devices)
     shape = mesh_shape(sizes, len(devices), len(slices))
-    own = tuple((shape | {"data": shape["data"] // len(slices)}).values())
+    own = shape | {"data": shape["data"] // len(slices)}
     grids = [device_grid(own, part) for part in slices]
-    return Mesh(np.concatenate(grids, axis=AXES.index("data")), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    axis = tuple(shape).index("data")
+    return Mesh(np.concatenate(grids, axis=axis), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Return the devices of one slice, or of all nodes of GPUs, in this shape: neighbours along an axis are near."""
+def device_grid(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices of one slice, or of all nodes of GPUs, along these axes: neighbours along an axis are near."""
+    shape = tuple(sizes.values())
     if len({slice_number(device) for device in devices}) > 1:
         # JAX numbers the nodes of GPUs as slices, and its make_mesh refuses more than one.
         nodes = sorted(devices, key=lambda device: (slice_number(device), device.id))
         return np.asarray(nodes, object).reshape(shape)
     try:
-        return jax.make_mesh(shape, AXES, devices=devices).devices
+        return jax.make_mesh(shape, tuple(sizes), devices=devices).devices
     except NotImplementedError:  # two axes must share a side of the torus, which make_mesh allows on v5e alone
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
@@ -155,11 +171,14 @@ def split_slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
 
 def mesh_shape(sizes: dict[str, int], devices: int, slices: int = 1) -> dict[str, int]:
-    """Return the size of every axis on this number of devices, in this number of slices. Raises as `make_mesh` does."""
-    unknown = sorted(set(sizes) - set(AXES))
+    """Return the size of every axis on this number of devices, in this number of slices. Raises as `make_mesh` does.
+
+    The axis `expert` is left out if it has one device.
+    """
+    unknown = sorted(set(sizes) - set(KNOWN_AXES))
     if unknown:
-        raise ValueError(f"Unknown mesh axis {unknown[0]!r}: the axes are {', '.join(AXES)}.")
-    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+        raise ValueError(f"Unknown mesh axis {unknown[0]!r}: the axes are {', '.join(KNOWN_AXES)}.")
+    shape = {axis: sizes.get(axis, 1) for axis in KNOWN_AXES}
     open_ones = [axis for axis, size in shape.items() if size == -1]
     if len(open_ones) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"Mesh sizes must be positive, with at most one -1, got {sizes}.")
@@ -170,29 +189,33 @@ def mesh_shape(sizes: dict[str, int], devices: int, slices: int = 1) -> dict[str
             "give sizes whose product is that, or -1 to one axis."
         )
     shape |= dict.fromkeys(open_ones, devices // fixed)
+    if shape[EXPERT] == 1:
+        del shape[EXPERT]
     if shape["data"] % slices:
         raise ValueError(
             f"The mesh {sizes} makes data={shape['data']} on {slices} slices of {devices // slices} devices. The axis "
-            f"data lies over the slices: expected data to be a multiple of {slices}, so that fsdp x tensor x context "
-            "divides the devices of a slice."
+            f"data lies over the slices: expected data to be a multiple of {slices}, so that "
+            f"{' x '.join(axis for axis in shape if axis != 'data')} divides the devices of a slice."
         )
     return shape
 
 
-def check_mesh(shape: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+def check_mesh(shape: Mapping[str, int], sizes: Mapping[str, Any]) -> None:
     """Raise ValueError if an axis does not divide the dimension of a model that it splits.
 
     Args:
         shape: {axis: its size}, as `mesh.shape`.
-        sizes: {name: size} of a model's dimensions, as `DecoderConfig.split_sizes` gives them.
+        sizes: {name: size} of a model's dimensions, as `dataclasses.asdict` gives those of a `DecoderConfig`.
     """
+    experts = sizes.get("experts")
+    sizes = dict(sizes) | ({f"experts.{name}": size for name, size in experts.items()} if experts else {})
     splits = {
         "width": "fsdp",
         "num_heads": "tensor",
         "num_kv_heads": "tensor",
         "mlp_width": "tensor",
         "vocab_size": "tensor",
-    }
+    } | ({"experts.number": EXPERT, "experts.width": "tensor"} if experts else {})
     for name, axis in splits.items():
         if sizes[name] % shape.get(axis, 1):
             divisor = math.gcd(*(sizes[other] for other, own in splits.items() if own == axis))
@@ -205,10 +228,11 @@ def check_mesh(shape: Mapping[str, int], sizes: Mapping[str, int]) -> None:
 def check_batch(shape: Mapping[str, int], batch_size: int, seq_len: int, micro_batches: int = 1) -> None:
     """Raise ValueError if sequences or their tokens cannot be split evenly over a mesh of this shape."""
     over = batch_shards(shape)
+    axes = " x ".join(axis for axis in DIMENSIONS["B"] if axis != EXPERT or shape.get(axis, 1) > 1)
     parts = f"{micro_batches} micro-batches of a " if micro_batches > 1 else "a "
     if batch_size % (over * micro_batches):
         raise ValueError(
-            f"The mesh spreads the sequences over data x fsdp = {over} devices, which {parts}batch of {batch_size} "
+            f"The mesh spreads the sequences over {axes} = {over} devices, which {parts}batch of {batch_size} "
             f"cannot fill evenly: expected a multiple of {over * micro_batches}."
         )
     if seq_len % shape.get("context", 1):
@@ -226,12 +250,16 @@ def batch_shards(shape: Mapping[str, int]) -> int:
 def param_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """Return the layout of the parameter of a path, by `PARAM_RULES`.
 
-    `sizes` are those of the mesh's axes. A dimension that its axis does not divide is not split.
+    `sizes` are those of the mesh's axes; empty: all axes are there. A dimension that its axis does not divide is not
+    split. The arrays of a quantized kernel, such as "query/kernel_nf4" and "query/kernel_scale", are laid out as the
+    kernel.
     """
+    name = re.sub(r"/kernel_\w+$", "/kernel", name)
     for pattern, axes in PARAM_RULES:
         if re.search(pattern, name) and len(axes) == len(shape):
+            there = lambda axis: axis != EXPERT or axis in sizes or not sizes
             return PartitionSpec(
-                *(a if a and n % sizes.get(a, 1) == 0 else None for a, n in zip(axes, shape, strict=True))
+                *(a if a and there(a) and n % sizes.get(a, 1) == 0 else None for a, n in zip(axes, shape, strict=True))
             )
     return PartitionSpec()
 
@@ -276,7 +304,7 @@ def constrain_kernel(x: Shaped[Array, "D F"], letters: str) -> Shaped[Array, "D 
 
 def ambient_param_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Return the ambient mesh's axes of each dimension of the parameter `name`."""
-    axes = {role: open_of(axis_layout().roles.get(role, ())) for role in AXES}
+    axes = {role: open_of(axis_layout().roles.get(role, ())) for role in KNOWN_AXES}
     roles = param_spec(name, shape, {role: axes_size(own) for role, own in axes.items()})
     return PartitionSpec(*(axes[role] or None if role else None for role in roles))
 
@@ -377,14 +405,14 @@ class AxisLayout(NamedTuple):
 
     Attributes:
         dimensions: axes by the letter of a dimension, as `DIMENSIONS`.
-        roles: axes that stand for each of `AXES` in `PARAM_RULES`.
+        roles: axes that stand for each of `KNOWN_AXES` in `PARAM_RULES`.
     """
 
     dimensions: Mapping[str, tuple[str, ...]]
     roles: Mapping[str, tuple[str, ...]]
 
 
-OWN_LAYOUT = AxisLayout(DIMENSIONS, {axis: (axis,) for axis in AXES})
+OWN_LAYOUT = AxisLayout(DIMENSIONS, {axis: (axis,) for axis in KNOWN_AXES})
 FOUND_LAYOUT: contextvars.ContextVar[AxisLayout | None] = contextvars.ContextVar("axis_layout", default=None)
 
 
@@ -403,7 +431,7 @@ def auto_axes() -> dict[str, int]:
 def open_axes() -> dict[str, int]:
     """Return `auto_axes`, or nothing if one of them has a name that says nothing here."""
     axes = auto_axes()
-    return axes if FOUND_LAYOUT.get() or axes.keys() <= set(AXES) else {}
+    return axes if FOUND_LAYOUT.get() or axes.keys() <= set(KNOWN_AXES) else {}
 
 
 def open_of(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -444,7 +472,7 @@ def dimension_axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
 def layout_of_types(params: PyTree, tokens: Shaped[Array, "B T"]) -> AxisLayout:
     """Return the layout that the types of parameters and tokens show.
 
-    An axis that splits a parameter where `PARAM_RULES` names one of `AXES` stands for that one.
+    An axis that splits a parameter where `PARAM_RULES` names one of `KNOWN_AXES` stands for that one.
     """
     batch, length = type_spec(tokens)
     roles: dict[str, tuple[str, ...]] = {"data": batch, "context": length}
@@ -554,8 +582,9 @@ def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return the layout of a batch: sequences over `data` and `fsdp`, their tokens over `context`."""
-    return NamedSharding(mesh, PartitionSpec(DIMENSIONS["B"], DIMENSIONS["T"]))
+    """Return the layout of a batch: sequences over `data`, `fsdp` and `expert`, their tokens over `context`."""
+    of = lambda letter: tuple(axis for axis in DIMENSIONS[letter] if axis in mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(of("B"), of("T")))
 
 
 def jit_step(
@@ -603,17 +632,17 @@ def rename_axes(mesh: Mesh, axes: Mapping[str, str] | None) -> Mesh:
     Raises:
         ValueError: as `jit_step`.
     """
-    if axes is None and mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+    if axes is None and mesh.axis_names in (AXES, KNOWN_AXES) and set(mesh.axis_types) == {AxisType.Auto}:
         return mesh
     names = [(axes or {}).get(axis, axis) for axis in mesh.axis_names]
-    if sorted(names) != sorted(set(names) & set(AXES)) or set(axes or {}) - set(mesh.axis_names):
+    if sorted(names) != sorted(set(names) & set(KNOWN_AXES)) or set(axes or {}) - set(mesh.axis_names):
         raise ValueError(
             f"jit_step needs to know what the mesh's axes {', '.join(mesh.axis_names)} stand for: expected "
-            f"axes={{name: one of {', '.join(AXES)}}} with an entry for each of them and none twice, got {axes}."
+            f"axes={{name: one of {', '.join(KNOWN_AXES)}}} with an entry for each of them and none twice, got {axes}."
         )
     missing = [axis for axis in AXES if axis not in names]
     devices = mesh.devices.reshape(*mesh.devices.shape, *(1,) * len(missing))
-    return Mesh(devices, (*names, *missing), axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(devices, (*names, *missing), axis_types=(AxisType.Auto,) * devices.ndim)
 
 
 def jit_eval(function: Callable[..., PyTree], mesh: Mesh | None = None) -> Callable[..., PyTree]:

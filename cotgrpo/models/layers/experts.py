@@ -6,8 +6,8 @@ The tokens are sorted by expert, and each product is one grouped product over th
 whatever the load. The weights w multiply the middle of the MLP, not its result, so the backward pass need not keep
 the K results of every token.
 
-Dimensions besides those of `cotgrpo.types`: N tokens, K experts of a token, E experts, and M rows: a row for each pair of
-a token and its expert, in the order of the experts, and empty rows.
+Dimensions besides those of `cotgrpo.types`: N tokens, K experts of a token, E experts, and M rows: one for each pair of
+a token and its expert, in the order of the experts, and empty ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from cotgrpo.models.norm_and_gate import ACTIVATIONS
-from cotgrpo.sharding import ambient_param_spec, axis_names, dimension_axes, open_axes, partition_spec, vary_alike
+from cotgrpo.sharding import ambient_param_spec, dimension_axes, open_axes, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,21 +116,15 @@ class Plan(NamedTuple):
     Attributes:
         rows: int32 `[N, K]`, the row of each pair; M for a pair without one, whose expert is on another device.
         pairs: int32 `[M]`, the pair `n K + k` of each row; N K for an empty row.
+        expert_of_row: int32 `[M]`, the expert of each row that is not empty. A block has one expert, that of its first
+            row.
         sizes: int32 `[E]`, rows of each expert, empty ones included. They follow each other from row 0 on.
-        block: of how many rows each size is a multiple.
     """
 
     rows: Int[Array, "N K"]
     pairs: Int[Array, "M"]
+    expert_of_row: Int[Array, "M"]
     sizes: Int[Array, "E"]
-    block: int
-
-    @property
-    def expert_of_row(self) -> Int[Array, "M"]:
-        """Return the expert of each row. Rows after the last expert's have the last one's number."""
-        ends = jnp.cumsum(self.sizes)
-        at = jnp.searchsorted(ends, jnp.arange(len(self.pairs), dtype=ends.dtype), side="right")
-        return jnp.minimum(at, len(self.sizes) - 1).astype(jnp.int32)
 
 
 class Load(NamedTuple):
@@ -178,11 +172,12 @@ def make_plan(chosen: Int[Array, "N K"], number: int, block: int) -> Plan:
     most = N * min(K, number) + min(number, N * K) * (block - 1)
     total = -(-most // block) * block
     rows = jnp.where(by_expert == number, total, rows).astype(jnp.int32)
+    pairs = jnp.full(total, N * K, jnp.int32).at[rows].set(order.astype(jnp.int32), mode="drop")
     return Plan(
         rows=jnp.zeros(N * K, jnp.int32).at[order].set(rows, unique_indices=True).reshape(N, K),
-        pairs=jnp.full(total, N * K, jnp.int32).at[rows].set(order.astype(jnp.int32), mode="drop"),
+        pairs=pairs,
+        expert_of_row=jnp.take(flat, pairs, mode="fill", fill_value=number - 1).astype(jnp.int32),
         sizes=sizes,
-        block=block,
     )
 
 
@@ -216,17 +211,20 @@ def row_weights(weights: Float[Array, "N K"], plan: Plan) -> Float[Array, "M"]:
 
 
 def grouped_product(
-    x: Float[Array, "M D"], kernel: Float[Array, "E D F"], plan: Plan, products: str
+    x: Float[Array, "M D"], kernel: Float[Array, "E D F"], plan: Plan, block: int | None
 ) -> Float[Array, "M F"]:
-    """Return the product of each row with its expert's matrix. Rows after the last expert's are undefined."""
-    if products == "ragged":
+    """Return the product of each row with its expert's matrix. Rows after the last expert's are undefined.
+
+    `block` is of how many rows the sizes of `plan` are multiples. None: any, which a kernel of the platform reads.
+    """
+    if block is None:
         return jax.lax.ragged_dot(x, kernel, plan.sizes, preferred_element_type=x.dtype)
-    return block_product(plan.block, *vary_alike(x, kernel, plan.expert_of_row[:: plan.block]))
+    return block_product(block, *vary_alike(x, kernel, plan.expert_of_row[::block]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block_product(
-    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "blocks"]
+    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "N"]
 ) -> Float[Array, "M F"]:
     """Return the product of each block of rows with its expert's matrix."""
 
@@ -239,7 +237,7 @@ def block_product(
 
 
 def block_product_forward(
-    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "blocks"]
+    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "N"]
 ) -> tuple[Float[Array, "M F"], tuple[Array, Array, Array]]:
     """Return the product and what its gradient needs."""
     return block_product(block, x, kernel, expert_of_block), (x, kernel, expert_of_block)
@@ -326,11 +324,12 @@ def through_experts(
     """
     number = len(params["gate"])
     products = experts.products if experts.products != "auto" else auto_products()
-    plan = make_plan(chosen, number, 1 if products == "ragged" else block_rows(chosen.size, experts.number))
+    block = None if products == "ragged" else block_rows(chosen.size, experts.number)
+    plan = make_plan(chosen, number, block or 1)
     x, weights, plan, params = vary_alike(x, weights, plan, dict(params))
 
     def product(name: str, rows: Float[Array, "M inputs"], factor: Float[Array, "M"] | None = None) -> Array:
-        y = grouped_product(rows, params[name], plan, products)
+        y = grouped_product(rows, params[name], plan, block)
         if f"{name}_bias" in params:
             bias = params[f"{name}_bias"][plan.expert_of_row]
             y = y + (bias if factor is None else (bias * factor[:, None]).astype(y.dtype))
@@ -429,7 +428,7 @@ def mixture_of_experts(
         shard,
         in_specs=(specs, of_tokens, of_tokens),
         out_specs=(of_tokens, PartitionSpec()),
-        axis_names=set(open_axes()),
+        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
     )
     return mapped(dict(params), x, real)
 
