@@ -18,6 +18,9 @@ Training never builds `W + scale A B`: the low-rank product is added to `x W`. S
 a third of the layers' matrix products. Dropout is drawn for every token, and an update below a bfloat16 weight's last
 bit is not rounded away. Evaluation and sampling do the same: they take `AdaptedParams(params, adapters, lora)` in place
 of a student's parameters.
+
+With `quantize_base` the frozen kernels are stored in four or eight bits (QLoRA, arXiv:2305.14314) and the adapters as
+before: see `cotgrpo.models.quantized`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import operator
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -39,8 +42,20 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cotgrpo.models.decoder import TransposedDense
+from cotgrpo.models.matmul import project_tokens
+from cotgrpo.models.norm_and_gate import broadcast_last
+from cotgrpo.models.quantized.kernel import (
+    BLOCK,
+    CODES,
+    QUANTIZED_PARTS,
+    SCALE,
+    Quantization,
+    QuantizedKernel,
+    quantized_kernel,
+)
 from cotgrpo.sharding import with_types_as_layout
 from cotgrpo.types import GhostBatch, Metrics, Params, SftBatch, Student, TrainState
+from cotgrpo.xla_cpu import project_few_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
@@ -67,6 +82,11 @@ class LoraConfig:
             projection. The others are divided by `1 - dropout`. The frozen product gets all inputs (as in peft).
         targets: regular expressions, searched in the paths of the layers' projections such as "layers/query".
         rslora: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023, arXiv:2312.03732).
+        quantize_base: store the frozen kernels of all projections as "nf4" (QLoRA, 4.5 bits a weight) or "int8" (8.5
+            bits); "none": as student.param_dtype. Embedding, head, norms, biases and the adapters keep their types.
+            Needs `pip install 'cotgrpo[qlora]'`.
+        block_size: inputs of a kernel that share a scale, with `quantize_base`: an even divisor of the inputs of every
+            projection. None: 64.
 
     Raises:
         ValueError: a setting is out of range.
@@ -77,6 +97,8 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = DEFAULT_TARGETS
     rslora: bool = False
+    quantize_base: Literal["none", "int8", "nf4"] = "none"
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -87,11 +109,26 @@ class LoraConfig:
             raise ValueError(f"LoraConfig.dropout must lie in [0, 1), got {self.dropout}.")
         if type(self.targets) is not tuple or not self.targets:
             raise ValueError(f"LoraConfig.targets must be a tuple of at least one pattern, got {self.targets!r}.")
+        if self.quantize_base not in ("none", "int8", "nf4"):
+            raise ValueError(f"LoraConfig.quantize_base must be none, int8 or nf4, got {self.quantize_base!r}.")
+        if self.block_size is not None and self.quantize_base == "none":
+            raise ValueError(
+                "LoraConfig.block_size does not apply without quantize_base. Remove it, or set nf4 or int8."
+            )
+        if self.block_size is not None and (self.block_size < 2 or self.block_size % 2):
+            raise ValueError(f"LoraConfig.block_size must be even and at least 2, or None, got {self.block_size}.")
 
     @property
     def scale(self) -> float:
         """Return the factor of the product of A and B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Return how the base is quantized, or None."""
+        if self.quantize_base == "none":
+            return None
+        return Quantization(self.quantize_base, BLOCK if self.block_size is None else self.block_size)
 
 
 class AdaptedParams(flax.struct.PyTreeNode):
@@ -111,13 +148,35 @@ class AdaptedParams(flax.struct.PyTreeNode):
 
 
 def kernels(params: Params) -> dict[Path, Any]:
-    """Return {path: kernel `[L, in, out]`} of all projections that can be adapted."""
+    """Return {path: kernel `[L, in, out]`} of all projections that can be adapted.
+
+    A quantized one is a `QuantizedKernel`, whose `shape` is that of the kernel.
+    """
+    leaves = {
+        tuple(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = tuple(str(getattr(key, "key", key)) for key in path)
-        if names[-1] == "kernel" and len(leaf.shape) == 3:
-            found[names[:-1]] = leaf
+    for path, leaf in leaves.items():
+        if path[-1] == "kernel" and len(leaf.shape) == 3:
+            found[path[:-1]] = leaf
+        elif path[-1] in CODES:
+            found[path[:-1]] = QuantizedKernel(leaf, leaves[*path[:-1], SCALE])
     return found
+
+
+def is_quantized(params: Params) -> bool:
+    """Return whether some kernels are quantized."""
+    return any(isinstance(kernel, QuantizedKernel) for kernel in kernels(params).values())
+
+
+def refuse_quantized(params: Params) -> None:
+    """Raise ValueError if some kernels are quantized, so that adapters cannot be merged into them."""
+    if is_quantized(params):
+        raise ValueError(
+            "The base is quantized, and merged weights would keep its error: pass the base as it was before "
+            "quantize_base, read again from its folder."
+        )
 
 
 def target_kernels(params: Params, lora: LoraConfig) -> dict[Path, Any]:
@@ -166,9 +225,10 @@ def merge(params: Params, adapters: Adapters, lora: LoraConfig) -> Params:
     product. Evaluation and sampling need no merged weights: they take `AdaptedParams`.
 
     Raises:
-        ValueError: the adapters belong to another model or another `lora.rank`.
+        ValueError: the adapters belong to another model or another `lora.rank`, or the kernels are quantized.
     """
     check_adapters(params, adapters, lora)
+    refuse_quantized(params)
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dicts, the same arrays
     for path, pair in flatten_adapters(adapters).items():
         module = subtree(merged, path)
@@ -194,8 +254,12 @@ def share_kept(params: Params, adapters: Adapters, lora: LoraConfig, dtype: str)
         sum((round(W + U) - W) U) / sum(U^2),    U = scale A B,   W as it is stored
 
     It is about 1 if U is large next to the last bit of W, and 0 if no weight changes. Without an update it is 1.
+
+    Raises:
+        ValueError: as `merge`.
     """
     check_adapters(params, adapters, lora)
+    refuse_quantized(params)
 
     @jax.jit
     def sums(kernel: Array, a: Array, b: Array) -> tuple[Array, Array]:
@@ -358,9 +422,13 @@ class LoraInterceptor:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module, product = context.module, method(*args, **kwargs)
-        dense = isinstance(module, nn.Dense | TransposedDense) and context.method_name == "__call__"
-        if not dense or not module.has_variable("params", "lora_a"):
+        module = context.module
+        if not isinstance(module, nn.Dense | TransposedDense) or context.method_name != "__call__":
+            return method(*args, **kwargs)
+        names = [name for name in QUANTIZED_PARTS if module.has_variable("params", name)]
+        kernel = quantized_kernel({name: module.get_variable("params", name) for name in names})
+        product = method(*args, **kwargs) if kernel is None else quantized_product(module, args[0], kernel)
+        if not module.has_variable("params", "lora_a"):
             return product
         self.applied.add(module.path)
         x = args[0].astype(product.dtype)
@@ -378,6 +446,26 @@ class LoraInterceptor:
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, self.row_hashes_B)
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, kept, x.shape[1:]))(keys_B)
         return jnp.where(keep, x / kept, 0).astype(x.dtype)
+
+
+def quantized_product(
+    module: nn.Dense | TransposedDense, x: Float[Array, "*batch I"], kernel: QuantizedKernel
+) -> Float[Array, "*batch O"]:
+    """Return what a projection computes, from its quantized kernel. It is dequantized in the compute type."""
+    dtype = module.dtype or x.dtype
+    x = x.astype(dtype)
+    if isinstance(module, TransposedDense):
+        # In a loop over tokens XLA would dequantize all layers once, before the loop, and keep them.
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
+        y = project_few_tokens(x, kernel.dequantize(dtype).T, dtype)
+    else:
+        dot_general = module.dot_general or jax.lax.dot_general
+        takes_quantized = isinstance(dot_general, functools.partial) and dot_general.func is project_tokens
+        own: Any = kernel if takes_quantized else jax.lax.stop_gradient(kernel.dequantize(dtype))
+        y = dot_general(x, own, (((x.ndim - 1,), (0,)), ((), ())), precision=module.precision)
+    if module.use_bias:
+        y = y + broadcast_last(module.get_variable("params", "bias").astype(dtype), y)
+    return y
 
 
 def row_hashes(tokens: Int[Array, "B T"]) -> UInt32[Array, "B"]:

@@ -10,6 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 from cotgrpo.models.config import SAVED_NAMES
+from cotgrpo.models.quantized.kernel import QuantizedKernel
 from cotgrpo.sharding import (
     constrain,
     constrain_kernel,
@@ -29,7 +30,7 @@ DotDimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, 
 
 def project_tokens(
     x: Float[Array, "B T D"],
-    kernel: Float[Array, "D F"],
+    kernel: Float[Array, "D F"] | QuantizedKernel,
     dimensions: DotDimensions,
     precision: jax.lax.PrecisionLike = None,
     *,
@@ -50,6 +51,9 @@ def project_tokens(
 
     With `head_dim`, the products have F as heads and their values. On TPUs attention reads heads in another layout, and
     XLA writes the product in it. From a product with F as one dimension it would copy the result.
+
+    A `QuantizedKernel` is gathered as it is stored and dequantized to the type of what it multiplies, at each use. It
+    has no gradient.
     """
     # Gathered at each use: the forward pass keeps the kernel as it lies.
     gathered = lambda kernel: constrain(kernel, letters)
@@ -57,40 +61,49 @@ def project_tokens(
     by_head = lambda x, letter: x.reshape(*x.shape[:-1], *split(x.shape[-1], letter))
     flat = lambda x, letter: x.reshape(*x.shape[: -len(split(0, letter))], -1)
 
-    def kernel_by_head(kernel: Float[Array, "D F"]) -> Float[Array, "*inputs_and_outputs"]:
-        return gathered(kernel).reshape(*split(kernel.shape[0], letters[0]), *split(kernel.shape[1], letters[1]))
+    def kernel_by_head(
+        kernel: Float[Array, "D F"] | QuantizedKernel, dtype: DTypeLike
+    ) -> Float[Array, "*inputs_and_outputs"]:
+        whole = kernel.dequantize(dtype, gathered) if isinstance(kernel, QuantizedKernel) else gathered(kernel)
+        return whole.reshape(*split(kernel.shape[0], letters[0]), *split(kernel.shape[1], letters[1]))
 
     @jax.custom_vjp
-    def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
+    def product(x: Float[Array, "B T D"], kernel: Float[Array, "D F"] | QuantizedKernel) -> Float[Array, "B T F"]:
         x, inputs = by_head(x, letters[0]), len(split(0, letters[0]))
         contracted = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
         y = jax.lax.dot_general(
             x,
-            kernel_by_head(kernel),
+            kernel_by_head(kernel, x.dtype),
             dimensions if head_dim is None else (contracted, ((), ())),
             precision,
             preferred_element_type=preferred_element_type,
         )
         return flat(y, letters[1])
 
-    def forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array | None, Array]]:
+    def forward(
+        x: CustomVJPPrimal, kernel: CustomVJPPrimal | QuantizedKernel
+    ) -> tuple[Array, tuple[Array | None, Array | QuantizedKernel]]:
         # Frozen weights (those under LoRA) have no gradient, so x is not kept.
-        return product(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
+        perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=is_primal))
+        if perturbed and isinstance(kernel, QuantizedKernel):
+            raise ValueError("A quantized kernel is frozen and has no gradient: train adapters (LoRA) next to it.")
+        values = jax.tree.map(lambda leaf: leaf.value, kernel, is_leaf=is_primal)
+        return product(x.value, values), (x.value if perturbed else None, values)
 
     def backward(
-        kept: tuple[Array | None, Array], dy: Float[Array, "B T F"] | SymbolicZero
+        kept: tuple[Array | None, Array | QuantizedKernel], dy: Float[Array, "B T F"] | SymbolicZero
     ) -> tuple[Array | None, Array | None]:
         x, kernel = kept
         if isinstance(dy, SymbolicZero):
             return None, None
         slopes: Array = by_head(dy, letters[1])
-        whole = kernel_by_head(kernel)
+        whole = kernel_by_head(kernel, slopes.dtype)
         inputs, outputs = (len(split(0, letter)) for letter in letters)
         contracted = (tuple(range(slopes.ndim - outputs, slopes.ndim)), tuple(range(inputs, whole.ndim)))
         dx = flat(jax.lax.dot_general(slopes, whole, (contracted, ((), ())), precision), letters[0]).astype(
             slopes.dtype
         )
-        if x is None:
+        if x is None or isinstance(kernel, QuantizedKernel):
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.
         if head_dim is None and partition_spec("BT", x.shape[:2])[1] is None and not layout_is_hidden(x):
@@ -101,5 +114,6 @@ def project_tokens(
         dkernel = constrain_kernel(dkernel, letters) if open_axes() else gathered(dkernel)
         return dx, dkernel.astype(kernel.dtype)
 
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
     product.defvjp(forward, in_this_layout(backward), symbolic_zeros=True)
     return checkpoint_name(product(*vary_alike(x, kernel)), saved_name)

@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from cotgrpo.models.decoder import DecoderConfig, init_params, unstack_layers
 from cotgrpo.models.lora import AdaptedParams, apply_adapters
+from cotgrpo.models.quantized.kernel import QUANTIZED_PARTS
 from cotgrpo.sharding import (
     FOUND_LAYOUT,
     AxisLayout,
@@ -262,6 +263,8 @@ def letters_of(name: str, ndim: int) -> str:
     if module not in WIDE:
         return "N" * ndim
     inputs, outputs = (WIDE[module], "D") if module in TO_RESIDUAL else ("D", WIDE[module])
+    if leaf in QUANTIZED_PARTS:
+        return inputs + outputs
     letters = {"transposed": outputs + inputs, "bias": outputs, "lora_a": inputs + "R", "lora_b": "R" + outputs}
     return letters.get(leaf, "N" * ndim)
 

@@ -41,7 +41,9 @@ from cotgrpo.models.huggingface.tensor_layout import (
     find_prefix,
     tensor_layout,
 )
-from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters
+from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters, refuse_quantized
+from cotgrpo.models.quantized.kernel import CODES, QUANTIZED_PARTS, Quantization
+from cotgrpo.models.quantized.quantize import abstract_base, quantize_kernel, require_qwix
 from cotgrpo.sharding import state_sharding
 from cotgrpo.types import Params, Student
 
@@ -77,6 +79,7 @@ def load_pretrained(
     *,
     compute_dtype: Dtype | None = None,
     remat: RematPolicy = "dots",
+    quantization: Quantization | None = None,
 ) -> Pretrained:
     """Read a model: config.json, safetensors (one file or shards), and the size of its vocabulary.
 
@@ -90,11 +93,14 @@ def load_pretrained(
             shards. None: on JAX's default device.
         compute_dtype: "float32" or "bfloat16". None: `dtype` if it is given, else as in the checkpoint.
         remat: as in `DecoderConfig`.
+        quantization: how the kernels of all projections are stored, for QLoRA: `LoraConfig.quantization`. They are
+            quantized layer by layer as they are read. Such parameters are the base of `AdaptedParams`. None: `dtype`.
 
     Raises:
         ModelError: the folder, its config, its weights or its tokenizer is missing, corrupt or unsupported.
     """
-    return read_weights(open_folder(folder_or_id), dtype, mesh, compute_dtype=compute_dtype, remat=remat)
+    found = open_folder(folder_or_id)
+    return read_weights(found, dtype, mesh, compute_dtype=compute_dtype, remat=remat, quantization=quantization)
 
 
 def read_weights(
@@ -104,6 +110,7 @@ def read_weights(
     *,
     compute_dtype: Dtype | None = None,
     remat: RematPolicy = "dots",
+    quantization: Quantization | None = None,
 ) -> Pretrained:
     """Read the weights of a model that is open. The other arguments are those of `load_pretrained`."""
     folder = found.weights_folder()
@@ -118,7 +125,7 @@ def read_weights(
     return Pretrained(
         config=config,
         student=make_student(config, found.own_vocab_size()),
-        params=read_params(config, layout, tensors, mesh),
+        params=read_params(config, layout, tensors, mesh, quantization),
         folder=found.folder,
         hf_config=found.hf_config,
         generation_config=found.generation_config,
@@ -258,21 +265,41 @@ def read_params(
     layout: Mapping[TreePath, list[Slot]],
     tensors: Mapping[str, StoredTensor],
     mesh: Mesh | None,
+    quantization: Quantization | None = None,
 ) -> Params:
     """Return the parameter tree, filled tensor by tensor on the devices.
 
     Large leaves come first, while there is most room for copies.
+
+    Raises:
+        ModelError: a kernel that cannot be quantized.
     """
     tree = abstract_params(config)
     leaves = leaves_by_path(tree)
-    shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(leaves)
+    if quantization is not None:
+        try:
+            require_qwix()
+            tree = abstract_base(tree, *quantization)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    parts = leaves_by_path(tree)
+    shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(parts)
     filled: dict[str, Any] = {}
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
         stored = [SlotTensor(slot, tensors[slot.name]) for slot in layout[path]]
         inner = filled
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
-        inner[path[-1]] = read_leaf(path, leaves[path], stored, shardings[path])
+        if path in parts:
+            inner[path[-1]] = read_leaf(path, leaves[path], stored, shardings[path])
+            continue
+        assert quantization is not None
+        own = {
+            name: (part, shardings[*path[:-1], name])
+            for name in QUANTIZED_PARTS
+            if (part := parts.get((*path[:-1], name)))
+        }
+        inner |= read_quantized(stored, own, quantization)
     return jax.tree.map(lambda _, leaf: leaf, tree, filled)  # in the order of `init_params`
 
 
@@ -289,6 +316,25 @@ def read_leaf(
         stacked = set_layer(stacked, one, layer, sharding)
         stacked.block_until_ready()  # so that no second tensor waits in host memory
     return stacked
+
+
+def read_quantized(
+    stored: Sequence[SlotTensor],
+    parts: Mapping[str, tuple[jax.ShapeDtypeStruct, NamedSharding | None]],
+    quantization: Quantization,
+) -> dict[str, Array]:
+    """Return what stands in place of a stacked kernel. Each layer is read in float32 and quantized on the devices.
+
+    `parts` has the shape and the sharding of each array.
+    """
+    whole = {name: zeros(part.shape, part.dtype, sharding) for name, (part, sharding) in parts.items()}
+    sharding = next(sharding for name, (_, sharding) in parts.items() if name in CODES)
+    per_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for layer, tensor in enumerate(stored):
+        one = quantize_kernel(read_tensor(tensor, True, np.dtype(np.float32), per_layer), *quantization)
+        whole = {name: set_layer(array, one[name], layer, parts[name][1]) for name, array in whole.items()}
+        jax.block_until_ready(whole)  # so that no second tensor waits in host memory
+    return whole
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -436,6 +482,7 @@ def new_tensors(
     scale = 1.0
     if isinstance(params, AdaptedParams):
         check_adapters(params.base, params.adapters, params.lora)
+        refuse_quantized(params.base)
         params, pairs, scale = params.base, flatten_adapters(params.adapters), params.lora.scale
     leaves, abstract = leaves_by_path(params), leaves_by_path(abstract_params(config))
     if {path: leaf.shape for path, leaf in leaves.items()} != {path: leaf.shape for path, leaf in abstract.items()}:
