@@ -12,7 +12,9 @@ Recomputation (`remat`) and a frozen reference are hardware FLOPs, not model FLO
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from cotgrpo.accelerators.chips import Topology
 from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
@@ -35,6 +37,7 @@ class Work:
         supervised: share of tokens with a loss, in [0, 1].
         reference: whether a frozen copy of the student reads the batch too.
         frozen: whether adapters are trained and the student's own weights are not.
+        dequantized: whether these are quantized, and dequantized for each product.
     """
 
     decoder: DecoderConfig
@@ -44,19 +47,22 @@ class Work:
     supervised: float = 1.0
     reference: bool = False
     frozen: bool = False
+    dequantized: bool = False
+
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[DecoderConfig, int], ...]:
+        """Return the config of each kind of layer, and how many there are."""
+        return tuple(Counter(self.decoder.layers).items())
 
     @property
     def layer_weights(self) -> int:
         """Number of weights in the layers' matrix products."""
-        c = self.decoder
-        return c.num_layers * sum(inputs * outputs for inputs, outputs in c.projections.values())
+        return sum(n * weights_of(kind) for kind, n in self.kinds)
 
     @property
     def recomputed_weights(self) -> int:
         """Number of weights in the layers' matrix products that the backward pass computes again."""
-        c = self.decoder
-        sizes = (c.projections[name] for name in c.recomputed_products)
-        return c.num_layers * sum(inputs * outputs for inputs, outputs in sizes)
+        return sum(n * weights_of(kind, kind.recomputed_products) for kind, n in self.kinds)
 
     @property
     def head_weights(self) -> int:
@@ -67,7 +73,7 @@ class Work:
         """Mean number of keys that a query reads, summed over the layers. A row is one document."""
         c, T = self.decoder, self.seq_len
         local = T / 2 if c.window is None or c.window >= T else c.window - c.window**2 / (2 * T)
-        return (c.num_layers - c.num_local) * T / 2 + c.num_local * local
+        return (c.num_attention - c.num_local) * T / 2 + c.num_local * local
 
     @property
     def score_flops(self) -> float:
@@ -116,7 +122,7 @@ class Work:
     @property
     def masked(self) -> float:
         """Scores that plain attention computes over scores that are read."""
-        return self.decoder.num_layers * self.seq_len / self.seen_keys
+        return self.decoder.num_attention * self.seq_len / self.seen_keys if self.seen_keys else 1.0
 
     def hbm_bytes(self, state_bytes: float, mesh: Mapping[str, int]) -> float:
         """Return the bytes that one device reads and writes.
@@ -132,9 +138,11 @@ class Work:
         shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
         number = DTYPE_BYTES[c.dtype]
         passes = 2 + self.recomputed_weights / self.layer_weights + self.reference
-        weights = number * (passes * self.layer_weights + 2 * self.head_weights) * self.micro_batches / tensor
-        per_layer = sum(inputs + outputs for inputs, outputs in c.projections.values())
-        activations = number * (passes + 1) * c.num_layers * per_layer / tensor
+        # A dequantized kernel is written before it is read.
+        of_layers = (1 + self.dequantized) * passes * self.layer_weights
+        weights = number * (of_layers + 2 * self.head_weights) * self.micro_batches / tensor
+        read_and_written = sum(n * sum(map(sum, kind.projections.values())) for kind, n in self.kinds)
+        activations = number * (passes + 1) * read_and_written / tensor
         logits = (3 * 4 + 3 * number) * self.supervised * c.vocab_size / tensor
         gradients = 0 if self.frozen else 2 * 4 * c.num_params() / (tensor * mesh.get("fsdp", 1))
         return (
@@ -161,7 +169,8 @@ class Work:
         gradients = 0 if self.frozen else 4 * weights
         tokens = self.tokens / (data * fsdp * context)
         stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
-        keys = (passes + 1) * 2 * number * c.num_kv_heads * c.head_dim * c.num_layers * tokens * (context - 1) / tensor
+        read = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.mixer == "attention")
+        keys = (passes + 1) * 2 * number * read * tokens * (context - 1) / tensor
         return {
             "data": self.micro_batches * gradients * 2 * share(data) / fsdp,
             "fsdp": self.micro_batches * (gathered + gradients * share(fsdp)),
@@ -179,17 +188,30 @@ class Work:
         shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
         tokens = self.tokens / self.micro_batches / shards
         number = DTYPE_BYTES[c.dtype]
-        outputs = number * sum(outputs for _, outputs in c.projections.values()) / tensor
-        scores = (4 + number) * c.num_heads * self.seq_len / tensor if c.attention == "xla" else 0
-        whole = 4 * number * c.width + outputs + number * c.mlp_width / tensor + scores
+        whole = {kind: self.whole_layer(kind, number, tensor) for kind, _ in self.kinds}
         remat = parse_remat(c.remat)
         of_stream = (LAYER_INPUT, "out_proj", "down_proj")  # not split over tensor
-        part = lambda name: number * c.kept_sizes[name] / (1 if name in of_stream else tensor)
-        kept = whole if remat is None else sum(part(name) for name in remat.on_device)
-        layer = number * self.layer_weights / c.num_layers / tensor
+        part = lambda kind, name: number * kind.kept_sizes[name] / (1 if name in of_stream else tensor)
+        kept = sum(
+            n * (whole[kind] if remat is None else sum(part(kind, name) for name in remat.on_device))
+            for kind, n in self.kinds
+        )
+        layer = number * max(weights_of(kind) for kind, _ in self.kinds) / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor
-        return tokens * (c.num_layers * kept + 2 * whole) + 2 * layer + head + tile
+        return tokens * (kept + 2 * max(whole.values())) + 2 * layer + head + tile
+
+    def whole_layer(self, kind: DecoderConfig, number: int, tensor: int) -> float:
+        """Return the bytes of a token that a layer has on one device while it is computed."""
+        outputs = number * sum(outputs for _, outputs in kind.projections.values()) / tensor
+        plain = kind.attention == "xla" and kind.mixer == "attention"
+        scores = (4 + number) * kind.num_heads * self.seq_len / tensor if plain else 0
+        return 4 * number * kind.width + outputs + number * kind.mlp_width / tensor + scores
+
+
+def weights_of(layer: DecoderConfig, names: Collection[str] | None = None) -> int:
+    """Return the number of weights in these matrix products of a layer. None: in all."""
+    return sum(i * o for name, (i, o) in layer.projections.items() if names is None or name in names)
 
 
 @dataclasses.dataclass(frozen=True)

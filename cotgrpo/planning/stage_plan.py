@@ -35,7 +35,9 @@ from cotgrpo.config.ghosts import StudentReplies
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params, make_student
 from cotgrpo.models.huggingface.folder import open_folder
-from cotgrpo.models.lora import AdaptedParams, init_lora
+from cotgrpo.models.lora import AdaptedParams, init_lora, with_adapters
+from cotgrpo.models.quantized.kernel import Quantization
+from cotgrpo.models.quantized.quantize import abstract_base
 from cotgrpo.objectives import Nll
 from cotgrpo.planning.hlo import Collective, attention_kernels, collectives, estimated_cycles
 from cotgrpo.planning.rollout_plan import RolloutPlan, teacher_paths
@@ -52,7 +54,7 @@ from cotgrpo.sharding import (
 from cotgrpo.tiled_loss import default_tile_size
 from cotgrpo.train_steps import Step
 from cotgrpo.training.steps import StageName, needs_reference, needs_teacher, stage_optimizer, stage_step
-from cotgrpo.types import TrainState
+from cotgrpo.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,7 @@ class StagePlan:
             micro_batches=settings.micro_batches,
             reference=needs_reference(self.config, self.stage),
             frozen=self.config.lora is not None,
+            dequantized=self.config.lora is not None and self.config.lora.quantization is not None,
         )
 
     @property
@@ -138,17 +141,29 @@ class StagePlan:
     def step(self) -> tuple[Step, StepArguments]:
         """Return the stage's step, not jitted, and its arguments."""
         tx = stage_optimizer(self.config, self.stage)
-        step = stage_step(self.config, self.stage, make_student(self.decoder), tx, tile_size=self.tile_size)
+        student = with_adapters(make_student(self.decoder))
+        step = stage_step(self.config, self.stage, student, tx, tile_size=self.tile_size)
 
         key = jax.eval_shape(jax.random.key, 0)
         params = jax.eval_shape(functools.partial(init_params, self.decoder), key)
-        frozen = (params,) * (self.work.frozen + self.work.reference)
         lora = self.config.lora
         trained = params if lora is None else jax.eval_shape(functools.partial(init_lora, params, lora), key)
+        frozen = (params,) * (self.work.frozen + self.work.reference)
+        if lora is not None and lora.quantization is not None:
+            base = self.quantized_base(params, lora.quantization)
+            first = params if needs_teacher(self.config, self.stage) else AdaptedParams(base, trained, lora)
+            frozen = (base, *(first,) * self.work.reference)
         state = jax.eval_shape(lambda params, key: TrainState.create(params=params, tx=tx, key=key), trained, key)
         objective = self.config.grpo.full_objective if self.stage == "grpo" else Nll()
         batch = abstract_batch(objective, self.settings.batch_size, self.config.data.seq_len, self.decoder.width)
         return step, StepArguments(state, batch, frozen)
+
+    def quantized_base(self, params: Params, quantization: Quantization) -> Params:
+        """Return the shapes of the frozen parameters with their kernels quantized."""
+        try:
+            return abstract_base(params, *quantization)
+        except ValueError as error:
+            raise ConfigError(f"lora.block_size: {error}") from error
 
     def figures(self, by_arithmetic: bool = False) -> dict[str, Any]:
         """Return the whole plan as JSON holds it; `by_arithmetic` compiles nothing, as for GPUs."""
@@ -177,6 +192,7 @@ class StagePlan:
             "optimizer": self.settings.optimizer.name,
             "compiler_options": self.compiler_options,
             "lora_rank": self.config.lora.rank if self.config.lora else 0,
+            "quantized_base": self.config.lora.quantize_base if self.config.lora else "none",
             "estimate": estimate,
             "fits": fits and memory["total"] <= memory["hbm"],
             "bytes_per_device": memory,
@@ -305,7 +321,7 @@ class StagePlan:
             places: of each device of the mesh, the number of its slice and the coordinates of its chip.
         """
         chip, decoder = self.topology.chip, self.decoder
-        seen_keys = self.work.seen_keys / decoder.num_layers
+        seen_keys = self.work.seen_keys / max(decoder.num_attention, 1)
         kernels = sum(kernel.flops(seen_keys) for kernel in attention_kernels(text, self.num_tiles))
         network = {True: 0.0, False: 0.0}
         for collective in found:

@@ -99,6 +99,8 @@ def student_line(figures: dict[str, Any]) -> str:
         f"{student['parameters'] / 1e6:,.1f} M parameters in {student['param_dtype']}, computed in {student['dtype']}"
     )
     lora = f", LoRA of rank {figures['lora_rank']}" if figures["lora_rank"] else ""
+    if figures["quantized_base"] != "none":
+        lora += f" on kernels in {figures['quantized_base']}"
     return f"{name}: {size}; {figures['optimizer']}{lora}"
 
 
