@@ -20,14 +20,14 @@ def fp4_values(packed: np.ndarray) -> np.ndarray:
 
 
 def fp4_tensor(name: str, packed: StoredTensor, scale: StoredTensor, dtype: np.dtype, factor: float) -> DecodedTensor:
-    """Return `[outputs, inputs]` of `packed` `[outputs, inputs / 2]` with a scale for each block of inputs.
+    """Return `[outputs, inputs]` of `packed` `[outputs, inputs / 2]` with a scale for each 16 or 32 inputs.
 
     Raises:
-        ModelError: the blocks do not divide the inputs.
+        ModelError: the blocks are of another size.
     """
     *rows, half = packed.shape
     blocks = scale.shape[-1]
-    if scale.shape[:-1] != tuple(rows) or not blocks or 2 * half % blocks:
+    if scale.shape[:-1] != tuple(rows) or 2 * half not in (16 * blocks, 32 * blocks):
         raise ModelError(f"{packed.path}: {scale.name} {list(scale.shape)} does not fit {packed.name} {[*rows, half]}.")
     size = 2 * half // blocks
 

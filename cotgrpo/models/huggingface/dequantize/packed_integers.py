@@ -21,6 +21,7 @@ def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
         values = values.reshape(*words.shape[:-1], -1)
     else:  # an integer may begin in one word and end in the next
         stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+        stream = stream[..., : stream.shape[-1] // bits * bits]
         values = stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits))
     return np.moveaxis(values, -1, axis).astype(np.float32)
 
@@ -59,6 +60,7 @@ def gptq_tensor(
         at = steps(output, count)
         zeros = qzeros.read((slice(0, qzeros.shape[0]), slice(at.start * words, at.stop * words)))
         zero = unpack(zeros, bits, 1)[:, inside(output, count)] + zero_offset
+        zero = zero if bits == 3 else zero % 2**bits  # a zero point of 0 was stored as -1
         scale = scales.read((slice(0, scales.shape[0]), output)).astype(np.float32)
         group = group_of[row]
         return ((q - zero[group]) * scale[group]).T
@@ -110,21 +112,23 @@ def packed_tensor(parts: dict[str, StoredTensor], name: str, dtype: np.dtype) ->
     """
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     outputs, inputs = (int(size) for size in parts["weight_shape"].read())
-    bits = next((bits for bits in (2, 4, 8) if -(-inputs * bits // 32) == packed.shape[1]), 0)
+    bits = next((bits for bits in range(2, 9) if -(-inputs * bits // 32) == packed.shape[1]), 0)
     groups = scales.shape[-1]
-    if not bits or packed.shape[0] != outputs or inputs % groups:
+    if not bits or packed.shape[0] != outputs or not groups or inputs % groups:
         raise ModelError(
             f"{packed.path}: {packed.name} {list(packed.shape)} and {scales.name} {list(scales.shape)} do not fit "
             f"{[outputs, inputs]}."
         )
-    count, size = 32 // bits, inputs // groups
+    (count, words), size = word_groups(bits), inputs // groups
     order = parts["weight_g_idx"].read() if "weight_g_idx" in parts else None
     # An order of -1 means that the groups are consecutive.
     group_of = np.arange(inputs) // size if order is None or (order < 0).any() else order
 
     def decode(bounds: Bounds) -> np.ndarray:
         output, row = bounds
-        q = unpack(packed.read((output, steps(row, count))), bits, 1)[:, inside(row, count)] - 2 ** (bits - 1)
+        at = steps(row, count)
+        stored = packed.read((output, slice(at.start * words, min(at.stop * words, packed.shape[1]))))
+        q = unpack(stored, bits, 1)[:, inside(row, count)] - 2 ** (bits - 1)
         group = group_of[row]
         if "weight_zero_point" in parts:
             zero = unpack(parts["weight_zero_point"].read(), bits, 0)[:outputs] - 2 ** (bits - 1)

@@ -39,7 +39,7 @@ def scaled_tensor(
         values = weight.read(bounds).astype(np.float32)
         if zero_point is not None:
             values -= at(zero_point.read().astype(np.float32), bounds)
-        values *= at(scales_of(scale) * np.float32(factor), bounds)
+        values *= at(np.asarray(scales_of(scale) * np.float32(factor)), bounds)
         return values
 
     return DecodedTensor(weight.path, weight.name, dtype, weight.shape, decode)
