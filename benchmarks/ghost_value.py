@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,8 +34,13 @@ from cotgrpo.evaluation.replies import judge
 from cotgrpo.ghosts.live import live_ghosts
 from cotgrpo.runs import Run
 from cotgrpo.runs.trained import Trained
-from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler, pad_prompts
+from cotgrpo.sampling import QUEUE, Prompts, SamplingSettings, make_sampler, pad_prompts
 
+COLUMNS = 64
+"""Prompts are padded to multiples of this, so that few shapes compile."""
+Start = tuple[int, tuple[int, ...]]
+"""The number of a question, and the first tokens of a reply to it."""
+GHOSTS = ("teacher", "privileged_self")
 WAYS = ("own", "ghost", "likeliest")
 """The token that the student goes on from: its own, the ghost's, or its likeliest."""
 
@@ -65,6 +71,7 @@ class Study:
         new_tokens: longest reply in tokens.
         batch_size: replies decoded at a time.
         seed: of all draws.
+        ghosts: those that are asked.
     """
 
     student: Trained
@@ -73,6 +80,7 @@ class Study:
     new_tokens: int = 96
     batch_size: int = 32
     seed: int = 0
+    ghosts: Sequence[str] = GHOSTS
 
     def __post_init__(self) -> None:
         template: Any = self.student.template
@@ -80,29 +88,29 @@ class Study:
         self.prompts = [template.prompt(t.question) for t in self.triples]
         solved = PrivilegedSelf()
         self.solved = [template.prompt(solved.privileged(t.question, t.rationale, t.answer)) for t in self.triples]
-        columns = max(map(len, self.prompts)) + self.new_tokens
-        self.columns, self.solved_columns = columns, max(map(len, self.solved))
+        self.columns, self.solved_columns = max(map(len, self.prompts)), max(map(len, self.solved))
         settings = SamplingSettings(self.new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
-        self.sample = jax.jit(make_sampler(self.student.config, settings, self.student.vocab_size))
+        self.sample = jax.jit(make_sampler(self.student.config, settings, self.student.vocab_size, self.batch_size))
         self.ask = jax.jit(self.tokens_of_ghosts)
 
     def tokens_of_ghosts(self, params: Any, prompts: Prompts, replies: Any, solved: Prompts) -> dict[str, Any]:
         """Return the token of each ghost at every token of the replies, `[B, N]`."""
         own, teacher = params
         first = prompts.tokens.shape[1] - 1
-        asked = {
-            "teacher": live_ghosts(self.teacher.student, teacher, prompts, replies),
-            "privileged_self": live_ghosts(self.student.student, own, prompts, replies, reads=solved),
-            "likeliest": live_ghosts(self.student.student, own, prompts, replies),
+        ask = {
+            "teacher": lambda: live_ghosts(self.teacher.student, teacher, prompts, replies),
+            "privileged_self": lambda: live_ghosts(self.student.student, own, prompts, replies, reads=solved),
+            "likeliest": lambda: live_ghosts(self.student.student, own, prompts, replies),
         }
-        return {name: batch.ghost_tokens[:, first : first + self.new_tokens] for name, batch in asked.items()}
+        asked = {name: ask[name]().ghost_tokens for name in (*self.ghosts, "likeliest")}
+        return {name: tokens[:, first : first + self.new_tokens] for name, tokens in asked.items()}
 
     def batches(self, count: int) -> list[list[int]]:
         return [[*range(start, min(start + self.batch_size, count))] for start in range(0, count, self.batch_size)]
 
-    def padded(self, prompts: Sequence[np.ndarray], columns: int) -> Prompts:
+    def padded(self, prompts: Sequence[np.ndarray], columns: int, rows: int | None = None) -> Prompts:
         pad: Any = self.student.template
-        return pad_prompts(prompts, length=columns, rows=self.batch_size, pad_id=pad.pad_id)
+        return pad_prompts(prompts, length=columns, rows=rows or self.batch_size, pad_id=pad.pad_id)
 
     def wrong_replies(self, samples: int, say: Callable[[str], None]) -> tuple[list[Wrong], int]:
         """Let the student reply `samples` times to each question. Return its wrong replies, and the number of all."""
@@ -124,54 +132,67 @@ class Study:
             say(f"{total} replies, {len(found)} wrong")
         return found, total
 
-    def go_on(self, starts: Sequence[tuple[int, np.ndarray]], draws: int) -> np.ndarray:
-        """Let the student go on from each (row, first tokens of a reply). Return how many of the draws are right."""
-        right = np.zeros(len(starts), np.int64)
+    def go_on(self, starts: Sequence[Start], draws: int, say: Callable[[str], None]) -> list[int]:
+        """Let the student go on from each start. Return how many of the draws are right."""
+        right = [0] * len(starts)
         template: Any = self.student.template
-        ended = [i for i, (_, ids) in enumerate(starts) if ids[-1] in template.stop_ids]
-        open_ones = [i for i in range(len(starts)) if i not in set(ended)]
-        for i in ended:  # nothing is drawn
-            row, ids = starts[i]
-            right[i] = draws * judge(template, self.questions[row], ids, True).correct
-        work = [i for i in open_ones for _ in range(draws)]
-        for number, part in enumerate(self.batches(len(work))):
+        work = []
+        for i, (row, ids) in enumerate(starts):
+            if ids[-1] in template.stop_ids:  # nothing is drawn
+                right[i] = draws * judge(template, self.questions[row], np.array(ids, np.int32), True).correct
+            else:
+                work += [i] * draws
+        prompts = {i: np.concatenate([self.prompts[starts[i][0]], np.array(starts[i][1], np.int32)]) for i in {*work}}
+        work.sort(key=lambda i: len(prompts[i]))  # similar lengths together, to save columns
+        size = self.batch_size * QUEUE
+        for number, first in enumerate(range(0, len(work), size)):
+            part = work[first : first + size]
             key = jax.random.fold_in(jax.random.key(self.seed + 1), number)
-            chosen = [starts[work[j]] for j in part]
-            prompts = [np.concatenate([self.prompts[row], ids]) for row, ids in chosen]
-            replies = jax.device_get(self.sample(self.student.params, self.padded(prompts, self.columns), key))
-            for k, (row, ids) in enumerate(chosen):
-                whole = np.concatenate([ids, replies.tokens[k, : replies.lengths[k]]])
-                finished = bool(replies.finished[k])
-                right[work[part[k]]] += judge(template, self.questions[row], whole, finished).correct
+            columns = -(-max(len(prompts[i]) for i in part) // COLUMNS) * COLUMNS
+            padded = self.padded([prompts[i] for i in part], columns, size)
+            replies = jax.device_get(self.sample(self.student.params, padded, key))
+            for k, i in enumerate(part):
+                row, ids = starts[i]
+                whole = np.concatenate([np.array(ids, np.int32), replies.tokens[k, : replies.lengths[k]]])
+                right[i] += judge(template, self.questions[row], whole, bool(replies.finished[k])).correct
+            say(f"{min(first + size, len(work))} of {len(work)} replies from a start")
         return right
 
-    def value(self, ghost: str, wrong: Sequence[Wrong], draws: int) -> dict[str, Any]:
-        """Return the counts of one ghost: by question, the right replies after each of the three tokens."""
-        rows, starts, places = [], dict[str, list[tuple[int, np.ndarray]]]((way, []) for way in WAYS), []
+    def starts_of(self, ghost: str, wrong: Sequence[Wrong]) -> list[dict[str, Start]]:
+        """Return, for each wrong reply that the ghost changes, the three ways to go on from the first change."""
+        found = []
         for reply in wrong:
             changed = np.flatnonzero(reply.ghosts[ghost] != reply.ids)
-            if not len(changed):
-                continue
-            t = int(changed[0])
-            rows.append(reply.row)
-            places.append(t)
-            tokens = {"own": reply.ids[t], "ghost": reply.ghosts[ghost][t], "likeliest": reply.ghosts["likeliest"][t]}
-            for way, token in tokens.items():
-                starts[way].append((reply.row, np.append(reply.ids[:t], token).astype(np.int32)))
-        right = {way: self.go_on(starts[way], draws).tolist() for way in WAYS}
-        taken = {way: np.array([ids[-1] for _, ids in starts[way]]) for way in WAYS}
-        share = np.concatenate([reply.ghosts[ghost] != reply.ids for reply in wrong]).mean()
-        return {
-            "ghost": ghost,
-            "wrong_replies": len(wrong),
-            "corrected": len(rows),
-            "draws": draws,
-            "changed_tokens": float(share),
-            "first_change": float(np.median(places)),
-            "same_as_likeliest": float(np.mean(taken["ghost"] == taken["likeliest"])),
-            "rows": rows,
-            "right": right,
-        }
+            if len(changed):
+                t = int(changed[0])
+                tokens = {"own": reply.ids, "ghost": reply.ghosts[ghost], "likeliest": reply.ghosts["likeliest"]}
+                before = tuple(reply.ids[:t].tolist())
+                found.append({way: (reply.row, (*before, int(ids[t]))) for way, ids in tokens.items()})
+        return found
+
+    def values(self, wrong: Sequence[Wrong], draws: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Return the counts of each ghost: by question, the right replies after each of the three tokens.
+
+        Ways that begin with the same tokens share their draws. So if the ghost's token is the likeliest, the two differ
+        by nothing, and not by the noise of two draws.
+        """
+        starts = {ghost: self.starts_of(ghost, wrong) for ghost in self.ghosts}
+        different = list(dict.fromkeys(start for each in starts.values() for ways in each for start in ways.values()))
+        right = dict(zip(different, self.go_on(different, draws, say), strict=True))
+        return [
+            {
+                "ghost": ghost,
+                "wrong_replies": len(wrong),
+                "corrected": len(starts[ghost]),
+                "draws": draws,
+                "changed_tokens": float(np.concatenate([r.ghosts[ghost] != r.ids for r in wrong]).mean()),
+                "first_change": float(np.median([len(ways["own"][1]) - 1 for ways in starts[ghost]])),
+                "same_as_likeliest": float(np.mean([ways["ghost"] == ways["likeliest"] for ways in starts[ghost]])),
+                "rows": [ways["own"][0] for ways in starts[ghost]],
+                "right": {way: [right[ways[way]] for ways in starts[ghost]] for way in WAYS},
+            }
+            for ghost in self.ghosts
+        ]
 
 
 def of_questions(found: dict[str, Any], way: str) -> np.ndarray:
@@ -203,10 +224,11 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True, help="run folder")
-    parser.add_argument("--teacher", type=Path, required=True, help="run folder")
+    parser.add_argument("--teacher", type=Path, help="run folder; none: only privileged_self is asked")
     parser.add_argument("--rows", type=Path, nargs="+", required=True)
     parser.add_argument("--questions", type=int, default=300, help="how many of the rows, from the first")
     parser.add_argument("--samples", type=int, default=2, help="replies to each question")
+    parser.add_argument("--ghosts", nargs="+", choices=GHOSTS, default=GHOSTS)
     parser.add_argument("--draws", type=int, default=4, help="how often the student goes on from each token")
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -214,18 +236,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="output, a line for each ghost")
     options = parser.parse_args(arguments)
     triples, _ = read_triples(list(options.rows))
-    student, teacher = (Run.open(folder).model() for folder in (options.student, options.teacher))
+    student = Run.open(options.student).model()
+    teacher = student if options.teacher is None else Run.open(options.teacher).model()
+    ghosts = options.ghosts if options.teacher is not None else ["privileged_self"]
     sizes = {name: getattr(options, name) for name in ("new_tokens", "batch_size", "seed")}
-    study = Study(student, teacher, triples[: options.questions], **sizes)
-    wrong, total = study.wrong_replies(options.samples, lambda text: print(text, flush=True))
-    lines = []
-    for ghost in ("teacher", "privileged_self"):
-        found = {"replies": total, "questions": len(study.questions), **sizes} | study.value(
-            ghost, wrong, options.draws
-        )
-        lines.append(found)
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+    study = Study(student, teacher, triples[: options.questions], ghosts=ghosts, **sizes)
+    say = functools.partial(print, flush=True)
+    wrong, total = study.wrong_replies(options.samples, say)
+    asked = {"replies": total, "questions": len(study.questions), **sizes}
+    lines = [asked | found for found in study.values(wrong, options.draws, say)]
+    with open(options.json, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(found) + "\n" for found in lines)
     print(table(lines))
     return 0
 

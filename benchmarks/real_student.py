@@ -11,7 +11,15 @@ with the first seed, then with the other seeds at the rate that does best. GRPO 
 Optimization, not Group Relative.
 
 A run is a run folder in `--work`, and a line of `--json` when it is measured. Both are taken up where they were left.
-`--table` prints the tables of the lines that are there. On a GPU, give a larger student and `--dtype bfloat16`.
+A student that was measured is removed, since its folder is ten times its size. `--table` prints the tables of the lines
+that are there. On a GPU, give a larger student and `--dtype bfloat16`.
+
+Rows that name `split: test` are test questions first of all. Of questions that differ in their numbers only, one is
+kept. Work is counted and not timed: positions trained, tokens decoded, and model FLOPs. So it does not depend on the
+machine, nor on what else ran there.
+
+Other regimes are other sizes: `--small 40 --start_steps 20 --teacher_run runs/study/teacher` starts from fewer rows,
+and rows with long solutions need a larger `--seq_len` and `--new_tokens`.
 """
 
 from __future__ import annotations
@@ -21,16 +29,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from paired import accuracy, as_good, difference, mcnemar
 
 from cotgrpo import make_eval_step
+from cotgrpo.accelerators.roofline import Work
 from cotgrpo.atomic_files import write_json, write_text
 from cotgrpo.data.questions import Question, question_text, read_questions
 from cotgrpo.data.triples import Triple, read_triples, write_triples
@@ -38,11 +48,15 @@ from cotgrpo.evaluation.accuracy import ExactMatch, SampledMatch
 from cotgrpo.evaluation.replies import Draws
 from cotgrpo.ghosts.live import live_ghosts, with_replies
 from cotgrpo.identity.fingerprints import tokenizer_fingerprint
+from cotgrpo.logs.metrics_log import read_metrics
+from cotgrpo.models.decoder import DecoderConfig
 from cotgrpo.reports.charts import interval_chart, standalone
 from cotgrpo.rollouts.cached_ghosts import CachedReply, write_cache
 from cotgrpo.runs import Run
 from cotgrpo.runs.trained import Trained
 from cotgrpo.sampling import SamplingSettings, make_sampler, pad_prompts
+
+Q = TypeVar("Q", Question, Triple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Sizes:
         choice: questions that choose the learning rate.
         small: rows with text that the start is trained on.
         forget: rows of `--teacher_rows` that nobody is trained on. Their loss is what a student forgets.
+        more: rows of `--teacher_rows` that the teacher is trained on too, at most.
         start_steps: updates of the start. More of them should gain nothing.
         teacher_steps: updates of the teacher.
         steps: updates of an arm.
@@ -62,6 +77,7 @@ class Sizes:
         seq_len: columns of a packed row.
         new_tokens: longest reply.
         votes: drawn replies to each test question.
+        voted: students of an arm, from the first seed, that are asked for votes. They cost more than all else.
         probes: test questions whose drawn replies are looked at token by token.
     """
 
@@ -69,22 +85,26 @@ class Sizes:
     choice: int = 150
     small: int = 200
     forget: int = 60
-    start_steps: int = 60
-    teacher_steps: int = 500
+    more: int = 400
+    start_steps: int = 80
+    teacher_steps: int = 400
     steps: int = 60
     batch_size: int = 4
     replies: int = 8
     seq_len: int = 256
     new_tokens: int = 96
     votes: int = 4
+    voted: int = 1
     probes: int = 64
 
 
 SIZES = {
     "full": Sizes(),
-    "tiny": Sizes(4, 3, 8, 2, 2, 2, 2, 2, 4, 160, 8, 2, 4),
+    "tiny": Sizes(4, 3, 8, 2, 4, 2, 2, 2, 2, 4, 160, 8, 2, 1, 4),
 }
-START_RATE, TEACHER_RATE = 1e-4, 1e-4
+COLUMNS = 64
+"""Rows are padded to multiples of this, so that few shapes compile."""
+START_RATE, TEACHER_RATE = 1e-4, 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +114,20 @@ class Arm:
     Attributes:
         stage: "sft" or "grpo".
         rows: the training rows: "small", "greedy" or "drawn" text of the teacher for the further questions, or
-            "solved", the further questions with the solutions of the data set.
+            "solved", the further questions with the solutions of the data set. "_wrong": a tenth of it is wrong.
         settings: of the stage. "TEACHER", "FURTHER" and "LABELS" stand for paths.
+        times: updates, as a multiple of those of the study.
     """
 
     stage: str
     rows: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    times: int = 1
+
+    @property
+    def ghost_reads(self) -> bool:
+        """Whether a live ghost reads every reply."""
+        return self.settings.get("ghosts", {}).get("source") in ("teacher_model", "privileged_self")
 
 
 def ghost(objective: str, source: str = "teacher_model", **more: Any) -> dict[str, Any]:
@@ -112,27 +139,73 @@ def ghost(objective: str, source: str = "teacher_model", **more: Any) -> dict[st
 ARMS = {
     "sft": Arm("sft", "small"),
     "teacher_text": Arm("sft", "greedy"),
-    "teacher_text_drawn": Arm("sft", "drawn"),
+    "on_policy_nll": Arm("grpo", "small", ghost("nll")),
     "teacher_text_labels": Arm(
         "grpo", "drawn", ghost("nll", "cached") | {"ghosts": {"source": "cached", "path": "LABELS"}}
     ),
+    "teacher_text_longer": Arm("sft", "greedy", times=2),
     "on_policy": Arm("grpo", "small", ghost("pair")),
-    "on_policy_nll": Arm("grpo", "small", ghost("nll")),
+    "forward_kl": Arm("grpo", "small", ghost("forward_kl")),
+    "solved_text": Arm("sft", "solved"),
+    "privileged_frozen": Arm("grpo", "solved", ghost("nll", "privileged_self")),
+    "group_relative": Arm("grpo", "solved", ghost("group_relative", "verified_reward")),
+    "teacher_text_drawn": Arm("sft", "drawn"),
     "on_policy_drawn": Arm("grpo", "small", ghost("nll", choice="drawn")),
     "on_policy_gated": Arm("grpo", "small", ghost("nll", when="wrong")),
-    "forward_kl": Arm("grpo", "small", ghost("forward_kl")),
     "reverse_kl": Arm("grpo", "small", ghost("reverse_kl")),
-    "privileged_frozen": Arm("grpo", "solved", ghost("nll", "privileged_self")),
     "privileged_ema": Arm("grpo", "solved", ghost("nll", "privileged_self", self="ema")),
-    "group_relative": Arm("grpo", "solved", ghost("group_relative", "verified_reward")),
+    "teacher_text_wrong": Arm("sft", "greedy_wrong"),
+    "solved_text_wrong": Arm("sft", "solved_wrong"),
+    "privileged_wrong": Arm("grpo", "solved_wrong", ghost("nll", "privileged_self")),
 }
+"""In the order in which they run: what a reader needs most comes first."""
 BASE, TEXT = "sft", "teacher_text"
 """What every arm is compared with: SFT continued, and SFT on the teacher's text for the further questions."""
 
 
-def place(text: str) -> str:
+def form(row: Question | Triple) -> str:
+    """Return a question without its numbers. Two questions of one form are the same exercise."""
+    return re.sub(r"\d+", "#", re.sub(r"\W+", " ", question_text(row).lower())).strip()
+
+
+def place(row: Question | Triple) -> str:
     """Return a row's place in the order of a study: a hash of its question."""
-    return hashlib.sha256(f"real_student {text}".encode()).hexdigest()
+    return hashlib.sha256(f"real_student {question_text(row)}".encode()).hexdigest()
+
+
+def one_of_each(rows: Iterable[Q]) -> list[Q]:
+    """Return the rows in the order of a study, the first of each form. Rows of a test split come first."""
+    found: dict[str, Q] = {}
+    for row in sorted(rows, key=lambda row: (row.row.get("split") != "test", place(row))):
+        found.setdefault(form(row), row)
+    return list(found.values())
+
+
+def with_mistake(text: str, answer: str, seed: str) -> str:
+    """Return a text with another whole number wherever it has the answer. A text without it stays.
+
+    Args:
+        text: a solution.
+        answer: the number that is replaced.
+        seed: decides the other number.
+    """
+    number = answer.strip().removesuffix(".0")
+    if not re.fullmatch(r"\d+", number):
+        return text
+    other = int(number) + 1 + int(hashlib.sha256(seed.encode()).hexdigest(), 16) % 9
+    return re.sub(rf"(?<![\d.]){number}(?!\d|\.\d)", str(other), text)
+
+
+def with_mistakes(rows: Sequence[Triple], share: float = 0.1) -> list[Triple]:
+    """Return the rows, a share of them with a wrong answer in the rationale and as the answer."""
+    found = []
+    for row in rows:
+        seed = place(row)
+        if int(seed, 16) % 1000 < 1000 * share:
+            text, answer = (with_mistake(text, row.answer, seed) for text in (row.rationale, row.answer))
+            row = dataclasses.replace(row, rationale=text, answer=answer)
+        found.append(row)
+    return found
 
 
 @dataclasses.dataclass
@@ -154,7 +227,7 @@ class Rows:
     def __post_init__(self) -> None:
         sizes = self.sizes
         questions, _ = read_questions(list(self.files), bad_rows="drop")
-        in_order = sorted(questions, key=lambda row: place(question_text(row)))
+        in_order = one_of_each(questions)
         self.test, rest = in_order[: sizes.test], in_order[sizes.test :]
         self.choice, rest = rest[: sizes.choice], rest[sizes.choice :]
         usable = [row for row in rest if row.reference is not None]
@@ -162,15 +235,14 @@ class Rows:
             raise SystemExit(f"{len(usable)} rows are left to train on: more than {sizes.small} are needed.")
         rows = [row.reference for row in usable if row.reference is not None]
         self.small, self.further = rows[: sizes.small], rows[sizes.small :]
-        more = read_triples(list(self.teacher_files))[0] if self.teacher_files else []
-        held_out = {question_text(row) for row in (*self.test, *self.choice)}
-        more = sorted(
-            (row for row in more if question_text(row) not in held_out), key=lambda r: place(question_text(r))
-        )
-        self.forget, self.more = more[: sizes.forget] or rows[:1], more[sizes.forget :]
+        more = read_triples(list(self.teacher_files), split="train")[0] if self.teacher_files else []
+        known = {form(row) for row in in_order}
+        more = [row for row in one_of_each(more) if form(row) not in known]
+        self.forget, self.more = more[: sizes.forget] or rows[:1], more[sizes.forget :][: sizes.more]
         for name in ("small", "further", "forget", "more"):
             self.write(name, getattr(self, name))
         self.write("solved", self.further)
+        self.write("solved_wrong", with_mistakes(self.further))
         asked = [{"question": row.question, "gold": row.answer} for row in self.further]
         write_text(self.path("questions"), "".join(json.dumps(row) + "\n" for row in asked))
 
@@ -217,13 +289,16 @@ class Measure:
 
         self.probe = jax.jit(probe)
 
-    def __call__(self, student: Trained) -> dict[str, Any]:
-        """Return all figures on the test questions."""
-        greedy, votes = self.test(student.params), self.votes(student.params)
+    def __call__(self, student: Trained, votes: bool) -> dict[str, Any]:
+        """Return all figures on the test questions, those of `votes` if they are wanted."""
+        greedy = self.test(student.params)
+        found: dict[str, Any] = {}
+        if votes:
+            drawn = self.votes(student.params)
+            found = {"majority": drawn.maj_at_k[max(drawn.maj_at_k)].value}
         metrics, changed, length = self.probe(student.params, self.teacher.params, jax.random.key(0))
-        return {
+        return found | {
             "greedy": "".join(str(int(reply.correct)) for reply in greedy.replies),
-            "majority": votes.maj_at_k[max(votes.maj_at_k)].value,
             "truncated": greedy.truncated,
             "entropy": metrics["entropy"].mean(),
             "changed_tokens": float(changed),
@@ -240,10 +315,14 @@ class Study:
         work: folder of all runs.
         lines: the output file.
         dtype: of the computation; None: that of the student.
+        teacher_run: run folder of a teacher that another study has trained on the same rows; None: train it.
     """
 
-    def __init__(self, student: str, rows: Rows, work: Path, lines: Path, dtype: str | None) -> None:
+    def __init__(
+        self, student: str, rows: Rows, work: Path, lines: Path, dtype: str | None, teacher_run: Path | None = None
+    ) -> None:
         self.student, self.rows, self.work, self.path, self.dtype = student, rows, work, lines, dtype
+        self.teacher_run = teacher_run or work / "teacher"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self.lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
@@ -261,7 +340,7 @@ class Study:
             test=[str(self.rows.path("forget"))],
             data=data,
             eval={"rows": 1, "max_new_tokens": sizes.new_tokens},
-            checkpoint={"every": 20, "keep": 1},
+            checkpoint={"every": 50, "keep": 1},
             **settings,
         )
 
@@ -278,12 +357,16 @@ class Study:
     def prepare(self) -> None:
         """Train teacher and start, let the teacher write its text, and measure both."""
         sizes = self.rows.sizes
-        everything = ["small", "further", *(["more"] if self.rows.more else [])]
-        self.teacher = self.trained("teacher", everything, TEACHER_RATE, sizes.teacher_steps)
+        if self.teacher_run == self.work / "teacher":
+            everything = ["small", "further", *(["more"] if self.rows.more else [])]
+            self.teacher = self.trained("teacher", everything, TEACHER_RATE, sizes.teacher_steps)
+        else:
+            self.teacher = Run.open(self.teacher_run).model()
         self.start = self.trained("start", ["small"], START_RATE, sizes.start_steps)
         self.measure = Measure(self.start, self.rows, self.teacher)
-        for name in ("teacher", "start"):
-            self.add({"arm": name, "rate": 0.0, "seed": 0, "steps": 0}, functools.partial(self.figures, name, "sft"))
+        for name, folder in (("teacher", self.teacher_run), ("start", self.work / "start")):
+            key = {"arm": name, "rate": 0.0, "seed": 0, "steps": 0}
+            self.add(key, functools.partial(self.figures, folder, "sft", votes=True))
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
             self.write_text(name, temperature)
         self.write_labels()
@@ -313,6 +396,7 @@ class Study:
         if not rows:
             raise SystemExit(f"No reply of the teacher ends with an answer within {self.rows.sizes.new_tokens} tokens.")
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.rows.write(f"{name}_wrong", with_mistakes(read_triples(path, bad_rows="drop")[0]))
 
     def ends(self) -> list[str]:
         """Return the tokens that end a reply, as text."""
@@ -331,9 +415,9 @@ class Study:
         for triple in read_triples(self.rows.path("drawn"), bad_rows="drop")[0]:
             tokens = np.asarray(template.encode(triple).tokens)
             reply = len(tokens) - len(template.prompt(triple.question))
-            padded = np.zeros((1, self.rows.sizes.seq_len), np.int32)
-            if len(tokens) > padded.shape[1]:
+            if len(tokens) > self.rows.sizes.seq_len:
                 continue
+            padded = np.zeros((1, -(-len(tokens) // COLUMNS) * COLUMNS), np.int32)
             padded[0, : len(tokens)] = tokens
             column = np.arange(padded.shape[1])[None]
             labels = np.asarray(likeliest(self.teacher.params, padded, column, (column < len(tokens)).astype(np.int32)))
@@ -342,42 +426,42 @@ class Study:
             found.append(CachedReply(key, [[0.0]] * reply, ids=tokens.tolist(), top_ids=[[int(i)] for i in ids]))
         write_cache(path, found, 1, tokenizer_fingerprint(self.teacher.tokenizer))
 
-    def train(self, name: str, rate: float, seed: int) -> tuple[str, float]:
-        """Train an arm, unless it is there. Return the name of its run, and the processor seconds of its stage."""
+    def train(self, name: str, rate: float, seed: int) -> Path:
+        """Train an arm, unless it is there. Return the folder of its run."""
         arm, sizes = ARMS[name], self.rows.sizes
-        folder = f"{name}-{rate:g}-{seed}"
-        run = self.run(folder, [self.rows.path(arm.rows)], seed=seed)
+        folder = self.work / f"{name}-{rate:g}-{seed}"
+        if (folder / arm.stage / "report.json").is_file() and not (folder / arm.stage / "checkpoints").is_dir():
+            shutil.rmtree(folder)  # it was measured and removed, and is wanted again
+        run = self.run(folder.name, [self.rows.path(arm.rows)], seed=seed)
+        steps = sizes.steps * arm.times
         settings: dict[str, Any] = {
-            "steps": sizes.steps,
+            "steps": steps,
             "init_from": str(self.work / "start" / "sft"),
-            "optimizer": {"learning_rate": rate, "warmup_steps": sizes.steps // 10},
+            "optimizer": {"learning_rate": rate, "warmup_steps": steps // 10},
         }
-        clock, path = time.process_time(), self.work / folder / "seconds.json"
         if arm.stage == "sft":
             run.sft(**settings, batch_size=sizes.batch_size)
-        else:
-            more = json.loads(replaced(json.dumps(arm.settings), self.paths()))
-            on_policy = more["ghosts"]["source"] != "cached"
-            if on_policy:
-                more["ghosts"]["max_new_tokens"] = sizes.new_tokens
-            run.grpo(**settings, **more, batch_size=sizes.replies if on_policy else sizes.batch_size)
-        if not path.is_file():
-            write_json(path, time.process_time() - clock)
-        return folder, float(path.read_text(encoding="utf-8"))
+            return folder
+        more = json.loads(replaced(json.dumps(arm.settings), self.paths()))
+        on_policy = more["ghosts"]["source"] != "cached"
+        if on_policy:
+            more["ghosts"]["max_new_tokens"] = sizes.new_tokens
+        run.grpo(**settings, **more, batch_size=sizes.replies if on_policy else sizes.batch_size)
+        return folder
 
     def paths(self) -> dict[str, str]:
         """Return what stands for what in the settings of arms."""
         return {
-            "TEACHER": str(self.work / "teacher" / "model"),
+            "TEACHER": str(self.teacher_run / "model"),
             "FURTHER": str(self.rows.path("questions")),
             "LABELS": str(self.work / "labels.parquet"),
         }
 
-    def figures(self, folder: str, stage: str) -> dict[str, Any]:
+    def figures(self, folder: Path, stage: str, *, votes: bool) -> dict[str, Any]:
         """Return the test figures of a run, and the loss on rows that nobody is trained on."""
         assert self.measure is not None
-        after = json.loads((self.work / folder / stage / "after.json").read_text(encoding="utf-8"))
-        return {"forget_loss": after["loss"]} | self.measure(Run.open(self.work / folder).model())
+        after = json.loads((folder / stage / "after.json").read_text(encoding="utf-8"))
+        return {"forget_loss": after["loss"]} | self.measure(Run.open(folder).model(), votes)
 
     def add(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the line with this key, or make it and write it."""
@@ -397,12 +481,16 @@ class Study:
         for rate in rates:
             key = {"arm": name, "rate": rate, "seed": 0, "steps": self.rows.sizes.steps, "chosen_on": "choice"}
             found[rate] = self.add(key, functools.partial(self.chosen, name, rate))["choice"]
-        return max(found, key=lambda rate: found[rate])
+        best = max(found, key=lambda rate: found[rate])
+        for rate in rates:
+            if rate != best:
+                self.remove(name, rate, 0)
+        return best
 
     def chosen(self, name: str, rate: float) -> dict[str, Any]:
         assert self.measure is not None
-        folder, seconds = self.train(name, rate, 0)
-        return {"choice": self.measure.choice(Run.open(self.work / folder).model().params).value, "seconds": seconds}
+        folder = self.train(name, rate, 0)
+        return {"choice": self.measure.choice(Run.open(folder).model().params).value}
 
     def arm(self, name: str, rates: Sequence[float], seeds: int) -> None:
         """Train and measure an arm at its best rate with every seed."""
@@ -410,10 +498,36 @@ class Study:
         for seed in range(seeds):
             key = {"arm": name, "rate": rate, "seed": seed, "steps": self.rows.sizes.steps, "chosen_on": ""}
             self.add(key, functools.partial(self.measured, name, rate, seed))
+            self.remove(name, rate, seed)
 
     def measured(self, name: str, rate: float, seed: int) -> dict[str, Any]:
-        folder, seconds = self.train(name, rate, seed)
-        return {"seconds": seconds} | self.figures(folder, ARMS[name].stage)
+        folder = self.train(name, rate, seed)
+        work = work_of(read_metrics(folder / ARMS[name].stage), ARMS[name], self.start.config, self.rows.sizes.seq_len)
+        return work | self.figures(folder, ARMS[name].stage, votes=seed < self.rows.sizes.voted)
+
+    def remove(self, name: str, rate: float, seed: int) -> None:
+        """Remove the student of a run, and keep its logs."""
+        shutil.rmtree(self.work / f"{name}-{rate:g}-{seed}" / ARMS[name].stage / "checkpoints", ignore_errors=True)
+
+
+def work_of(metrics: Sequence[Mapping[str, Any]], arm: Arm, decoder: DecoderConfig, seq_len: int) -> dict[str, float]:
+    """Return the work of an arm's updates, counted: positions trained, tokens decoded, and model TFLOPs.
+
+    A position costs two FLOPs a weight forward and four backward. An on-policy position is also decoded once, and read
+    by the ghost if there is one. Padding, longer prompts of a ghost, and a teacher's writing beforehand do not count.
+
+    Args:
+        metrics: the rows of the run's log: means over the steps since the row before.
+        arm: what was trained.
+        decoder: the student's shape. The teacher has the same.
+        seq_len: columns of a row.
+    """
+    steps = np.diff([0, *(row["step"] for row in metrics)])
+    total = lambda name: float(sum(n * row.get(name, 0.0) for n, row in zip(steps, metrics, strict=True)))
+    trained, decoded = total("train/tokens"), total("train/rollout_tokens")
+    forward = Work(decoder, tokens=1, seq_len=seq_len).model_flops / 3
+    passes = 3 + (decoded > 0) + arm.ghost_reads
+    return {"trained": trained, "decoded": decoded, "tflops": trained * passes * forward / 1e12}
 
 
 def strip_end(text: str, ends: Sequence[str]) -> str:
@@ -443,14 +557,15 @@ def table(lines: Sequence[Mapping[str, Any]], margin: float = 0.02) -> str:
     rows = [
         "| arm | rate | seeds | greedy, % | maj@k, % | against SFT continued | McNemar, by seed "
         "| against the teacher's text | within 2 points | entropy | changed tokens | length | forgetting "
-        "| processor seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| positions trained | tokens decoded | model TFLOPs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(line["arm"] for line in lines if "greedy" in line):
         mine = [line for line in lines if line["arm"] == arm and "greedy" in line]
         ours = verdicts(lines, arm)
-        mean = lambda name, mine=mine: float(np.mean([line[name] for line in mine if name in line] or [np.nan]))
-        cells = [arm, f"{mine[0]['rate']:g}", str(len(mine)), str(accuracy(ours)), f"{100 * mean('majority'):.1f}"]
+        mean = lambda name, mine=mine: float(np.mean([line[name] for line in mine if name in line]))
+        voted = f"{100 * mean('majority'):.1f}" if any("majority" in line for line in mine) else "-"
+        cells = [arm, f"{mine[0]['rate']:g}", str(len(mine)), str(accuracy(ours)), voted]
         for other in (BASE, TEXT):
             theirs = verdicts(lines, other)
             comparable = arm in ARMS and arm != other and theirs.shape == ours.shape
@@ -461,7 +576,9 @@ def table(lines: Sequence[Mapping[str, Any]], margin: float = 0.02) -> str:
             else:
                 cells.append(as_good(difference(ours, theirs, 0.9), margin) if comparable else "-")
         cells += [f"{mean('entropy'):.3f}", f"{mean('changed_tokens'):.1%}", f"{mean('length'):.0f}"]
-        cells += [f"{mean('forget_loss'):.3f}", f"{mean('seconds'):.0f}"]
+        cells += [f"{mean('forget_loss'):.3f}"]
+        work = ("trained", "decoded", "tflops")
+        cells += [f"{mean(name):,.0f}" for name in work] if arm in ARMS else ["-"] * len(work)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -482,6 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--student", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument("--rows", nargs="+", required=True)
     parser.add_argument("--teacher_rows", nargs="*", default=[])
+    parser.add_argument("--teacher_run", type=Path, help="run folder of a teacher that is trained already")
     parser.add_argument("--work", type=Path, default=Path("runs/real_student"))
     parser.add_argument("--json", type=Path, help="output, a line for each run (default: in the work folder)")
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -501,7 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.table:
         rows = Rows(options.work / "rows", sizes, options.rows, options.teacher_rows)
         print(f"rows: {rows}", flush=True)
-        study = Study(options.student, rows, options.work, path, options.dtype)
+        study = Study(options.student, rows, options.work, path, options.dtype, options.teacher_run)
         write_json(options.work / "study.json", {"student": options.student, "sizes": dataclasses.asdict(sizes)})
         study.prepare()
         for name in options.arms if options.arms is not None else ARMS:

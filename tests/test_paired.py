@@ -72,3 +72,30 @@ def test_all_verdicts_the_same(paired: Any, verdict: int, low: float, high: floa
 )
 def test_what_an_interval_says(paired: Any, value: float, low: float, high: float, says: str) -> None:
     assert paired.as_good(paired.Interval(value, low, high), 0.02) == says
+
+
+def test_differences_are_pooled_over_students(paired: Any) -> None:
+    """Two machines with two and one common students, each arm at the rate that is best on validation questions."""
+    pooled = importlib.import_module("pooled")
+    run = lambda arm, seed, test, rate=1.0, validation=0.5: {
+        "arm": arm, "seed": seed, "test": test, "rate": rate, "steps": 300, "validation": validation
+    }  # fmt: skip
+    first = [run(pooled.GHOSTS, 0, 0.9), run(pooled.GHOSTS, 1, 0.8), run(pooled.SFT, 0, 0.7), run(pooled.SFT, 1, 0.5)]
+    first += [run(pooled.GHOSTS, seed, 1.0, rate=2.0, validation=0.4) for seed in (0, 1)]
+    second = [run(pooled.GHOSTS, 0, 0.4), run(pooled.SFT, 0, 0.5), run(pooled.SFT, 1, 0.5)]
+    values = pooled.differences([first, second], pooled.GHOSTS, pooled.SFT, 300)
+    np.testing.assert_allclose(values, [0.2, 0.3, -0.1])
+    found, known = pooled.t_interval(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((known.low, known.high))
+    assert found.value == pytest.approx(0.4 / 3)
+    assert pooled.sign_test(np.array([1, 1, 1, 0])) == pytest.approx(0.25) and pooled.sign_test(np.zeros(3)) == 1.0
+
+
+def test_the_pooled_table_is_that_of_the_page(paired: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/method.md has the output of the command that it names."""
+    root = pathlib.Path(__file__).parents[1]
+    page = (root / "docs" / "method.md").read_text(encoding="utf-8")
+    (command,) = [line for line in page.splitlines() if line.startswith("python benchmarks/pooled.py --json ")]
+    assert importlib.import_module("pooled").main(["--json", *(str(root / f) for f in command.split()[3:])]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line in page
