@@ -40,6 +40,7 @@ def attention(
     mask: Bool[Array, "B T S"],
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "Q"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Return `softmax(cap(q k^T * scale) + mask) v`, grouped-query attention with scores and softmax in float32.
 
@@ -51,8 +52,9 @@ def attention(
         mask: True where a query sees a key.
         scale: None: `1 / sqrt(H)`.
         softcap: c: `cap(s) = c * tanh(s / c)`. None: `cap(s) = s`.
+        sinks: of each query head, the score of one more key whose value is 0. It takes a part of the weights.
     """
-    return attention_by_head(query, jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2), mask, scale, softcap)
+    return attention_by_head(query, jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2), mask, scale, softcap, sinks)
 
 
 def attention_by_head(
@@ -62,6 +64,7 @@ def attention_by_head(
     mask: Bool[Array, "B T S"],
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "Q"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Return what `attention` returns, from keys and values in the layout of a cache.
 
@@ -75,6 +78,16 @@ def attention_by_head(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = softmax_with_sinks(scores, sinks).astype(value.dtype)
     mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights, value)
     return jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H)
+
+
+def softmax_with_sinks(scores: Float[Array, "B K G T S"], sinks: Float[Array, "Q"] | None) -> Float[Array, "B K G T S"]:
+    """Return the softmax over the last axis, with the sink of each head in its denominator."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.astype(jnp.float32).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+    highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - highest)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - highest))

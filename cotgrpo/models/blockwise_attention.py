@@ -49,6 +49,7 @@ def block_attention(
     window: Int[Array, ""] | int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "Q"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Return `softmax(cap(q k^T * scale) + mask) v`: causal grouped-query attention inside segments.
 
@@ -59,14 +60,14 @@ def block_attention(
         positions, segment_ids: of queries and keys, as in `causal_segment_mask`.
         window: a query sees keys at most `window - 1` positions before it. None: all keys before it.
         scale: None: `1 / sqrt(H)`.
-        softcap: as in `attention`.
+        softcap, sinks: as in `attention`.
     """
     B, T, Q, H = query.shape
     schedule = BlockSchedule.of(B, T, Q, softcap)
     query = query * jnp.asarray(H**-0.5 if scale is None else scale, query.dtype)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, schedule.length - T)) + ((0, 0),) * (x.ndim - 2))
     visibility = Visibility(pad(positions), pad(segment_ids + 1) - 1, window)
-    return attend(schedule, *vary_alike(*map(pad, (query, key, value)), visibility))[:, :T]
+    return attend(schedule, *vary_alike(*map(pad, (query, key, value)), visibility, sinks))[:, :T]
 
 
 class Bucket(NamedTuple):
@@ -132,12 +133,16 @@ class Visibility(flax.struct.PyTreeNode):
 
 
 class Residuals(flax.struct.PyTreeNode):
-    """What the backward pass reads: the inputs, the result, and the log of each query's sum of exponentials."""
+    """What the backward pass reads: the inputs, the result, and the log of each query's sum of exponentials.
+
+    That sum has the sink's.
+    """
 
     query: Float[Array, "B T Q H"]
     key: Float[Array, "B T K H"]
     value: Float[Array, "B T K H"]
     visibility: Visibility
+    sinks: Float[Array, "Q"] | None
     mixed: Float[Array, "B T Q H"]
     log_sum_BKGT1: Float[Array, "B K G T 1"]
 
@@ -149,9 +154,10 @@ def attend(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     visibility: Visibility,
+    sinks: Float[Array, "Q"] | None,
 ) -> Float[Array, "B T Q H"]:
     """Return the attention of all blocks, bucket by bucket. `query` is scaled already."""
-    return attend_forward(schedule, query, key, value, visibility)[0]
+    return attend_forward(schedule, query, key, value, visibility, sinks)[0]
 
 
 def attend_forward(
@@ -160,21 +166,23 @@ def attend_forward(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     visibility: Visibility,
+    sinks: Float[Array, "Q"] | None,
 ) -> tuple[Float[Array, "B T Q H"], Residuals]:
     """Return the result of `attend` and what its gradient needs."""
     B, T, Q, H = query.shape
+    by_head = None if sinks is None else sinks.astype(jnp.float32).reshape(1, key.shape[2], -1, 1, 1)
     query_BKGTH, key_BKSH, value_BKSH = group_heads(query, key.shape[2]), heads_first(key), heads_first(value)
     mixed, logs = [], []
     for bucket in schedule.buckets:
         keys, values = key_BKSH[:, :, : bucket.end], value_BKSH[:, :, : bucket.end]
-        own_mixed, own_logs = bucket_forward(schedule.softcap, bucket, query_BKGTH, keys, values, visibility)
+        own_mixed, own_logs = bucket_forward(schedule.softcap, bucket, query_BKGTH, keys, values, visibility, by_head)
         mixed.append(own_mixed)
         logs.append(own_logs)
     mixed_BKGTH = jnp.concatenate(mixed, axis=3)
     mixed_BTQH = jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, Q, H).astype(value.dtype)
     mixed_BTQH = checkpoint_name(mixed_BTQH, ATTENTION_RESULT)
     log_sum_BKGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), ATTENTION_RESULT)
-    return mixed_BTQH, Residuals(query, key, value, visibility, mixed_BTQH, log_sum_BKGT1)
+    return mixed_BTQH, Residuals(query, key, value, visibility, sinks, mixed_BTQH, log_sum_BKGT1)
 
 
 def bucket_forward(
@@ -184,6 +192,7 @@ def bucket_forward(
     key_BKSH: Float[Array, "B K S H"],
     value_BKSH: Float[Array, "B K S H"],
     visibility: Visibility,
+    sinks: Float[Array, "1 K G 1 1"] | None,
 ) -> tuple[Float[Array, "B K G rows H"], Float[Array, "B K G rows 1"]]:
     """Return the attention and the log-sums of a bucket's rows, in float32. Keys and values end with the bucket."""
 
@@ -191,8 +200,13 @@ def bucket_forward(
         query_BKNH = take_rows(query_BKGTH, start, bucket.rows)
         scores, _ = block_scores(softcap, query_BKNH, key_BKSH, visibility, start, bucket.rows)
         highest = jnp.max(scores, axis=-1, keepdims=True)
+        if sinks is not None:
+            own_sinks = jnp.repeat(sinks[..., 0, 0], bucket.rows, axis=2)[..., None]  # of the queries in their order
+            highest = jnp.maximum(highest, own_sinks)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + jnp.exp(own_sinks - highest)
         mixed = einsum_f32("bkns,bksh->bknh", weights.astype(value_BKSH.dtype), value_BKSH)
         return carry, (
             split_groups(mixed / total, bucket.rows),
@@ -205,10 +219,11 @@ def bucket_forward(
 
 def attend_backward(
     schedule: BlockSchedule, saved: Residuals, dmixed: Float[Array, "B T Q H"]
-) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"], None]:
-    """Return the gradients of query, key and value; `visibility` has none.
+) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"], None, Float[Array, "Q"] | None]:
+    """Return the gradients of query, key, value and sinks; `visibility` has none.
 
     With weights `w = softmax(s)`: `dw = dmixed v^T` and `ds = w (dw - sum_s w dw)`. The rest are gradients of products.
+    The value of a sink is 0, so its own dw is 0.
     """
     query, key, value = saved.query, saved.key, saved.value
     B, T, Q, H = query.shape
@@ -236,7 +251,19 @@ def attend_backward(
         )
     dquery_BTQH = jnp.moveaxis(jnp.concatenate(dquery, axis=3), 3, 1).reshape(B, T, Q, H)
     dkey_BTKH, dvalue_BTKH = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2)
-    return dquery_BTQH.astype(query.dtype), dkey_BTKH.astype(key.dtype), dvalue_BTKH.astype(value.dtype), None
+    return (
+        dquery_BTQH.astype(query.dtype),
+        dkey_BTKH.astype(key.dtype),
+        dvalue_BTKH.astype(value.dtype),
+        None,
+        None if saved.sinks is None else sinks_gradient(saved.sinks, rows),
+    )
+
+
+def sinks_gradient(sinks: Float[Array, "Q"], rows: QueryRows) -> Float[Array, "Q"]:
+    """Return the gradient of the sinks, summed over all queries of each head."""
+    scores = sinks.astype(jnp.float32).reshape(1, *rows.log_sum.shape[1:3], 1, 1)
+    return jnp.sum(-jnp.exp(scores - rows.log_sum) * rows.inner, axis=(0, 3, 4)).reshape(-1).astype(sinks.dtype)
 
 
 class QueryRows(flax.struct.PyTreeNode):

@@ -6,8 +6,8 @@ skipped. The rule there compares positions; this one compares places in the row.
 contiguous and its positions count up, as in packed rows. Rows of padding differ, and nothing reads them.
 
 XLA cannot partition a kernel, so on the ambient mesh (`jax.set_mesh`) it runs inside `shard_map`. Sequences are split
-over `data` and `fsdp`, heads over `tensor`, and queries over `context`, with keys and values gathered. An axis that
-does not divide its dimension does not split it.
+over `data`, `fsdp` and `expert`, heads over `tensor`, and queries over `context`, with keys and values gathered. An
+axis that does not divide its dimension does not split it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cotgrpo.models.config import ATTENTION_RESULT
+from cotgrpo.sharding import DIMENSIONS
 
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int
@@ -47,6 +48,7 @@ def splash_attention(
     scale: float | None = None,
     softcap: float | None = None,
     interpret: bool = False,
+    sinks: Float[Array, "Q"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Return `softmax(cap(q k^T * scale) + mask) v`: causal grouped-query attention inside segments.
 
@@ -60,13 +62,14 @@ def splash_attention(
         scale: None: `1 / sqrt(H)`.
         softcap: as in `attention`.
         interpret: interpret the kernel's program, on any platform, for tests.
+        sinks: as in `attention`.
     """
     T, H = query.shape[1], query.shape[3]
     layout = Layout.of_ambient_mesh(query.shape[0], key.shape[2])
     query = query * (H**-0.5 if scale is None else scale)
     rows = LANES * layout.parts(layout.queries)
     padded = lambda x: jnp.pad(x, ((0, 0), (0, -T % rows)) + ((0, 0),) * (x.ndim - 2))
-    inputs = (*(jnp.swapaxes(padded(x), 1, 2) for x in (query, key, value)), padded(segment_ids))
+    inputs = (*(jnp.swapaxes(padded(x), 1, 2) for x in (query, key, value)), padded(segment_ids), sinks)
     run = functools.partial(run_kernel, layout=layout, softcap=softcap, interpret=interpret)
     # A window as long as the sequence hides nothing.
     windows = tuple(dict.fromkeys(None if window is None or window >= T else window for window in windows))
@@ -104,7 +107,7 @@ class Layout:
         if not free:
             return cls()
         split: tuple[str, ...] = ()
-        for axis in ("data", "fsdp"):
+        for axis in DIMENSIONS["B"]:
             if axis in free and batch % math.prod(free[name] for name in (*split, axis)) == 0:
                 split = (*split, axis)
         divides = num_kv_heads % free.get("tensor", 1) == 0
@@ -122,6 +125,7 @@ def run_kernel(
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
     segment_ids: Int[Array, "B T"],
+    sinks: Float[Array, "Q"] | None,
     *,
     layout: Layout,
     window: int | None,
@@ -141,12 +145,13 @@ def run_kernel(
         value: Float[Array, "B K S H"],
         query_segments: Int[Array, "B T"],
         key_segments: Int[Array, "B S"],
+        sinks: Float[Array, "Q"] | None,
     ) -> Float[Array, "B Q T H"]:
-        one = lambda q, k, v, qs, ks: kernel(q, k, v, segment_ids=SegmentIds(qs, ks))
+        one = lambda q, k, v, qs, ks: kernel(q, k, v, segment_ids=SegmentIds(qs, ks), sinks=sinks)
         return jax.vmap(one)(query, key, value, query_segments, key_segments)
 
     if layout.mesh is None:
-        return shard(kernel, query, key, value, segment_ids, segment_ids)
+        return shard(kernel, query, key, value, segment_ids, segment_ids, sinks)
     of_queries, of_keys = (P(layout.batch, layout.heads, part, None) for part in (layout.queries, None))
     mapped: Callable[..., Any] = jax.shard_map(
         shard,
@@ -154,12 +159,13 @@ def run_kernel(
             kernel.manual_sharding_spec(NamedSharding(layout.mesh, P(None, layout.queries))),
             *(of_queries, of_keys, of_keys),
             *(P(layout.batch, layout.queries), P(layout.batch, None)),
+            None if sinks is None else P(layout.heads),
         ),
         out_specs=of_queries,
         axis_names=set(layout.mesh.auto_axes),
         check_vma=False,  # a kernel's outputs have no type that names the axes they vary over
     )
-    return mapped(kernel, query, key, value, segment_ids, segment_ids)
+    return mapped(kernel, query, key, value, segment_ids, segment_ids, sinks)
 
 
 def make_kernel(
