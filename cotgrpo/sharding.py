@@ -63,13 +63,13 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", ("tensor", "fsdp")),
     (r"(^|/)head$", ("fsdp", "tensor")),
-    (r"(query|key|value|gate|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"(query|key|value|conv_in|delta_(in|strength|decay)|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(out|down)/kernel$", (None, "tensor", "fsdp")),
     # A bias is laid out as the outputs that it is added to. Those of out and down are not split, nor are norms.
-    (r"(query|key|value|gate|up)/bias$", (None, "tensor")),
+    (r"(query|key|value|conv_in|delta_(in|strength|decay)|gate|up)/bias$", (None, "tensor")),
     # LoRA's A and B are laid out as the kernel's inputs and outputs. Their rank is small and is not split.
-    (r"(query|key|value|gate|up)/lora_a$", (None, "fsdp", None)),
-    (r"(query|key|value|gate|up)/lora_b$", (None, None, "tensor")),
+    (r"(query|key|value|conv_in|delta_(in|strength|decay)|gate|up)/lora_a$", (None, "fsdp", None)),
+    (r"(query|key|value|conv_in|delta_(in|strength|decay)|gate|up)/lora_b$", (None, None, "tensor")),
     (r"(out|down)/lora_a$", (None, "tensor", None)),
     (r"(out|down)/lora_b$", (None, None, "fsdp")),
     # Experts of all layers, and of one layer.

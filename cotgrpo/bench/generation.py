@@ -16,7 +16,7 @@ from cotgrpo.bench.steps import Running
 from cotgrpo.bench.workload import random_batch
 from cotgrpo.ghosts.live import live_ghosts
 from cotgrpo.models.config import DecoderConfig
-from cotgrpo.models.decoder import init_params, make_student, unstack_layers
+from cotgrpo.models.decoder import init_cache, init_params, make_student, unstack_layers
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
 
 
@@ -46,9 +46,8 @@ def measure_generate(config: DecoderConfig, args: argparse.Namespace) -> dict[st
         times = in_turn(programs, args.repeats, args.warmup)
         first, whole = times["1"].median, times[str(args.new_tokens)]
         a_token = (whole.median - first) / (args.new_tokens - 1)
-        cached = batch * (args.seq + args.new_tokens)
-        numbers = 2 * cached * config.num_layers * config.num_kv_heads * config.head_dim
-        cache = numbers * jnp.dtype(config.dtype).itemsize
+        kept = jax.eval_shape(functools.partial(init_cache, config, batch, args.seq + args.new_tokens))
+        cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((kept.keys, kept.values, kept.states)))
         speed = {"first_token_s": first, "tokens_per_sec": batch * args.new_tokens / whole.median}
         bound = {"further_token_s": a_token, "bandwidth": (weights + cache) / a_token / rate}
         rows.append(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
-from cotgrpo.models.layers.options import PerLayerEmbeddings
+from cotgrpo.models.layers.experts import Experts
+from cotgrpo.models.layers.options import DeltaNet, PerLayerEmbeddings, ShortConv
+from cotgrpo.models.layers.pattern import LayerKind, LayerPlace, Run, places_of, runs_of
 from cotgrpo.models.rotary import RopeScaling
 
 Dtype = Literal["float32", "bfloat16"]
@@ -18,7 +21,10 @@ A policy that looks for matrix products does not see into functions with their o
 """
 LAYER_INPUT, QKV, ATTENTION_RESULT = "layer_input", "qkv_proj", "attention"
 PROJECTION_NAMES = {"query": QKV, "key": QKV, "value": QKV} | {name: f"{name}_proj" for name in ("out", "gate", "up")}
-PROJECTION_NAMES |= {"down": "down_proj", "per_layer_gate": "per_layer_proj", "per_layer_out": "per_layer_proj"}
+PROJECTION_NAMES |= {"conv_in": QKV, "conv_out": "out_proj", "down": "down_proj"}
+PROJECTION_NAMES |= dict.fromkeys(("delta_in", "delta_gate", "delta_strength", "delta_decay"), QKV)
+PROJECTION_NAMES |= {"delta_out": "out_proj"}
+PROJECTION_NAMES |= {"per_layer_gate": "per_layer_proj", "per_layer_out": "per_layer_proj"}
 """The name of `KEPT_NAMES` of each matrix product of a layer."""
 KEPT_NAMES = (LAYER_INPUT, QKV, ATTENTION_RESULT, "out_proj", "gate_proj", "up_proj", "down_proj", "per_layer_proj")
 """Results of a layer that a remat policy can keep, in the order in which the layer computes them."""
@@ -33,6 +39,10 @@ REMAT_LISTS = {
 """What each remat policy with a name of its own keeps; "none" keeps everything."""
 REMAT_POLICIES = ("none", *REMAT_LISTS)
 ATTENTION = ("blocks", "xla", "splash")
+MIXERS = ("attention", "conv", "delta")
+"""What can mix the tokens in a layer: attention, a short convolution, or a gated delta net."""
+MLPS = ("dense", "experts")
+"""What can follow it: an MLP, or a mixture of experts."""
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 UNGATED_ACTIVATIONS = ("relu2", "xielu")
@@ -206,6 +216,16 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         rope_scaling: how the rotary frequencies are scaled, or None.
         rotary_dim: values of each head that are rotated, the first ones, even (`partial_rotary_factor`). None: all.
         unrotated_layers: indices of the layers without rotary positions (`no_rope_layers`).
+        mixer: what mixes the tokens in a layer: "attention", "conv" (a short convolution) or "delta" (a gated delta
+            net).
+        short_conv: the short convolution of the layers that have one, or None.
+        delta_net: the gated delta net of the layers that have one, or None.
+        attention_gate: attention's result is multiplied by the sigmoid of a second half of the query projection, the H
+            values after the query of each head (`attn_output_gate`).
+        mlp: "dense", or "experts" for a mixture of experts.
+        experts: the experts of the layers that have some, or None.
+        sinks: each query head has an attention sink: a score of its own, of a key whose value is 0.
+        layer_kinds: what each layer is, if layers differ in shape (`layer_types`). None: all are alike.
         per_layer_embeddings: a second embedding, of which every layer reads a part of its own, or None.
         layer_scale: the residual stream is multiplied by a number of each layer's own after the layer. Training leaves
             it as it is (`layer_scalar`).
@@ -238,6 +258,14 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     unrotated_layers: tuple[int, ...] = ()
+    mixer: str = "attention"
+    short_conv: ShortConv | None = None
+    delta_net: DeltaNet | None = None
+    attention_gate: bool = False
+    mlp: str = "dense"
+    experts: Experts | None = None
+    sinks: bool = False
+    layer_kinds: tuple[LayerKind, ...] | None = None
     per_layer_embeddings: PerLayerEmbeddings | None = None
     layer_scale: bool = False
     max_positions: int | None = None
@@ -252,6 +280,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             ("param_dtype", DTYPES),
             ("activation", (*ACTIVATIONS, *UNGATED_ACTIVATIONS)),
             ("qk_norm_over", ("head", "width")),
+            ("mixer", MIXERS),
+            ("mlp", MLPS),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
@@ -269,6 +299,25 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         if self.local_rope_theta is not None and not self.num_local:
             raise ValueError("DecoderConfig.local_rope_theta is set, but there is no local layer: leave it None.")
         self.check_layers_and_rotation()
+        self.check_kinds()
+
+    def check_kinds(self) -> None:
+        """Raise ValueError if `layer_kinds` does not fit, or a layer lacks the options of its kind."""
+        kinds = self.layer_kinds
+        if kinds is not None and len(kinds) != self.num_layers:
+            raise ValueError(
+                f"DecoderConfig.layer_kinds must name each of the {self.num_layers} layers, got {len(kinds)}."
+            )
+        mlps = {self.mlp} if kinds is None else {self.of_kind(kind).mlp for kind in kinds}
+        if "experts" in mlps and self.experts is None:
+            raise ValueError("DecoderConfig.mlp 'experts' needs experts, but it is None.")
+        if "experts" in mlps and not self.gated_mlp:
+            raise ValueError(f"DecoderConfig.experts have a gate, which the activation {self.activation!r} lacks.")
+        mixers = {self.mixer} if kinds is None else {self.of_kind(kind).mixer for kind in kinds}
+        if "conv" in mixers and self.short_conv is None:
+            raise ValueError("DecoderConfig.mixer 'conv' needs short_conv, but it is None.")
+        if "delta" in mixers and self.delta_net is None:
+            raise ValueError("DecoderConfig.mixer 'delta' needs delta_net, but it is None.")
 
     def check_layers_and_rotation(self) -> None:
         """Raise ValueError if an option names a layer that does not exist, or a rotation that is not possible."""
@@ -299,15 +348,53 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             return self
         return dataclasses.replace(self, rope_scaling=self.rope_scaling.for_length(length))
 
+    @functools.cache  # noqa: B019
+    def of_kind(self, kind: LayerKind) -> DecoderConfig:
+        """Return the config of the layers of a kind."""
+        own = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
+        given = {name: value for name, value in own.items() if value is not None}
+        alone = dataclasses.replace(self, layer_kinds=None, biases=(), **given)
+        return dataclasses.replace(alone, biases=tuple(name for name in self.biases if name in alone.projections))
+
+    @functools.cached_property
+    def layers(self) -> tuple[DecoderConfig, ...]:
+        """Return the config of each layer."""
+        if self.layer_kinds is None:
+            return (self,) * self.num_layers
+        return tuple(self.of_kind(kind) for kind in self.layer_kinds)
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Return the loops over unlike layers; none if all layers are alike."""
+        return () if self.layer_kinds is None or len(set(self.layer_kinds)) == 1 else runs_of(self.layer_kinds)
+
+    @functools.cached_property
+    def layer_places(self) -> tuple[LayerPlace, ...]:
+        """Return where the parameters of each layer are."""
+        if self.runs:
+            assert self.layer_kinds is not None
+            return places_of(self.layer_kinds)
+        return tuple(LayerPlace(("layers",), index) for index in range(self.num_layers))
+
     @property
     def gated_mlp(self) -> bool:
         """Return whether the MLP has a gate."""
         return self.activation not in UNGATED_ACTIVATIONS
 
     @property
+    def dense_mlp(self) -> bool:
+        """Return whether a layer has an MLP that every token goes through."""
+        return self.mlp == "dense" or (self.experts is not None and self.experts.shared)
+
+    @property
     def num_rotated(self) -> int:
         """Return the number of layers with rotary positions."""
         return self.num_layers - len(set(self.unrotated_layers))
+
+    @property
+    def num_attention(self) -> int:
+        """Return the number of layers with attention."""
+        return sum(layer.mixer == "attention" for layer in self.layers)
 
     @property
     def num_local(self) -> int:
@@ -318,17 +405,27 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Return (inputs, outputs) of each matrix product of a layer."""
+        """Return (inputs, outputs) of each matrix product of a layer; of all kinds together if layers differ."""
+        if self.layer_kinds is not None:
+            return {name: p for kind in dict.fromkeys(self.layers) for name, p in kind.projections.items()}
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        projections = {
-            "query": (self.width, heads),
-            "key": (self.width, kv_heads),
-            "value": (self.width, kv_heads),
-            "out": (heads, self.width),
-            "gate": (self.width, self.mlp_width),
-            "up": (self.width, self.mlp_width),
-            "down": (self.mlp_width, self.width),
+        mixers = {
+            "attention": {
+                "query": (self.width, heads * (1 + self.attention_gate)),
+                "key": (self.width, kv_heads),
+                "value": (self.width, kv_heads),
+                "out": (heads, self.width),
+            },
+            "conv": {"conv_in": (self.width, 3 * self.width), "conv_out": (self.width, self.width)},
+            "delta": {} if self.delta_net is None else self.delta_net.projections(self.width),
         }
+        projections = mixers[self.mixer]
+        if self.dense_mlp:
+            projections |= {
+                "gate": (self.width, self.mlp_width),
+                "up": (self.width, self.mlp_width),
+                "down": (self.mlp_width, self.width),
+            }
         if self.per_layer_embeddings is not None:
             own = self.per_layer_embeddings.width
             projections |= {"per_layer_gate": (self.width, own), "per_layer_out": (own, self.width)}
@@ -336,20 +433,31 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
 
     @property
     def kept_sizes(self) -> dict[str, int]:
-        """Return how many numbers per token a layer keeps under each name of `KEPT_NAMES`.
+        """Return how many numbers per token a layer keeps under each name of `KEPT_NAMES`. `layers` has the layers.
 
         A normed key or value is kept before its norm too, which the norm's gradient reads. Only a norm reads the result
         of down.
         """
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        softmax = self.num_heads * (1 if self.dtype == "float32" else 2)  # a float32 of each head
+        of_mixer = {
+            "attention": (
+                heads * (1 + self.attention_gate) + (2 + self.qk_norm + self.value_norm) * kv_heads,
+                heads + softmax,
+            ),
+            "conv": (3 * self.width, 0),
+            "delta": (0, 0) if self.delta_net is None else self.delta_net.kept_sizes,
+        }
+        middle = self.mlp_width if self.dense_mlp else 0
+        if self.mlp == "experts" and self.experts is not None:
+            middle += self.experts.chosen * self.experts.width
         sizes = (
             self.width,
-            heads + (2 + self.qk_norm + self.value_norm) * kv_heads,
-            heads + self.num_heads * (1 if self.dtype == "float32" else 2),  # a float32 of each head's softmax
+            *of_mixer[self.mixer],
             self.width,
-            self.mlp_width if self.gated_mlp else 0,
-            self.mlp_width,
-            self.width if self.post_norms else 0,
+            middle if self.gated_mlp else 0,
+            middle,
+            self.width if self.post_norms and self.dense_mlp else 0,
             0 if self.per_layer_embeddings is None else self.per_layer_embeddings.width + self.width,
         )
         return dict(zip(KEPT_NAMES, sizes, strict=True))
@@ -365,16 +473,39 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         unread = () if self.post_norms else ("down",)
         return tuple(n for n in self.projections if PROJECTION_NAMES[n] not in remat.kept and n not in unread)
 
+    def num_active_params(self) -> int:
+        """Return the number of parameters that one token uses: of the experts, those of its own."""
+        unused = sum(
+            (layer.experts.number - layer.experts.chosen) * layer.experts.params_of_one(self.width)
+            for layer in self.layers
+            if layer.mlp == "experts" and layer.experts is not None
+        )
+        return self.num_params() - unused
+
     def num_params(self) -> int:
         """Return the number of parameters."""
-        products = sum(inputs * outputs for inputs, outputs in self.projections.values())
-        biases = sum(self.projections[name][1] for name in self.biases)
-        heads = 2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads
-        norms = self.width * 2 * (self.pre_norms + self.post_norms) + (heads * self.head_dim if self.qk_norm else 0)
-        activation = 2 if self.activation == "xielu" else 0
         embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
-        scalars = activation + self.layer_scale
+        if self.per_layer_embeddings is not None:
+            embeddings += self.per_layer_embeddings.num_params(self.width, self.num_layers)
+        return sum(layer.params_of_a_layer for layer in self.layers) + self.width + embeddings
+
+    @functools.cached_property
+    def params_of_a_layer(self) -> int:
+        """Return the number of parameters of one of `layers`."""
+        products = sum(inputs * outputs for inputs, outputs in self.projections.values())
+        biases = sum(self.projections[name][1] for name in self.biases if name in self.projections)
+        norms = self.width * 2 * (self.pre_norms + self.post_norms)
+        if self.mixer == "attention" and self.qk_norm:
+            norms += (2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads) * self.head_dim
+        if self.mixer == "conv" and self.short_conv is not None:
+            norms += self.short_conv.num_params(self.width)
+        if self.mixer == "delta" and self.delta_net is not None:
+            norms += self.delta_net.num_params()
+        if self.mixer == "attention" and self.sinks:
+            norms += self.num_heads
+        if self.mlp == "experts" and self.experts is not None:
+            products += self.experts.num_params(self.width)
         if self.per_layer_embeddings is not None:
             norms += self.width
-            embeddings += self.per_layer_embeddings.num_params(self.width, self.num_layers)
-        return self.num_layers * (products + biases + norms + scalars) + self.width + embeddings
+        activation = 2 if self.activation == "xielu" else 0
+        return products + biases + norms + activation + self.layer_scale

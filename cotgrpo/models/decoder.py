@@ -11,7 +11,10 @@ weights or cache.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -23,11 +26,25 @@ from jax.typing import DTypeLike
 
 from cotgrpo.models.attention import attention, attention_by_head, causal_segment_mask
 from cotgrpo.models.blockwise_attention import block_attention
-from cotgrpo.models.config import LAYER_INPUT, PROJECTION_NAMES, QKV, SAVED_NAMES, DecoderConfig, parse_remat
+from cotgrpo.models.config import (
+    ATTENTION_RESULT,
+    LAYER_INPUT,
+    PROJECTION_NAMES,
+    QKV,
+    SAVED_NAMES,
+    DecoderConfig,
+    parse_remat,
+)
 from cotgrpo.models.config import REMAT_POLICIES as REMAT_POLICIES
+from cotgrpo.models.layers.causal_conv import ConvWindow
+from cotgrpo.models.layers.delta_net import DeltaCache, GatedDeltaNet
+from cotgrpo.models.layers.experts import IN_FLOAT32, LOAD, ExpertMlp, load_and_loss
+from cotgrpo.models.layers.pattern import Block, Run
 from cotgrpo.models.layers.per_layer_embeddings import PerLayerInputs
+from cotgrpo.models.layers.short_conv import GatedShortConv
 from cotgrpo.models.matmul import project_tokens
 from cotgrpo.models.norm_and_gate import broadcast_last, gated, relu_squared, rms_norm, xielu
+from cotgrpo.models.quantized.kernel import QUANTIZED_PARTS
 from cotgrpo.models.rotary import RopeScaling, rotate, rotate_by_product, rotation
 from cotgrpo.models.splash_attention import splash_attention
 from cotgrpo.sharding import constrain, look_up, vary_alike, with_types_as_layout
@@ -35,9 +52,13 @@ from cotgrpo.types import Params, Student
 from cotgrpo.xla_cpu import project_few_tokens
 
 if TYPE_CHECKING:
-    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
+    from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-    LayerCache = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
+    KeysAndValues = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
+    LayerCache = KeysAndValues | ConvWindow | DeltaCache
+    LayerInputs = tuple[
+        Bool[Array, "*layers"] | None, Bool[Array, "*layers"] | None, Float[Array, "*layers B T P"] | None
+    ]
 
 
 class RMSNorm(nn.Module):
@@ -91,20 +112,38 @@ class Xielu(nn.Module):
 
 
 class KvCache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens read so far, of all layers.
+    """What each layer keeps of the tokens read so far: keys and values, or a state.
 
     Attributes:
-        keys: of each layer `[B, K, H, S]` in the compute dtype, already rotated.
-        values: of each layer `[B, K, S, H]` in the compute dtype.
+        keys: of each layer `[B, K, H, S]` in the compute dtype, already rotated. None: a layer without attention.
+        values: of each layer `[B, K, S, H]` in the compute dtype, or None.
         positions: int32 `[B, S]`, the position of the token in each column.
         segment_ids: int32 `[B, S]`, the segment of the token in each column. -1 marks an empty column, which no query
             matches.
+        states: of each layer without attention, such as a `ConvWindow`. None: a layer with attention. Empty: all layers
+            have attention.
     """
 
-    keys: tuple[Float[Array, "B K H S"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    keys: tuple[Float[Array, "B K H S"] | None, ...]
+    values: tuple[Float[Array, "B K S H"] | None, ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
+    states: tuple[PyTree, ...] = ()
+
+    @classmethod
+    def of_layers(
+        cls, layers: Sequence[LayerCache], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    ) -> KvCache:
+        """Return the cache of what each layer keeps."""
+        pairs = [own if isinstance(own, tuple) else (None, None) for own in layers]
+        states = tuple(None if isinstance(own, tuple) else own for own in layers)
+        keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        return cls(keys, values, positions, segment_ids, states if any(own is not None for own in states) else ())
+
+    def of_layer(self, index: int) -> LayerCache:
+        """Return what a layer keeps."""
+        key, value = self.keys[index], self.values[index]
+        return self.states[index] if key is None or value is None else (key, value)
 
 
 class View(flax.struct.PyTreeNode):
@@ -148,8 +187,9 @@ class Layer(nn.Module):
         cached: LayerCache | None = None,
         column: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return the residual stream after the layer, and `cached` with the new keys and values from `column` on.
+        """Return the residual stream after the layer, and `cached` after the new tokens.
 
+        New keys and values are written from `column` on.
         With two views, the global and the local one, `is_local` picks this layer's. If `is_rotated` is given and
         False, this layer rotates nothing. `per_layer` is this layer's part of the per-layer embeddings.
         """
@@ -158,20 +198,16 @@ class Layer(nn.Module):
         view = views[0] if len(views) == 1 else jax.tree.map(functools.partial(jnp.where, is_local), *views[::-1])
         if is_rotated is not None and view.cos is not None and view.sin is not None:
             view = view.replace(cos=jnp.where(is_rotated, view.cos, 1.0), sin=jnp.where(is_rotated, view.sin, 0.0))
-        query, key, value = self.query_key_value(x, view)
-        if cached is None or view.mask is None:
-            mixed = self.attend(query, key, value, view, is_local)
+        h = self.norm("attention_norm")(x) if c.pre_norms else x
+        if c.mixer == "conv":
+            mixed, cached = self.convolve(h, view, cached)
+        elif c.mixer == "delta":
+            mixed, cached = self.mix_by_delta_rule(h, view, cached)
         else:
-            cached = append_to_cache(cached, key, value, column)
-            mixed = attention_by_head(query, *cached, view.mask, c.query_scale, c.attention_softcap)
-        mixed = constrain(mixed, "BTQH")
-        mixed = mixed.reshape(*mixed.shape[:2], c.num_heads * c.head_dim)
-        mixed = constrain(self.dense("out", to_residual=True)(mixed), "BTD")
-        x = x + self.added("post_attention_norm", mixed)
+            mixed, cached = self.mix_by_attention(h, view, is_local, cached, column)
+        x = x + self.added("post_attention_norm", constrain(mixed, "BTD"))
         h = self.norm("mlp_norm")(x) if c.pre_norms else x
-        h = constrain(self.activated(h), "BTF")
-        h = constrain(self.dense("down", to_residual=True)(h), "BTD")
-        x = x + self.added("post_mlp_norm", h)
+        x = x + self.added("post_mlp_norm", self.after_mlp(h, view))
         if per_layer is not None:
             x = x + self.from_per_layer(x, per_layer)
         if c.layer_scale:
@@ -184,11 +220,66 @@ class Layer(nn.Module):
         h = gated(self.config.activation, self.dense("per_layer_gate")(x), per_layer)
         return self.norm("post_per_layer_norm")(constrain(self.dense("per_layer_out", to_residual=True)(h), "BTD"))
 
+    def mix_by_attention(
+        self,
+        h: Float[Array, "B T D"],
+        view: View,
+        is_local: Bool[Array, ""] | None,
+        cached: KeysAndValues | None,
+        column: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
+        """Return what attention adds to the residual stream, and `cached` with the new keys and values."""
+        c = self.config
+        query, key, value, gate = self.query_key_value(h, view)
+        if cached is None or view.mask is None:
+            mixed = self.attend(query, key, value, view, is_local)
+        else:
+            cached = append_to_cache(cached, key, value, column)
+            softmax = (c.query_scale, c.attention_softcap, self.head_sinks())
+            mixed = attention_by_head(query, *cached, view.mask, *softmax)
+        mixed = constrain(mixed, "BTQH")
+        if gate is not None:
+            mixed = mixed * jax.nn.sigmoid(constrain(gate, "BTQH"))
+        mixed = mixed.reshape(*mixed.shape[:2], c.num_heads * c.head_dim)
+        return self.dense("out", to_residual=True)(mixed), cached
+
+    def convolve(
+        self, h: Float[Array, "B T D"], view: View, window: ConvWindow | None
+    ) -> tuple[Float[Array, "B T D"], ConvWindow | None]:
+        """Return what a short convolution adds to the residual stream, and the window after the new tokens."""
+        c = self.config
+        assert c.short_conv is not None
+        conv = GatedShortConv(c.short_conv, jnp.dtype(c.param_dtype), c.init_scale, name="conv")
+        mixed, window = conv(self.dense("conv_in")(h), view.segment_ids, window)
+        return self.dense("conv_out", to_residual=True)(mixed), window
+
+    def mix_by_delta_rule(
+        self, h: Float[Array, "B T D"], view: View, cache: DeltaCache | None
+    ) -> tuple[Float[Array, "B T D"], DeltaCache | None]:
+        """Return what a gated delta net adds to the residual stream, and its cache after the new tokens."""
+        c = self.config
+        assert c.delta_net is not None
+        parts = [self.dense(name)(h) for name in ("delta_in", "delta_gate", "delta_strength", "delta_decay")]
+        options = (c.delta_net, c.norm_eps, jnp.dtype(c.param_dtype), c.init_scale, ATTENTION_RESULT)
+        mixed, cache = GatedDeltaNet(*options, name="delta")(*parts, view.segment_ids, cache)
+        return self.dense("delta_out", to_residual=True)(mixed), cache
+
     def added(self, norm: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return what a block adds to the residual stream: its result, with the norm after it if there is one."""
         y = self.norm(norm)(y) if self.config.post_norms else y
         scale = self.config.residual_scale
         return y if scale is None else y * jnp.asarray(scale, y.dtype)
+
+    def after_mlp(self, h: Float[Array, "B T D"], view: View) -> Float[Array, "B T D"]:
+        """Return the result of the MLP, of the experts, or of both."""
+        c, y = self.config, None
+        if c.dense_mlp:
+            y = constrain(self.activated(h), "BTF")
+            y = constrain(self.dense("down", to_residual=True)(y), "BTD")
+        if c.mlp == "experts":
+            y = constrain(ExpertMlp(c, name="experts")(h, view.segment_ids, y), "BTD")
+        assert y is not None
+        return y
 
     def activated(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the middle of the MLP."""
@@ -199,13 +290,16 @@ class Layer(nn.Module):
         return relu_squared(up) if c.activation == "relu2" else Xielu(jnp.dtype(c.param_dtype), name="xielu")(up)
 
     def query_key_value(
-        self, x: Float[Array, "B T D"], view: View
-    ) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Return the rotated queries and keys, and the values."""
+        self, h: Float[Array, "B T D"], view: View
+    ) -> tuple[
+        Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T Q H"] | None
+    ]:
+        """Return the rotated queries and keys, the values, and the gate of attention's result if there is one."""
         c = self.config
-        B, T, _ = x.shape
-        h = self.norm("attention_norm")(x) if c.pre_norms else x
-        query = self.dense("query")(h).reshape(B, T, c.num_heads, c.head_dim)
+        B, T, _ = h.shape
+        query, gate = self.dense("query")(h).reshape(B, T, c.num_heads, -1), None
+        if c.attention_gate:
+            query, gate = jnp.split(query, 2, axis=-1)
         key = self.dense("key")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         value = self.dense("value")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         if c.qk_norm and not c.qk_norm_rotated:
@@ -223,7 +317,7 @@ class Layer(nn.Module):
         # A shard of the tokens reads all keys. If tokens are sharded, keys and values are gathered here, once: remat
         # policies that keep products keep them too.
         key, value = (checkpoint_name(constrain(x, "BSKH"), QKV) for x in (key, value))
-        return query, key, value
+        return query, key, value, gate
 
     def norm_heads(self, name: str, x: Float[Array, "B T heads H"]) -> Float[Array, "B T heads H"]:
         """Return the norm of queries or keys: of each head, or of all together."""
@@ -240,14 +334,22 @@ class Layer(nn.Module):
         is_local: Bool[Array, ""] | None,
     ) -> Float[Array, "B T Q H"]:
         """Return the attention of whole sequences, by the implementation that the config names."""
-        c = self.config
+        c, sinks = self.config, self.head_sinks()
         softmax = (c.query_scale, c.attention_softcap)
         if view.mask is not None:
-            return attention(query, key, value, view.mask, *softmax)
+            return attention(query, key, value, view.mask, *softmax, sinks)
         if c.attention == "blocks":
-            return block_attention(query, key, value, view.positions, view.segment_ids, view.window, *softmax)
+            return block_attention(query, key, value, view.positions, view.segment_ids, view.window, *softmax, sinks)
         windows = (None, c.window) if is_local is not None else (c.window if c.num_local else None,)
-        return splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax)
+        return splash_attention(query, key, value, view.segment_ids, windows, is_local, *softmax, sinks=sinks)
+
+    def head_sinks(self) -> Float[Array, "Q"] | None:
+        """Return the attention sinks of the heads in float32, if there are some."""
+        c = self.config
+        if not c.sinks:
+            return None
+        own = self.param("sinks", nn.initializers.normal(c.init_scale), (c.num_heads,), jnp.dtype(c.param_dtype))
+        return own.astype(jnp.float32)
 
     def norm(self, name: str) -> RMSNorm:
         """Return the layer's norm of this name."""
@@ -291,6 +393,138 @@ def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, divisor, name=name)
 
 
+def layer_with_remat(config: DecoderConfig) -> type[Layer]:
+    """Return `Layer`, wrapped in the config's remat policy."""
+    remat = parse_remat(config.remat)
+    if remat is None:
+        return Layer
+    names = [name for name in remat.on_device if name != LAYER_INPUT]  # an argument, which is kept in any case
+    if config.remat == "dots":
+        names.append(SAVED_NAMES)
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names,
+        names_which_can_be_offloaded=list(remat.on_host),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
+    return nn.remat(Layer, policy=policy, prevent_cse=False)
+
+
+class Pattern(nn.Module):
+    """One repeat of a run: the layers of its blocks."""
+
+    config: DecoderConfig
+    run: Run
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: tuple[LayerInputs, ...], views: tuple[View, ...]
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Return the residual stream after the layers. `inputs` are those of each block's layers."""
+        for index, (block, (is_local, is_rotated, per_layer)) in enumerate(zip(self.run.blocks, inputs, strict=True)):
+            own, seen = self.of_block(index, block, views)
+            layer = layer_with_remat(own)
+            if block.count > 1:
+                layer = nn.scan(
+                    layer,
+                    variable_axes={"params": 0, LOAD: 0},
+                    split_rngs={"params": True},
+                    in_axes=(0, 0, nn.broadcast, 0),
+                    length=block.count,
+                )
+            x, _ = layer(own, name=f"block_{index}")(x, is_local, is_rotated, seen, per_layer)
+        return x, None
+
+    def of_block(self, index: int, block: Block, views: tuple[View, ...]) -> tuple[DecoderConfig, tuple[View, ...]]:
+        """Return the config of a block's layers, and what they read. Of two views they read one if all are alike."""
+        c = self.config
+        own, layers = c.of_kind(block.kind), self.run.layers_of(index)
+        if c.local_layers is not None and (local := same(layers, c.local_layers)) is not None:
+            own = dataclasses.replace(own, local_layers=None) if local else without_window(own)
+            views = views[-1:] if local else views[:1]
+        if same(layers, c.unrotated_layers):
+            views = tuple(view.replace(cos=None, sin=None) for view in views)
+        return own, views
+
+
+def same(layers: Sequence[int], among: Collection[int]) -> bool | None:
+    """Return whether all layers are among some, or None if only a part is."""
+    found = {layer in among for layer in layers}
+    return None if len(found) == 2 else found.pop()
+
+
+def without_window(config: DecoderConfig) -> DecoderConfig:
+    """Return the config of layers without a window."""
+    return dataclasses.replace(config, window=None, local_layers=None, local_rope_theta=None)
+
+
+class UnlikeLayers(nn.Module):
+    """All layers of a stack of unlike ones: one scan for each of `DecoderConfig.runs`.
+
+    The parameters of each block of a run are stacked over all its layers.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], views: tuple[View, ...], per_layer: Float[Array, "L B T P"] | None
+    ) -> Float[Array, "B T D"]:
+        for index, run in enumerate(self.config.runs):
+            inputs = tuple(self.inputs_of(run, block, len(views), per_layer) for block in range(len(run.blocks)))
+            pattern = nn.scan(
+                Pattern,
+                variable_axes={"params": 0, LOAD: 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=run.repeats,
+            )
+            counts = {f"block_{block}": own.count for block, own in enumerate(run.blocks)}
+            pattern = nn.map_variables(
+                pattern,
+                "params",
+                trans_in_fn=functools.partial(split_repeats, counts),
+                trans_out_fn=functools.partial(join_repeats, counts),
+                init=self.is_initializing(),
+                mutable=self.is_initializing(),
+            )
+            x_BTD, _ = pattern(self.config, run, name=f"run_{index}")(x_BTD, inputs, views)
+        return x_BTD
+
+    def inputs_of(self, run: Run, block: int, num_views: int, per_layer: Float[Array, "L B T P"] | None) -> LayerInputs:
+        """Return what the layers of a block read besides the views: `[repeats, count, ...]`, or None if alike."""
+        c, layers, count = self.config, run.layers_of(block), run.blocks[block].count
+        by_repeat = lambda x: x.reshape(run.repeats, *((count,) if count > 1 else ()), *x.shape[1:])
+        flags = lambda among: by_repeat(jnp.array([layer in among for layer in layers]))
+        mixed = lambda among: same(layers, among) is None
+        return (
+            flags(c.local_layers or ()) if num_views > 1 and mixed(c.local_layers or ()) else None,
+            ~flags(c.unrotated_layers) if mixed(c.unrotated_layers) else None,
+            None if per_layer is None else by_repeat(per_layer[jnp.array(layers)]),
+        )
+
+
+def split_repeats(counts: Mapping[str, int], variables: Params) -> Params:
+    """Return the parameters of a run's blocks by repeat and layer, `[repeats, count, ...]`."""
+    split = lambda x, count: x.reshape(-1, count, *x.shape[1:])
+    return on_blocks(lambda x, count: x if count == 1 else split(x, count), counts, variables)
+
+
+def join_repeats(counts: Mapping[str, int], variables: Params) -> Params:
+    """Return the parameters of a run's blocks by layer: the inverse of `split_repeats`."""
+    return on_blocks(lambda x, count: x if count == 1 else x.reshape(-1, *x.shape[2:]), counts, variables)
+
+
+def on_blocks(change: Callable[[Any, int], Any], counts: Mapping[str, int], variables: Params) -> Params:
+    """Return the parameters of a run after a change of each leaf, which depends on its block's count."""
+    changed = {
+        name: jax.tree.map(functools.partial(change, count=counts[name]), own)
+        for name, own in variables.get("params", {}).items()
+    }
+    return {"params": changed} if changed else {}
+
+
 class Decoder(nn.Module):
     """Token ids to the hidden rows that the head reads (after the last norm)."""
 
@@ -331,17 +565,20 @@ class Decoder(nn.Module):
         """Return the residual stream after all layers, for whole sequences."""
         c = self.config
         views = self.views(positions, segment_ids, (positions, segment_ids) if c.attention == "xla" else None)
+        if c.runs:
+            return UnlikeLayers(c, name="layers")(x_BTD, views, per_layer)
         is_local = None if len(views) == 1 else jnp.isin(jnp.arange(c.num_layers), jnp.array(c.local_layers))
+        own = c.layers[0]
         some = 0 < c.num_rotated < c.num_layers
         is_rotated = ~jnp.isin(jnp.arange(c.num_layers), jnp.array(c.unrotated_layers)) if some else None
         layers = nn.scan(
-            self.layer_with_remat(),
-            variable_axes={"params": 0},
+            layer_with_remat(own),
+            variable_axes={"params": 0, LOAD: 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, 0),
             length=c.num_layers,
         )
-        return layers(c, name="layers")(x_BTD, is_local, is_rotated, views, per_layer)[0]
+        return layers(own, name="layers")(x_BTD, is_local, is_rotated, views, per_layer)[0]
 
     def unrolled_layers(
         self,
@@ -358,15 +595,15 @@ class Decoder(nn.Module):
         key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, column, axis=1)
         views = self.views(positions, segment_ids, (key_positions, key_segments))
         cached = []
-        for index, own in enumerate(zip(cache.keys, cache.values, strict=True)):
+        for index, own in enumerate(c.layers):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
             if index in c.unrotated_layers:
                 view = (view[0].replace(cos=None, sin=None),)
-            layer = Layer(c, transposed=True, name=f"layer_{index}")
-            x_BTD, new = layer(x_BTD, None, None, view, None if per_layer is None else per_layer[index], own, column)
+            layer = Layer(own, transposed=True, name=f"layer_{index}")
+            part = None if per_layer is None else per_layer[index]
+            x_BTD, new = layer(x_BTD, None, None, view, part, cache.of_layer(index), column)
             cached.append(new)
-        keys, values = zip(*cached, strict=True)
-        return x_BTD, KvCache(keys, values, key_positions, key_segments)
+        return x_BTD, KvCache.of_layers(cached, key_positions, key_segments)
 
     def views(
         self,
@@ -399,23 +636,6 @@ class Decoder(nn.Module):
             views.append(view(own or c.rope_theta, None if own else c.rope_scaling, c.window))
         return tuple(views)
 
-    def layer_with_remat(self) -> type[Layer]:
-        """Return `Layer`, wrapped in the config's remat policy."""
-        remat = parse_remat(self.config.remat)
-        if remat is None:
-            return Layer
-        names = [name for name in remat.on_device if name != LAYER_INPUT]  # an argument, which is kept in any case
-        if self.config.remat == "dots":
-            names.append(SAVED_NAMES)
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=names,
-            names_which_can_be_offloaded=list(remat.on_host),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
-        return nn.remat(Layer, policy=policy, prevent_cse=False)
-
 
 def init_params(config: DecoderConfig, key: PRNGKeyArray) -> Params:
     """Return fresh parameters: a nested dict of arrays, layers stacked on axis 0."""
@@ -445,10 +665,18 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
             "use the tokenizer that belongs to the model, or enlarge the embedding."
         )
 
+    has_experts = any(layer.mlp == "experts" for layer in config.layers)
+
+    def apply(params: Params, *contexts: Int[Array, "B T"]) -> PyTree:
+        if not has_experts:
+            return Decoder(config).apply({"params": params}, *contexts)[0]
+        (rows, _), sown = Decoder(config).apply({"params": params}, *contexts, mutable=[LOAD])
+        assert config.experts is not None
+        return rows, load_and_loss(config.experts, sown)
+
     def hidden(
         params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        apply = lambda params, *contexts: Decoder(config).apply({"params": params}, *contexts)[0]
+    ) -> PyTree:
         return with_types_as_layout(apply, params, tokens, positions, segment_ids)
 
     padded = vocab_size is not None and vocab_size < config.vocab_size
@@ -457,6 +685,7 @@ def make_student(config: DecoderConfig, vocab_size: int | None = None) -> Studen
         head=lambda params: head_of(config, params),
         softcap=config.logit_softcap,
         vocab_size=vocab_size if padded else None,
+        has_aux=has_experts,
     )
 
 
@@ -479,25 +708,44 @@ def slice_layers(config: DecoderConfig, layers: Params) -> Params:
     dtype = jnp.dtype(config.dtype)
 
     def transpose(name: str, own: Params) -> Params:
+        if name == "experts":
+            return {key: x if key in IN_FLOAT32 else x.astype(dtype) for key, x in own.items()}
         if name not in config.projections:
             return own
-        own = {key: x.astype(dtype) for key, x in own.items()}
-        return {"transposed": jnp.swapaxes(own.pop("kernel"), 1, 2), **own}
+        own = {key: x if key in QUANTIZED_PARTS else x.astype(dtype) for key, x in own.items()}
+        return own if "kernel" not in own else {"transposed": jnp.swapaxes(own.pop("kernel"), 1, 2), **own}
 
-    stacked = {name: transpose(name, own) for name, own in layers.items()}
-    return {f"layer_{index}": jax.tree.map(lambda x, at=index: x[at], stacked) for index in range(config.num_layers)}
+    stacked: dict[tuple[str, ...], Params] = {}
+    unstacked = {}
+    for index, place in enumerate(config.layer_places):
+        if place.path not in stacked:
+            own = functools.reduce(operator.getitem, place.path[1:], layers)
+            stacked[place.path] = {name: transpose(name, leaves) for name, leaves in own.items()}
+        unstacked[f"layer_{index}"] = jax.tree.map(lambda x, at=place.index: x[at], stacked[place.path])
+    return unstacked
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
     """Return an empty cache of `length` columns for `batch` rows."""
-    K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
-    layers = range(config.num_layers)
-    return KvCache(
-        keys=tuple(constrain(jnp.zeros((batch, K, H, length), dtype), "BKHS") for _ in layers),
-        values=tuple(constrain(jnp.zeros((batch, K, length, H), dtype), "BKSH") for _ in layers),
+    return KvCache.of_layers(
+        [init_layer_cache(layer, batch, length) for layer in config.layers],
         positions=jnp.zeros((batch, length), jnp.int32),
         segment_ids=jnp.full((batch, length), -1, jnp.int32),
     )
+
+
+def init_layer_cache(config: DecoderConfig, batch: int, length: int) -> LayerCache:
+    """Return what one of a decoder's `layers` keeps of no tokens."""
+    K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
+    if config.mixer == "conv":
+        assert config.short_conv is not None
+        window = ConvWindow.empty(batch, config.short_conv.taps, config.width, dtype)
+        return window.replace(inputs=constrain(window.inputs, "BNF"))
+    if config.mixer == "delta":
+        assert config.delta_net is not None
+        return DeltaCache.empty(batch, config.delta_net, dtype)
+    keys = constrain(jnp.zeros((batch, K, H, length), dtype), "BKHS")
+    return keys, constrain(jnp.zeros((batch, K, length, H), dtype), "BKSH")
 
 
 def decode(

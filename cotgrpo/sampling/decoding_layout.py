@@ -18,6 +18,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from cotgrpo.models.decoder import DecoderConfig, init_params, unstack_layers
+from cotgrpo.models.decoder import DecoderConfig, init_layer_cache, init_params, unstack_layers
 from cotgrpo.models.lora import AdaptedParams, apply_adapters
 from cotgrpo.models.quantized.kernel import QUANTIZED_PARTS
 from cotgrpo.sharding import (
@@ -58,8 +59,10 @@ LOGITS_COPIES = 3
 """Arrays as large as the logits while a token is drawn: they, their exponentials and a filtered copy."""
 INT = FLOAT = 4
 WIDE = {"query": "Q", "key": "K", "value": "K", "gate": "F", "up": "F", "out": "Q", "down": "F"}
+WIDE |= {"conv_in": "F", "conv_out": "F"}
+WIDE |= dict.fromkeys(("delta_in", "delta_gate", "delta_strength", "delta_decay", "delta_out"), "F")
 """Letter of each projection's side that is not the residual stream."""
-TO_RESIDUAL = ("out", "down")
+TO_RESIDUAL = ("out", "conv_out", "delta_out", "down")
 
 Name = Literal["gathered", "tensor"]
 
@@ -71,7 +74,7 @@ class DecodingBytes:
     Attributes:
         state: parameters and optimizer as they are trained, and other parameters that stay (`also_resident`).
         copy: the weights that the loop reads.
-        cache: keys and values.
+        cache: keys and values, and the states of other layers.
         temporaries: logits, the head in another order, and of the prompts' prefill the scores, the new part of the
             cache and a copy of the whole.
     """
@@ -135,15 +138,22 @@ class DecodingLayout:
     ) -> tuple[int, int]:
         """Return the bytes on one device of the cache, and of the temporaries."""
         rows = batch_size // self.parts("B", batch_size)
-        heads, columns = self.parts("K", config.num_kv_heads), prompt_columns + max_new_tokens
-        numbers = 2 * config.num_layers * config.num_kv_heads // heads * config.head_dim
-        cache = rows * columns * (numbers * jnp.dtype(config.dtype).itemsize + 2 * INT)
+        columns = prompt_columns + max_new_tokens
+        kinds = Counter(config.layers).items()
+        cache = 2 * INT * rows * columns + sum(self.layer_bytes(kind, rows, columns) * n for kind, n in kinds)
+        heads = self.parts("K", config.num_kv_heads)
         scores = rows * config.num_heads // heads * prompt_columns**2 * (FLOAT + jnp.dtype(config.dtype).itemsize)
         columns_of_head = config.vocab_size // self.parts("V", config.vocab_size)
         logits = LOGITS_COPIES * rows * columns_of_head * FLOAT
         head = columns_of_head * config.width * jnp.dtype(config.dtype).itemsize
         admitted = cache + cache * prompt_columns // columns
         return cache, scores + logits + head + admitted
+
+    def layer_bytes(self, config: DecoderConfig, rows: int, columns: int) -> int:
+        """Return the bytes on one device of what a layer keeps: keys and values, or a state."""
+        found = jax.eval_shape(lambda: init_layer_cache(config, rows, columns))
+        heads = self.parts("K", config.num_kv_heads) if config.mixer == "attention" else 1
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found)) // heads
 
     def __str__(self) -> str:
         """Return one line: the layout, and why."""

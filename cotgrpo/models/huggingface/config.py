@@ -193,6 +193,7 @@ def differences(config: DecoderConfig, hf: HfConfig) -> list[str]:
     """Return the fields in which a decoder differs from a config.json, apart from how it computes and is stored."""
 
     def essence(c: DecoderConfig) -> DecoderConfig:
+        c = c if c.layer_kinds is None or c.runs else c.of_kind(c.layer_kinds[0])
         return dataclasses.replace(
             c,
             biases=tuple(sorted(c.biases)),
@@ -200,6 +201,7 @@ def differences(config: DecoderConfig, hf: HfConfig) -> list[str]:
             if c.window is not None
             else None,
             max_positions=config.max_positions and c.max_positions,
+            experts=c.experts and dataclasses.replace(c.experts, balance_weight=0.0, products="auto"),
             **{name: getattr(config, name) for name in ("dtype", "param_dtype", "remat", "attention", "init_scale")},
         )
 

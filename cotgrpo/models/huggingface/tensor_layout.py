@@ -96,21 +96,22 @@ def tensor_layout(
     """
     family = family or FAMILIES["llama"]
     layout: dict[TreePath, list[Slot]] = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
-    layout["final_norm", "scale"] = [Slot(f"{prefix}norm.weight")]
+    layout["final_norm", "scale"] = [Slot(f"{prefix}{family.modules.get('final_norm', 'norm')}.weight")]
     if not config.tied_head:
         layout["head",] = [Slot(head)]
     if config.per_layer_embeddings is not None:
         layout["per_layer", "embedding"] = [Slot(f"{prefix}embed_tokens_per_layer.weight")]
         layout["per_layer", "projection", "kernel"] = [Slot(f"{prefix}per_layer_model_projection.weight")]
         layout["per_layer", "scale"] = [Slot(f"{prefix}per_layer_projection_norm.weight")]
-    for path, slot in layer_slots(config, family).items():
-        layers = range(config.num_layers)
-        layout[path] = [dataclasses.replace(slot, name=f"{prefix}layers.{i}.{slot.name}") for i in layers]
+    for index, (own, place) in enumerate(zip(config.layers, config.layer_places, strict=True)):
+        for path, slot in layer_slots(own, family).items():
+            stored = dataclasses.replace(slot, name=f"{prefix}layers.{index}.{slot.name}")
+            layout.setdefault((*place.path, *path[1:]), []).append(stored)
     return layout
 
 
 def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
-    """Return {path of a stacked leaf: its place in a layer}."""
+    """Return {"layers" and the path in a layer: its place there} of one of a decoder's `layers`."""
     modules = {**MODULES, **(POST_NORM_MODULES if config.post_norms else {}), **family.modules}
     slots: dict[TreePath, Slot] = {}
     for name, slot in projection_slots(config, family).items():
@@ -119,9 +120,12 @@ def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
             slots["layers", name, ours] = dataclasses.replace(slot, name=f"{slot.name}.{theirs}")
     norms: tuple[str, ...] = ("attention_norm", "mlp_norm") if config.pre_norms else ()
     norms += ("post_attention_norm", "post_mlp_norm") if config.post_norms else ()
-    norms += ("query_norm", "key_norm") if config.qk_norm else ()
+    norms += ("query_norm", "key_norm") if config.qk_norm and config.mixer == "attention" else ()
     norms += ("post_per_layer_norm",) if config.per_layer_embeddings is not None else ()
     slots |= {("layers", name, "scale"): Slot(f"{modules[name]}.weight") for name in norms}
+    if config.mixer == "conv" and config.short_conv is not None:
+        parts = {"filters": "weight"} | ({"bias": "bias"} if config.short_conv.bias else {})
+        slots |= {("layers", "conv", ours): Slot(f"{modules['conv']}.{theirs}") for ours, theirs in parts.items()}
     if config.layer_scale:
         slots["layers", "layer_scale"] = Slot("layer_scalar")
     if config.activation == "xielu":

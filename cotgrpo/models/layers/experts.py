@@ -17,18 +17,20 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from cotgrpo.models.norm_and_gate import ACTIVATIONS
+from cotgrpo.models.norm_and_gate import ACTIVATIONS, broadcast_last
 from cotgrpo.sharding import ambient_param_spec, dimension_axes, open_axes, partition_spec, vary_alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cotgrpo.types import Array, Bool, Float, Int
+    from cotgrpo.models.config import DecoderConfig
+    from cotgrpo.types import Array, Bool, Float, Int, PyTree
 
 Products = Literal["auto", "ragged", "blocks"]
 LETTERS = {"router": "DE", "router_bias": "E", "gate": "EDF", "up": "EDF", "down": "EFD"}
@@ -37,6 +39,8 @@ LETTERS |= {"gate_bias": "EF", "up_bias": "EF", "down_bias": "ED"}
 IN_FLOAT32 = ("router", "router_bias")
 KEPT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """What remat policies call the result of each product."""
+LOAD = "load"
+"""Flax's collection of what the layers sow about their load."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Rows of a block of "blocks"."""
 
@@ -57,7 +61,6 @@ class Experts:
         limit: c cuts the gate off above c, and up outside [-c, c]. Then the middle is
             `gate sigmoid(gate_slope * gate) * (up + 1)` (`swiglu_limit`). None: the activation of the decoder.
         gate_slope: as above (`swiglu_alpha`).
-        dense_layers: indices of the layers with a plain MLP of `mlp_width` and no experts (`mlp_only_layers`).
         balance_weight: factor of the load-balancing loss in the loss of a train step. 0: it is not added.
         products: how grouped products are computed: "ragged" (`jax.lax.ragged_dot`), "blocks" (a loop over blocks of
             rows of one expert) or "auto": "blocks" on a CPU, where XLA multiplies every row with every expert in
@@ -76,7 +79,6 @@ class Experts:
     shared_gate: bool = False
     limit: float | None = None
     gate_slope: float = 1.0
-    dense_layers: tuple[int, ...] = ()
     balance_weight: float = 0.0
     products: Products = "auto"
 
@@ -104,6 +106,10 @@ class Experts:
     def num_params(self, width: int) -> int:
         """Return the number of parameters of a layer, without the shared MLP's own."""
         return sum(math.prod(shape) for shape in self.shapes(width).values()) + (width if self.shared_gate else 0)
+
+    def params_of_one(self, width: int) -> int:
+        """Return the number of parameters of one expert."""
+        return sum(math.prod(shape[1:]) for name, shape in self.shapes(width).items() if name not in IN_FLOAT32)
 
     def active_weights(self, width: int) -> int:
         """Return the number of weights in the matrix products of one token."""
@@ -500,3 +506,48 @@ def load_metrics(tokens_LE: Float[Array, "L E"]) -> dict[str, Float[Array, ""]]:
     entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=1)
     most = math.log(number) if number > 1 else 1.0
     return {"expert_share_max": jnp.mean(jnp.max(share, axis=1)), "expert_entropy": jnp.mean(entropy) / most}
+
+
+class ExpertMlp(nn.Module):
+    """`mixture_of_experts` with its parameters. It sows the load as `tokens` and `probabilities` of `LOAD`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], shared: Float[Array, "B T D"] | None
+    ) -> Float[Array, "B T D"]:
+        """Return what the experts add to the residual stream, with what the shared MLP adds, if there is one."""
+        c, experts = self.config, self.config.experts
+        assert experts is not None
+        dtype, stored = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+        params = {}
+        for name, shape in experts.shapes(c.width).items():
+            scale = c.init_scale / (2 * c.num_layers) ** 0.5 if name == "down" else c.init_scale
+            start = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.normal(scale)
+            value: Array = self.param(name, start, shape, stored)
+            params[name] = value.astype(jnp.float32 if name in IN_FLOAT32 else dtype)
+        y, load = mixture_of_experts(experts, c.activation, params, x, segment_ids > 0)
+        for name, value in load._asdict().items():
+            self.sow(LOAD, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        if shared is None:
+            return y
+        if experts.shared_gate:
+            gate_D = self.param("shared_gate", nn.initializers.normal(c.init_scale), (c.width,), stored).astype(dtype)
+            shared = shared * jax.nn.sigmoid(jnp.sum(x * broadcast_last(gate_D, x), axis=-1, keepdims=True))
+        return y + shared
+
+
+def load_and_loss(experts: Experts, sown: Mapping[str, PyTree]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Return the auxiliary loss of all layers and its metrics, from what `ExpertMlp` sows.
+
+    Returns:
+        `balance_weight` times the load-balancing loss, and `load_metrics` with the loss itself as `expert_balance`.
+    """
+    by_name: dict[str, list[Array]] = {name: [] for name in Load._fields}
+    for path, value in jax.tree_util.tree_leaves_with_path(sown[LOAD]):
+        by_name[str(getattr(path[-1], "key", path[-1]))].append(value.reshape(-1, experts.number))
+    tokens_LE, probabilities_LE = (jnp.concatenate(by_name[name]) for name in Load._fields)
+    balance = balance_loss(experts, tokens_LE, probabilities_LE)
+    metrics = load_metrics(tokens_LE) | {"expert_balance": balance}
+    return experts.balance_weight * balance, metrics

@@ -115,6 +115,11 @@ class DeltaNet:
             "delta_out": (self.values, width),
         }
 
+    @property
+    def kept_sizes(self) -> tuple[int, int]:
+        """Return the numbers per token of the products that the rule and its gate read, and of the result."""
+        return self.channels + self.values + 2 * self.num_value_heads, self.values
+
     def num_params(self) -> int:
         """Return the number of parameters besides the matrix products: filters, decays and the norm."""
         return self.taps * self.channels + 2 * self.num_value_heads + self.value_dim

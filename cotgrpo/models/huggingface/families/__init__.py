@@ -11,6 +11,7 @@ from __future__ import annotations
 from cotgrpo.models.huggingface.families.dense import DENSE
 from cotgrpo.models.huggingface.families.gemma import GEMMA
 from cotgrpo.models.huggingface.families.granite import GRANITE
+from cotgrpo.models.huggingface.families.lfm import LFM
 from cotgrpo.models.huggingface.families.llama import LLAMA
 from cotgrpo.models.huggingface.families.modules import MODULES as MODULES
 from cotgrpo.models.huggingface.families.modules import POST_NORM_MODULES as POST_NORM_MODULES
@@ -20,7 +21,7 @@ from cotgrpo.models.huggingface.families.qwen import QWEN
 from cotgrpo.models.huggingface.family import Family, Wrapper
 from cotgrpo.models.huggingface.family import ModelError as ModelError
 
-FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO}
+FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO, **LFM}
 """{`model_type`: its row}. Where several rows can express a decoder, the first one is written."""
 
 WRAPPERS: dict[str, Wrapper] = {
@@ -50,7 +51,7 @@ LACKING = {
     "gpt_oss": "experts, attention sinks and MXFP4 weights",
     "deepseek_v3": "experts and latent attention",
     "mixtral": "experts",
-    "lfm2": "short convolutions with a state",
+    "lfm2_moe": "experts in layers with short convolutions",
     "llama4": "experts and chunked attention",
 }
 """{`model_type`: what the decoder lacks} of types that people ask for."""
