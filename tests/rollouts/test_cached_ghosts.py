@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.commands import error_of
-from helpers.loopback_server import Answer, Asked, LoopbackServer
-from helpers.scoring_server import own_model
+from helpers.loopback_server import LoopbackServer
+from helpers.writing_teacher import WritingTeacher
 
 from cotgrpo.cli import main
 from cotgrpo.data.batches import make_batches, make_examples
@@ -61,42 +61,6 @@ SHAPE = DecoderConfig(
 )
 
 
-class Teacher:
-    """Writes the solution of each question, with the log-probabilities of a real model at each of its tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model, self.tokenizer = own_model(str(folder))
-        self.solutions = {row.question: f"{row.rationale}\n#### {row.answer}" for row in ROWS}
-        self.sends_logprobs, self.left = True, 10**6
-
-    def __call__(self, asked: Asked) -> Answer:
-        self.left -= 1
-        if self.left < 0:
-            return Answer({"error": {"message": "no more"}}, 402)
-        body = asked.json()
-        text = self.solutions[body["messages"][-1]["content"].splitlines()[-1]]
-        choice: dict[str, Any] = {"finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        if body.get("logprobs") and self.sends_logprobs:
-            choice["logprobs"] = {"content": self.logprobs(text, body["top_logprobs"])}
-        return Answer({"model": "m", "choices": [choice]})
-
-    def logprobs(self, text: str, count: int) -> list[dict[str, Any]]:
-        ids = self.tokenizer.encode(text)
-        rows = self.model([3, *ids])[:-1]
-        entry = lambda i, row: {"logprob": float(row[i]), **self.token(i)}
-        best = lambda row: [int(i) for i in np.argsort(-row, kind="stable")[:count]]
-        return [
-            entry(i, row) | {"top_logprobs": [entry(j, row) for j in best(row)]}
-            for i, row in zip(ids, rows, strict=True)
-        ]
-
-    def token(self, i: int) -> dict[str, Any]:
-        from cotgrpo.data.tokenizer import token_bytes
-
-        raw = token_bytes(self.tokenizer, i, 3)
-        return {"token": raw.decode(errors="replace"), "bytes": list(raw)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions, a model with a tokenizer, and the settings of a run with that tokenizer."""
@@ -110,11 +74,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(folder: Path) -> Teacher:
-    return Teacher(folder / "teacher")
+def teacher(folder: Path) -> WritingTeacher:
+    return WritingTeacher(folder / "teacher", ROWS)
 
 
-def generate(folder: Path, teacher: Teacher, out: Path, *more: str, top: int = K) -> int:
+def generate(folder: Path, teacher: WritingTeacher, out: Path, *more: str, top: int = K) -> int:
     with LoopbackServer(teacher) as server:
         where = ["--teacher.base_url", server.url, "--teacher.model", "m", "--prompt.question", "Solve.\n{question}"]
         questions = ["--questions", str(folder / "questions.jsonl"), "--out", str(out)]
@@ -122,7 +86,7 @@ def generate(folder: Path, teacher: Teacher, out: Path, *more: str, top: int = K
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, teacher: Teacher) -> Path:
+def made(folder: Path, teacher: WritingTeacher) -> Path:
     """What `generate` writes."""
     assert generate(folder, teacher, folder / "made") == 0
     return folder / "made"
@@ -149,7 +113,7 @@ def template_of(folder: Path, kind: str) -> AnyTemplate:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "chat"])
 def test_each_context_has_what_the_teacher_said_at_that_place_of_the_text(
-    folder: Path, teacher: Teacher, made: Path, kind: str, packing: bool
+    folder: Path, teacher: WritingTeacher, made: Path, kind: str, packing: bool
 ) -> None:
     """Through template, truncation and packing: every token of rationale and answer, and none of the template."""
     template, cache = template_of(folder, kind), read_cache(made / "ghosts.parquet")
@@ -176,7 +140,7 @@ def test_each_context_has_what_the_teacher_said_at_that_place_of_the_text(
 
 
 def check_segment(
-    teacher: Teacher, triples: list[Triple], template: AnyTemplate, batch: Any, b: int, columns: np.ndarray
+    teacher: WritingTeacher, triples: list[Triple], template: AnyTemplate, batch: Any, b: int, columns: np.ndarray
 ) -> int:
     """Compare one document with the model itself. Returns how many contexts had the teacher's distribution."""
     tokens = [int(t) for t in np.asarray(batch.tokens)[b, columns]]
@@ -219,7 +183,7 @@ def test_a_run_reads_them_without_a_teacher_and_resumes(folder: Path, made: Path
 
 
 def test_generate_goes_on_after_a_stop_and_writes_the_same_file(
-    folder: Path, teacher: Teacher, made: Path, tmp_path: Path
+    folder: Path, teacher: WritingTeacher, made: Path, tmp_path: Path
 ) -> None:
     """Stopped after 9 replies: the journal has their log-probabilities, and nothing is asked twice."""
     teacher.left = 9
@@ -235,7 +199,7 @@ def test_generate_goes_on_after_a_stop_and_writes_the_same_file(
 
 
 def test_a_server_without_logprobs_and_another_count_are_errors(
-    folder: Path, teacher: Teacher, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, teacher: WritingTeacher, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher.sends_logprobs = False
     try:
