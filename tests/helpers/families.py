@@ -53,6 +53,24 @@ VISIONS: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "pixtral", "head_dim": 8, **VISION, **LAYERS},
     "qwen3_vl": {"model_type": "qwen3_vl", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
     | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "qwen3_5": {"model_type": "qwen3_5_vision", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
+    | {"num_position_embeddings": 16},
+}
+
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 7,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 100_000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
 }
 
 
@@ -140,6 +158,17 @@ CASES |= {
             "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 2, 2]},
         },
     ),
+    "qwen3_5": {**QWEN3_5, "num_hidden_layers": 5, "attention_bias": True},
+    "qwen3_5_odd": {
+        **QWEN3_5,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_conv_kernel_dim": 3,
+        "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_images": wrapped("qwen3_5", {**QWEN3_5, "num_hidden_layers": 4, "full_attention_interval": 2}),
     "ministral3_images": wrapped("mistral3", {**MINISTRAL3, "tie_word_embeddings": False}),
     "mistral_images": wrapped("mistral3", {"model_type": "mistral", "head_dim": 12, "sliding_window": None}),
     "ministral3": MINISTRAL3,
@@ -279,6 +308,78 @@ CASES |= {
 }
 
 
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 5, "num_experts_per_tok": 2}
+CASES |= {
+    # Experts.
+    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 12, "norm_topk_prob": True, **EXPERTS},
+    "qwen3_moe_mixed": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 5,
+        "head_dim": 12,
+        "attention_bias": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        **EXPERTS,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 3,
+        "shared_expert_intermediate_size": 28,
+        "mlp_only_layers": [1],
+        **EXPERTS,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 7, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    "mixtral": {"model_type": "mixtral", "head_dim": 12, "sliding_window": 7, **LOCAL_EXPERTS},
+    "granitemoe": {"model_type": "granitemoe", "attention_bias": True, **LOCAL_EXPERTS, **GRANITE},
+    "granitemoeshared": {
+        "model_type": "granitemoeshared",
+        "shared_intermediate_size": 28,
+        **LOCAL_EXPERTS,
+        **GRANITE,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "sliding_window": 7,
+        "swiglu_limit": 0.5,
+        "swiglu_alpha": 1.3,
+        "rope_theta": 150_000.0,
+        "rope_scaling": YARN | {"rope_type": "yarn", "truncate": False, "beta_fast": 4.0},
+        **LOCAL_EXPERTS,
+    },
+}
+
+CASES |= {
+    # Short convolutions with attention between them.
+    "lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 8,
+        "layer_types": ["full_attention" if kind == "A" else "conv" for kind in "ccAccAcA"],
+        "conv_L_cache": 4,
+        "conv_bias": True,
+        "intermediate_size": 100,
+        "block_multiple_of": 24,
+        "block_ffn_dim_multiplier": 1.3,
+        "rope_scaling": LLAMA3,
+    },
+    # As the first files on the hub have it.
+    "lfm2_old": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 4,
+        "full_attn_idxs": [2],
+        "block_ff_dim": 72,
+        "block_multiple_of": 16,
+        "tie_embedding": True,
+        "rope_theta": 1_000_000.0,
+        "theta": 1_000_000.0,
+        "conv_dim": 32,
+        "block_use_swiglu": True,
+    },
+}
+
+
 def old_config(case: str) -> dict[str, Any]:
     """config.json as checkpoints on the hub have it: rope_theta and rope_scaling beside the rest."""
     own = {} if "text_config" in CASES[case] else SMALL
@@ -303,7 +404,8 @@ def make_torch(case: str) -> Any:
     with torch.no_grad():
         for p in made.parameters():
             noise = torch.randn_like(p)
-            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
+            # Weights may be empty memory in a class that is made from a config.
+            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim >= 2 else (p + 0.3 * noise if p.isfinite().all() else noise))
     return made.eval()
 
 

@@ -67,6 +67,37 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """The tensors of the experts of a layer.
+
+    Attributes:
+        router: module of the router.
+        each: {"gate", "up", "down": a tensor `[outputs, inputs]` of each expert}, with `{}` for its number. None: one
+            tensor holds all experts.
+        gate_up: the tensor of all experts' gates and ups, `[E, outputs, inputs]`, with `_bias` after it for the biases.
+        down: the same for down.
+        inputs_first: these two are `[E, inputs, outputs]`.
+        interleaved: gate and up alternate in `gate_up`, and do not follow each other.
+        shared_gate: module of the gate of the shared MLP.
+        shared: {our name: the module in a layer with experts} of the shared MLP, where other layers have other names.
+    """
+
+    router: str
+    each: Mapping[str, str] | None = None
+    gate_up: str = "mlp.experts.gate_up_proj"
+    down: str = "mlp.experts.down_proj"
+    inputs_first: bool = False
+    interleaved: bool = False
+    shared_gate: str = "mlp.shared_expert_gate"
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first_name(self) -> str:
+        """Return the name of a tensor that a checkpoint of this form has."""
+        return self.gate_up if self.each is None else self.each["gate"].format(0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type`.
 
@@ -88,6 +119,7 @@ class Family:
         modules: {our name: the module's name in a layer}, where it differs from `MODULES`.
         fused: {the module's name in a layer: our projections whose outputs it holds, in this order}.
         interleaved: whether rotary pairs are neighbours in the checkpoint's queries and keys.
+        experts: how a checkpoint may name the tensors of experts. The first form is what is written.
     """
 
     architecture: str
@@ -105,6 +137,7 @@ class Family:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     interleaved: bool = False
+    experts: tuple[ExpertNames, ...] = ()
 
     def knows(self, name: str) -> bool:
         """Return whether a field of config.json is read, or is known to have no effect."""

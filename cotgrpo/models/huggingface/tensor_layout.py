@@ -9,6 +9,7 @@ from collections.abc import Collection
 import numpy as np
 
 from cotgrpo.models.config import DecoderConfig
+from cotgrpo.models.huggingface.expert_layout import ExpertSlot, expert_form, expert_slots
 from cotgrpo.models.huggingface.families import FAMILIES, MODULES, POST_NORM_MODULES
 from cotgrpo.models.huggingface.family import Family
 from cotgrpo.models.huggingface.safetensors_files import StoredTensor
@@ -84,18 +85,25 @@ class SlotTensor:
 
 
 def tensor_layout(
-    config: DecoderConfig, family: Family | None = None, prefix: str = "model.", head: str = HEADS[0]
-) -> dict[TreePath, list[Slot]]:
+    config: DecoderConfig,
+    family: Family | None = None,
+    prefix: str = "model.",
+    head: str = HEADS[0],
+    names: Collection[str] = (),
+) -> dict[TreePath, list[Slot | ExpertSlot]]:
     """Return {path in the parameter tree: places of its tensors}: one per layer if layers are stacked, else one.
+
+    A leaf of experts has one for each expert of each layer.
 
     Args:
         config: the decoder.
         family: its row of `FAMILIES`. None: Llama's names.
         prefix: what the names of the checkpoint begin with.
         head: name of the head.
+        names: those in the checkpoint, as experts may have several. Empty: a new checkpoint.
     """
     family = family or FAMILIES["llama"]
-    layout: dict[TreePath, list[Slot]] = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
+    layout: dict[TreePath, list[Slot | ExpertSlot]] = {("embedding",): [Slot(f"{prefix}embed_tokens.weight")]}
     layout["final_norm", "scale"] = [Slot(f"{prefix}{family.modules.get('final_norm', 'norm')}.weight")]
     if not config.tied_head:
         layout["head",] = [Slot(head)]
@@ -107,7 +115,26 @@ def tensor_layout(
         for path, slot in layer_slots(own, family).items():
             stored = dataclasses.replace(slot, name=f"{prefix}layers.{index}.{slot.name}")
             layout.setdefault((*place.path, *path[1:]), []).append(stored)
+        if own.mlp == "experts":
+            for name, slots in slots_of_experts(own, family, f"{prefix}layers.{index}.", names).items():
+                layout.setdefault((*place.path, "experts", name), []).extend(slots)
     return layout
+
+
+def slots_of_experts(
+    config: DecoderConfig, family: Family, prefix: str, names: Collection[str]
+) -> dict[str, list[Slot | ExpertSlot]]:
+    """Return {leaf of the experts: its places in one layer}. The arguments are those of `expert_slots`."""
+    experts, forms = config.experts, family.experts or FAMILIES["qwen3_moe"].experts
+    assert experts is not None
+    form = expert_form(forms, prefix, names)
+    slots: dict[str, list[Slot | ExpertSlot]] = {"router": [Slot(f"{prefix}{form.router}.weight")]}
+    if experts.biases:
+        slots["router_bias"] = [Slot(f"{prefix}{form.router}.bias")]
+    if experts.shared_gate:
+        name, shape = f"{prefix}{form.shared_gate}.weight", (1, config.width)
+        slots["shared_gate"] = [ExpertSlot(name, shape, 0, 0, 1, config.width, False)]
+    return slots | expert_slots(config, form, prefix)
 
 
 def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
@@ -126,6 +153,11 @@ def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
     if config.mixer == "conv" and config.short_conv is not None:
         parts = {"filters": "weight"} | ({"bias": "bias"} if config.short_conv.bias else {})
         slots |= {("layers", "conv", ours): Slot(f"{modules['conv']}.{theirs}") for ours, theirs in parts.items()}
+    if config.mixer == "delta":
+        parts = {"filters": "conv1d.weight", "decay_log": "A_log", "decay_bias": "dt_bias", "scale": "norm.weight"}
+        slots |= {("layers", "delta", ours): Slot(f"{modules['delta']}.{theirs}") for ours, theirs in parts.items()}
+    if config.sinks and config.mixer == "attention":
+        slots["layers", "sinks"] = Slot("self_attn.sinks")
     if config.layer_scale:
         slots["layers", "layer_scale"] = Slot("layer_scalar")
     if config.activation == "xielu":
@@ -146,7 +178,8 @@ def projection_slot(config: DecoderConfig, family: Family, name: str) -> Slot:
             before = names[: names.index(name)]
             start = sum(config.projections[other][1] for other in before)
             return Slot(module, start, config.projections[name][1], heads)
-    return Slot(family.modules.get(name, MODULES[name]), heads=heads)
+    shared = family.experts[0].shared if family.experts and config.mlp == "experts" else {}
+    return Slot(shared.get(name, family.modules.get(name, MODULES[name])), heads=heads)
 
 
 def constants(config: DecoderConfig, prefix: str = "model.") -> dict[str, float]:

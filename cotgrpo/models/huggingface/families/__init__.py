@@ -9,6 +9,7 @@ checkpoint. A model with images around its text part is a row of `WRAPPERS`: the
 from __future__ import annotations
 
 from cotgrpo.models.huggingface.families.dense import DENSE
+from cotgrpo.models.huggingface.families.experts import EXPERTS
 from cotgrpo.models.huggingface.families.gemma import GEMMA
 from cotgrpo.models.huggingface.families.granite import GRANITE
 from cotgrpo.models.huggingface.families.lfm import LFM
@@ -21,7 +22,7 @@ from cotgrpo.models.huggingface.families.qwen import QWEN
 from cotgrpo.models.huggingface.family import Family, Wrapper
 from cotgrpo.models.huggingface.family import ModelError as ModelError
 
-FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO, **LFM}
+FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO, **EXPERTS, **LFM}
 """{`model_type`: its row}. Where several rows can express a decoder, the first one is written."""
 
 WRAPPERS: dict[str, Wrapper] = {
@@ -39,18 +40,25 @@ WRAPPERS: dict[str, Wrapper] = {
         },
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", ("qwen3_vl_text",), {}),
+    "qwen3_5": Wrapper(
+        "Qwen3_5ForConditionalGeneration",
+        ("qwen3_5_text",),
+        {
+            "vocab_size": 248320,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+        },
+    ),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), {"head_dim": 128}),
 }
 
 LACKING = {
-    "qwen3_5": "gated delta-net layers and gated attention",
-    "qwen3_next": "gated delta-net layers, gated attention and experts",
+    "qwen3_next": "gated delta-net layers and gated attention next to experts",
     "gemma4": "per-layer embeddings, shared keys and values, and another head width in global layers",
     "gemma3n": "per-layer embeddings, shared keys and values, and low-rank residuals",
-    "qwen3_moe": "experts",
-    "gpt_oss": "experts, attention sinks and MXFP4 weights",
     "deepseek_v3": "experts and latent attention",
-    "mixtral": "experts",
     "lfm2_moe": "experts in layers with short convolutions",
     "llama4": "experts and chunked attention",
 }
