@@ -1,6 +1,6 @@
 """Quantized checkpoints: each format against what its own library makes of the same bytes, whole and by slices.
 
-quantized/reference.safetensors holds, for each case, the stored tensors and `want`. Their makers: bitsandbytes 0.50,
+reference_quantized.safetensors holds, for each case, the stored tensors and `want`. Their makers: bitsandbytes 0.50,
 AutoGPTQ 0.7, AutoAWQ 0.2, compressed-tensors 0.20, and transformers 5.24 for fp8 in blocks and the experts in MXFP4.
 """
 
@@ -22,7 +22,7 @@ from cotgrpo.models.huggingface.dequantize.original import name_original
 from cotgrpo.models.huggingface.family import ModelError
 from cotgrpo.models.huggingface.safetensors_files import ALL_DTYPES, StoredTensor, list_tensors, open_tensors
 
-REFERENCE = Path(__file__).parent / "quantized" / "reference.safetensors"
+REFERENCE = Path(__file__).parent / "reference_quantized.safetensors"
 
 
 def reference_configs() -> dict[str, dict[str, Any]]:
