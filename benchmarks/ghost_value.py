@@ -10,7 +10,8 @@ does anyway.
 
 `--student` and `--teacher` are run folders. `--rows` need `question`, `rationale` and `answer`. Two ghosts are asked
 about the same replies: the live teacher, and the student itself with the solution in its prompt (`privileged_self`).
-The output has a line for each ghost, with the counts of every question, so that a table can be made again.
+The output has a line for each ghost, with the counts of every question, so that a table can be made again. Parts of the
+questions can be asked one after the other, or by several processes, with `--first`. The table puts them together.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Study:
         batch_size: replies decoded at a time.
         seed: of all draws.
         ghosts: those that are asked.
+        first: number of the first question, in the output.
     """
 
     student: Trained
@@ -81,6 +83,7 @@ class Study:
     batch_size: int = 32
     seed: int = 0
     ghosts: Sequence[str] = GHOSTS
+    first: int = 0
 
     def __post_init__(self) -> None:
         template: Any = self.student.template
@@ -88,7 +91,7 @@ class Study:
         self.prompts = [template.prompt(t.question) for t in self.triples]
         solved = PrivilegedSelf()
         self.solved = [template.prompt(solved.privileged(t.question, t.rationale, t.answer)) for t in self.triples]
-        self.columns, self.solved_columns = max(map(len, self.prompts)), max(map(len, self.solved))
+        self.columns, self.solved_columns = columns_of(self.prompts), columns_of(self.solved)
         settings = SamplingSettings(self.new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
         self.sample = jax.jit(make_sampler(self.student.config, settings, self.student.vocab_size, self.batch_size))
         self.ask = jax.jit(self.tokens_of_ghosts)
@@ -148,8 +151,8 @@ class Study:
         for number, first in enumerate(range(0, len(work), size)):
             part = work[first : first + size]
             key = jax.random.fold_in(jax.random.key(self.seed + 1), number)
-            columns = -(-max(len(prompts[i]) for i in part) // COLUMNS) * COLUMNS
-            padded = self.padded([prompts[i] for i in part], columns, size)
+            chosen = [prompts[i] for i in part]
+            padded = self.padded(chosen, columns_of(chosen), size)
             replies = jax.device_get(self.sample(self.student.params, padded, key))
             for k, i in enumerate(part):
                 row, ids = starts[i]
@@ -188,11 +191,16 @@ class Study:
                 "changed_tokens": float(np.concatenate([r.ghosts[ghost] != r.ids for r in wrong]).mean()),
                 "first_change": float(np.median([len(ways["own"][1]) - 1 for ways in starts[ghost]])),
                 "same_as_likeliest": float(np.mean([ways["ghost"] == ways["likeliest"] for ways in starts[ghost]])),
-                "rows": [ways["own"][0] for ways in starts[ghost]],
+                "rows": [self.first + ways["own"][0] for ways in starts[ghost]],
                 "right": {way: [right[ways[way]] for ways in starts[ghost]] for way in WAYS},
             }
             for ghost in self.ghosts
         ]
+
+
+def columns_of(prompts: Sequence[np.ndarray]) -> int:
+    """Return the columns that prompts are padded to."""
+    return -(-max(map(len, prompts)) // COLUMNS) * COLUMNS
 
 
 def of_questions(found: dict[str, Any], way: str) -> np.ndarray:
@@ -203,30 +211,48 @@ def of_questions(found: dict[str, Any], way: str) -> np.ndarray:
     return np.array([[np.mean(values) for values in shares.values()]])
 
 
+def together(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the lines of one ghost, each of other questions, as one."""
+    counts = [line["wrong_replies"] for line in lines]
+    mean = lambda name, weights: float(np.average([line[name] for line in lines], weights=weights))
+    return lines[0] | {
+        "wrong_replies": sum(counts),
+        "corrected": sum(line["corrected"] for line in lines),
+        "changed_tokens": mean("changed_tokens", counts),
+        "first_change": mean("first_change", [line["corrected"] for line in lines]),
+        "same_as_likeliest": mean("same_as_likeliest", [line["corrected"] for line in lines]),
+        "rows": [row for line in lines for row in line["rows"]],
+        "right": {way: [right for line in lines for right in line["right"][way]] for way in WAYS},
+    }
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return the table: a row for each ghost, with 95 % intervals over questions."""
     text = [
-        "| ghost | wrong replies | changed tokens | first change | right after y, % | after y*, % "
-        "| after the likeliest, % | y* against y | y* against the likeliest |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| ghost | questions | wrong replies | changed tokens | first change | y* is the likeliest | right after y, % "
+        "| after y*, % | after the likeliest, % | y* against y | y* against the likeliest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for found in lines:
-        own, ghost, likeliest = (of_questions(found, way) for way in WAYS)
-        means: list[Interval] = [accuracy(values) for values in (own, ghost, likeliest)]
+    for ghost in dict.fromkeys(line["ghost"] for line in lines):
+        found = together([line for line in lines if line["ghost"] == ghost])
+        own, ours, likeliest = (of_questions(found, way) for way in WAYS)
+        means: list[Interval] = [accuracy(values) for values in (own, ours, likeliest)]
+        corrected = f"{found['corrected']} of {found['wrong_replies']}"
         text.append(
-            f"| {found['ghost']} | {found['corrected']} of {found['wrong_replies']} | {found['changed_tokens']:.0%} "
-            f"| {found['first_change']:g} | {' | '.join(map(str, means))} "
-            f"| {bootstrap(ghost - own).signed()} | {bootstrap(ghost - likeliest).signed()} |"
+            f"| {ghost} | {own.size} | {corrected} | {found['changed_tokens']:.0%} "
+            f"| {found['first_change']:.3g} | {found['same_as_likeliest']:.0%} | {' | '.join(map(str, means))} "
+            f"| {bootstrap(ours - own).signed()} | {bootstrap(ours - likeliest).signed()} |"
         )
     return "\n".join(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, required=True, help="run folder")
+    parser.add_argument("--student", type=Path, help="run folder")
     parser.add_argument("--teacher", type=Path, help="run folder; none: only privileged_self is asked")
-    parser.add_argument("--rows", type=Path, nargs="+", required=True)
-    parser.add_argument("--questions", type=int, default=300, help="how many of the rows, from the first")
+    parser.add_argument("--rows", type=Path, nargs="+")
+    parser.add_argument("--questions", type=int, default=300, help="how many of the rows")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--samples", type=int, default=2, help="replies to each question")
     parser.add_argument("--ghosts", nargs="+", choices=GHOSTS, default=GHOSTS)
     parser.add_argument("--draws", type=int, default=4, help="how often the student goes on from each token")
@@ -234,21 +260,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="output, a line for each ghost")
+    parser.add_argument("--table", action="store_true", help="print the table of the lines that are there, and end")
     options = parser.parse_args(arguments)
+    if not options.table:
+        if not (options.student and options.rows):
+            parser.error("--student and --rows are needed, except for --table")
+        measure(options)
+    print(table([json.loads(line) for line in options.json.read_text(encoding="utf-8").splitlines()]))
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Write the lines of these questions."""
     triples, _ = read_triples(list(options.rows))
     student = Run.open(options.student).model()
     teacher = student if options.teacher is None else Run.open(options.teacher).model()
     ghosts = options.ghosts if options.teacher is not None else ["privileged_self"]
     sizes = {name: getattr(options, name) for name in ("new_tokens", "batch_size", "seed")}
-    study = Study(student, teacher, triples[: options.questions], ghosts=ghosts, **sizes)
+    asked = triples[options.first :][: options.questions]
+    study = Study(student, teacher, asked, ghosts=ghosts, first=options.first, **sizes)
     say = functools.partial(print, flush=True)
     wrong, total = study.wrong_replies(options.samples, say)
-    asked = {"replies": total, "questions": len(study.questions), **sizes}
-    lines = [asked | found for found in study.values(wrong, options.draws, say)]
+    figures = {"replies": total, "questions": len(study.questions), "first": options.first, **sizes}
+    lines = [figures | found for found in study.values(wrong, options.draws, say)]
     with open(options.json, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(found) + "\n" for found in lines)
-    print(table(lines))
-    return 0
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Sizes:
         seq_len: columns of a packed row.
         new_tokens: longest reply.
         votes: drawn replies to each test question.
-        voted: students of an arm, from the first seed, that are asked for votes. They cost more than all else.
+        voted: students of an arm of `VOTED`, from the first seed, that are asked for votes.
         probes: test questions whose drawn replies are looked at token by token.
     """
 
@@ -159,6 +159,8 @@ ARMS = {
     "privileged_wrong": Arm("grpo", "solved_wrong", ghost("nll", "privileged_self")),
 }
 """In the order in which they run: what a reader needs most comes first."""
+VOTED = ("sft", "teacher_text", "on_policy_nll")
+"""Arms that are asked for votes too. To decode several replies to every test question costs as much as an arm."""
 BASE, TEXT = "sft", "teacher_text"
 """What every arm is compared with: SFT continued, and SFT on the teacher's text for the further questions."""
 
@@ -433,7 +435,7 @@ class Study:
         if (folder / arm.stage / "report.json").is_file() and not (folder / arm.stage / "checkpoints").is_dir():
             shutil.rmtree(folder)  # it was measured and removed, and is wanted again
         run = self.run(folder.name, [self.rows.path(arm.rows)], seed=seed)
-        steps = sizes.steps * arm.times
+        steps = self.steps(name)
         settings: dict[str, Any] = {
             "steps": steps,
             "init_from": str(self.work / "start" / "sft"),
@@ -479,7 +481,7 @@ class Study:
         """Train an arm at each rate with the first seed. Return the rate with the most right choice questions."""
         found = {}
         for rate in rates:
-            key = {"arm": name, "rate": rate, "seed": 0, "steps": self.rows.sizes.steps, "chosen_on": "choice"}
+            key = {"arm": name, "rate": rate, "seed": 0, "steps": self.steps(name), "chosen_on": "choice"}
             found[rate] = self.add(key, functools.partial(self.chosen, name, rate))["choice"]
         best = max(found, key=lambda rate: found[rate])
         for rate in rates:
@@ -496,14 +498,19 @@ class Study:
         """Train and measure an arm at its best rate with every seed."""
         rate = self.choose(name, rates) if len(rates) > 1 else rates[0]
         for seed in range(seeds):
-            key = {"arm": name, "rate": rate, "seed": seed, "steps": self.rows.sizes.steps, "chosen_on": ""}
+            key = {"arm": name, "rate": rate, "seed": seed, "steps": self.steps(name), "chosen_on": ""}
             self.add(key, functools.partial(self.measured, name, rate, seed))
             self.remove(name, rate, seed)
 
     def measured(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         folder = self.train(name, rate, seed)
         work = work_of(read_metrics(folder / ARMS[name].stage), ARMS[name], self.start.config, self.rows.sizes.seq_len)
-        return work | self.figures(folder, ARMS[name].stage, votes=seed < self.rows.sizes.voted)
+        votes = name in VOTED and seed < self.rows.sizes.voted
+        return work | self.figures(folder, ARMS[name].stage, votes=votes)
+
+    def steps(self, name: str) -> int:
+        """Return the updates of an arm."""
+        return self.rows.sizes.steps * ARMS[name].times
 
     def remove(self, name: str, rate: float, seed: int) -> None:
         """Remove the student of a run, and keep its logs."""

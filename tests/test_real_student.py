@@ -140,7 +140,7 @@ def test_ways_that_begin_alike_share_their_draws(ghost_value: Any) -> None:
         ghost_value.Wrong(2, ids, ghosts([5, 6, 7], [1, 6, 7])),
     ]
     study = object.__new__(ghost_value.Study)
-    study.ghosts = ["teacher"]
+    study.ghosts, study.first = ["teacher"], 40
     asked = []
 
     def go_on(starts: Any, draws: int, say: Any) -> list[int]:
@@ -150,7 +150,7 @@ def test_ways_that_begin_alike_share_their_draws(ghost_value: Any) -> None:
     study.go_on = go_on
     (found,) = study.values(wrong, 4, print)
     assert asked == [(0, (5, 6)), (0, (5, 9)), (1, (5,)), (1, (8,)), (1, (3,))]
-    assert found["right"] == {"own": [0, 2], "ghost": [1, 3], "likeliest": [1, 4]} and found["rows"] == [0, 1]
+    assert found["right"] == {"own": [0, 2], "ghost": [1, 3], "likeliest": [1, 4]} and found["rows"] == [40, 41]
     assert (found["wrong_replies"], found["corrected"], found["first_change"]) == (3, 2, 0.5)
     assert found["same_as_likeliest"] == 0.5 and found["changed_tokens"] == pytest.approx(2 / 9)
 
@@ -159,6 +159,15 @@ def test_the_value_of_a_question_is_the_mean_of_its_replies(ghost_value: Any) ->
     line = {"rows": [3, 3, 7], "draws": 4, "right": {"own": [4, 0, 1], "ghost": [4, 4, 2], "likeliest": [4, 4, 1]}}
     np.testing.assert_allclose(ghost_value.of_questions(line, "own"), [[0.5, 0.25]])
     line |= {"ghost": "teacher", "wrong_replies": 5, "corrected": 3, "changed_tokens": 0.1, "first_change": 2.0}
-    cells = ghost_value.table([line]).splitlines()[-1].split(" | ")
-    assert cells[:4] == ["| teacher", "3 of 5", "10%", "2"] and cells[4].startswith("37.5 (")
-    assert cells[7].startswith("+37.5 (") and cells[8].startswith("+12.5 (")
+    line |= {"same_as_likeliest": 0.5}
+    other = line | {"rows": [9, 9, 9], "wrong_replies": 15, "changed_tokens": 0.3, "first_change": 4.0}
+    alone, both = (ghost_value.table(lines).splitlines()[-1].split(" | ") for lines in ([line], [line, other]))
+    assert alone[:6] == ["| teacher", "2", "3 of 5", "10%", "2", "50%"] and alone[6].startswith("37.5 (")
+    assert alone[9].startswith("+37.5 (") and alone[10].startswith("+12.5 (")
+    assert both[:6] == ["| teacher", "3", "6 of 20", "25%", "3", "50%"] and both[6].startswith("38.9 (")
+
+
+def test_a_table_needs_no_student(ghost_value: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ghost_value.main(["--json", str(tmp_path / "lines.jsonl")])
+    assert "--student and --rows are needed" in capsys.readouterr().err
