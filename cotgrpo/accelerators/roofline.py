@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 
@@ -58,6 +59,16 @@ class Work:
     def layer_weights(self) -> int:
         """Number of weights in the layers' matrix products."""
         return sum(n * weights_of(kind) for kind, n in self.kinds)
+
+    @property
+    def expert_weights(self) -> int:
+        """Number of weights of all experts of all layers, of which a token uses some."""
+        return sum(n * all_experts(kind) for kind, n in self.kinds)
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights in the layers' matrix products that every token uses."""
+        return sum(n * weights_of(kind, kind.projections, experts=False) for kind, n in self.kinds)
 
     @property
     def recomputed_weights(self) -> int:
@@ -135,16 +146,17 @@ class Work:
         """
         c = self.decoder
         tensor = mesh.get("tensor", 1)
-        shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
+        shards, expert = shards_of(mesh), mesh.get("expert", 1)
         number = DTYPE_BYTES[c.dtype]
         passes = 2 + self.recomputed_weights / self.layer_weights + self.reference
         # A dequantized kernel is written before it is read.
-        of_layers = (1 + self.dequantized) * passes * self.layer_weights
+        of_layers = passes * ((1 + self.dequantized) * self.dense_weights + self.expert_weights / expert)
         weights = number * (of_layers + 2 * self.head_weights) * self.micro_batches / tensor
-        read_and_written = sum(n * sum(map(sum, kind.projections.values())) for kind, n in self.kinds)
+        read_and_written = sum(n * numbers_of(kind) for kind, n in self.kinds)
         activations = number * (passes + 1) * read_and_written / tensor
         logits = (3 * 4 + 3 * number) * self.supervised * c.vocab_size / tensor
-        gradients = 0 if self.frozen else 2 * 4 * c.num_params() / (tensor * mesh.get("fsdp", 1))
+        own = c.num_params() - self.expert_weights * (1 - 1 / expert)
+        gradients = 0 if self.frozen else 2 * 4 * own / (tensor * mesh.get("fsdp", 1))
         return (
             weights + (activations + logits) * self.tokens / shards + gradients * self.micro_batches + 2 * state_bytes
         )
@@ -159,24 +171,33 @@ class Work:
         fsdp and data: weights are gathered in each pass, and gradients summed.
         tensor: activations are summed twice per layer and pass.
         context: keys and values are gathered.
+        expert: the tokens are gathered before the experts, and the sums go back; other gradients are summed.
         """
         c = self.decoder
         data, fsdp, tensor, context = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context"))
+        expert = mesh.get("expert", 1)
         number, share = DTYPE_BYTES[c.dtype], lambda n: (n - 1) / n
         passes = 2 + self.recomputed_weights / self.layer_weights + self.reference
-        weights = (self.layer_weights + self.head_weights) / tensor
+        shared = (self.dense_weights + self.head_weights) / tensor
+        weights = shared + self.expert_weights / expert / tensor
         gathered = passes * number * weights * share(fsdp)
         gradients = 0 if self.frozen else 4 * weights
-        tokens = self.tokens / (data * fsdp * context)
+        tokens = self.tokens / shards_of(mesh)
         stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
         read = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.mixer == "attention")
         keys = (passes + 1) * 2 * number * read * tokens * (context - 1) / tensor
-        return {
+        sent = {
             "data": self.micro_batches * gradients * 2 * share(data) / fsdp,
             "fsdp": self.micro_batches * (gathered + gradients * share(fsdp)),
             "tensor": stream,
             "context": keys,
         }
+        if expert == 1:
+            return sent
+        sparse = sum(n for kind, n in self.kinds if kind.mlp == "experts")
+        exchanged = passes * 2 * (expert - 1) * number * c.width * sparse * tokens
+        summed = 0 if self.frozen else 4 * shared * 2 * share(expert) / fsdp
+        return sent | {"expert": exchanged + self.micro_batches * summed}
 
     def activation_bytes(self, mesh: Mapping[str, int]) -> float:
         """Estimate the peak of one device's activations in a micro-batch.
@@ -185,33 +206,81 @@ class Work:
         """
         c = self.decoder
         tensor = mesh.get("tensor", 1)
-        shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("context", 1)
-        tokens = self.tokens / self.micro_batches / shards
+        tokens, expert = self.tokens / self.micro_batches / shards_of(mesh), mesh.get("expert", 1)
         number = DTYPE_BYTES[c.dtype]
-        whole = {kind: self.whole_layer(kind, number, tensor) for kind, _ in self.kinds}
+        whole = {kind: self.whole_layer(kind, number, tensor, expert) for kind, _ in self.kinds}
         remat = parse_remat(c.remat)
         of_stream = (LAYER_INPUT, "out_proj", "down_proj")  # not split over tensor
-        part = lambda kind, name: number * kind.kept_sizes[name] / (1 if name in of_stream else tensor)
+        part = lambda kind, name: number * kept_of(kind, name, expert) / (1 if name in of_stream else tensor)
         kept = sum(
             n * (whole[kind] if remat is None else sum(part(kind, name) for name in remat.on_device))
             for kind, n in self.kinds
         )
-        layer = number * max(weights_of(kind) for kind, _ in self.kinds) / tensor
+        dense = lambda kind: weights_of(kind, kind.projections, experts=False)
+        layer = number * max(dense(kind) + all_experts(kind) / expert for kind, _ in self.kinds) / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor
         return tokens * (kept + 2 * max(whole.values())) + 2 * layer + head + tile
 
-    def whole_layer(self, kind: DecoderConfig, number: int, tensor: int) -> float:
+    def whole_layer(self, kind: DecoderConfig, number: int, tensor: int, expert: int = 1) -> float:
         """Return the bytes of a token that a layer has on one device while it is computed."""
         outputs = number * sum(outputs for _, outputs in kind.projections.values()) / tensor
         plain = kind.attention == "xla" and kind.mixer == "attention"
         scores = (4 + number) * kind.num_heads * self.seq_len / tensor if plain else 0
-        return 4 * number * kind.width + outputs + number * kind.mlp_width / tensor + scores
+        middle = number * (kind.mlp_width if kind.dense_mlp else 0) / tensor
+        if kind.mlp == "experts" and kind.experts is not None:
+            rows = rows_of_a_token(kind, expert)
+            middle += number * rows * (3 * kind.experts.width / tensor + 2 * kind.width)
+        return 4 * number * kind.width + outputs + middle + scores
 
 
-def weights_of(layer: DecoderConfig, names: Collection[str] | None = None) -> int:
-    """Return the number of weights in these matrix products of a layer. None: in all."""
-    return sum(i * o for name, (i, o) in layer.projections.items() if names is None or name in names)
+def shards_of(mesh: Mapping[str, int]) -> int:
+    """Return over how many devices the tokens are spread."""
+    return math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "context", "expert"))
+
+
+def weights_of(layer: DecoderConfig, names: Collection[str] | None = None, *, experts: bool = True) -> int:
+    """Return the number of weights in these matrix products of a layer that a token uses. None: in all."""
+    dense = sum(i * o for name, (i, o) in layer.projections.items() if names is None or name in names)
+    if not experts or layer.mlp != "experts" or layer.experts is None:
+        return dense
+    own = layer.experts
+    if names is None:
+        return dense + own.active_weights(layer.width)
+    return dense + own.chosen * layer.width * own.width * sum(name in names for name in ("gate", "up", "down"))
+
+
+def all_experts(layer: DecoderConfig) -> int:
+    """Return the number of weights in the matrix products of all experts of a layer."""
+    if layer.mlp != "experts" or layer.experts is None:
+        return 0
+    return 3 * layer.experts.number * layer.width * layer.experts.width
+
+
+def numbers_of(layer: DecoderConfig) -> int:
+    """Return how many numbers of a token the matrix products of a layer read and write."""
+    dense = sum(map(sum, layer.projections.values()))
+    if layer.mlp != "experts" or layer.experts is None:
+        return dense
+    return dense + layer.experts.chosen * 3 * (layer.width + layer.experts.width)
+
+
+def rows_of_a_token(layer: DecoderConfig, expert: int) -> int:
+    """Return the rows of experts per token of one device, in the worst case, which memory is for.
+
+    If the experts are split over `expert` devices, all tokens of these may choose the experts of one.
+    """
+    assert layer.experts is not None
+    own = layer.experts
+    return expert * min(own.chosen, -(-own.number // expert))
+
+
+def kept_of(layer: DecoderConfig, name: str, expert: int) -> float:
+    """Return how many numbers per token a layer keeps under a name, as `rows_of_a_token` counts them."""
+    size = layer.kept_sizes[name]
+    if layer.mlp != "experts" or layer.experts is None or name not in ("gate_proj", "up_proj"):
+        return size
+    return size + (rows_of_a_token(layer, expert) - layer.experts.chosen) * layer.experts.width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Literal
 
@@ -13,6 +14,7 @@ from cotgrpo.config.own_code import OwnObjective, OwnVerifier, ProfileConfig, Tr
 from cotgrpo.config.sections import ConfigError, NotApplicable, at_least, choice, expect, optional
 from cotgrpo.data.layouts.own import columns_problem, row_function_problem
 from cotgrpo.models.config import DecoderConfig, DecoderPrecision, DecoderShape, check_remat
+from cotgrpo.models.layers.experts import Products
 from cotgrpo.models.lora import LoraConfig
 from cotgrpo.objectives import (
     Divergence,
@@ -64,14 +66,18 @@ class StudentConfig(DecoderPrecision, DecoderShape):
             A branch, tag or commit may follow a hub id, as owner/name@v1. A run keeps to the commit that it began with.
         attention: attention implementation for training: `blocks` (blockwise, any device), `xla` (materializes all
             scores), `splash` (TPU kernel) or `auto`. `auto` is `splash` on a TPU and `blocks` elsewhere.
+        balance_weight: factor of the load-balancing loss of a student with experts, which is added to the loss
+            (`router_aux_loss_coef`). 0: it is measured and not added.
     """
 
     path: str | None = None
     attention: Literal["auto", "blocks", "xla", "splash"] = "auto"
+    balance_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_remat(self.remat, self.attention)
+        expect(0 <= self.balance_weight < math.inf, self, "balance_weight", "at least 0")
 
     def not_applicable(self) -> NotApplicable:
         """Return the shape, if the student is pretrained."""
@@ -88,7 +94,7 @@ class StudentConfig(DecoderPrecision, DecoderShape):
         """Return a decoder of another shape with this precision, on JAX's platform "tpu", "gpu" or "cpu".
 
         Raises:
-            ConfigError: the platform does not have this attention.
+            ConfigError: the platform does not have this attention, or a load-balancing loss has no experts.
         """
         if self.attention == "splash" and platform != "tpu":
             raise ConfigError(
@@ -96,7 +102,15 @@ class StudentConfig(DecoderPrecision, DecoderShape):
             )
         attention = self.attention if self.attention != "auto" else "splash" if platform == "tpu" else "blocks"
         precision = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderPrecision)}
-        return dataclasses.replace(shape, **precision, attention=attention)
+        experts = shape.experts
+        if experts is not None:
+            products: Products = "ragged" if platform == "tpu" else "blocks"
+            experts = dataclasses.replace(experts, balance_weight=self.balance_weight, products=products)
+        elif self.balance_weight:
+            raise ConfigError(
+                f"student.balance_weight is {self.balance_weight}, but the student has no experts: remove it."
+            )
+        return dataclasses.replace(shape, **precision, attention=attention, experts=experts)
 
 
 @dataclasses.dataclass(frozen=True)

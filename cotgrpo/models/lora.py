@@ -68,7 +68,7 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 DEFAULT_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-"""All projections. A model whose MLP has no gate has no "gate"."""
+"""All projections. A model whose MLP has no gate has no "gate", and one with experts only has no MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +189,13 @@ def target_kernels(params: Params, lora: LoraConfig) -> dict[Path, Any]:
     matched: set[Path] = set()
     for pattern in lora.targets:
         own = {path for path in found if re.search(pattern, "/".join(path))}
-        if not own and not (pattern == "gate" and lora.targets == DEFAULT_TARGETS):
+        if not own and not (pattern in ("gate", "up", "down") and lora.targets == DEFAULT_TARGETS):
             names = ", ".join("/".join(path) for path in found) or "none"
-            raise ValueError(f"The LoRA target {pattern!r} matches no projection of the model. There are: {names}.")
+            paths = (key for path, _ in jax.tree_util.tree_leaves_with_path(params) for key in path)
+            experts = " Experts have no adapters." * any(getattr(key, "key", key) == "experts" for key in paths)
+            raise ValueError(
+                f"The LoRA target {pattern!r} matches no projection of the model. There are: {names}.{experts}"
+            )
         matched |= own
     return {path: kernel for path, kernel in found.items() if path in matched}
 

@@ -10,13 +10,15 @@ import jax
 if TYPE_CHECKING:
     from cotgrpo.types import Params, PyTree
 
-Label = Literal["matrix", "embedding", "norm", "bias", "adapter"]
+Label = Literal["matrix", "embedding", "norm", "bias", "adapter", "filter"]
 
 ADAPTER = re.compile(r"lora|adapter")
-BIAS = re.compile(r"bias$|^(b|beta|offset|alpha_[pn])$")
+BIAS = re.compile(r"bias$|^(b|beta|offset|alpha_[pn]|decay_log|sinks|shared_gate)$")
 NORM_LEAF = re.compile(r"(^|_)(scale|gamma)$|norm")
 NORM_MODULE = re.compile(r"norm|^ln(_|\d|$)|_ln\d*$")
 EMBEDDING = re.compile(r"embed|^(wte|wpe|shared)$|^(lm_?)?head$|^output_layer$")
+EXPERTS = ("gate", "up", "down")
+"""Leaves of a module `experts` that have one more axis, a matrix for each expert."""
 WRAPPERS = ("value", "raw_value", "")
 """Names that a framework adds below the name of a parameter, such as `.value` of an NNX variable."""
 
@@ -32,6 +34,7 @@ def param_labels(params: Params) -> PyTree:
         norm        the scale of a norm
         bias        a bias, and any vector or scalar without a known name
         adapter     LoRA's A and B
+        filter      a depthwise convolution, one filter for each channel
 
     Use it for masks, as `optax.masked(tx, lambda p: jax.tree.map(lambda label: label == "matrix", param_labels(p)))`.
     """
@@ -54,6 +57,8 @@ def label_of(names: tuple[str, ...], ndim: int) -> Label:
         return "norm"
     if ndim < 2:
         return "bias"
+    if leaf == "filters":
+        return "filter"
     return "embedding" if EMBEDDING.search(leaf) or EMBEDDING.search(module) else "matrix"
 
 
@@ -70,8 +75,8 @@ def stacked_matrices(params: Params) -> PyTree:
     """Return True for the leaves that hold matrices in their last two axes: the labels `matrix` and `adapter`.
 
     Raises:
-        ValueError: a leaf whose axes before the last two are not those of a layer stack, such as an attention kernel
-            `[D, heads, H]`. The norms next to it tell: a stack gives them the same axes.
+        ValueError: a leaf whose axes before the last two are not those of a layer stack or its experts, such as an
+            attention kernel `[D, heads, H]`. The norms next to it tell: a stack gives them the same axes.
     """
     norms = [
         (names_of(path), leaf.ndim)
@@ -85,7 +90,7 @@ def stacked_matrices(params: Params) -> PyTree:
             return False
         for depth in range(len(names) - 1, -1, -1) if leaf.ndim > 2 else ():
             if near := {ndim for other, ndim in norms if other[:depth] == names[:depth]}:
-                if leaf.ndim - 1 not in near:
+                if leaf.ndim - 1 - (names[-2:-1] == ("experts",) and names[-1] in EXPERTS) not in near:
                     raise ValueError(
                         f"muon needs matrices: expected [in, out], or [layers, in, out] for a layer stack, got "
                         f"{'/'.join(names)} with the shape {leaf.shape}. Give optax.contrib.muon its "

@@ -45,7 +45,6 @@ from cotgrpo.planning.slice_transfers import slice_transfers
 from cotgrpo.planning.step_arguments import StepArguments, abstract_batch
 from cotgrpo.planning.tpu_compile import compile_step, needed_bytes, tpu_devices
 from cotgrpo.sharding import (
-    AXES,
     check_batch,
     check_mesh,
     make_mesh,
@@ -131,7 +130,7 @@ class StagePlan:
     @property
     def shard_tokens(self) -> int:
         """Tokens of a micro-batch on one device."""
-        shards = math.prod(self.mesh_sizes[axis] for axis in AXES if axis != "tensor")
+        shards = math.prod(size for axis, size in self.mesh_sizes.items() if axis != "tensor")
         return max(self.work.tokens // self.settings.micro_batches // shards, 1)
 
     @property

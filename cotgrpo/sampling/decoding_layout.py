@@ -27,9 +27,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from cotgrpo.models.decoder import DecoderConfig, init_layer_cache, init_params, unstack_layers
+from cotgrpo.models.layers.experts import IN_FLOAT32, LETTERS
 from cotgrpo.models.lora import AdaptedParams, apply_adapters
 from cotgrpo.models.quantized.kernel import QUANTIZED_PARTS
 from cotgrpo.sharding import (
+    EXPERT,
     FOUND_LAYOUT,
     AxisLayout,
     apply_constraint,
@@ -120,7 +122,8 @@ class DecodingLayout:
     @property
     def dimensions(self) -> dict[str, tuple[str, ...]]:
         """Axes by the letter of a dimension, as `cotgrpo.sharding.DIMENSIONS`."""
-        return {"B": self.rows, "Q": self.heads, "K": self.heads, "F": self.tensor, "V": self.tensor}
+        expert = tuple(axis for axis in self.sizes if axis.startswith(EXPERT) and self.sizes[axis] > 1)
+        return {"B": self.rows, "Q": self.heads, "K": self.heads, "F": self.tensor, "V": self.tensor, "E": expert}
 
     def parts(self, letter: str, size: int) -> int:
         """Return into how many parts a dimension is split: 1 if its axes do not divide it."""
@@ -270,6 +273,8 @@ def letters_of(name: str, ndim: int) -> str:
     *_, module, leaf = ("", *name.split("/"))
     if leaf in ("embedding", "head"):
         return "VD" if leaf == "embedding" else "DV"
+    if module == "experts":
+        return LETTERS[leaf] if leaf in LETTERS and leaf not in IN_FLOAT32 else "N" * ndim
     if module not in WIDE:
         return "N" * ndim
     inputs, outputs = (WIDE[module], "D") if module in TO_RESIDUAL else ("D", WIDE[module])
@@ -376,6 +381,7 @@ def gathered_once(layout: DecodingLayout, x: Shaped[Array, "..."], letters: str)
     """Lay out a parameter by its letters, from the layout that it is trained in."""
     if layout.name == "tensor":
         own = dict.fromkeys("QKFV", tuple(axis for axis in layout.tensor if axis == "tensor"))
+        own["E"] = layout.dimensions["E"]
         shards = tuple(axis for axis in layout.sizes if axis.startswith("fsdp"))
         wide = next((layout.dimensions[letter] for letter in letters if letter in "QKFV"), ())
         # Axes move from one dimension to the other first, and the rest is gathered then. In one go XLA gathers all.

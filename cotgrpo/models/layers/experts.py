@@ -29,7 +29,7 @@ from cotgrpo.sharding import ambient_param_spec, dimension_axes, open_axes, part
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cotgrpo.models.config import DecoderConfig
+    import cotgrpo.models.config as model_config  # which imports this file
     from cotgrpo.types import Array, Bool, Float, Int, PyTree
 
 Products = Literal["auto", "ragged", "blocks"]
@@ -63,8 +63,8 @@ class Experts:
         gate_slope: as above (`swiglu_alpha`).
         balance_weight: factor of the load-balancing loss in the loss of a train step. 0: it is not added.
         products: how grouped products are computed: "ragged" (`jax.lax.ragged_dot`), "blocks" (a loop over blocks of
-            rows of one expert) or "auto": "blocks" on a CPU, where XLA multiplies every row with every expert in
-            `ragged_dot`, and "ragged" elsewhere.
+            rows of one expert) or "auto": "ragged" on a TPU, whose compiler has a kernel for it, and "blocks"
+            elsewhere, where XLA may multiply every row with every expert.
 
     Raises:
         ValueError: a number is out of range.
@@ -225,46 +225,57 @@ def grouped_product(
     """
     if block is None:
         return jax.lax.ragged_dot(x, kernel, plan.sizes, preferred_element_type=x.dtype)
-    return block_product(block, *vary_alike(x, kernel, plan.expert_of_row[::block]))
+    return block_product(block, *vary_alike(x, kernel, plan.expert_of_row[::block], jnp.sum(plan.sizes) // block))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block_product(
-    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "N"]
+    block: int,
+    x: Float[Array, "M D"],
+    kernel: Float[Array, "E D F"],
+    expert_of_block: Int[Array, "N"],
+    used: Int[Array, ""],
 ) -> Float[Array, "M F"]:
-    """Return the product of each block of rows with its expert's matrix."""
+    """Return the product of each of the first `used` blocks of rows with its expert's matrix. The others are zeros."""
 
-    def one(carry: tuple[()], own: tuple[Array, Array]) -> tuple[tuple[()], Array]:
-        rows, expert = own
-        return carry, jnp.matmul(rows, kernel[expert], preferred_element_type=jnp.float32).astype(x.dtype)
+    def one(index: Array, y: Array) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(x, index * block, block)
+        own = jnp.matmul(own, kernel[expert_of_block[index]], preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(y, own.astype(y.dtype), index * block, axis=0)
 
-    blocks = x.reshape(-1, block, x.shape[1])
-    return jax.lax.scan(one, (), (blocks, expert_of_block))[1].reshape(len(x), -1)
+    y, _ = vary_alike(jnp.zeros((len(x), kernel.shape[2]), x.dtype), x)
+    # A device that has some of the experts reads no more blocks than its own need.
+    return jax.lax.fori_loop(0, used, one, y)
 
 
 def block_product_forward(
-    block: int, x: Float[Array, "M D"], kernel: Float[Array, "E D F"], expert_of_block: Int[Array, "N"]
-) -> tuple[Float[Array, "M F"], tuple[Array, Array, Array]]:
+    block: int,
+    x: Float[Array, "M D"],
+    kernel: Float[Array, "E D F"],
+    expert_of_block: Int[Array, "N"],
+    used: Int[Array, ""],
+) -> tuple[Float[Array, "M F"], tuple[Array, ...]]:
     """Return the product and what its gradient needs."""
-    return block_product(block, x, kernel, expert_of_block), (x, kernel, expert_of_block)
+    return block_product(block, x, kernel, expert_of_block, used), (x, kernel, expert_of_block, used)
 
 
 def block_product_backward(
-    block: int, kept: tuple[Array, Array, Array], dy: Float[Array, "M F"]
-) -> tuple[Float[Array, "M D"], Float[Array, "E D F"], None]:
+    block: int, kept: tuple[Array, ...], dy: Float[Array, "M F"]
+) -> tuple[Float[Array, "M D"], Float[Array, "E D F"], None, None]:
     """Return `dx = dy W_e^T`, and `dW_e = sum x^T dy` over the expert's rows in float32."""
-    x, kernel, expert_of_block = kept
+    x, kernel, expert_of_block, used = kept
 
-    def one(sums: Array, own: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        rows, slopes, expert = own
-        dx = jnp.matmul(slopes, kernel[expert].T, preferred_element_type=jnp.float32).astype(rows.dtype)
-        dkernel = jnp.matmul(rows.T, slopes, preferred_element_type=jnp.float32)
-        return sums.at[expert].add(dkernel), dx
+    def one(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        dx, dkernel = sums
+        rows, slopes = (jax.lax.dynamic_slice_in_dim(whole, index * block, block) for whole in (x, dy))
+        expert = expert_of_block[index]
+        own = jnp.matmul(slopes, kernel[expert].T, preferred_element_type=jnp.float32).astype(dx.dtype)
+        dkernel = dkernel.at[expert].add(jnp.matmul(rows.T, slopes, preferred_element_type=jnp.float32))
+        return jax.lax.dynamic_update_slice_in_dim(dx, own, index * block, axis=0), dkernel
 
-    parts = (x.reshape(-1, block, x.shape[1]), dy.reshape(-1, block, dy.shape[1]), expert_of_block)
-    start, _ = vary_alike(jnp.zeros(kernel.shape, jnp.float32), dy)
-    dkernel, dx = jax.lax.scan(one, start, parts)
-    return dx.reshape(x.shape), dkernel.astype(kernel.dtype), None
+    dx, dkernel, _ = vary_alike(jnp.zeros_like(x), jnp.zeros(kernel.shape, jnp.float32), dy)
+    dx, dkernel = jax.lax.fori_loop(0, used, one, (dx, dkernel))
+    return dx, dkernel.astype(kernel.dtype), None, None
 
 
 block_product.defvjp(block_product_forward, block_product_backward)
@@ -349,7 +360,7 @@ def through_experts(
 
 def auto_products() -> str:
     """Return how this platform computes grouped products."""
-    return "blocks" if jax.default_backend() == "cpu" else "ragged"
+    return "ragged" if jax.default_backend() == "tpu" else "blocks"
 
 
 def block_rows(pairs: int, number: int) -> int:
@@ -511,7 +522,7 @@ def load_metrics(tokens_LE: Float[Array, "L E"]) -> dict[str, Float[Array, ""]]:
 class ExpertMlp(nn.Module):
     """`mixture_of_experts` with its parameters. It sows the load as `tokens` and `probabilities` of `LOAD`."""
 
-    config: DecoderConfig
+    config: model_config.DecoderConfig
 
     @nn.compact
     def __call__(
