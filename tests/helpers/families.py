@@ -358,7 +358,6 @@ CASES |= {
         "num_hidden_layers": 8,
         "layer_types": ["full_attention" if kind == "A" else "conv" for kind in "ccAccAcA"],
         "conv_L_cache": 4,
-        "conv_bias": True,
         "intermediate_size": 100,
         "block_multiple_of": 24,
         "block_ffn_dim_multiplier": 1.3,
@@ -402,8 +401,10 @@ def make_torch(case: str) -> Any:
         transformers.AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
-        for p in made.parameters():
+        for name, p in made.named_parameters():
             noise = torch.randn_like(p)
+            if name.endswith("A_log"):
+                p.fill_(-2.0)  # by default most states are forgotten at once
             # Weights may be empty memory in a class that is made from a config.
             p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim >= 2 else (p + 0.3 * noise if p.isfinite().all() else noise))
     return made.eval()
