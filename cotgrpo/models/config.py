@@ -199,6 +199,10 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         qk_norm_over: what that norm is over: "head", the H values of each head, or "width", all heads together.
         qk_norm_rotated: the norm of the queries and keys comes after the rotation.
         value_norm: RMSNorm of the values of each head, without a scale.
+        key_is_value: the product of the keys, before their norm and rotation, is that of the values too
+            (`attention_k_eq_v`).
+        shared_keys: the layer has no keys and values of its own. It reads those of the last earlier layer that has some
+            and that is local or global as it is (`num_kv_shared_layers`).
         pre_norms: RMSNorm before attention and before the MLP.
         post_norms: RMSNorm after attention and after the MLP, before each is added to the residual stream.
         norm_plus_one: RMSNorm multiplies by `1 + scale`, and `scale` starts at 0.
@@ -243,6 +247,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     qk_norm_over: str = "head"
     qk_norm_rotated: bool = False
     value_norm: bool = False
+    key_is_value: bool = False
+    shared_keys: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     norm_plus_one: bool = False
@@ -313,6 +319,14 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             raise ValueError("DecoderConfig.mlp 'experts' needs experts, but it is None.")
         if "experts" in mlps and not self.gated_mlp:
             raise ValueError(f"DecoderConfig.experts have a gate, which the activation {self.activation!r} lacks.")
+        for index, layer in enumerate(self.layers if kinds is not None else ()):
+            source = self.key_sources[index]
+            if layer.shared_keys and (source is None or self.layers[source].kv_shape != layer.kv_shape):
+                raise ValueError(
+                    f"DecoderConfig.layer_kinds: layer {index} has shared_keys, but no "
+                    f"{'local' if self.is_local(index) else 'global'} layer before it has keys of its own with "
+                    f"{layer.kv_shape[0]} heads of {layer.kv_shape[1]}."
+                )
         mixers = {self.mixer} if kinds is None else {self.of_kind(kind).mixer for kind in kinds}
         if "conv" in mixers and self.short_conv is None:
             raise ValueError("DecoderConfig.mixer 'conv' needs short_conv, but it is None.")
@@ -352,7 +366,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
     def of_kind(self, kind: LayerKind) -> DecoderConfig:
         """Return the config of the layers of a kind."""
         own = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
-        given = {name: value for name, value in own.items() if value is not None}
+        given = {name: value for name, value in own.items() if value is not None and name != "is_local"}
         alone = dataclasses.replace(self, layer_kinds=None, biases=(), **given)
         return dataclasses.replace(alone, biases=tuple(name for name in self.biases if name in alone.projections))
 
@@ -364,17 +378,51 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         return tuple(self.of_kind(kind) for kind in self.layer_kinds)
 
     @functools.cached_property
+    def stacked_kinds(self) -> tuple[LayerKind, ...]:
+        """Return what sets the layers apart in a stack. Those that share keys and values are local or global."""
+        kinds = self.layer_kinds or ()
+        if not any(kind.shared_keys for kind in kinds):
+            return kinds
+        return tuple(dataclasses.replace(kind, is_local=self.is_local(i)) for i, kind in enumerate(kinds))
+
+    def is_local(self, index: int) -> bool:
+        """Return whether a layer has the window."""
+        return self.window is not None and (self.local_layers is None or index in self.local_layers)
+
+    @functools.cached_property
+    def key_sources(self) -> tuple[int | None, ...]:
+        """Return for each layer with shared keys the layer that they are of, and None for the others."""
+        last: dict[bool, int] = {}
+        sources: list[int | None] = []
+        for index, layer in enumerate(self.layers):
+            sources.append(last.get(self.is_local(index)) if layer.shared_keys else None)
+            if layer.mixer == "attention" and not layer.shared_keys:
+                last[self.is_local(index)] = index
+        return tuple(sources)
+
+    def rotated_dim(self, local: bool) -> int:
+        """Return how many values of each head are rotated in local layers, or in global ones."""
+        of_kind = [layer for i, layer in enumerate(self.layers) if self.is_local(i) == local]
+        found = {layer.head_dim for layer in of_kind if layer.mixer == "attention"}
+        return self.rotary_dim or (found.pop() if len(found) == 1 else self.head_dim)
+
+    @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
         """Return the loops over unlike layers; none if all layers are alike."""
-        return () if self.layer_kinds is None or len(set(self.layer_kinds)) == 1 else runs_of(self.layer_kinds)
+        kinds = self.stacked_kinds
+        return () if len(set(kinds)) <= 1 else runs_of(kinds)
 
     @functools.cached_property
     def layer_places(self) -> tuple[LayerPlace, ...]:
         """Return where the parameters of each layer are."""
         if self.runs:
-            assert self.layer_kinds is not None
-            return places_of(self.layer_kinds)
+            return places_of(self.stacked_kinds)
         return tuple(LayerPlace(("layers",), index) for index in range(self.num_layers))
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Return the number of key/value heads, and their size."""
+        return self.num_kv_heads, self.head_dim
 
     @property
     def gated_mlp(self) -> bool:
@@ -419,6 +467,10 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             "conv": {"conv_in": (self.width, 3 * self.width), "conv_out": (self.width, self.width)},
             "delta": {} if self.delta_net is None else self.delta_net.projections(self.width),
         }
+        if self.shared_keys or self.key_is_value:
+            mixers["attention"].pop("value")
+        if self.shared_keys:
+            mixers["attention"].pop("key")
         projections = mixers[self.mixer]
         if self.dense_mlp:
             projections |= {
@@ -439,12 +491,10 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         of down.
         """
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        pairs = 0 if self.shared_keys else 2 + max(self.qk_norm + self.value_norm - self.key_is_value, 0)
         softmax = self.num_heads * (1 if self.dtype == "float32" else 2)  # a float32 of each head
         of_mixer = {
-            "attention": (
-                heads * (1 + self.attention_gate) + (2 + self.qk_norm + self.value_norm) * kv_heads,
-                heads + softmax,
-            ),
+            "attention": (heads * (1 + self.attention_gate) + pairs * kv_heads, heads + softmax),
             "conv": (3 * self.width, 0),
             "delta": (0, 0) if self.delta_net is None else self.delta_net.kept_sizes,
         }
@@ -468,10 +518,12 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         remat = parse_remat(self.remat)
         if remat is None:
             return ()
+        of_experts = ("gate", "up", "down") if self.mlp == "experts" else ()
+        products = tuple(dict.fromkeys((*self.projections, *of_experts)))
         if remat.kept == (LAYER_INPUT,):
-            return tuple(self.projections)
+            return products
         unread = () if self.post_norms else ("down",)
-        return tuple(n for n in self.projections if PROJECTION_NAMES[n] not in remat.kept and n not in unread)
+        return tuple(n for n in products if PROJECTION_NAMES[n] not in remat.kept and n not in unread)
 
     def num_active_params(self) -> int:
         """Return the number of parameters that one token uses: of the experts, those of its own."""
@@ -496,7 +548,8 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         biases = sum(self.projections[name][1] for name in self.biases if name in self.projections)
         norms = self.width * 2 * (self.pre_norms + self.post_norms)
         if self.mixer == "attention" and self.qk_norm:
-            norms += (2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads) * self.head_dim
+            heads = (1, 1) if self.qk_norm_over == "head" else (self.num_heads, self.num_kv_heads)
+            norms += (heads[0] if self.shared_keys else sum(heads)) * self.head_dim
         if self.mixer == "conv" and self.short_conv is not None:
             norms += self.short_conv.num_params(self.width)
         if self.mixer == "delta" and self.delta_net is not None:

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
     KeysAndValues = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
     LayerCache = KeysAndValues | ConvWindow | DeltaCache
+    NewKeys = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+    HandedOn = dict[str, NewKeys]
     LayerInputs = tuple[
         Bool[Array, "*layers"] | None, Bool[Array, "*layers"] | None, Float[Array, "*layers B T P"] | None
     ]
@@ -171,10 +173,12 @@ class Layer(nn.Module):
 
     Attributes:
         transposed: whether the matrices are stored as `unstack_layers` returns them.
+        hands_on: whether to return the keys and values in place of a cache, for layers that share them.
     """
 
     config: DecoderConfig
     transposed: bool = False
+    hands_on: bool = False
 
     @nn.compact
     def __call__(
@@ -186,12 +190,14 @@ class Layer(nn.Module):
         per_layer: Float[Array, "B T P"] | None = None,
         cached: LayerCache | None = None,
         column: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        shared: NewKeys | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | NewKeys | None]:
         """Return the residual stream after the layer, and `cached` after the new tokens.
 
         New keys and values are written from `column` on.
         With two views, the global and the local one, `is_local` picks this layer's. If `is_rotated` is given and
         False, this layer rotates nothing. `per_layer` is this layer's part of the per-layer embeddings.
+        `shared` are the keys and values of an earlier layer. With a cache, `cached` is that layer's.
         """
         c = self.config
         x = checkpoint_name(constrain(x, "BTD"), LAYER_INPUT)
@@ -204,7 +210,7 @@ class Layer(nn.Module):
         elif c.mixer == "delta":
             mixed, cached = self.mix_by_delta_rule(h, view, cached)
         else:
-            mixed, cached = self.mix_by_attention(h, view, is_local, cached, column)
+            mixed, cached = self.mix_by_attention(h, view, is_local, cached, column, shared)
         x = x + self.added("post_attention_norm", constrain(mixed, "BTD"))
         h = self.norm("mlp_norm")(x) if c.pre_norms else x
         x = x + self.added("post_mlp_norm", self.after_mlp(h, view))
@@ -227,14 +233,18 @@ class Layer(nn.Module):
         is_local: Bool[Array, ""] | None,
         cached: KeysAndValues | None,
         column: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
+        shared: NewKeys | None,
+    ) -> tuple[Float[Array, "B T D"], KeysAndValues | NewKeys | None]:
         """Return what attention adds to the residual stream, and `cached` with the new keys and values."""
         c = self.config
-        query, key, value, gate = self.query_key_value(h, view)
+        query, gate = self.queries(h, view)
+        own = None if c.shared_keys else self.keys_and_values(h, view)
         if cached is None or view.mask is None:
+            key, value = pair = shared if own is None else own
             mixed = self.attend(query, key, value, view, is_local)
+            cached = pair if self.hands_on else cached
         else:
-            cached = append_to_cache(cached, key, value, column)
+            cached = cached if own is None else append_to_cache(cached, *own, column)
             softmax = (c.query_scale, c.attention_softcap, self.head_sinks())
             mixed = attention_by_head(query, *cached, view.mask, *softmax)
         mixed = constrain(mixed, "BTQH")
@@ -289,35 +299,41 @@ class Layer(nn.Module):
         up = self.dense("up")(h)
         return relu_squared(up) if c.activation == "relu2" else Xielu(jnp.dtype(c.param_dtype), name="xielu")(up)
 
-    def query_key_value(
+    def queries(
         self, h: Float[Array, "B T D"], view: View
-    ) -> tuple[
-        Float[Array, "B T Q H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T Q H"] | None
-    ]:
-        """Return the rotated queries and keys, the values, and the gate of attention's result if there is one."""
+    ) -> tuple[Float[Array, "B T Q H"], Float[Array, "B T Q H"] | None]:
+        """Return the normed and rotated queries, and the gate of attention's result if there is one."""
         c = self.config
-        B, T, _ = h.shape
-        query, gate = self.dense("query")(h).reshape(B, T, c.num_heads, -1), None
+        query, gate = self.dense("query")(h).reshape(*h.shape[:2], c.num_heads, -1), None
         if c.attention_gate:
             query, gate = jnp.split(query, 2, axis=-1)
-        key = self.dense("key")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        value = self.dense("value")(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        if c.qk_norm and not c.qk_norm_rotated:
-            query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
-        if c.value_norm:
-            value = rms_norm(*vary_alike(value, jnp.ones(c.head_dim, jnp.float32)), c.norm_eps)
-        if view.cos is not None and view.sin is not None:
-            turn = rotate_by_product if c.attention == "splash" else rotate
-            query, key = turn(query, view.cos, view.sin), turn(key, view.cos, view.sin)
-        if c.qk_norm and c.qk_norm_rotated:
-            query, key = self.norm_heads("query_norm", query), self.norm_heads("key_norm", key)
+        query = self.normed_and_rotated("query_norm", query, view)
         if view.query_factors is not None:
             query = query * view.query_factors[:, :, None, None].astype(query.dtype)
-        query, key, value = constrain(query, "BTQH"), constrain(key, "BTKH"), constrain(value, "BTKH")
+        return constrain(query, "BTQH"), gate
+
+    def keys_and_values(self, h: Float[Array, "B T D"], view: View) -> NewKeys:
+        """Return the normed and rotated keys, and the values."""
+        c = self.config
+        heads = (*h.shape[:2], c.num_kv_heads, c.head_dim)
+        key = self.dense("key")(h).reshape(heads)
+        value = key if c.key_is_value else self.dense("value")(h).reshape(heads)
+        key = self.normed_and_rotated("key_norm", key, view)
+        if c.value_norm:
+            value = rms_norm(*vary_alike(value, jnp.ones(c.head_dim, jnp.float32)), c.norm_eps)
+        key, value = constrain(key, "BTKH"), constrain(value, "BTKH")
         # A shard of the tokens reads all keys. If tokens are sharded, keys and values are gathered here, once: remat
         # policies that keep products keep them too.
         key, value = (checkpoint_name(constrain(x, "BSKH"), QKV) for x in (key, value))
-        return query, key, value, gate
+        return key, value
+
+    def normed_and_rotated(self, norm: str, x: Float[Array, "B T heads H"], view: View) -> Float[Array, "B T heads H"]:
+        """Return queries or keys with their norm and rotation, in the config's order."""
+        c = self.config
+        x = self.norm_heads(norm, x) if c.qk_norm and not c.qk_norm_rotated else x
+        if view.cos is not None and view.sin is not None:
+            x = (rotate_by_product if c.attention == "splash" else rotate)(x, view.cos, view.sin)
+        return self.norm_heads(norm, x) if c.qk_norm and c.qk_norm_rotated else x
 
     def norm_heads(self, name: str, x: Float[Array, "B T heads H"]) -> Float[Array, "B T heads H"]:
         """Return the norm of queries or keys: of each head, or of all together."""
@@ -419,22 +435,54 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], inputs: tuple[LayerInputs, ...], views: tuple[View, ...]
-    ) -> tuple[Float[Array, "B T D"], None]:
-        """Return the residual stream after the layers. `inputs` are those of each block's layers."""
-        for index, (block, (is_local, is_rotated, per_layer)) in enumerate(zip(self.run.blocks, inputs, strict=True)):
+        self,
+        carry: tuple[Float[Array, "B T D"], HandedOn],
+        inputs: tuple[LayerInputs, ...],
+        views: tuple[View, ...],
+        shared: HandedOn,
+    ) -> tuple[tuple[Float[Array, "B T D"], HandedOn], None]:
+        """Return the residual stream after the layers, and the keys and values that they hand on.
+
+        Args:
+            carry: both before the layers.
+            inputs: those of each block's layers.
+            views: what a layer reads of the sequence.
+            shared: keys and values that earlier runs handed on.
+        """
+        for index, (block, own_inputs) in enumerate(zip(self.run.blocks, inputs, strict=True)):
             own, seen = self.of_block(index, block, views)
-            layer = layer_with_remat(own)
+            name = side_of(self.config, self.run.layers_of(index)[0])
+            hands_on = not own.shared_keys and name in carry[1] and own.mixer == "attention"
+            layer = layer_with_remat(own)(own, hands_on=hands_on, name=f"block_{index}")
+            step = functools.partial(self.step, name)
             if block.count > 1:
-                layer = nn.scan(
-                    layer,
+                step = nn.scan(
+                    step,
                     variable_axes={"params": 0, LOAD: 0},
                     split_rngs={"params": True},
-                    in_axes=(0, 0, nn.broadcast, 0),
+                    in_axes=(0, 0, nn.broadcast, 0, nn.broadcast),
                     length=block.count,
                 )
-            x, _ = layer(own, name=f"block_{index}")(x, is_local, is_rotated, seen, per_layer)
-        return x, None
+            is_local, is_rotated, per_layer = own_inputs
+            carry, _ = step(layer, carry, is_local, is_rotated, seen, per_layer, shared)
+        return carry, None
+
+    @staticmethod
+    def step(
+        name: str,
+        layer: Layer,
+        carry: tuple[Float[Array, "B T D"], HandedOn],
+        is_local: Bool[Array, ""] | None,
+        is_rotated: Bool[Array, ""] | None,
+        views: tuple[View, ...],
+        per_layer: Float[Array, "B T P"] | None,
+        shared: HandedOn,
+    ) -> tuple[tuple[Float[Array, "B T D"], HandedOn], None]:
+        """Return the carry after one layer, which is "local" or "global"."""
+        x, handed_on = carry
+        given = (shared | handed_on)[name] if layer.config.shared_keys else None
+        x, new = layer(x, is_local, is_rotated, views, per_layer, None, 0, given)
+        return (x, handed_on | {name: new} if layer.hands_on else handed_on), None
 
     def of_block(self, index: int, block: Block, views: tuple[View, ...]) -> tuple[DecoderConfig, tuple[View, ...]]:
         """Return the config of a block's layers, and what they read. Of two views they read one if all are alike."""
@@ -459,10 +507,18 @@ def without_window(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, window=None, local_layers=None, local_rope_theta=None)
 
 
+def side_of(config: DecoderConfig, layer: int) -> str:
+    """Return the name of the keys and values that a layer hands on or reads."""
+    return "local" if config.is_local(layer) else "global"
+
+
 class UnlikeLayers(nn.Module):
     """All layers of a stack of unlike ones: one scan for each of `DecoderConfig.runs`.
 
     The parameters of each block of a run are stacked over all its layers.
+
+    Keys and values that later layers share are part of the carry of the run that computes them, and constants of the
+    runs that read them: the backward pass keeps one pair, and sums its gradient in place.
     """
 
     config: DecoderConfig
@@ -471,13 +527,15 @@ class UnlikeLayers(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], views: tuple[View, ...], per_layer: Float[Array, "L B T P"] | None
     ) -> Float[Array, "B T D"]:
+        handed_on: HandedOn = {}
         for index, run in enumerate(self.config.runs):
+            new = self.handed_on_by(run, x_BTD.shape[:2])
             inputs = tuple(self.inputs_of(run, block, len(views), per_layer) for block in range(len(run.blocks)))
             pattern = nn.scan(
                 Pattern,
                 variable_axes={"params": 0, LOAD: 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=run.repeats,
             )
             counts = {f"block_{block}": own.count for block, own in enumerate(run.blocks)}
@@ -489,8 +547,20 @@ class UnlikeLayers(nn.Module):
                 init=self.is_initializing(),
                 mutable=self.is_initializing(),
             )
-            x_BTD, _ = pattern(self.config, run, name=f"run_{index}")(x_BTD, inputs, views)
+            carry = x_BTD, {name: handed_on.get(name, start) for name, start in new.items()}
+            shared = {name: pair for name, pair in handed_on.items() if name not in new}
+            (x_BTD, new), _ = pattern(self.config, run, name=f"run_{index}")(carry, inputs, views, shared)
+            handed_on |= new
         return x_BTD
+
+    def handed_on_by(self, run: Run, batch: tuple[int, ...]) -> HandedOn:
+        """Return zeros in place of the keys and values that a run hands on to layers that share them."""
+        c, found = self.config, {}
+        for block in range(len(run.blocks)):
+            for layer in set(run.layers_of(block)) & set(c.key_sources):
+                zeros = jnp.zeros((*batch, *c.layers[layer].kv_shape), jnp.dtype(c.dtype))
+                found[side_of(c, layer)] = (constrain(zeros, "BSKH"),) * 2
+        return found
 
     def inputs_of(self, run: Run, block: int, num_views: int, per_layer: Float[Array, "L B T P"] | None) -> LayerInputs:
         """Return what the layers of a block read besides the views: `[repeats, count, ...]`, or None if alike."""
@@ -548,7 +618,9 @@ class Decoder(nn.Module):
         x_BTD = look_up(embedding_VD, tokens, jnp.dtype(c.dtype), gather=cache is not None)
         if c.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
-        per_layer = PerLayerInputs(c, name="per_layer")(tokens, x_BTD) if c.per_layer_embeddings is not None else None
+        per_layer = None
+        if c.per_layer_embeddings is not None:
+            per_layer = PerLayerInputs(c, name="per_layer")(tokens, x_BTD, gather=cache is not None)
         if cache is None:
             x_BTD = self.scan_layers(x_BTD, positions, segment_ids, per_layer)
         else:
@@ -600,9 +672,10 @@ class Decoder(nn.Module):
             if index in c.unrotated_layers:
                 view = (view[0].replace(cos=None, sin=None),)
             layer = Layer(own, transposed=True, name=f"layer_{index}")
-            part = None if per_layer is None else per_layer[index]
-            x_BTD, new = layer(x_BTD, None, None, view, part, cache.of_layer(index), column)
-            cached.append(new)
+            part, source = None if per_layer is None else per_layer[index], c.key_sources[index]
+            before = cache.of_layer(index) if source is None else cached[source]
+            x_BTD, new = layer(x_BTD, None, None, view, part, before, column)
+            cached.append(new if source is None else (None, None))
         return x_BTD, KvCache.of_layers(cached, key_positions, key_segments)
 
     def views(
@@ -620,7 +693,7 @@ class Decoder(nn.Module):
         c = self.config
 
         def view(theta: float, scaling: RopeScaling | None, window: int | None) -> View:
-            rotated = rotation(positions, theta, c.rotary_dim or c.head_dim, scaling)
+            rotated = rotation(positions, theta, c.rotated_dim(window is not None), scaling)
             cos, sin = rotated if c.num_rotated else (None, None)
             factors = None if c.rope_scaling is None else c.rope_scaling.query_factors(positions)
             mask = None if keys is None else causal_segment_mask(positions, segment_ids, *keys, window)
@@ -736,6 +809,8 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> KvCache:
 
 def init_layer_cache(config: DecoderConfig, batch: int, length: int) -> LayerCache:
     """Return what one of a decoder's `layers` keeps of no tokens."""
+    if config.shared_keys:
+        return None, None
     K, H, dtype = config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
     if config.mixer == "conv":
         assert config.short_conv is not None

@@ -48,8 +48,43 @@ GRANITE = {
 
 VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "patch_size": 8}
 LAYERS = {"num_hidden_layers": 1, "image_size": 32}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 12,
+    "head_dim": 12,
+    "global_head_dim": 20,
+    "sliding_window": 7,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "final_logit_softcapping": 3.0,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full")] * 4,
+    "tie_word_embeddings": True,
+}
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 50_000.0,
+        "factor": 2.0,
+    },
+}
+GEMMA4_SHARED = {**GEMMA4, "num_kv_shared_layers": 6, "use_double_wide_mlp": True, "num_key_value_heads": 1}
+GEMMA4_AUDIO = {
+    "model_type": "gemma4_audio",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 4],
+    "output_proj_dims": 16,
+}
+AUDIOS = {"gemma4": GEMMA4_AUDIO, "gemma4_unified": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 12}}
 VISIONS: dict[str, dict[str, Any]] = {
     "gemma3": {"model_type": "siglip_vision_model", **VISION, **LAYERS},
+    "gemma4": {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2, **VISION}
+    | {"num_hidden_layers": 1, "position_embedding_size": 16, "pooling_kernel_size": 2},
+    "gemma4_unified": {"model_type": "gemma4_unified_vision", "patch_size": 2, "pooling_kernel_size": 2}
+    | {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 32},
     "mistral3": {"model_type": "pixtral", "head_dim": 8, **VISION, **LAYERS},
     "qwen3_vl": {"model_type": "qwen3_vl", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
     | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
@@ -79,6 +114,9 @@ def wrapped(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     outer = {"vision_config": VISIONS[model_type], "mm_tokens_per_image": 16, "image_token_index": 90}
     if model_type != "gemma3":
         outer = {"vision_config": VISIONS[model_type], "image_token_id": 90, "video_token_id": 91}
+    if model_type in AUDIOS:  # tokens of images are another model's input, even if there is no image
+        ids = {"image_token_id": 1, "video_token_id": 1, "audio_token_id": 1}
+        outer = {"vision_config": VISIONS[model_type], "audio_config": AUDIOS[model_type], **ids}
     tied = {"tie_word_embeddings": text.get("tie_word_embeddings", model_type == "gemma3")}
     return {"model_type": model_type, "text_config": {**SMALL, **text}, **outer, **tied}
 
@@ -363,6 +401,24 @@ CASES |= {
         "block_ffn_dim_multiplier": 1.3,
         "rope_scaling": LLAMA3,
     },
+    # E2B and E4B: embeddings of each layer, the last layers share keys and values.
+    "gemma4": GEMMA4_SHARED,
+    "gemma4_images": wrapped("gemma4", GEMMA4_SHARED),
+    # Heads of one width, and a layer list in which no pattern repeats.
+    "gemma4_even": {**GEMMA4, "num_hidden_layers": 7, "global_head_dim": 12, "num_kv_shared_layers": 3}
+    | {
+        "layer_types": [
+            f"{kind}_attention" for kind in ("full", *["sliding"] * 2, "full", "sliding", "sliding", "full")
+        ]
+    }
+    | {"rope_parameters": GEMMA4_ROPE, "attention_bias": True},
+    # 31B and 12B: the keys of global layers are their values, with fewer heads.
+    "gemma4_large": {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "attention_bias": True}
+    | {"num_global_key_value_heads": 1, "use_bidirectional_attention": "vision", "layer_types": None},
+    "gemma4_unified": wrapped(
+        "gemma4_unified",
+        {**GEMMA4, "model_type": "gemma4_unified_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
     # As the first files on the hub have it.
     "lfm2_old": {
         "model_type": "lfm2",
@@ -407,6 +463,9 @@ def make_torch(case: str) -> Any:
                 p.fill_(-2.0)  # by default most states are forgotten at once
             # Weights may be empty memory in a class that is made from a config.
             p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim >= 2 else (p + 0.3 * noise if p.isfinite().all() else noise))
+        for name, buffer in made.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.mul_(1 + 0.2 * torch.randn_like(buffer))
     return made.eval()
 
 

@@ -28,6 +28,10 @@ OTHER_PARTS = re.compile(
     r"audio_tower|embed_vision|embed_audio)\."
 )
 """Tensors of a model with images that its text part does not have. An export copies them."""
+OF_KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
+"""Tensors of a layer's keys and values."""
+FURTHER_TOKENS = re.compile(r"^(model\.)?mtp\.")
+"""Tensors of a head that predicts more than the next token, which no class of transformers reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,8 @@ def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
             slots["layers", name, ours] = dataclasses.replace(slot, name=f"{slot.name}.{theirs}")
     norms: tuple[str, ...] = ("attention_norm", "mlp_norm") if config.pre_norms else ()
     norms += ("post_attention_norm", "post_mlp_norm") if config.post_norms else ()
-    norms += ("query_norm", "key_norm") if config.qk_norm and config.mixer == "attention" else ()
+    if config.qk_norm and config.mixer == "attention":
+        norms += ("query_norm",) if config.shared_keys else ("query_norm", "key_norm")
     norms += ("post_per_layer_norm",) if config.per_layer_embeddings is not None else ()
     slots |= {("layers", name, "scale"): Slot(f"{modules[name]}.weight") for name in norms}
     if config.mixer == "conv" and config.short_conv is not None:
@@ -191,6 +196,17 @@ def constants(config: DecoderConfig, prefix: str = "model.") -> dict[str, float]
         for i in range(config.num_layers)
         for name, value in (("beta", 0.5), ("eps", -1e-6))
     }
+
+
+def is_unread(config: DecoderConfig, name: str) -> bool:
+    """Return whether the decoder does not read a tensor of a text model. An export copies it.
+
+    It is of keys that a layer has in the checkpoint, but reads from an earlier layer, or of a head for further tokens.
+    """
+    if FURTHER_TOKENS.match(name):
+        return True
+    layer = int(found[1]) if (found := OF_KEYS.search(name)) else config.num_layers
+    return layer < config.num_layers and config.layers[layer].shared_keys
 
 
 def find_prefix(names: Collection[str], wrapped: bool) -> tuple[str, str]:

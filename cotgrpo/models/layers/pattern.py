@@ -16,6 +16,7 @@ import itertools
 
 COST_OF_A_RUN = 0.5
 """The loop of a run, next to the body of a layer, for a compiler."""
+LONGEST_PATTERN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,18 @@ class LayerKind:
         mixer: what mixes the tokens, one of `MIXERS`.
         mlp: what follows it, one of `MLPS`.
         mlp_width: inner size of the MLP.
+        head_dim, num_kv_heads, key_is_value, shared_keys: as in `DecoderConfig`.
+        is_local: whether the layer has the window. It sets apart layers of a stack with shared keys and values.
     """
 
     mixer: str = "attention"
     mlp: str | None = None
     mlp_width: int | None = None
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    key_is_value: bool | None = None
+    shared_keys: bool | None = None
+    is_local: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,26 +85,31 @@ class LayerPlace:
 
 @functools.cache
 def runs_of(kinds: tuple[LayerKind, ...]) -> tuple[Run, ...]:
-    """Return the cheapest decomposition of a list of layers: the fewest blocks, and few runs."""
-    blocks = tuple(Block(kind, len(list(same))) for kind, same in itertools.groupby(kinds))
-    # best[j]: (cost, runs as (first block, length, repeats)) of the first j blocks.
-    best: list[tuple[float, tuple[tuple[int, int, int], ...]]] = [(0.0, ())]
-    for stop in range(1, len(blocks) + 1):
+    """Return the cheapest decomposition of a list of layers: few blocks, few runs, then short patterns."""
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    layers = [numbers[kind] for kind in kinds]
+    changes = [0, *itertools.accumulate(a != b for a, b in itertools.pairwise(layers))]
+    # best[j]: (cost, number of runs, layers in their patterns, runs as (start, length, repeats)) of the first j layers.
+    best: list[tuple[float, int, int, tuple[tuple[int, int, int], ...]]] = [(0.0, 0, 0, ())]
+    for stop in range(1, len(layers) + 1):
         found = []
-        for length in range(1, stop + 1):
-            pattern, repeats = blocks[stop - length : stop], 1
+        for length in range(1, min(stop, LONGEST_PATTERN) + 1):
+            first, pattern = stop - length, layers[stop - length : stop]
+            own = 1 + changes[stop - 1] - changes[first] + COST_OF_A_RUN
             while True:
-                start = stop - length * repeats
-                cost, before = best[start]
-                found.append((cost + length + COST_OF_A_RUN, (*before, (start, length, repeats))))
-                if start < length or blocks[start - length : start] != pattern:
+                cost, runs, in_patterns, before = best[first]
+                run = (first, length, (stop - first) // length)
+                found.append((cost + own, runs + 1, in_patterns + length, (*before, run)))
+                if first < length or layers[first - length : first] != pattern:
                     break
-                repeats += 1
-        best.append(min(found, key=lambda option: (option[0], len(option[1]))))
-    first_layers = [0, *itertools.accumulate(block.count for block in blocks)]
-    return tuple(
-        Run(blocks[start : start + length], repeats, first_layers[start]) for start, length, repeats in best[-1][1]
-    )
+                first -= length
+        best.append(min(found, key=lambda option: option[:3]))
+    return tuple(Run(blocks_of(kinds[start : start + length]), n, start) for start, length, n in best[-1][3])
+
+
+def blocks_of(kinds: tuple[LayerKind, ...]) -> tuple[Block, ...]:
+    """Return a list of layers as blocks."""
+    return tuple(Block(kind, len(list(same))) for kind, same in itertools.groupby(kinds))
 
 
 @functools.cache

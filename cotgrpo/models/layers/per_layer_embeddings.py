@@ -31,13 +31,16 @@ class PerLayerInputs(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "L B T P"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], x_BTD: Float[Array, "B T D"], *, gather: bool = False
+    ) -> Float[Array, "L B T P"]:
+        """Return the layers' inputs. `gather` is that of `look_up`."""
         c, own = self.config, self.config.per_layer_embeddings
         assert own is not None
         B, T, D = x_BTD.shape
         dtype, param_dtype, start = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype), nn.initializers.normal(c.init_scale)
         table = self.param("embedding", start, (own.vocab_size, c.num_layers * own.width), param_dtype)
-        looked_up = look_up(table, tokens, dtype) * jnp.asarray(own.width**0.5, dtype)
+        looked_up = look_up(table, tokens, dtype, gather=gather) * jnp.asarray(own.width**0.5, dtype)
         projected = nn.Dense(
             c.num_layers * own.width,
             use_bias=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from cotgrpo.models.huggingface.families.dense import DENSE
 from cotgrpo.models.huggingface.families.experts import EXPERTS
-from cotgrpo.models.huggingface.families.gemma import GEMMA
+from cotgrpo.models.huggingface.families.gemma import GEMMA, GEMMA4_TEXT
 from cotgrpo.models.huggingface.families.granite import GRANITE
 from cotgrpo.models.huggingface.families.lfm import LFM
 from cotgrpo.models.huggingface.families.llama import LLAMA
@@ -39,6 +39,8 @@ WRAPPERS: dict[str, Wrapper] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), GEMMA4_TEXT),
+    "gemma4_unified": Wrapper("Gemma4UnifiedForConditionalGeneration", ("gemma4_unified_text",), GEMMA4_TEXT),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", ("qwen3_vl_text",), {}),
     "qwen3_5": Wrapper(
         "Qwen3_5ForConditionalGeneration",
@@ -56,7 +58,6 @@ WRAPPERS: dict[str, Wrapper] = {
 
 LACKING = {
     "qwen3_next": "gated delta-net layers and gated attention next to experts",
-    "gemma4": "per-layer embeddings, shared keys and values, and another head width in global layers",
     "gemma3n": "per-layer embeddings, shared keys and values, and low-rank residuals",
     "deepseek_v3": "experts and latent attention",
     "lfm2_moe": "experts in layers with short convolutions",
