@@ -1,9 +1,10 @@
 """Build the documentation site with Zensical: the pages of this folder, the README, and the reference.
 
-    pip install -e '.[docs]' && python docs/build_site.py --out site
+    pip install -e '.[docs]' && cotgrpo quickstart && python docs/build_site.py --out site
 
-`site/index.html` opens without a server or a network, its search too. The settings come from the index that the help
-uses, and the API from docstrings. A broken link or reference is an error.
+The report of the quick start is a page of the site, if there is one (`--report`). `site/index.html` opens without a
+server or a network, its search too. The settings come from the index that the help uses, and the API from docstrings. A
+broken link or reference is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cotgrpo.help.index import Command, read_index
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES: dict[str, dict[str, str]] = {
+    "Start": {"cotgrpo": "index.md", "A report": "report.md"},
     "Guides": {
         "Coming from TRL": "from_trl.md",
         "Your data": "data.md",
@@ -32,6 +34,7 @@ PAGES: dict[str, dict[str, str]] = {
         "Rollouts on a server": "rollouts.md",
         "Your own code": "own_code.md",
         "Models": "models.md",
+        "LoRA and QLoRA": "lora.md",
         "Whole runs from Python": "python.md",
         "Evaluation": "evaluation.md",
         "Launch": "launch.md",
@@ -47,6 +50,7 @@ PAGES: dict[str, dict[str, str]] = {
     "Evidence": {"Results": "results.md", "Performance": "performance.md", "Plan": "plan.md"},
     "Reference": {
         "Settings": "settings.md",
+        "Metrics": "metrics.md",
         "API": "api.md",
         "Changelog": "CHANGELOG.md",
         "Contributing": "CONTRIBUTING.md",
@@ -68,6 +72,7 @@ MORE_NAMES = (
     "cotgrpo.runs.Trained",
 )
 """Public names outside `cotgrpo` itself."""
+REPORT, FRAME = "quickstart_report.html", "width: 100%; height: 80vh; border: 1px solid #8884"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -124,13 +129,25 @@ def api_page() -> Iterator[str]:
         yield f"::: {found.__module__}.{last}\n"
 
 
-def write_sources(folder: Path) -> None:
-    """Write the site's sources: the pages with their links, and the reference."""
+def report_page(report: Path | None) -> Iterator[str]:
+    """Yield the lines of the page that shows the report of the quick start."""
+    yield "# A report\n"
+    yield "Each stage writes `report.html`: one file, without a script or a network. `cotgrpo compare RUN RUN` puts the"
+    yield "curves and replies of several runs side by side.\n"
+    if report is None:
+        yield "`cotgrpo quickstart` writes one. This site was built without it."
+        return
+    yield f"This one is of `cotgrpo quickstart`. [Open it alone]({REPORT}).\n"
+    yield f'<iframe src="{REPORT}" title="The report of the quick start" style="{FRAME}"></iframe>'
+
+
+def write_sources(folder: Path, report: Path | None = None) -> None:
+    """Write the site's sources: the pages with their links, the reference, and a report if there is one."""
     folder.mkdir(parents=True)
     outer = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
     named = {page for section in PAGES.values() for page in section.values()}
     own = {path.name for path in DOCS.glob("*.md")}
-    generated = {"settings.md", "api.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    generated = {"index.md", "report.md", "settings.md", "api.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     if own - named or named - own - generated:
         raise SystemExit(f"PAGES misses {sorted(own - named)}, and names {sorted(named - own - generated)}.")
     for name in own:
@@ -141,7 +158,10 @@ def write_sources(folder: Path) -> None:
         (folder / page).write_text(out_of_site(text, name, named), encoding="utf-8")
     for picture in DOCS.glob("*.svg"):
         shutil.copy(picture, folder)
-    for name, lines in {"settings.md": settings_page(read_index()), "api.md": api_page()}.items():
+    if report is not None:
+        shutil.copy(report, folder / REPORT)
+    made = {"settings.md": settings_page(read_index()), "api.md": api_page(), "report.md": report_page(report)}
+    for name, lines in made.items():
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -154,7 +174,7 @@ site_description = "Teach small language models to reason, in JAX"
 docs_dir = "sources"
 site_dir = "{out}"
 use_directory_urls = false
-nav = [{{ "Start" = "index.md" }}, {", ".join(sections)}]
+nav = [{", ".join(sections)}]
 
 [project.theme]
 language = "en"
@@ -195,9 +215,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build the site. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("site"), help="folder of the site; it is replaced")
-    out = parser.parse_args(arguments).out.resolve()
+    parser.add_argument(
+        "--report", type=Path, help="report of the quick start (default: quickstart_run/report.html, if there)"
+    )
+    given = parser.parse_args(arguments)
+    out, report = given.out.resolve(), given.report or Path("quickstart_run", "report.html")
+    if given.report and not report.is_file():
+        parser.error(f"--report must be a file, and {report} is none. `cotgrpo quickstart` writes one.")
     with tempfile.TemporaryDirectory() as work:
-        write_sources(Path(work) / "sources")
+        write_sources(Path(work) / "sources", report if report.is_file() else None)
         Path(work, "zensical.toml").write_text(config_text(Path("built")), encoding="utf-8")
         built = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=work, check=False)
         if built.returncode:

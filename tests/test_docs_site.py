@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.pages import documented_metrics
 
 import cotgrpo
 from cotgrpo.config import Config
@@ -51,6 +53,7 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(site: An
     site.write_sources(tmp_path / "sources")
     written = {path.name for path in (tmp_path / "sources").glob("*.md")}
     assert written >= {path.name for path in (ROOT / "docs").glob("*.md")} | {"index.md", "settings.md", "api.md"}
+    assert "without it" in (tmp_path / "sources" / "report.md").read_text(encoding="utf-8")
     for path in (tmp_path / "sources").glob("*.md"):
         text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
         for _, _, target in site.LINK.findall(text):
@@ -78,6 +81,16 @@ def test_every_setting_and_public_name_is_in_the_reference(site: Any) -> None:
     api = "\n".join(site.api_page())
     for name in cotgrpo.__all__:
         assert re.search(rf"^::: cotgrpo\.[\w.]+\.{name}$", api, re.M), name
+
+
+def test_every_metric_of_the_reference_is_in_the_code() -> None:
+    """Tests that run stages check the reverse (test_page_commands.py)."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "cotgrpo").rglob("*.py"))
+    names = documented_metrics()
+    assert len(names) > 35
+    for name in names - {"train/teacher/NAME"}:
+        last = name.partition("/")[2]
+        assert f'"{last}"' in code or f'"{name}"' in code, name
 
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -114,11 +127,47 @@ def test_settings_that_the_pages_name_exist() -> None:
     assert len(named) >= 5 and set(named) <= known
 
 
+def test_a_report_that_is_not_there(site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        site.main(["--out", str(tmp_path / "site"), "--report", str(tmp_path / "none.html")])
+    assert "--report must be a file" in capsys.readouterr().err and not (tmp_path / "site").exists()
+
+
+SCREEN = 64
+"""Lines of a screen and a half, at 42 lines a screen."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_are_never_further_apart_than_a_screen_and_a_half(page: str) -> None:
+    lines, fenced, since, head = (ROOT / page).read_text(encoding="utf-8").splitlines(), False, 0, ""
+    for line in lines:
+        fenced ^= line.startswith("```")
+        since, head = (0, line) if line.startswith("#") and not fenced else (since + 1, head)
+        assert since <= SCREEN, f"{page}: {head} has more than {SCREEN} lines. Put a heading between them."
+
+
+def test_the_five_paths_are_there() -> None:
+    """The links of docs/from_trl.md: each from the README to a page, and to a heading of it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page, heading in {
+        "docs/data.md": "## Other columns",
+        "docs/own_code.md": "## Trackers",
+        "docs/models.md": "## ",
+        "docs/launch.md": "## Kaggle v5e-8",
+    }.items():
+        assert f"]({page})" in readme.replace("\n", " ") and heading in (ROOT / page).read_text(encoding="utf-8"), page
+
+
 @pytest.mark.slow
 def test_the_site_is_built_strictly(site: Any, tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason="the site needs cotgrpo's docs extra")
-    assert site.main(["--out", str(tmp_path / "site")]) == 0
-    for page in ("index", "data", "method", "settings", "api"):
+    (tmp_path / "page.html").write_text("<!DOCTYPE html><title>The curves</title>", encoding="utf-8")
+    report = os.environ.get("COTGRPO_QUICKSTART")
+    shown = Path(report, "report.html") if report else tmp_path / "page.html"
+    assert site.main(["--out", str(tmp_path / "site"), "--report", str(shown)]) == 0
+    assert (tmp_path / "site" / site.REPORT).read_bytes() == shown.read_bytes()
+    assert f'src="{site.REPORT}"' in (tmp_path / "site" / "report.html").read_text(encoding="utf-8")
+    for page in ("index", "data", "method", "settings", "metrics", "api"):
         assert (tmp_path / "site" / f"{page}.html").is_file()
     api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     assert "log p(y*)" in api and 'id="cotgrpo.train_steps.make_grpo_step"' in api

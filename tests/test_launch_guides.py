@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +213,11 @@ def test_notebooks_are_whole(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebooks_run(name: str, tmp_path: Path) -> None:
-    """All cells in order, as they are, with a small model and a few rows in place of those of the hub."""
+def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells in order, as they are, with a small model and a few rows in place of those of the hub.
+
+    Commands of cotgrpo run in this process, which has imported JAX already.
+    """
     write_rows_and_model(tmp_path)
     config = tmp_path / "small.yaml"
     rows = f"data: {{train: [{tmp_path / 'rows.jsonl'}], seq_len: 320, test_rows: 12}}"
@@ -224,26 +225,38 @@ def test_notebooks_run(name: str, tmp_path: Path) -> None:
     config.write_text(text, encoding="utf-8")
     program = tmp_path / "environment" / "bin" / "cotgrpo"
     program.parent.mkdir(parents=True)
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom cotgrpo.cli import main\nsys.exit(main())\n", encoding="utf-8"
-    )
-    program.chmod(0o755)
-    script = tmp_path / "cells.py"
-    code = ["".join(cell["source"]) for cell in cells(name) if cell["cell_type"] == "code"]
-    script.write_text("\n\n".join(code), encoding="utf-8")
     run = tmp_path / "working" / "run"
     settings = {"CONFIG": config, "RUN": run, "ENVIRONMENT": program.parents[1], "REPOSITORY": ROOT}
-    environment = os.environ | {f"COTGRPO_{key}": str(value) for key, value in settings.items()}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for key, value in settings.items():
+        monkeypatch.setenv(f"COTGRPO_{key}", str(value))
+    called: list[str] = []
+
+    def in_this_process(command: str, *, shell: bool, check: bool, cwd: Path) -> None:
+        """Stands for `subprocess.run`, with the arguments that the notebooks give it."""
+        words = shlex.split(command)
+        assert shell and check and cwd == ROOT and words[0] == str(program), command
+        called.append(words[1])
+        assert cli.main(words[1:]) == 0, command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    names: dict[str, Any] = {}
+    for cell in cells(name):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), name, "exec"), names)
+    assert called == ["sft", "grpo", "eval", "export"]
     assert (run / "sft" / "report.html").exists() and (run / "grpo" / "report.html").exists()
     assert read(run / "grpo" / "eval.json")
     assert (run.parent / "student" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_without_an_account_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The badge and the clone need the account that the repository belongs to."""
+    monkeypatch.setenv("COTGRPO_REPOSITORY", str(tmp_path / "none"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is installed"))
+    code = ["".join(cell["source"]) for cell in cells(name) if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    exec(code[0], names)
+    with pytest.raises(SystemExit, match="OWNER"):
+        exec(next(cell for cell in code if "git clone" in cell), names)

@@ -49,6 +49,13 @@ def blocks_of(page: str) -> list[Block]:
     return [Block(page, language, code) for language, code in FENCE.findall(text)]
 
 
+def documented_metrics() -> set[str]:
+    """The names in the tables of docs/metrics.md."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`((?:train|eval)/[\w/]+)`", cell)}
+
+
 def commands_of(code: str) -> Iterator[list[str]]:
     """Yield the words of each command of a shell block, without comments."""
     for line in re.sub(r"\\\n\s*", "", code).splitlines():
