@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,9 +16,12 @@ def numpy_logits(config: DecoderConfig, params: Any, tokens: np.ndarray) -> np.n
     c, T = config, len(tokens)
     x = params["embedding"][tokens].astype(np.float64) * (c.embedding_scale or 1.0)
     for index in range(c.num_layers):
-        p = {name: {k: np.float64(v[index]) for k, v in own.items()} for name, own in params["layers"].items()}
+        place = c.layer_places[index]
+        stacked = functools.reduce(lambda tree, key: tree[key], place.path, params)
+        p = {name: {k: np.float64(v[place.index]) for k, v in own.items()} for name, own in stacked.items()}
         local = c.window is not None and index in (c.local_layers if c.local_layers is not None else range(99))
-        mixed = attend(c, p, norm(c, p, "attention_norm", x) if c.pre_norms else x, index, local)
+        h = norm(c, p, "attention_norm", x) if c.pre_norms else x
+        mixed = delta_net(c, p, h) if c.layers[index].mixer == "delta" else attend(c, p, h, index, local)
         x = x + (norm(c, p, "post_attention_norm", mixed) if c.post_norms else mixed) * (c.residual_scale or 1.0)
         h = mlp(c, p, norm(c, p, "mlp_norm", x) if c.pre_norms else x)
         x = x + (norm(c, p, "post_mlp_norm", h) if c.post_norms else h) * (c.residual_scale or 1.0)
@@ -45,6 +49,9 @@ def norm_heads(c: DecoderConfig, p: Any, name: str, x: np.ndarray) -> np.ndarray
 def attend(c: DecoderConfig, p: Any, h: np.ndarray, index: int, local: bool) -> np.ndarray:
     T = len(h)
     query, key, value = (dense(p, name, h).reshape(T, -1, c.head_dim) for name in ("query", "key", "value"))
+    gate = np.inf
+    if c.attention_gate:
+        query, gate = query[:, 0::2], query[:, 1::2]
     if c.qk_norm and not c.qk_norm_rotated:
         query, key = norm_heads(c, p, "query_norm", query), norm_heads(c, p, "key_norm", key)
     if index not in c.unrotated_layers:
@@ -62,7 +69,36 @@ def attend(c: DecoderConfig, p: Any, h: np.ndarray, index: int, local: bool) -> 
         scores = query[:, head] @ key[:, group].T * (c.query_scale or c.head_dim**-0.5)
         weights = np.where(seen, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
         mixed[:, head] = weights / weights.sum(axis=-1, keepdims=True) @ value[:, group]
-    return dense(p, "out", mixed.reshape(T, -1))
+    return dense(p, "out", (mixed * sigmoid(gate)).reshape(T, -1))
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def delta_net(c: DecoderConfig, p: Any, h: np.ndarray) -> np.ndarray:
+    """The gated delta rule, one token and one value head after the other."""
+    net, own, T = c.delta_net, p["delta"], len(h)
+    assert net is not None
+    before = np.concatenate([np.zeros((net.taps - 1, net.channels)), dense(p, "delta_in", h)])
+    mixed = sum(before[tap : tap + T] * own["filters"][:, 0, tap] for tap in range(net.taps))
+    query, key, value = np.split(mixed * sigmoid(mixed), [net.keys, 2 * net.keys], axis=-1)
+    query, key = (x.reshape(T, net.num_key_heads, net.key_dim) for x in (query, key))
+    query, key = (x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6) for x in (query, key))
+    value = value.reshape(T, net.num_value_heads, net.value_dim)
+    strength = sigmoid(dense(p, "delta_strength", h))
+    decay = np.exp(-np.exp(own["decay_log"]) * np.log1p(np.exp(dense(p, "delta_decay", h) + own["decay_bias"])))
+    out = np.zeros_like(value)
+    for head in range(net.num_value_heads):
+        state, group = np.zeros((net.key_dim, net.value_dim)), head // (net.num_value_heads // net.num_key_heads)
+        for t in range(T):
+            state = decay[t, head] * state
+            error = strength[t, head] * (value[t, head] - key[t, group] @ state)
+            state = state + np.outer(key[t, group], error)
+            out[t, head] = query[t, group] @ state / np.sqrt(net.key_dim)
+    out = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + c.norm_eps) * own["scale"]
+    gate = dense(p, "delta_gate", h)
+    return dense(p, "delta_out", out.reshape(T, -1) * gate * sigmoid(gate))
 
 
 def turn(c: DecoderConfig, x: np.ndarray) -> np.ndarray:

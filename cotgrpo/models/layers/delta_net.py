@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cotgrpo.models.layers.causal_conv import ConvWindow, causal_conv
-from cotgrpo.models.layers.options import DeltaNet
+from cotgrpo.models.layers.options import DELTA_CHUNK, DeltaNet
 from cotgrpo.models.norm_and_gate import broadcast_last, rms_norm
 from cotgrpo.sharding import constrain, vary_alike
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray
 
-CHUNK = 64
-"""Tokens of a chunk."""
 
 NORM_EPS = 1e-6
 """Added to the squared length of a query or a key that is brought to length 1."""
@@ -131,7 +129,7 @@ def delta_rule_steps(
 
 
 def chunked_delta_rule(
-    tokens: DeltaTokens, segment_ids: Int[Array, "B T"], state: DeltaState | None = None, chunk: int = CHUNK
+    tokens: DeltaTokens, segment_ids: Int[Array, "B T"], state: DeltaState | None = None, chunk: int = DELTA_CHUNK
 ) -> tuple[Float[Array, "B T K R E"], DeltaState]:
     """Return what `delta_rule_steps` does, with matrix products over chunks of tokens.
 

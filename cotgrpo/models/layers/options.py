@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+DELTA_CHUNK = 64
+"""Tokens of a chunk of the gated delta rule."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ShortConv:
@@ -99,6 +102,23 @@ class DeltaNet:
     def channels(self) -> int:
         """Return the numbers per token that the convolution reads: queries, keys and values."""
         return 2 * self.keys + self.values
+
+    @property
+    def rule_flops(self) -> int:
+        """Return the FLOPs of a token as a recurrence: three products with the state, of each value head."""
+        return 6 * self.state_size
+
+    @property
+    def chunked_flops(self) -> int:
+        """Return the FLOPs of a token in chunks: besides those, products and an inverse of the size of a chunk."""
+        rounds = 2 * max((DELTA_CHUNK - 1).bit_length() - 1, 0)
+        of_values = self.num_value_heads * 2 * DELTA_CHUNK * (2 * self.value_dim + rounds * DELTA_CHUNK)
+        return self.rule_flops + of_values + self.num_key_heads * 4 * DELTA_CHUNK * self.key_dim
+
+    @property
+    def working_numbers(self) -> int:
+        """Return the float32 numbers of a token that a layer has while it is computed, with a state per chunk."""
+        return 3 * self.channels + 2 * self.values + self.state_size // DELTA_CHUNK
 
     @property
     def state_size(self) -> int:

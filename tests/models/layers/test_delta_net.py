@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from cotgrpo.models.layers.delta_net import (
     DeltaTokens,
     chunked_delta_rule,
     delta_rule_steps,
+    one_chunk,
     unit_lower_inverse,
 )
+from cotgrpo.models.layers.options import DELTA_CHUNK, DeltaNet
 
 K, R, A, E = 2, 3, 8, 5
 LENGTHS = (7, 60, 1, 50, 19)
@@ -189,6 +192,33 @@ def test_the_backward_pass_keeps_no_state_per_token() -> None:
     assert analysis is not None and analysis.temp_size_in_bytes < T * heads * width * width * 4 / 2
 
 
+def test_the_flops_of_a_token_are_those_of_the_products() -> None:
+    """What plans count, against every product of a chunk."""
+    net = DeltaNet(num_key_heads=2, num_value_heads=6, key_dim=8, value_dim=5)
+    tokens = random_tokens(DELTA_CHUNK, batch=1)
+    segments = jnp.ones((1, DELTA_CHUNK), jnp.int32), jnp.ones(1, jnp.int32)
+    program = jax.make_jaxpr(one_chunk)(DeltaState.before(tokens).memory, (tokens, *segments))
+    flops = sum(flops_of(equation) for equation in equations(program.jaxpr))
+    assert net.chunked_flops == flops / DELTA_CHUNK
+    assert net.rule_flops == 6 * 6 * 8 * 5 < net.chunked_flops
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program, those of the functions that it calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            yield from equations(inner) if hasattr(inner, "eqns") else ()
+
+
+def flops_of(equation: Any) -> int:
+    if equation.primitive.name != "dot_general":
+        return 0
+    left, out = (x.aval.shape for x in (equation.invars[0], equation.outvars[0]))
+    return 2 * math.prod(out) * math.prod(left[i] for i in equation.params["dimension_numbers"][0][0])
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 37, 64])
 def test_unit_lower_inverse(size: int) -> None:
     lower = np.tril(np.random.default_rng(0).normal(size=(3, size, size)), -1).astype(np.float32) / size**0.5
@@ -218,6 +248,7 @@ def test_the_convolution_sees_its_own_document(taps: int) -> None:
     np.testing.assert_allclose(np.concatenate(found, axis=1), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
 def test_the_rule_of_transformers(name: str) -> None:
     """Outputs, the state and gradients."""
