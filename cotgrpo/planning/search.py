@@ -147,11 +147,13 @@ def candidates(plan: StagePlan) -> Iterator[StagePlan]:
     devices, batch, seq_len = plan.topology.num_devices, plan.settings.batch_size, plan.config.data.seq_len
     contexts = [n for n in divisors(devices) if n == 1 or seq_len // n >= SHARE]
     policies = [policy for policy in SEARCHED if plan.decoder.attention != "xla" or "attention" not in policy]
-    for tensor, context in itertools.product(divisors(devices), contexts):
-        left, rest = divmod(devices, tensor * context)
+    experts = divisors(plan.decoder.experts.number) if plan.decoder.experts is not None else [1]
+    for tensor, context, expert in itertools.product(divisors(devices), contexts, experts):
+        left, rest = divmod(devices, tensor * context * expert)
         for fsdp in () if rest else divisors(left):
             mesh = {"data": left // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
-            for remat, parts in itertools.product(policies, divisors(max(batch // left, 1))):
+            mesh |= {"expert": expert} if expert > 1 else {}
+            for remat, parts in itertools.product(policies, divisors(max(batch // (left * expert), 1))):
                 try:
                     way = change_plan(plan, mesh, remat, parts)
                 except ConfigError:  # something does not divide

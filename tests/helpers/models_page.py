@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -12,6 +13,7 @@ from cotgrpo.models.huggingface.config import decoder_config
 from cotgrpo.models.huggingface.families import FAMILIES, LACKING, WRAPPERS
 from helpers.published_models import PUBLISHED
 
+UNSIZED = ("tested on random weights", "the text part of a model with images")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -22,15 +24,17 @@ def families_table() -> str:
         "|---|---|---|",
     ]
     for kind, row in {**FAMILIES, **WRAPPERS}.items():
-        sizes = [
-            f"{name} ({decoder_config(hf).num_params() / 1e9:.2f} B)"
-            for name, hf in PUBLISHED.items()
-            if hf["model_type"] == kind
-        ]
-        lines.append(
-            f"| `{kind}` | {row.architecture} | {', '.join(sizes) or 'the text part of a model with images'} |"
-        )
+        sizes = [f"{name} ({size_of(hf)})" for name, hf in PUBLISHED.items() if hf["model_type"] == kind]
+        published = ", ".join(sizes) or UNSIZED[kind.endswith("_text")]
+        lines.append(f"| `{kind}` | {row.architecture} | {published} |")
     return "\n".join(lines)
+
+
+def size_of(hf: dict[str, Any]) -> str:
+    """Return the number of parameters, and of those that a token uses if that is another."""
+    config = decoder_config(hf)
+    size, active = (f"{count / 1e9:.2f} B" for count in (config.num_params(), config.num_active_params()))
+    return size if size == active else f"{size}, {active} active"
 
 
 def refused_table() -> str:

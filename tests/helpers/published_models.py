@@ -45,6 +45,16 @@ def ministral3(D: int, F: int, L: int, tied: bool = False) -> dict[str, Any]:
     return images("mistral3", text, projector_hidden_act="gelu", spatial_merge_size=2)
 
 
+def qwen3_5(D: int, F: int, L: int, Q: int, K: int, values: int, tied: bool) -> dict[str, Any]:
+    rope: dict[str, Any] = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default"}
+    rope |= {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
+    text = hub("qwen3_5_text", 248320, D, F, L, Q, K, 1e-6, head_dim=256, rope_parameters=rope, attn_output_gate=True)
+    text |= {"linear_num_key_heads": 16, "linear_num_value_heads": values, "linear_conv_kernel_dim": 4}
+    text |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "full_attention_interval": 4}
+    text |= {"mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    return images("qwen3_5", text, tie_word_embeddings=tied, image_token_id=248056, vision_start_token_id=248053)
+
+
 def granite4(D: int, F: int, L: int, Q: int, K: int, **more: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {"shared_intermediate_size": F, "num_local_experts": 0, "layer_types": ["attention"] * L}
     fields |= {"position_embedding_type": "rope", "logits_scaling": 10, "residual_multiplier": 0.22}
@@ -64,6 +74,19 @@ def hunyuan(V: int, D: int, F: int, L: int, Q: int, K: int, tied: bool) -> dict[
     return hub("hunyuan_v1_dense", V, D, F, L, Q, K, head_dim=128, tie_word_embeddings=tied, **fields)
 
 
+def experts(
+    model_type: str, V: int, D: int, F: int, L: int, Q: int, K: int, number: int, chosen: int, **more: Any
+) -> dict[str, Any]:
+    """Return a model with experts, and fields that do not change a logit."""
+    field = "num_experts" if model_type in ("qwen3_moe", "qwen2_moe", "olmoe") else "num_local_experts"
+    own = {field: number, "num_experts_per_tok": chosen, "output_router_logits": False, "router_aux_loss_coef": 0.001}
+    return hub(model_type, V, D, F, L, Q, K, **own, **more)
+
+
+YARN_OSS = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+YARN_OSS |= {"original_max_position_embeddings": 4096}
+GPT_OSS: dict[str, Any] = {"attention_bias": True, "sliding_window": 128, "rope_theta": 150000, "swiglu_limit": 7.0}
+GPT_OSS |= {"rope_scaling": YARN_OSS, "experts_per_token": 4, "initial_context_length": 4096}
 GRANITE3 = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_dropout": 0.1}
 SHORT_AND_LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 YARN_R1 = {"attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -89,6 +112,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-VL 2B": qwen3_vl(2048, 6144, 28, 16, True),
     "Qwen3-VL 4B": qwen3_vl(2560, 9728, 36, 32, True),
     "Qwen3-VL 8B": qwen3_vl(4096, 12288, 36, 32, False),
+    "Qwen3.5 0.8B": qwen3_5(1024, 3584, 24, 8, 2, 16, True),
+    "Qwen3.5 2B": qwen3_5(2048, 6144, 24, 8, 2, 16, True),
+    "Qwen3.5 4B": qwen3_5(2560, 9216, 32, 16, 4, 32, True),
+    "Qwen3.5 9B": qwen3_5(4096, 12288, 32, 16, 4, 32, False),
+    "Qwen3.5 27B": qwen3_5(5120, 17408, 64, 24, 4, 48, False),
     "Ministral 3 3B": ministral3(3072, 9216, 26, True),
     "Ministral 3 8B": ministral3(4096, 14336, 34),
     "Ministral 3 14B": ministral3(5120, 16384, 40),
@@ -118,5 +146,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "HunYuan 0.5B": hunyuan(120818, 1024, 3584, 24, 16, 8, True),
     "HunYuan 7B": hunyuan(128167, 4096, 14336, 32, 32, 8, True),
     "AFM 4.5B": hub("arcee", 128004, 2560, 18432, 36, 20, 4, head_dim=128, hidden_act="relu2"),
+    "Qwen3 30B A3B": experts("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, 8, head_dim=128, norm_topk_prob=True)
+    | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 48},
+    "Qwen3 235B A22B": experts("qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 128, 8, head_dim=128, norm_topk_prob=True)
+    | {"moe_intermediate_size": 1536, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 94},
+    "Qwen1.5 MoE A2.7B": experts("qwen2_moe", 151936, 2048, 5632, 24, 16, 16, 60, 4, norm_topk_prob=False)
+    | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1},
+    "OLMoE 1B 7B": experts("olmoe", 50304, 2048, 1024, 16, 16, 16, 64, 8, norm_topk_prob=False, clip_qkv=None),
+    "Mixtral 8x7B": experts("mixtral", 32000, 4096, 14336, 32, 32, 8, 8, 2, sliding_window=None),
+    "Granite 3.1 1B A400M": experts("granitemoe", 49155, 1024, 512, 24, 16, 8, 32, 8, tie_word_embeddings=True)
+    | GRANITE3,
+    "Granite 3.1 3B A800M": experts("granitemoe", 49155, 1536, 512, 32, 24, 8, 40, 8, tie_word_embeddings=True)
+    | GRANITE3,
+    "gpt-oss 20B": experts("gpt_oss", 201088, 2880, 2880, 24, 64, 8, 32, 4, head_dim=64, **GPT_OSS),
+    "gpt-oss 120B": experts("gpt_oss", 201088, 2880, 2880, 36, 64, 8, 128, 4, head_dim=64, **GPT_OSS),
     "Apertus 8B": hub("apertus", 131072, 4096, 21504, 32, 32, 8, hidden_act="xielu", qk_norm=True, post_norm=False),
 }

@@ -23,6 +23,8 @@ from cotgrpo.models.huggingface.families import FAMILIES, WRAPPERS
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch: pip install 'cotgrpo[parity]'")
 transformers = pytest.importorskip("transformers")
 
+WITH_EXPERTS = ("qwen3_moe_mixed", "qwen2_moe", "mixtral", "granitemoeshared", "gpt_oss")
+"""One for each way in which a checkpoint names its experts."""
 T = 64
 """Longer than the context of every case: 48 positions, 16 before scaling."""
 
@@ -111,7 +113,8 @@ def test_old_and_new_configs_say_the_same(case: str, saved: Any) -> None:
 @pytest.mark.parametrize(
     "case",
     ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "apertus"]
-    + [pytest.param(case, marks=pytest.mark.slow) for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4")],
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4")]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
 )
 def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
     """Of the mean next-token loss, leaf by leaf: |difference| <= 1e-3 of the leaf's largest entry."""
@@ -162,7 +165,8 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
     + [
         pytest.param(case, marks=pytest.mark.slow)
         for case in ("gemma3_images", "qwen3_vl", "ministral3_images", "granite4", "apertus", "hunyuan", "olmo3")
-    ],
+    ]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
 )
 def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     """In from shards, out into shards: bit-equal tensors, the same config, the same logits."""

@@ -28,11 +28,27 @@ def test_the_page_is_what_the_tables_say() -> None:
         ("Phi-4 mini", 3_836_021_760),
         ("Phi-4", 14_659_507_200),
         ("Apertus 8B", 8_053_338_176),
+        ("Qwen3 30B A3B", 30_532_122_624),
+        ("Qwen3 235B A22B", 235_093_634_560),
+        ("Qwen1.5 MoE A2.7B", 14_315_784_192),
+        ("OLMoE 1B 7B", 6_919_161_856),
+        ("Mixtral 8x7B", 46_702_792_704),
+        ("gpt-oss 20B", 20_914_757_184),
+        ("gpt-oss 120B", 116_829_156_672),
         ("DeepSeek R1 0528 Qwen3 8B", 8_190_735_360),
     ],
 )
 def test_published_sizes(name: str, size: int) -> None:
     assert decoder_config(PUBLISHED[name]).num_params() == size
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [("Qwen3 30B A3B", 3.35), ("OLMoE 1B 7B", 1.28), ("Mixtral 8x7B", 12.88), ("gpt-oss 120B", 5.71)],
+)
+def test_published_active_sizes(name: str, active: float) -> None:
+    """In billions, with the embedding and the head."""
+    assert decoder_config(PUBLISHED[name]).num_active_params() / 1e9 == pytest.approx(active, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", LACKING)
@@ -42,7 +58,7 @@ def test_a_type_that_does_not_load_says_what_is_lacking(kind: str) -> None:
     assert LACKING[kind] in str(error.value) and "\n" not in str(error.value)
 
 
-LLAMA = PUBLISHED["Llama 3.1 8B"]
+LLAMA, QWEN3_MOE = PUBLISHED["Llama 3.1 8B"], PUBLISHED["Qwen3 30B A3B"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,13 @@ LLAMA = PUBLISHED["Llama 3.1 8B"]
         (PUBLISHED["Phi-4 mini"] | {"lm_head_bias": True}, "lm_head_bias is True"),
         (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "they differ"),
         (LLAMA | {"use_rope": False}, "unsupported field use_rope"),
+        (QWEN3_MOE | {"num_experts_per_tok": 129}, "num_experts_per_tok is 129, but num_experts is 128"),
+        (QWEN3_MOE | {"num_local_experts": 64}, "num_experts is 128 and num_local_experts is 64"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        (QWEN3_MOE | {"moe_intermediate_size": None}, "moe_intermediate_size is None"),
+        (PUBLISHED["OLMoE 1B 7B"] | {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        (PUBLISHED["gpt-oss 20B"] | {"layer_types": ["full_attention"]}, "layer_types must name .* 24 layers"),
+        (PUBLISHED["gpt-oss 20B"] | {"swiglu_limit": 0.0}, "Experts.limit must be positive"),
         (LLAMA | {"num_experts": 8}, "unsupported field num_experts"),
     ],
 )

@@ -34,6 +34,9 @@ FAMILY_CASES = ("llama31_scaled", "mistral", "qwen2", "qwen3", "gemma2", "gemma3
 MORE_CASES = ("gemma3_images", "qwen3_vl", "ministral3", "mistral_images", "gemma", "ministral", "cwm", "seed_oss")
 MORE_CASES += ("internlm3_near", "ernie4_5", "smollm3", "granite", "granite4", "granite4_nope", "olmo2", "olmo3")
 MORE_CASES += ("exaone4", "exaone4_small", "phi4_mini", "phi4", "hunyuan", "arcee", "apertus")
+MORE_CASES += ("qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "olmoe", "mixtral", "granitemoe", "granitemoeshared")
+MORE_CASES += ("gpt_oss",)
+MORE_CASES += ("qwen3_5", "qwen3_5_odd", "qwen3_5_images")
 """The families that are combinations of options of the decoder."""
 EMBEDDINGS = {"gemma": 0.05, "granite4_nope": 0.05, "olmo2": 4.0}
 """Factors of the embedding with which random models say more than one word."""
@@ -192,7 +195,7 @@ def test_stop_tokens_of_the_generation_config(name: str, made: Callable[[str], C
     np.testing.assert_array_equal(got.finished[same], np.isin(want, stops).any(axis=1)[same])
 
 
-@pytest.mark.parametrize("name", VIEW_CASES)
+@pytest.mark.parametrize("name", [*VIEW_CASES, pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_padding_and_batch_mates_change_nothing(name: str, made: Callable[[str], Case]) -> None:
     loaded, want = made(name).loaded, made(name).got
     wider = greedy(loaded, pad_prompts(PROMPTS[::-1], length=22, pad_id=5))
@@ -230,7 +233,7 @@ def greedy_in_chunks(loaded: Pretrained, prompts: Prompts, chunk: int) -> np.nda
     return np.stack(tokens, axis=1)
 
 
-@pytest.mark.parametrize("name", VIEW_CASES)
+@pytest.mark.parametrize("name", [*VIEW_CASES, pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_how_a_prompt_is_read_changes_nothing(name: str, made: Callable[[str], Case]) -> None:
     """At once, in chunks (the last is shorter, and some are padding alone), or with the beginning of its own reply."""
     loaded, want = made(name).loaded, made(name).got.tokens
