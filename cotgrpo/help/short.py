@@ -180,5 +180,9 @@ NAMES_ELSEWHERE = {
     "num_generations": "grpo.ghosts.num_generations",
     "lora_r": "lora.rank",
     "lora_alpha": "lora.alpha",
+    "use_rslora": "lora.rslora",
+    "load_in_4bit": "lora.quantize_base",
+    "load_in_8bit": "lora.quantize_base",
+    "bnb_4bit_quant_type": "lora.quantize_base",
 }
 """What other libraries call our settings, to suggest ours. `{stage}` is the command's."""

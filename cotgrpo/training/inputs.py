@@ -34,11 +34,14 @@ from cotgrpo.identity.rows import read_test_rows as read_test_rows
 from cotgrpo.identity.split import draw_split
 from cotgrpo.logs.progress import PhaseProgress
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
+from cotgrpo.models.huggingface.config import check_exportable
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder
 from cotgrpo.models.huggingface.pinned import keep_student, keep_tokenizer, reopen, reopen_tokenizer
 from cotgrpo.models.huggingface.weights import read_weights
 from cotgrpo.models.lora import with_adapters
+from cotgrpo.models.quantized.kernel import Quantization
+from cotgrpo.models.quantized.quantize import check_blocks, require_qwix
 from cotgrpo.sharding import jit_eval
 from cotgrpo.teachers.endpoint import ConnectionSettings
 from cotgrpo.terminal import say
@@ -103,17 +106,22 @@ class Model:
         shapes = jax.eval_shape(functools.partial(init_params, self.decoder), jax.random.key(0))
         return abstract_on_mesh(shapes, self.mesh)
 
-    def first_params(self) -> Params:
-        """Return the pretrained weights, or random ones from the config's seed.
+    def first_params(self, quantization: Quantization | None = None) -> Params:
+        """Return the pretrained weights, or random ones from the config's seed. An adapter's are left out.
+
+        Args:
+            quantization: how the kernels are quantized while they are read; None: they are not.
 
         Raises:
             ModelError: weights that cannot be read.
         """
         if self.source is None:
+            check_exportable(self.decoder)
             init = functools.partial(init_params, self.decoder)
             return init_on_mesh(self.mesh, init, jax.random.key(self.config.seed))
         c = self.decoder
-        return read_weights(self.source, c.param_dtype, mesh=self.mesh, compute_dtype=c.dtype, remat=c.remat).params
+        types: Any = {"dtype": c.param_dtype, "compute_dtype": c.dtype, "remat": c.remat}
+        return read_weights(self.source, mesh=self.mesh, quantization=quantization, **types).params
 
     def template(self, loss_on: LossOn) -> AnyTemplate:
         stops_from = self.tokenizer_from if self.source is None else self.source.folder
@@ -387,7 +395,10 @@ def model_of(
         tokenizer = tokenizer_of(config, folder, origin, train, console)
     decoder = config.student.computed(config.student.decoder(len(tokenizer)), jax.default_backend())
     check_model(config, decoder)
-    return Model(config, tokenizer, decoder, len(tokenizer), tokenizer_from=tokenizer_from)
+    model = Model(config, tokenizer, decoder, len(tokenizer), tokenizer_from=tokenizer_from)
+    if not copy:
+        check_quantization(model)
+    return model
 
 
 def pretrained_model(config: Config, stages: Sequence[Path] = (), *, copy: bool = False) -> Model:
@@ -402,13 +413,36 @@ def pretrained_model(config: Config, stages: Sequence[Path] = (), *, copy: bool 
     assert settings.path is not None
     source = reopen(settings.path, stages, copy=copy)
     tokenizer_from = None if path is None else reopen_tokenizer(path, stages, copy=copy)
-    tokenizer = load_tokenizer(source.folder if tokenizer_from is None else tokenizer_from)
-    if path is not None and (source.folder / "tokenizer.json").is_file():
-        check_same_tokens(tokenizer, load_tokenizer(source.folder), path, settings.path)
+    tokenizer = load_tokenizer(source.tokenizer_folder if tokenizer_from is None else tokenizer_from)
+    if path is not None and (source.tokenizer_folder / "tokenizer.json").is_file():
+        check_same_tokens(tokenizer, load_tokenizer(source.tokenizer_folder), path, settings.path)
     decoder = settings.computed(source.config, jax.default_backend())
     check_model(config, decoder)
     size = source.vocab_size(tokenizer.get_vocab(), settings.path if path is None else path)
-    return Model(config, tokenizer, decoder, size, source, tokenizer_from)
+    model = Model(config, tokenizer, decoder, size, source, tokenizer_from)
+    if not copy:
+        check_quantization(model)
+    return model
+
+
+def check_quantization(model: Model) -> None:
+    """Raise ConfigError unless the frozen kernels can be quantized as `lora` has it."""
+    lora = model.config.lora
+    if lora is None or lora.quantization is None:
+        return
+    if model.decoder.experts is not None:
+        raise ConfigError(
+            f"lora.quantize_base {lora.quantize_base} quantizes projections and not experts, which are most of this "
+            "student's weights. Set it to none, or take a student without experts."
+        )
+    try:
+        require_qwix()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        check_blocks(model.abstract_params(), lora.quantization)
+    except ValueError as error:
+        raise ConfigError(f"lora.block_size: {error}") from error
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, path: str, model: str) -> None:

@@ -75,12 +75,15 @@ class MeasurementCache:
         held_out: measures a student.
         sft_folder: the folder of the SFT stage that the student comes from, or None.
         begun: whether the stage has a checkpoint, so that the student before it is not at hand.
+        requantized: whether the student is not the one that SFT measured: its frozen kernels are quantized now and were
+            not then, or the other way around.
     """
 
     folder: Path
     held_out: HeldOut
     sft_folder: Path | None
     begun: bool = False
+    requantized: bool = False
 
     def measure(self, name: str, params: Callable[[], Params], when: str) -> dict[str, Any] | None:
         """Return the measurement in the file `name`. If there is none, measure `params()` and write it.
@@ -106,7 +109,7 @@ class MeasurementCache:
 
     def find_of_sft(self, name: str) -> dict[str, Any] | None:
         """Return what the SFT stage has measured after its end, which is before this stage."""
-        return self.of_sft("after.json") if name == "before.json" else None
+        return self.of_sft("after.json") if name == "before.json" and not self.requantized else None
 
     def of_sft(self, name: str) -> dict[str, Any] | None:
         """Return a measurement of the SFT stage, if it was made on the same rows."""

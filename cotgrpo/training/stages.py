@@ -23,7 +23,7 @@ from cotgrpo.accelerators.mfu import StepFlops
 from cotgrpo.accelerators.out_of_memory import explain_out_of_memory
 from cotgrpo.accelerators.refused_options import explain_refused_option
 from cotgrpo.atomic_files import write_json
-from cotgrpo.checkpoints.location import CheckpointLocation
+from cotgrpo.checkpoints.location import CheckpointLocation, saved_config
 from cotgrpo.checkpoints.manager import check_state, is_finite, steps_in
 from cotgrpo.checkpoints.run_lock import locked
 from cotgrpo.checkpoints.stops import say_stops
@@ -34,6 +34,7 @@ from cotgrpo.evaluation.held_out import HeldOut
 from cotgrpo.identity.known import forget_record, forget_split
 from cotgrpo.identity.record import find_parts
 from cotgrpo.logs.metrics_log import read_metrics
+from cotgrpo.models.quantized.quantize import abstract_base
 from cotgrpo.reports.report import ReportError, is_whole_page, read_report, write_report
 from cotgrpo.sharding import jit_step, state_sharding
 from cotgrpo.terminal import complain, say
@@ -144,7 +145,7 @@ def run_locked_stage(
 
     held_out = inputs.held_out(getattr(config, stage).batch_size, console)
     after_sft = origin if stage == "grpo" and origin == run_dir / "sft" else None
-    cache = MeasurementCache(folder, held_out, after_sft, location.exists())
+    cache = MeasurementCache(folder, held_out, after_sft, location.exists(), is_requantized(after_sft, config))
     with explain_out_of_memory(lambda: advice_for_eval(stage, config)):
         before = cache.measure("before.json", weights.adapted, f"before {title}")
     points = {} if before is None else {"base" if stage == "sft" or origin is None else "sft": before}
@@ -231,7 +232,7 @@ def initial_weights(
     if measured and location.exists() and not (is_own_teacher or needs_reference(config, stage)):
         origin = folder
     if origin is None:
-        weights, start = first_weights(model), config.student.path or f"scratch (seed {config.seed})"
+        weights, start = first_weights(model), first_name(model)
     else:
         weights, step = start_weights(origin, model)
         start = f"{origin} at step {step}"
@@ -240,6 +241,22 @@ def initial_weights(
         return weights, start
     spread = lambda tree: put_on_mesh(tree, state_sharding(tree, mesh))
     return dataclasses.replace(weights, trained=spread(weights.trained), base=spread(weights.base)), start
+
+
+def first_name(model: Model) -> str:
+    """Return what a stage's first weights are, in words."""
+    config, source = model.config, model.source
+    if source is None or source.adapter is None:
+        return config.student.path or f"scratch (seed {config.seed})"
+    how = "merged" if config.lora is None else "trained further"
+    return f"{source.name} with the adapter {source.adapter}, which is {how}"
+
+
+def is_requantized(before: Path | None, config: Config) -> bool:
+    """Return whether a stage quantizes the frozen kernels in another way than the stage before it."""
+    saved = None if before is None else saved_config(before)
+    of = lambda config: None if config.lora is None else config.lora.quantization
+    return saved is not None and of(saved) != of(config)
 
 
 def new_state(stage: StageName, config: Config, trained: Params, copy: bool = False) -> TrainState:
@@ -303,7 +320,10 @@ def check_state_fits(stage: StageName, config: Config, model: Model) -> None:
     """Raise ConfigError if parameters and optimizer alone cannot fit into memory. Nothing is allocated yet."""
     params = model.abstract_params()
     state = jax.eval_shape(functools.partial(new_state, stage, config), params)
-    needed = size_of(state if config.lora is None else params) // (1 if model.mesh is None else model.mesh.size)
+    frozen = params
+    if config.lora is not None and config.lora.quantization is not None:
+        frozen = abstract_base(params, *config.lora.quantization)
+    needed = size_of(state if config.lora is None else frozen) // (1 if model.mesh is None else model.mesh.size)
     with explain_out_of_memory(lambda: advice_for_training(stage, config, StageWeights(params))):
         check_fits("the train state", needed, needed)
 
@@ -342,7 +362,9 @@ def print_student(model: Model, weights: StageWeights, start: str, console: Cons
         say(console, merged_text(weights.merged_share, model.decoder.param_dtype, "student.param_dtype float32"))
     if weights.lora is not None:
         count = sum(leaf.size for leaf in jax.tree.leaves(weights.trained)) / 1e6
-        say(console, f"LoRA: {count:.2f} M parameters are trained, in addition to the student's")
+        kept = weights.lora.quantize_base
+        base = "" if kept == "none" else f", whose kernels are frozen in {kept}"
+        say(console, f"LoRA: {count:.2f} M parameters are trained, in addition to the student's{base}")
 
 
 def warn_of_rounding(stage: StageName, config: Config, weights: StageWeights) -> None:
@@ -395,7 +417,7 @@ def run_eval_pretrained(config: Config, out: Path | None = None, console: Consol
     name = str(config.student.path)
     held_out = inputs.held_out(config.sft.batch_size, console)
     about = {"model": name, "held_out_split": inputs.split_text}
-    params = inputs.model.first_params()
+    params = first_weights(inputs.model).adapted()
     if not is_finite(params):
         raise ConfigError(f"{name} holds parameters that are not finite, so there is nothing to measure.")
     with explain_out_of_memory(lambda: advice_for_eval("sft", config)):

@@ -12,10 +12,23 @@ from cotgrpo.checkpoints.location import CheckpointLocation, saved_config
 from cotgrpo.checkpoints.manager import restore_params
 from cotgrpo.config import Config, ConfigError
 from cotgrpo.distributed.processes import on_process_0
+from cotgrpo.models.huggingface.adapters import load_own_adapter
 from cotgrpo.models.huggingface.families import ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder
 from cotgrpo.models.huggingface.pinned import changed_parts, find_record, fingerprint
-from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora, merge, share_kept
+from cotgrpo.models.lora import (
+    AdaptedParams,
+    Adapters,
+    LoraConfig,
+    flatten_adapters,
+    init_lora,
+    is_quantized,
+    merge,
+    share_kept,
+    target_kernels,
+)
+from cotgrpo.models.quantized.kernel import Quantization
+from cotgrpo.models.quantized.quantize import quantize_base
 from cotgrpo.training.inputs import Model
 from cotgrpo.training.mesh import abstract_on_mesh, init_on_mesh
 from cotgrpo.types import Params
@@ -74,7 +87,36 @@ def first_weights(model: Model) -> StageWeights:
             "lora.rank is set, but the student is from scratch: frozen random weights learn nothing. "
             "Name a pretrained student in student.path or a trained stage in init_from, or set lora.rank to 0."
         )
-    return with_fresh_adapters(model, first_params(model), model.source)
+    lora, source = model.config.lora, model.source
+    base = first_params(model, quantization=None if lora is None else lora.quantization)
+    if source is None or source.adapter is None:
+        return with_fresh_adapters(model, base, source)
+    adapters, own = load_own_adapter(source, base)
+    if lora is not None:
+        check_goes_on(base, adapters, own, lora, source.adapter)
+        return StageWeights(adapters, base, lora, *name_of(source))
+    share = share_kept(base, adapters, own, model.decoder.param_dtype)
+    return StageWeights(merge(base, adapters, own), merged_share=share)
+
+
+def check_goes_on(base: Params, adapters: Adapters, own: LoraConfig, lora: LoraConfig, name: str) -> None:
+    """Raise ConfigError unless a stage's LoRA settings are those of the adapters that it starts from.
+
+    Dropout may differ, and the base may be quantized.
+    """
+    paths = flatten_adapters(adapters).keys()
+    try:
+        same_targets = target_kernels(base, lora).keys() == paths
+    except ValueError:
+        same_targets = False
+    if same_targets and (own.rank, own.alpha, own.rslora) == (lora.rank, lora.alpha, lora.rslora):
+        return
+    targets = ", ".join(own.targets)
+    raise ConfigError(
+        f"{name} holds adapters of another form than lora has. To train them further set lora.rank {own.rank}, "
+        f"lora.alpha {own.alpha}, lora.rslora {str(own.rslora).lower()} and lora.targets [{targets}]; or set lora.rank "
+        "0 to merge them and train all parameters."
+    )
 
 
 def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
@@ -87,8 +129,9 @@ def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
         CheckpointError, ModelError: no weights that can be read.
         ConfigError: adapters of another shape, or as in `first_weights`.
     """
-    weights, step = restore_weights(folder, model)
     lora = model.config.lora
+    # Adapters are merged into the model as it was, not into its quantized kernels.
+    weights, step = restore_weights(folder, model, quantized=lora is not None)
     if weights.lora is None:
         return with_fresh_adapters(model, weights.trained), step
     if lora is None:
@@ -102,10 +145,13 @@ def start_weights(folder: Path, model: Model) -> tuple[StageWeights, int]:
     return dataclasses.replace(weights, lora=lora), step
 
 
-def restore_weights(folder: Path, model: Model, *, with_base: bool = True) -> tuple[StageWeights, int]:
+def restore_weights(
+    folder: Path, model: Model, *, with_base: bool = True, quantized: bool = True
+) -> tuple[StageWeights, int]:
     """Return the newest weights in a stage's folder, as it trained them, and their step.
 
-    Without `with_base` the frozen base of adapters is not read, and is None.
+    Without `with_base` the frozen base of adapters is not read, and is None. Without `quantized` it is what was
+    quantized, read again.
 
     Raises as `start_weights` does.
     """
@@ -123,10 +169,11 @@ def restore_weights(folder: Path, model: Model, *, with_base: bool = True) -> tu
     if not with_base:
         base = None
     elif origin is None:
-        base = first_params(model, folder)
+        base = first_params(model, folder, quantization=lora.quantization if quantized else None)
     else:
         at = CheckpointLocation.resolve(origin, model.config).readable()
         base, _ = restore_params(at, model.abstract_params())
+        base = quantized_as(base, lora) if quantized else base
     return StageWeights(adapters, base, lora, *name_of(source)), step
 
 
@@ -144,12 +191,13 @@ def base_origin(folder: Path, saved: Config) -> Path | None:
     return origin
 
 
-def first_params(model: Model, folder: Path | None = None) -> Params:
+def first_params(model: Model, folder: Path | None = None, quantization: Quantization | None = None) -> Params:
     """Return the parameters before any training, after a comparison of a pretrained model with what is recorded of it.
 
     Args:
         model: the student.
         folder: the stage whose record counts; None: the one that `model.source` comes from.
+        quantization: as in `Model.first_params`.
 
     Raises:
         ModelError: the model has changed or is gone, or its weights cannot be read.
@@ -158,12 +206,13 @@ def first_params(model: Model, folder: Path | None = None) -> Params:
     record = None if folder is None else find_record(folder)
     recorded = record["fingerprint"] if record is not None else None if source is None else source.recorded
     if source is None or recorded is None:
-        return model.first_params()
+        return model.first_params(quantization)
     where = source.base or str(source.folder)
     try:
         source.weights_folder()
         changed = changed_parts(recorded, on_process_0(lambda: fingerprint(source)))
-        params = model.first_params() if not changed or "student" in model.config.allowed_changes else None
+        allowed = not changed or "student" in model.config.allowed_changes
+        params = model.first_params(quantization) if allowed else None
     except ModelError as error:
         raise ModelError(
             f"{folder or 'This run'} started from {where}, whose weights are needed and cannot be read. Put that model "
@@ -195,7 +244,14 @@ def with_fresh_adapters(model: Model, params: Params, source: ModelFolder | None
         adapters = init_on_mesh(model.mesh, make, jax.random.key(model.config.seed))
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
-    return StageWeights(adapters, params, lora, *name_of(source))
+    return StageWeights(adapters, quantized_as(params, lora), lora, *name_of(source))
+
+
+def quantized_as(base: Params, lora: LoraConfig) -> Params:
+    """Return the frozen parameters with their kernels quantized, if `lora` has it and they are not yet."""
+    if lora.quantization is None or is_quantized(base):
+        return base
+    return quantize_base(base, *lora.quantization)
 
 
 def name_of(source: ModelFolder | None) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.huggingface.config import decoder_config, family_of, is_wrapped
 from cotgrpo.models.huggingface.families import PROJECTIONS
 from cotgrpo.models.huggingface.family import HfConfig, ModelError
-from cotgrpo.models.huggingface.folder import read_json_object, refuse_used
+from cotgrpo.models.huggingface.folder import (
+    ADAPTER_FILES,
+    ModelFolder,
+    is_hub_id,
+    local_folder,
+    read_json_object,
+    refuse_used,
+)
 from cotgrpo.models.huggingface.model_card import model_card
 from cotgrpo.models.huggingface.safetensors_files import StoredTensor, list_tensors
 from cotgrpo.models.huggingface.tensor_layout import Slot, TreePath, projection_slots
@@ -29,8 +36,7 @@ from cotgrpo.models.huggingface.weights import on_host
 from cotgrpo.models.lora import Adapters, LoraConfig, flatten_adapters, kernels
 from cotgrpo.types import Params
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 NAME = "base_model.model.{}layers.{}.{}.{}.weight"
 NAMED = re.compile(
     r"base_model\.model\.(?:model|model\.language_model|language_model\.model)"
@@ -81,17 +87,18 @@ def save_adapter(
     folder = Path(folder)
     refuse_used(folder)
     pairs = flatten_adapters(adapters)
-    slots = adapted_slots(hf_config)
-    unknown = ["/".join(path) for path in pairs if path[:-1] != ("layers",) or path[-1] not in PROJECTIONS]
+    slots, stacks = adapted_slots(hf_config), layers_by_stack(hf_config, pairs)
+    names = set(PROJECTIONS) if hf_config is None else set(decoder_config(hf_config).projections)
+    unknown = ["/".join(path) for path in pairs if path[:-1] not in stacks or path[-1] not in names]
     if unknown:
-        raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {set(PROJECTIONS)}.")
+        raise ModelError(f"{unknown[0]} has no name in Hugging Face's models; expected layers/ and {names}.")
     refuse_fused([path[-1] for path in pairs if path[-1] not in slots], hf_config)
     prefix = "model." if hf_config is None or not is_wrapped(hf_config) else "model.language_model."
     tensors = {
-        NAME.format(prefix, layer, slots[path[-1]].name, theirs): in_peft(slots[path[-1]], path, pair, ours, layer)
+        NAME.format(prefix, layer, slots[path[-1]].name, theirs): in_peft(slots[path[-1]], path, pair, ours, index)
         for path, pair in pairs.items()
         for theirs, ours in PARTS.items()
-        for layer in range(pair[ours].shape[0])
+        for index, layer in enumerate(stacks[path[:-1]])
     }
     if jax.process_index() == 0:
         from safetensors.numpy import save_file
@@ -101,7 +108,7 @@ def save_adapter(
             text = json.dumps(adapter_config(pairs, lora, base_model_name, revision, slots), indent=2)
             (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             if card is not None:
-                base = {"base_model": base_model_name} if base_model_name else {}
+                base = {"base_model": base_model_name} if base_model_name and is_hub_id(base_model_name) else {}
                 text = model_card(folder.name, base | dict(card), library="peft")
                 (partial / "README.md").write_text(text, encoding="utf-8")
             also(partial)
@@ -123,6 +130,22 @@ def adapted_slots(hf_config: HfConfig | None) -> dict[str, Slot]:
         return {name: Slot(module) for name, module in PROJECTIONS.items()}
     slots = projection_slots(decoder_config(hf_config), family_of(hf_config))
     return {name: slot for name, slot in slots.items() if slot.rows is None}
+
+
+def layers_by_stack(hf_config: HfConfig | None, found: Mapping[TreePath, Any]) -> dict[TreePath, list[int]]:
+    """Return {path of stacked layers: their indices}.
+
+    Args:
+        hf_config: config.json of the frozen model. None: all layers are in one stack.
+        found: {path of a projection: its kernel, or A and B}, which tell their number.
+    """
+    stacks: dict[TreePath, list[int]] = {}
+    if hf_config is None:
+        stacked = [one["lora_a"] if isinstance(one, Mapping) else one for one in found.values()]
+        return {("layers",): list(range(stacked[0].shape[0] if stacked else 0))}
+    for layer, place in enumerate(decoder_config(hf_config).layer_places):
+        stacks.setdefault(place.path, []).append(layer)
+    return stacks
 
 
 def in_peft(slot: Slot, path: TreePath, pair: Mapping[str, Any], part: str, layer: int) -> np.ndarray:
@@ -153,8 +176,15 @@ def adapter_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(slots[path[-1]].name.rpartition(".")[2] for path in paths),
+        "target_modules": target_modules({path[-1] for path in paths}, slots),
     }
+
+
+def target_modules(adapted: Set[str], slots: Mapping[str, Slot]) -> list[str]:
+    """Return the names by which `peft` finds the adapted modules: the last part, unless another module has it too."""
+    last = {name: slot.name.rpartition(".")[2] for name, slot in slots.items()}
+    others = {last[name] for name in slots.keys() - adapted}
+    return sorted({slots[name].name if last[name] in others else last[name] for name in adapted})
 
 
 def load_adapter(folder: str | Path, params: Params, hf_config: HfConfig | None = None) -> tuple[Adapters, LoraConfig]:
@@ -176,22 +206,50 @@ def load_adapter(folder: str | Path, params: Params, hf_config: HfConfig | None 
     check_settings(settings, folder)
     stored = list_tensors(weights_path(folder))
     found = kernels(params)
-    slots = adapted_slots(hf_config)
-    ours = {slot.name: ("layers", name) for name, slot in slots.items()}
+    slots, stacks = adapted_slots(hf_config), layers_by_stack(hf_config, found)
+    ours: dict[str, list[TreePath]] = {}
+    for path in found:
+        if path[:-1] in stacks and path[-1] in slots:
+            ours.setdefault(slots[path[-1]].name, []).append(path)
     tensors: dict[TreePath, dict[tuple[str, int], StoredTensor]] = {}
     for name, tensor in stored.items():
         match = NAMED.fullmatch(name)
-        path = ours.get(match[2]) if match else None
-        if match is None or path not in found:
-            names = ", ".join(slots[p[-1]].name for p in found if p[-1] in slots)
-            raise ModelError(f"{folder}: {name} adapts a projection that this model does not have. It has {names}.")
+        if match is None or match[2] not in ours:
+            raise ModelError(
+                f"{folder}: {name} adapts a projection that this model does not have. It has {', '.join(ours)}."
+            )
+        paths = ours[match[2]]
+        path = next((path for path in paths if int(match[1]) in stacks[path[:-1]]), paths[0])
         tensors.setdefault(path, {})[PARTS[match[3]], int(match[1])] = tensor
     if not tensors:
         raise ModelError(f"{folder / WEIGHTS_FILE} holds no tensors: save the adapter again.")
     adapted = [path for path in found if path in tensors]
-    lora = lora_config(settings, tuple(path[-1] for path in adapted), folder)
-    pairs = {path: read_pair(slots[path[-1]], tensors[path], found[path].shape, lora.rank, folder) for path in adapted}
+    lora = lora_config(settings, targets_of(adapted, found), folder)
+    pairs = {}
+    for path in adapted:
+        layers, shape = stacks[path[:-1]], found[path].shape
+        pairs[path] = read_pair(slots[path[-1]], tensors[path], layers, shape, lora.rank, folder)
     return unflatten_dict(pairs), lora
+
+
+def targets_of(adapted: Sequence[TreePath], found: Collection[TreePath]) -> tuple[str, ...]:
+    """Return patterns that match the adapted projections and no others: names, or else whole paths."""
+
+    def pattern(path: TreePath) -> str:
+        others = {own for own in found if re.search(path[-1], "/".join(own))} - set(adapted)
+        return "/".join(path) + "$" if others else path[-1]
+
+    return tuple(dict.fromkeys(map(pattern, adapted)))
+
+
+def load_own_adapter(found: ModelFolder, params: Params) -> tuple[Adapters, LoraConfig]:
+    """Read the adapter of a model that `open_folder` found it with. It is not merged.
+
+    Raises:
+        ModelError: as `load_adapter`, or the adapter is not there any more.
+    """
+    assert found.adapter is not None
+    return load_adapter(local_folder(found.adapter), params, found.hf_config)
 
 
 def weights_path(folder: Path) -> Path:
@@ -237,19 +295,22 @@ def lora_config(settings: Mapping[str, Any], targets: tuple[str, ...], folder: P
 def read_pair(
     slot: Slot,
     tensors: Mapping[tuple[str, int], StoredTensor],
+    layers: Sequence[int],
     kernel_shape: tuple[int, ...],
     rank: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Return `lora_a` and `lora_b` of one projection, stacked over layers."""
-    L, inputs, outputs = kernel_shape
+    """Return `lora_a` and `lora_b` of one projection, stacked over these layers."""
+    _, inputs, outputs = kernel_shape
     shapes, module = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}, slot.name
-    expected = {(part, layer) for part in shapes for layer in range(L)}
+    expected = {(part, layer) for part in shapes for layer in layers}
     if odd := sorted(expected ^ tensors.keys()):
         part, layer = odd[0]
         what = "lacks" if odd[0] in expected else "holds"
+        alike = layers == list(range(len(layers)))
+        which = f"{len(layers)} layers" if alike else f"it in the layers {', '.join(map(str, layers))}"
         raise ModelError(
-            f"{folder} {what} {part} of layer {layer} of {module}, but this model has {L} layers, "
+            f"{folder} {what} {part} of layer {layer} of {module}, but this model has {which}, "
             "and an adapter must hold all of them."
         )
     for (part, layer), tensor in tensors.items():
@@ -261,7 +322,7 @@ def read_pair(
     ordered = {"lora_a": lambda array: array, "lora_b": slot.from_stored}
     return {
         part: jnp.asarray(
-            np.stack([ordered[part](tensors[part, layer].read()).T.astype(np.float32) for layer in range(L)])
+            np.stack([ordered[part](tensors[part, layer].read()).T.astype(np.float32) for layer in layers])
         )
         for part in shapes
     }

@@ -23,6 +23,10 @@ HUB_FILES += tuple(f"{name}*" for name in LICENSES)
 """Files of a hub id that are downloaded."""
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What `peft` writes of an adapter."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
     """A model from Hugging Face without its weights.
@@ -37,6 +41,8 @@ class ModelFolder:
         revision: the commit of a hub id, or None.
         base: folder or hub id with the weights, if `folder` is a run's copy of the other files; else None.
         recorded: the fingerprint of the model that a run started from, or None.
+        adapter: folder or hub id of an adapter (LoRA) that belongs on top of the weights, or None.
+        tokenizer_from: folder of the tokenizer, if an adapter brings its own; else None.
     """
 
     config: DecoderConfig
@@ -47,6 +53,13 @@ class ModelFolder:
     revision: str | None = None
     base: str | None = None
     recorded: Mapping[str, str] | None = None
+    adapter: str | None = None
+    tokenizer_from: Path | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files."""
+        return self.tokenizer_from or self.folder
 
     @property
     def name(self) -> str:
@@ -83,7 +96,7 @@ class ModelFolder:
 
     def own_vocab_size(self) -> int | None:
         """Return `vocab_size` of the folder's own tokenizer.json, or None if there is no such file."""
-        path = self.folder / "tokenizer.json"
+        path = self.tokenizer_folder / "tokenizer.json"
         if not path.is_file():
             return None
         from tokenizers import Tokenizer
@@ -99,6 +112,8 @@ class ModelFolder:
 def open_folder(folder_or_id: str | Path) -> ModelFolder:
     """Read the JSON files of a local folder or of a hub id.
 
+    Of an adapter that `peft` has written, it is the model that the adapter belongs to, with `adapter`.
+
     Args:
         folder_or_id: a local folder, `owner/name`, or `owner/name@revision` with a branch, tag or commit.
 
@@ -106,7 +121,10 @@ def open_folder(folder_or_id: str | Path) -> ModelFolder:
         ModelError: the folder or its config is missing or unsupported.
     """
     folder = local_folder(folder_or_id)
+    if is_adapter(folder):
+        return open_adapted(folder, str(folder_or_id))
     hub_id = None if Path(folder_or_id).is_dir() else split_revision(str(folder_or_id))[0]
+    refuse_gguf_alone(folder, str(folder_or_id))
     hf = read_json_object(folder / "config.json")
     try:
         config = decoder_config(hf)
@@ -122,6 +140,53 @@ def open_folder(folder_or_id: str | Path) -> ModelFolder:
     )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter without the weights of its model."""
+    weights = [path for path in folder.glob("*.safetensors*") if path.name != ADAPTER_FILES[1]]
+    return (folder / ADAPTER_FILES[0]).is_file() and not weights
+
+
+def open_adapted(folder: Path, name: str) -> ModelFolder:
+    """Open the model that the adapter in a folder belongs to.
+
+    A relative path of the model starts at the working folder, as for `peft`, or at the adapter's.
+
+    Raises:
+        ModelError: adapter_config.json names no model, or one that is not there or is an adapter too.
+    """
+    where = folder / ADAPTER_FILES[0]
+    settings = read_json_object(where)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not base or not isinstance(base, str):
+        raise ModelError(
+            f"{where} has no base_model_name_or_path: write the hub id or folder of the model that was adapted there."
+        )
+    if not Path(base).is_dir() and (folder / base).is_dir():
+        base = str(folder / base)
+    if revision and not Path(base).is_dir():
+        base = f"{split_revision(base)[0]}@{revision}"
+    try:
+        is_base = not is_adapter(local_folder(base))
+        found = open_folder(base) if is_base else None
+    except ModelError as error:
+        raise ModelError(f"{where}: base_model_name_or_path cannot be opened. {error}") from error
+    if found is None:
+        raise ModelError(f"{where} names {base}, which is an adapter too: merge that one into its model first.")
+    own = (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
+    hub_id, _ = split_revision(name)
+    adapter = str(folder) if Path(name).is_dir() else f"{hub_id}@{folder.name}"
+    return dataclasses.replace(found, adapter=adapter, tokenizer_from=folder if own else None)
+
+
+def refuse_gguf_alone(folder: Path, name: str) -> None:
+    """Raise ModelError for GGUF weights without the config.json of their model."""
+    if not (folder / "config.json").is_file() and (any(folder.glob("*.gguf")) or re.search("gguf", name, re.I)):
+        raise ModelError(
+            f"{name} has no config.json next to its GGUF weights. Put config.json and the tokenizer's files of the "
+            f"model that it was made from into a folder with the .gguf file.{name_original(folder, name)}"
+        )
+
+
 def local_folder(folder_or_id: str | Path) -> Path:
     """Return the folder itself, or the snapshot of a hub id. Its name is the commit.
 
@@ -134,13 +199,23 @@ def local_folder(folder_or_id: str | Path) -> Path:
         if special := [path.name for path in Path(folder_or_id).iterdir() if is_special(path)]:
             raise ModelError(f"{folder_or_id}: {special[0]} is a device, pipe or socket, not a file. Remove it.")
         return Path(folder_or_id)
+    if str(folder_or_id).endswith(".gguf") and Path(folder_or_id).is_file():
+        raise ModelError(
+            f"{folder_or_id} is a file, and a student is a folder: give its folder, with config.json and the "
+            "tokenizer's files of the model that it was made from."
+        )
     name, _ = split_revision(str(folder_or_id))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_hub_id(name):
         raise ModelError(
             f"No folder {folder_or_id}: expected a model folder, or a hub id such as owner/name or owner/name@revision."
         )
     # Subfolders hold other formats, and consolidated* a second copy of Mistral's weights.
     return hub_snapshot(str(folder_or_id), HUB_FILES, ("*/*", "consolidated*"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is `owner/name`, and not a folder of this machine."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def hub_snapshot(folder_or_id: str, files: Sequence[str], ignored: Sequence[str] = ("*/*",)) -> Path:

@@ -21,7 +21,15 @@ from typing import Any
 
 from cotgrpo.atomic_files import find_json_object, whole_folder, write_json
 from cotgrpo.models.huggingface.config import decoder_config
-from cotgrpo.models.huggingface.folder import ModelFolder, hub_snapshot, open_folder, read_json_object, split_revision
+from cotgrpo.models.huggingface.folder import (
+    ADAPTER_FILES,
+    LICENSES,
+    ModelFolder,
+    hub_snapshot,
+    open_folder,
+    read_json_object,
+    split_revision,
+)
 from cotgrpo.models.huggingface.safetensors_files import weight_files
 
 TOKENIZER_FILES = (
@@ -37,6 +45,8 @@ TOKENIZER_FILES = (
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of a model with images that an export copies too."""
+MORE_FILES = ("vocab.txt", "tekken.json", "*.model", "*.tiktoken")
+"""Patterns of further files that older tokenizers have."""
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 STUDENT, TOKENIZER, RECORD = "student", "tokenizer", "base.json"
 """Folders of a stage's copies, and the file that names the original."""
@@ -55,7 +65,7 @@ def fingerprint(folder: ModelFolder) -> dict[str, str]:
 
     Returns:
         `revision`: the commit of a hub id. `weights`, `config`, `generation_config`, `tokenizer`: hashes of contents.
-        White space and the order of fields do not count in the two configs.
+        `adapter`: that of an adapter's files. White space and the order of fields do not count in the two configs.
 
     Raises:
         ModelError: the index of the weights is corrupt or names a file that does not exist.
@@ -67,8 +77,13 @@ def fingerprint(folder: ModelFolder) -> dict[str, str]:
             "weights": hash_of_files(weight_files(path)),
             "config": hash_of_fields(find_json_object(path / CONFIG)),
             "generation_config": hash_of_fields(find_json_object(path / GENERATION_CONFIG)),
-            "tokenizer": hash_of_files([p for name in TOKENIZER_FILES if (p := path / name).is_file()]),
+            "tokenizer": hash_of_files(
+                [p for name in TOKENIZER_FILES if (p := (folder.tokenizer_from or path) / name).is_file()]
+            ),
         }
+    adapter = None if folder.adapter is None else find_folder(folder.adapter)
+    if adapter is not None:
+        parts["adapter"] = hash_of_files([p for name in ADAPTER_FILES if (p := adapter / name).is_file()])
     return {name: value for name, value in parts.items() if value is not None}
 
 
@@ -131,14 +146,16 @@ def keep_student(stage: Path, name: str, source: ModelFolder) -> None:
         source: what `open_folder` or `reopen` returned.
     """
     base = source.base or (str(source.folder) if source.hub_id is None else f"{source.hub_id}@{source.revision}")
-    record = {
+    record: dict[str, Any] = {
         "name": name,
         "base": base,
         "hub_id": source.hub_id,
         "revision": source.revision,
         "fingerprint": {**(source.recorded or {}), **fingerprint(source)},
     }
-    keep_files(stage / STUDENT, source.folder, record)
+    if source.adapter is not None:
+        record["adapter"] = source.adapter
+    keep_files(stage / STUDENT, source.folder, record, source.tokenizer_folder)
 
 
 def keep_tokenizer(stage: Path, name: str) -> None:
@@ -151,16 +168,34 @@ def keep_tokenizer(stage: Path, name: str) -> None:
     keep_files(stage / TOKENIZER, folder, {"name": name, "base": base})
 
 
-def keep_files(copy: Path, original: Path, record: Mapping[str, Any]) -> None:
-    """Copy the small files of a model folder with a record, atomically, unless this is what `copy` holds."""
+def keep_files(copy: Path, original: Path, record: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+    """Copy the small files of a model folder with a record, atomically, unless this is what `copy` holds.
+
+    `tokenizer` is the folder of the tokenizer's files; None: `original`.
+    """
     if find_json_object(copy / RECORD) == record or original.resolve() == copy.resolve():
         return
+    files = [original / CONFIG, original / GENERATION_CONFIG, *other_files(original)]
+    files += tokenizer_files(tokenizer or original)
+    # Read first: the tokenizer may be the copy's.
+    contents = {path.name: path.read_bytes() for path in files if path.is_file()}
     shutil.rmtree(copy, ignore_errors=True)
     with whole_folder(copy) as partial:
-        for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES):
-            if (original / name).is_file():
-                shutil.copyfile(original / name, partial / name)
+        for name, content in contents.items():
+            (partial / name).write_bytes(content)
         write_json(partial / RECORD, record)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's tokenizer and its chat template."""
+    patterns = (*TOKENIZER_FILES, *MORE_FILES)
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Return the further small files of a model that an export keeps: image processors and licenses."""
+    patterns = (*PROCESSOR_FILES, *(f"{name}*" for name in LICENSES))
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def find_record(stage: Path, part: str = STUDENT) -> dict[str, Any] | None:
@@ -190,7 +225,9 @@ def reopen(name: str, stages: Sequence[Path], *, copy: bool = False) -> ModelFol
             continue
         original = None if copy else find_folder(record["base"])
         if original is not None and (original / CONFIG).is_file():
-            return dataclasses.replace(open_folder(record["base"]), recorded=record["fingerprint"])
+            found = dataclasses.replace(open_folder(record["base"]), recorded=record["fingerprint"])
+            own = None if "adapter" not in record else stage / STUDENT
+            return dataclasses.replace(found, adapter=record.get("adapter"), tokenizer_from=own)
         return open_copy(stage / STUDENT, record)
     return open_folder(name)
 
@@ -208,6 +245,7 @@ def open_copy(folder: Path, record: Mapping[str, Any]) -> ModelFolder:
         revision=record["revision"],
         base=record["base"],
         recorded=record["fingerprint"],
+        adapter=record.get("adapter"),
     )
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Float, Integer, Shaped
 
     from cotgrpo.types import Array
 
@@ -68,7 +68,7 @@ class QuantizedKernel(flax.struct.PyTreeNode):
         scale: float32 `[..., in / block, out]`.
     """
 
-    codes: Int[Array, "*stack I O"]
+    codes: Integer[Array, "*stack I O"]
     scale: Float[Array, "*stack N O"]
 
     @property
@@ -94,7 +94,7 @@ class QuantizedKernel(flax.struct.PyTreeNode):
         return (values * scale[..., None, :]).astype(dtype).reshape(self.shape)
 
 
-def nf4_values(codes: Int[Array, "..."]) -> Float[Array, "..."]:
+def nf4_values(codes: Integer[Array, "..."]) -> Float[Array, "..."]:
     """Return the float32 values of codes from 0 to 15.
 
     It chooses by each bit in turn. A gather from a table of 16 would do the same, one element at a time on a TPU.
@@ -107,7 +107,7 @@ def nf4_values(codes: Int[Array, "..."]) -> Float[Array, "..."]:
     return found
 
 
-def pack_nf4(codes: Int[Array, "*stack I O"], block: int) -> Int[Array, "*stack half O"]:
+def pack_nf4(codes: Integer[Array, "*stack I O"], block: int) -> Integer[Array, "*stack half O"]:
     """Return codes from 0 to 15 as bytes, two in each, as `QuantizedKernel` describes."""
     *stack, inputs, outputs = codes.shape
     halves = codes.astype(jnp.uint8).reshape(*stack, inputs // block, 2, block // 2, outputs)

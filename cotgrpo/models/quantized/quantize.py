@@ -52,7 +52,9 @@ def quantize_kernel(kernel: Float[Array, "I O"], to: Format, block: int) -> dict
 
     def quantize_blocks(part: Float[Array, "block O"]) -> tuple[Array, Array]:
         found = qwix.quantize(part, "nf4" if to == "nf4" else jnp.int8, channelwise_axes=(1,))
-        return pack_nf4(found.qvalue, block) if to == "nf4" else found.qvalue, found.scale[0]
+        # The largest weight of a block lies between -127 and -128. Without the bound rounding errors would decide.
+        codes = pack_nf4(found.qvalue, block) if to == "nf4" else jnp.maximum(found.qvalue, -127)
+        return codes, found.scale[0]
 
     # One row of blocks at a time: qwix compares each weight with all 16 values of nf4.
     codes, scale = jax.lax.map(quantize_blocks, kernel.astype(jnp.float32).reshape(-1, block, outputs))

@@ -38,13 +38,19 @@ def make_engine(ghosts: LiveGhosts | VerifiedReward, at: BatchContext) -> Engine
     warn = lambda line: say(at.console, line, style="yellow")
     server = process_0_server(lambda: RolloutServer(rollouts, vocabulary, sampling, samples, warn))
     takes_adapters = on_process_0(lambda: server is not None and server.takes_adapters)
+    is_adapter = refreshes_adapters(rollouts, config.lora is not None, takes_adapters)
+    if config.lora is not None and config.lora.quantization is not None and not is_adapter:
+        raise ConfigError(
+            f"grpo.rollouts sends whole weights, which lora.quantize_base {config.lora.quantize_base} does not keep. "
+            "Use vLLM with grpo.rollouts.refresh adapter, or set lora.quantize_base none."
+        )
     folder = at.folder / "rollout_weights" if rollouts.folder is None else Path(rollouts.folder)
     settings = EngineSettings(
         sampling,
         refresh_every=rollouts.refresh_every,
         largest_gap=rollouts.largest_gap,
         folder=folder.resolve(),  # the server has another working folder
-        is_adapter=refreshes_adapters(rollouts, config.lora is not None, takes_adapters),
+        is_adapter=is_adapter,
     )
     save = lambda params, to: save_version(at, rollouts, settings.is_adapter, params, to)
     keep = config.checkpoint.every * (config.checkpoint.keep + 2)
