@@ -34,6 +34,7 @@ PAGES: dict[str, dict[str, str]] = {
         "Rollouts on a server": "rollouts.md",
         "Your own code": "own_code.md",
         "Models": "models.md",
+        "Checkpoints in and out": "checkpoints.md",
         "LoRA and QLoRA": "lora.md",
         "Whole runs from Python": "python.md",
         "Evaluation": "evaluation.md",

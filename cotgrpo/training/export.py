@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from cotgrpo.distributed.processes import on_process_0
 from cotgrpo.identity.known import copy_split
 from cotgrpo.models.huggingface.adapters import save_adapter
 from cotgrpo.models.huggingface.folder import refuse_used
-from cotgrpo.models.huggingface.pinned import changed_parts, fingerprint
-from cotgrpo.models.huggingface.weights import save_pretrained
+from cotgrpo.models.huggingface.pinned import changed_parts, fingerprint, tokenizer_files
+from cotgrpo.models.huggingface.weights import save_pretrained, stored_dtype
 from cotgrpo.models.lora import share_kept
 from cotgrpo.reports.report import ReportError, read_report
 from cotgrpo.terminal import say
@@ -41,13 +42,15 @@ def run_export(
 
     The folder holds weights, config.json, tokenizer, chat template, generation config and model card. LoRA's adapters
     are merged into the weights in float32, which are rounded once, unless `adapter` asks for them alone. Only this
-    merge reads the pretrained student, and it must be the one that was trained. All else is kept in the run.
+    merge reads the pretrained student, and it must be the one that was trained. All else is kept in the run. Of a run
+    with a quantized base, the weights that it was quantized from are read again and merged into.
 
     Args:
         run_dir: a folder that `sft` or `grpo` has filled. A run of an older version keeps no files of its student:
             those at `student.path` are read then.
         out: new or empty.
-        dtype: "float32", "bfloat16" or "float16"; None: as the run stores the parameters.
+        dtype: "float32", "bfloat16" or "float16"; None: that of the pretrained student, or from scratch that of the
+            parameters in the run.
         console: where the path is printed.
         adapter: write the adapters alone, as a folder that `peft` loads on top of the pretrained student.
         allow_changed: "student": merge into the weights at `student.path` although they have changed.
@@ -73,7 +76,7 @@ def run_export(
             f"{folder} is of an older version, which recorded nothing of {model.source.name}: whether it has changed "
             "since could not be checked",
         )
-    weights, step = restore_weights(folder, model, with_base=not adapter)
+    weights, step = restore_weights(folder, model, with_base=not adapter, quantized=False)
     template = model.template(config.data.loss_on)
     card = model_card_facts(config, stage, step, template, folder)
     if adapter:
@@ -96,7 +99,16 @@ def write_student(
     console: Console,
 ) -> None:
     """Write the whole student. Say how much of the adapters' update its number type keeps, if that is not all."""
-    stored = dtype or model.decoder.param_dtype
+    if weights.lora is not None and weights.lora.quantization is not None:
+        say(
+            console,
+            f"merged into the weights as they were before {weights.lora.quantize_base}: the student was trained next "
+            "to their quantized form, and computes a little different",
+        )
+    of_origin = stored_dtype(model.source) if model.source is not None else None
+    stored = dtype or of_origin or model.decoder.param_dtype
+    if dtype is None and stored != model.decoder.param_dtype:
+        say(console, f"weights are written in {stored}, as the student at the start; --dtype sets another type")
     if weights.lora is not None and stored != "float32":
         share = share_kept(weights.base, weights.trained, weights.lora, stored)
         if share < WHOLE:
@@ -136,9 +148,20 @@ def write_adapter(
         weights.base_name,
         card,
         revision=weights.base_revision,
-        also=functools.partial(copy_split, run_dir),
+        also=functools.partial(write_beside_adapter, run_dir, model),
         hf_config=source.hf_config,
     )
+
+
+def write_beside_adapter(run_dir: Path, model: Model, folder: Path) -> None:
+    """Write the tokenizer, its chat template and the held-out split into an adapter's folder."""
+    copy_split(run_dir, folder)
+    source = model.source
+    if source is None or model.config.tokenizer.path is not None:
+        model.tokenizer.save_pretrained(folder)
+        return
+    for path in tokenizer_files(source.tokenizer_folder):
+        shutil.copyfile(path, folder / path.name)
 
 
 def check_adapter(weights: StageWeights, folder: Path, dtype: str | None) -> None:

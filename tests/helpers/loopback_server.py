@@ -17,11 +17,13 @@ class Asked:
     Attributes:
         method, path: as in HTTP.
         data: the body.
+        token: that of the Authorization header, or None.
     """
 
     method: str
     path: str
     data: bytes
+    token: str | None = None
 
     def json(self) -> Any:
         return json.loads(self.data)
@@ -58,8 +60,7 @@ class LoopbackServer:
             protocol_version = "HTTP/1.1"
 
             def handle_request(self) -> None:
-                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                request = Asked(self.command, self.path, data)
+                request = Asked(self.command, self.path, self.body(), self.token())
                 with outer.lock:  # one at a time: tests count
                     outer.asked.append(request)
                     answer = outer.answer(request)
@@ -68,10 +69,25 @@ class LoopbackServer:
                 self.send_header("Content-Type", answer.kind)
                 self.send_header("Content-Length", str(len(body) + (10 if answer.cut else 0)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
                 self.close_connection = answer.cut
 
-            do_GET = do_POST = handle_request
+            do_GET = do_POST = do_PUT = do_HEAD = handle_request
+
+            def token(self) -> str | None:
+                kind, _, token = (self.headers.get("Authorization") or "").partition(" ")
+                return token if kind == "Bearer" else None
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                parts = []
+                while size := int(self.rfile.readline(), 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
 
             def log_message(self, *_: Any) -> None:
                 pass

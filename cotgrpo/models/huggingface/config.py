@@ -189,6 +189,26 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     raise ModelError(f"No family of transformers ({', '.join(FAMILIES)}) has this combination of settings: {config}.")
 
 
+def check_exportable(config: DecoderConfig) -> None:
+    """Check that transformers has a class for a decoder, and that this class takes its shape.
+
+    Raises:
+        ModelError: no family can express the decoder, or the class refuses the shape.
+    """
+    from transformers import AutoConfig
+
+    hf = config_json(config)
+    fields = {name: value for name, value in hf.items() if name != "model_type"}
+    try:
+        AutoConfig.for_model(hf["model_type"], **fields)
+    except Exception as error:  # the checks of a class raise errors of several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"A student of this shape could not be exported: {hf['architectures'][0]} of transformers refuses it "
+            f"({reason}). Change the shape (student.width, student.num_heads, student.num_kv_heads, student.head_dim)."
+        ) from error
+
+
 def differences(config: DecoderConfig, hf: HfConfig) -> list[str]:
     """Return the fields in which a decoder differs from a config.json, apart from how it computes and is stored."""
 

@@ -33,6 +33,8 @@ INTEGERS = {
 }
 ALL_DTYPES = DTYPES | SMALL_FLOATS | INTEGERS | {"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)}
 """Types of quantized tensors and of the other parts of a model, too."""
+PIECE = 2**22
+"""Numbers that are checked at a time."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
@@ -146,6 +148,11 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     raise ModelError(f"No weights in {folder}: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards.{found}")
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Return whether a folder has weights as safetensors."""
+    return any(folder.glob("*.safetensors"))
+
+
 def shards_without_index(folder: Path) -> list[Path]:
     """Return the shards `model-00001-of-00003.safetensors` and so on of a folder whose index is missing, maybe none.
 
@@ -249,8 +256,42 @@ def split_shards(tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[list[
 
 
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
-    """Write one safetensors file."""
+    """Write one safetensors file.
+
+    Raises:
+        ModelError: a number is NaN or infinite, or too large for the type it is stored in.
+    """
     from safetensors.numpy import save_file
 
-    arrays = {tensor.name: np.asarray(tensor.array(), tensor.dtype, order="C") for tensor in tensors}
+    arrays = {tensor.name: stored_array(tensor) for tensor in tensors}
+    path.touch()
+    mode = path.stat().st_mode
     save_file(arrays, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library's file is for its owner alone
+
+
+def stored_array(tensor: NewTensor) -> np.ndarray:
+    """Return a tensor in the type that it is stored in."""
+    array = np.asarray(tensor.array())
+    if tensor.dtype in DTYPES.values():
+        if (value := not_finite(array)) is not None:
+            raise ModelError(
+                f"{tensor.name} holds {value}: the student is ruined. Export it from an earlier checkpoint."
+            )
+        most = float(jnp.finfo(tensor.dtype).max)
+        if tensor.dtype != array.dtype and array.size and (largest := float(np.abs(array).max())) > most:
+            raise ModelError(
+                f"{tensor.name} holds a number of the size {largest:.6g}, and {tensor.dtype} ends at {most:.6g}: "
+                "export with --dtype bfloat16 or float32."
+            )
+    return np.asarray(array, tensor.dtype, order="C")
+
+
+def not_finite(array: np.ndarray) -> str | None:
+    """Return "nan", "inf" or "-inf" if an array holds one, else None. It is looked at piece by piece."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE].astype(np.float32, copy=False)
+        if not np.isfinite(piece).all():
+            return str(piece[~np.isfinite(piece)][0])
+    return None

@@ -24,14 +24,32 @@ from cotgrpo.atomic_files import whole_folder
 from cotgrpo.models.config import Dtype, RematPolicy
 from cotgrpo.models.decoder import DecoderConfig, init_params, make_student
 from cotgrpo.models.huggingface.config import config_json, differences, family_of, is_wrapped
-from cotgrpo.models.huggingface.dequantize.formats import QuantizationError, decode_tensors
-from cotgrpo.models.huggingface.dequantize.original import name_original
+from cotgrpo.models.huggingface.dequantize.formats import (
+    QUANTIZATIONS,
+    QuantizationError,
+    decode_tensors,
+    named_dtype,
+    original_dtype,
+    quantization_of,
+)
+from cotgrpo.models.huggingface.dequantize.gguf_file import gguf_files, gguf_tensors
+from cotgrpo.models.huggingface.dequantize.original import card_fields, name_original
+from cotgrpo.models.huggingface.expert_layout import ExpertSlot, ExpertTensors, joined_experts, tensors_of_layers
 from cotgrpo.models.huggingface.family import HfConfig, ModelError
 from cotgrpo.models.huggingface.folder import ModelFolder, open_folder, refuse_used
 from cotgrpo.models.huggingface.model_card import model_card
-from cotgrpo.models.huggingface.pinned import PROCESSOR_FILES, TOKENIZER_FILES
-from cotgrpo.models.huggingface.safetensors_files import DTYPES, NewTensor, StoredTensor, find_tensors, write_tensors
+from cotgrpo.models.huggingface.pinned import other_files, tokenizer_files
+from cotgrpo.models.huggingface.safetensors_files import (
+    DTYPES,
+    NewTensor,
+    StoredTensor,
+    find_tensors,
+    has_safetensors,
+    not_finite,
+    write_tensors,
+)
 from cotgrpo.models.huggingface.tensor_layout import (
+    EMBEDDING,
     OTHER_PARTS,
     WRAPPED_PREFIXES,
     Slot,
@@ -39,9 +57,11 @@ from cotgrpo.models.huggingface.tensor_layout import (
     TreePath,
     constants,
     find_prefix,
+    is_unread,
     tensor_layout,
 )
-from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters, refuse_quantized
+from cotgrpo.models.lora import AdaptedParams, check_adapters, flatten_adapters, merge, refuse_quantized
+from cotgrpo.models.memory import missing_memory
 from cotgrpo.models.quantized.kernel import CODES, QUANTIZED_PARTS, Quantization
 from cotgrpo.models.quantized.quantize import abstract_base, quantize_kernel, require_qwix
 from cotgrpo.sharding import state_sharding
@@ -55,8 +75,6 @@ if TYPE_CHECKING:
 
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors of older checkpoints that follow from the config."""
-PIECE = 2**22
-"""Numbers that are checked at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +103,7 @@ def load_pretrained(
 
     Args:
         folder_or_id: a local folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct". A branch, tag or commit
-            may follow: "owner/name@revision".
+            may follow: "owner/name@revision". The adapter in a folder that `peft` has written is merged into its model.
         dtype: storage type of the weights on the devices, "float32", "bfloat16" or "stored". None: float32, since
             weights that are trained in bfloat16 lose small updates (`cotgrpo.optimizers.with_rounding` mends that).
             That is twice the memory of a bfloat16 checkpoint. "stored": as in the checkpoint, float16 as float32.
@@ -100,7 +118,20 @@ def load_pretrained(
         ModelError: the folder, its config, its weights or its tokenizer is missing, corrupt or unsupported.
     """
     found = open_folder(folder_or_id)
-    return read_weights(found, dtype, mesh, compute_dtype=compute_dtype, remat=remat, quantization=quantization)
+    if found.adapter is not None and quantization is not None:
+        raise ModelError(
+            f"{folder_or_id} is an adapter, which is not merged into quantized weights: load {found.name} and the "
+            "adapter (load_adapter) apart, as AdaptedParams."
+        )
+    model = read_weights(found, dtype, mesh, compute_dtype=compute_dtype, remat=remat, quantization=quantization)
+    return model if found.adapter is None else merge_own_adapter(model)
+
+
+def merge_own_adapter(model: Pretrained) -> Pretrained:
+    """Return a model with the adapter that it was found with merged into its weights."""
+    from cotgrpo.models.huggingface.adapters import load_own_adapter  # which imports this file
+
+    return dataclasses.replace(model, params=merge(model.params, *load_own_adapter(model, model.params)), adapter=None)
 
 
 def read_weights(
@@ -112,7 +143,7 @@ def read_weights(
     remat: RematPolicy = "dots",
     quantization: Quantization | None = None,
 ) -> Pretrained:
-    """Read the weights of a model that is open. The other arguments are those of `load_pretrained`."""
+    """Read the weights of a model that is open, without an adapter's. The others are those of `load_pretrained`."""
     folder = found.weights_folder()
     tensors = checkpoint_tensors(found)
     layout, fixed = checkpoint_layout(found, tensors)
@@ -132,12 +163,15 @@ def read_weights(
         hub_id=found.hub_id,
         revision=found.revision,
         base=found.base,
+        adapter=found.adapter,
+        tokenizer_from=found.tokenizer_from,
     )
 
 
 def names_by_path(config: DecoderConfig) -> dict[TreePath, list[str]]:
     """Return {path in the parameter tree: names of its tensors}: one per layer if layers are stacked, else one."""
-    return {path: [slot.name for slot in slots] for path, slots in tensor_layout(config).items()}
+    named = tensor_layout(config).items()
+    return {path: list(dict.fromkeys(slot.name for slot in slots)) for path, slots in named}
 
 
 def checkpoint_tensors(found: ModelFolder) -> dict[str, StoredTensor]:
@@ -147,6 +181,9 @@ def checkpoint_tensors(found: ModelFolder) -> dict[str, StoredTensor]:
         ModelError: files are missing or corrupt, or quantized in a way that is not read.
     """
     folder = found.weights_folder()
+    if not has_safetensors(folder) and (paths := gguf_files(folder)):
+        names = stored_shapes(found.config, tensor_layout(found.config, family_of(found.hf_config)))
+        return dict(gguf_tensors(paths, found.config, names, original_dtype(found.hf_config)))
     try:
         return decode_tensors(find_tensors(folder), found.hf_config)
     except QuantizationError as error:
@@ -158,7 +195,7 @@ def checkpoint_layout(
 ) -> tuple[dict[TreePath, list[Slot]], dict[str, float]]:
     """Return the places of the parameters in a checkpoint, and the numbers that it holds besides."""
     prefix, head = find_prefix(tensors, is_wrapped(found.hf_config))
-    layout = tensor_layout(found.config, family_of(found.hf_config), prefix, head)
+    layout = tensor_layout(found.config, family_of(found.hf_config), prefix, head, tensors)
     return layout, constants(found.config, prefix)
 
 
@@ -170,7 +207,7 @@ def abstract_params(config: DecoderConfig) -> Params:
 
 def is_transposed(path: TreePath) -> bool:
     """Return whether checkpoints store the leaf transposed: kernels and the head are `[outputs, inputs]` there."""
-    return path[-1] in ("kernel", "head")
+    return path[-1] in ("kernel", "head", "router")
 
 
 def stored_shape(path: TreePath, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,6 +228,9 @@ def stored_shapes(config: DecoderConfig, layout: Mapping[TreePath, list[Slot]]) 
     for path, leaf in leaves_by_path(abstract_params(config)).items():
         rows, *others = stored_shape(path, leaf.shape)
         for slot in layout[path]:
+            if isinstance(slot, ExpertSlot):
+                shapes[slot.name] = slot.shape
+                continue
             shapes[slot.name] = (shapes.get(slot.name, (0,))[0] + rows, *others)
     return shapes
 
@@ -222,6 +262,7 @@ def check_tensors(
     extra = [name for name in tensors if name not in expected and name not in fixed and not DERIVED.search(name)]
     wrapped = wrapped or embedding.startswith(WRAPPED_PREFIXES)
     extra = [name for name in extra if not (wrapped and OTHER_PARTS.match(name)) and not is_zero_bias(tensors[name])]
+    extra = [name for name in extra if not is_unread(config, name)]
     for head in {"lm_head.weight", find_prefix(tensors, wrapped)[1]}:
         if config.tied_head and head in extra and embedding in tensors:
             check_tied_head(tensors[head], tensors[embedding], folder)
@@ -272,7 +313,7 @@ def read_params(
     Large leaves come first, while there is most room for copies.
 
     Raises:
-        ModelError: a kernel that cannot be quantized.
+        ModelError: a kernel that cannot be quantized, or less free memory than the weights take.
     """
     tree = abstract_params(config)
     leaves = leaves_by_path(tree)
@@ -284,9 +325,14 @@ def read_params(
             raise ModelError(str(error)) from error
     parts = leaves_by_path(tree)
     shardings = leaves_by_path(state_sharding(tree, mesh)) if mesh is not None else dict.fromkeys(parts)
+    if missing := missing_memory(parts, shardings):
+        raise ModelError(
+            f"The weights take {missing}. Store them in bfloat16 (student.param_dtype), shard them over more devices "
+            "(mesh.fsdp, mesh.tensor), quantize a frozen base (lora.quantize_base), or take a smaller model."
+        )
     filled: dict[str, Any] = {}
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
-        stored = [SlotTensor(slot, tensors[slot.name]) for slot in layout[path]]
+        stored = slot_tensors(leaves[path], layout[path], tensors)
         inner = filled
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
@@ -303,8 +349,21 @@ def read_params(
     return jax.tree.map(lambda _, leaf: leaf, tree, filled)  # in the order of `init_params`
 
 
+def slot_tensors(
+    leaf: jax.ShapeDtypeStruct, slots: Sequence[Slot | ExpertSlot], tensors: Mapping[str, StoredTensor]
+) -> Sequence[SlotTensor | ExpertTensors]:
+    """Return what each layer of a leaf holds."""
+    experts = [slot for slot in slots if isinstance(slot, ExpertSlot)]
+    if experts:
+        return tensors_of_layers(leaf.shape, experts, tensors)
+    return [SlotTensor(slot, tensors[slot.name]) for slot in slots if isinstance(slot, Slot)]
+
+
 def read_leaf(
-    path: TreePath, leaf: jax.ShapeDtypeStruct, stored: Sequence[SlotTensor], sharding: NamedSharding | None
+    path: TreePath,
+    leaf: jax.ShapeDtypeStruct,
+    stored: Sequence[SlotTensor | ExpertTensors],
+    sharding: NamedSharding | None,
 ) -> Array:
     """Return one leaf of the tree, read whole or layer by layer."""
     if path[0] != "layers":
@@ -359,12 +418,14 @@ def lay_out(x: Shaped[Array, "..."], sharding: NamedSharding | None) -> Shaped[A
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def read_tensor(tensor: SlotTensor, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None) -> Array:
+def read_tensor(
+    tensor: SlotTensor | ExpertTensors, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None
+) -> Array:
     """Return one stored tensor on the devices. Each slice that this process's devices hold is read once."""
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         part = tensor.read(index[::-1] if index is not None and transposed else index)
-        check_finite(part, tensor.stored)
+        check_finite(part, tensor)
         part = part.astype(dtype, copy=False)
         return part.T if transposed else part
 
@@ -381,23 +442,16 @@ def read_tensor(tensor: SlotTensor, transposed: bool, dtype: np.dtype, sharding:
     return jax.make_array_from_callback(tensor.shape[:: -1 if transposed else 1], sharding, read_once)
 
 
-def check_finite(part: np.ndarray, stored: StoredTensor) -> None:
+def check_finite(part: np.ndarray, tensor: SlotTensor | ExpertTensors) -> None:
     """Raise ModelError if a weight is NaN or infinite."""
-    if (value := not_finite(part)) is not None:
-        raise ModelError(
-            f"{stored.path}: {stored.name} holds {value}. No training recovers from it: download the model again, or "
-            "use the weights of an earlier step."
-        )
-
-
-def not_finite(array: np.ndarray) -> str | None:
-    """Return "nan", "inf" or "-inf" if an array holds one, else None. It is looked at piece by piece."""
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE].astype(np.float32, copy=False)
-        if not np.isfinite(piece).all():
-            return str(piece[~np.isfinite(piece)][0])
-    return None
+    if (value := not_finite(part)) is None:
+        return
+    stored = [tensor.stored] if isinstance(tensor, SlotTensor) else list(tensor.stored)
+    ruined = next((one for one in stored if not_finite(one.read()) is not None), stored[0])
+    raise ModelError(
+        f"{ruined.path}: {ruined.name} holds {value}. No training recovers from it: download the model again, or use "
+        "the weights of an earlier step."
+    )
 
 
 def save_pretrained(
@@ -427,13 +481,13 @@ def save_pretrained(
         tokenizer: a `transformers` tokenizer, saved instead of the source's files.
         generation_config: fields of generation_config.json. They override those of the source and the tokenizer.
         card: facts for the model card (`cotgrpo.models.huggingface.model_card.model_card`).
-        dtype: "float32", "bfloat16" or "float16". None: as in `params`.
+        dtype: "float32", "bfloat16" or "float16". None: that of the source, or without one as in `params`.
         max_shard_bytes: larger weights are split into several files. Process 0 holds one file in memory at a time.
         also: writes further files into the folder before it counts. Called on process 0.
 
     Raises:
-        ModelError: the folder is not empty, the parameters or the tokenizer belong to another model, or `config`
-            differs from the source's.
+        ModelError: the folder is not empty, the parameters or the tokenizer belong to another model, `config` differs
+            from the source's, or a number is NaN, infinite or too large for `dtype`.
     """
     folder = Path(folder)
     refuse_used(folder)
@@ -442,8 +496,9 @@ def save_pretrained(
     hf = dict(source.hf_config) if source else config_json(config)
     if source and (found := differences(config, hf)):
         raise ModelError(f"The config is not that of {source.folder}: {'; '.join(found)}.")
-    base = {"base_model": source.hub_id} if source and source.hub_id else {}
+    base = {} if source is None else {"base_model": source.hub_id, "license": license_of(source)}
     readme = model_card(folder.name, base | dict(card or {}))
+    dtype = dtype or (stored_dtype(source) if source is not None else None)
     tensors, others = new_tensors(config, params, dtype, hf, source)
     hf = exported_config(hf, str(tensors[0].dtype))
     if jax.process_index() == 0:
@@ -458,13 +513,35 @@ def save_pretrained(
     return folder
 
 
+def license_of(source: ModelFolder) -> str | None:
+    """Return the license that the model card of a source names, or None."""
+    name = card_fields(source.folder).get("license")
+    return name if isinstance(name, str) else None
+
+
+def stored_dtype(source: ModelFolder) -> str | None:
+    """Return the number type of a model's weights, as config.json or else its embedding has it; None if unknown."""
+    if (named := named_dtype(source.hf_config)) is not None:
+        return str(named)
+    if quantization_of(source.hf_config) is not None:
+        return "bfloat16"
+    try:
+        tensors = checkpoint_tensors(source)
+    except ModelError:  # the weights are gone, and only the copies of the small files are left
+        return None
+    prefix, _ = find_prefix(tensors, is_wrapped(source.hf_config))
+    embedding = tensors.get(f"{prefix}{EMBEDDING}")
+    return None if embedding is None or embedding.dtype not in DTYPES.values() else str(embedding.dtype)
+
+
 def exported_config(hf: HfConfig, dtype: str) -> dict[str, Any]:
-    """Return the config.json of an export: with its number type, and without the names of code that is not copied."""
+    """Return the config.json of an export: with its number type, without a quantization and names of code."""
     before = hf.get("dtype", hf.get("torch_dtype"))
-    hf = {name: value for name, value in hf.items() if name != "auto_map"}
+    left_out = {"auto_map", *QUANTIZATIONS}
+    hf = {name: value for name, value in hf.items() if name not in left_out}
     hf |= dict.fromkeys({"dtype", "torch_dtype"} & set(hf) or {"dtype"}, dtype)
     if is_wrapped(hf):
-        text = dict(hf["text_config"])
+        text = {name: value for name, value in hf["text_config"].items() if name not in QUANTIZATIONS}
         hf["text_config"] = text | {
             name: dtype for name in ("dtype", "torch_dtype") if name in text and text[name] == before
         }
@@ -493,14 +570,19 @@ def new_tensors(
     known = {str(kind): kind for kind in DTYPES.values()}
     if dtype is not None and dtype not in known:
         raise ModelError(f"dtype must be one of {', '.join(known)} or None, got {dtype!r}.")
-    if source is not None and is_wrapped(hf):
-        stored = find_tensors(source.weights_folder())
+    if source is not None and (is_wrapped(hf) or hf.get("mtp_num_hidden_layers")):
+        stored = checkpoint_tensors(source)
         layout, fixed = checkpoint_layout(source, stored)
     else:
         stored, layout, fixed = {}, tensor_layout(config, family_of(hf)), constants(config)
     parts: dict[str, list[tuple[np.dtype, Callable[[], np.ndarray]]]] = {}
+    of_experts: dict[str, list[tuple[ExpertSlot, Callable[[], np.ndarray]]]] = {}
     for path, slots in layout.items():
         for layer, slot in enumerate(slots):
+            if isinstance(slot, ExpertSlot):
+                own = functools.partial(on_host, path, leaves[path], index_of(layer, leaves[path].shape))
+                of_experts.setdefault(slot.name, []).append((slot, own))
+                continue
             read = (
                 functools.partial(on_host, path, leaves[path], layer)
                 if path[-1] != "kernel" or path[:-1] not in pairs
@@ -514,11 +596,21 @@ def new_tensors(
         for name, own in parts.items()
     ]
     tensors += [
+        NewTensor(name, tensors[0].dtype, own[0][0].shape, functools.partial(joined_experts, own))
+        for name, own in of_experts.items()
+    ]
+    tensors += [
         NewTensor(name, tensors[0].dtype, (), functools.partial(np.array, value, np.float32))
         for name, value in fixed.items()
     ]
-    others = [NewTensor(name, t.dtype, t.shape, t.read) for name, t in stored.items() if OTHER_PARTS.match(name)]
+    kept = [name for name in stored if OTHER_PARTS.match(name) or is_unread(config, name)]
+    others = [NewTensor(name, stored[name].dtype, stored[name].shape, stored[name].read) for name in kept]
     return tensors, others
+
+
+def index_of(slot: int, shape: tuple[int, ...]) -> int | tuple[int, int]:
+    """Return the index of an expert's part in a stacked leaf of this shape: (layer, expert), or the layer alone."""
+    return slot if len(shape) == 2 else divmod(slot, shape[1])
 
 
 def in_slot(slot: Slot, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -532,8 +624,8 @@ def joined(parts: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def on_host(path: TreePath, leaf: Shaped[AnyArray, "..."], layer: int) -> np.ndarray:
-    """Return one tensor in a checkpoint's layout, gathered from all devices."""
+def on_host(path: TreePath, leaf: Shaped[AnyArray, "..."], layer: int | tuple[int, int]) -> np.ndarray:
+    """Return one tensor in a checkpoint's layout, gathered from all devices. `layer` may be (layer, expert)."""
     leaf = leaf[layer] if path[0] == "layers" else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -566,10 +658,10 @@ def write_configs(
         ids = {name: i for name, i in ids.items() if i is not None}
         generation, hf = ids | generation, ids | {name: x for name, x in hf.items() if x is not None or name not in ids}
         tokenizer.save_pretrained(folder)
-    elif source is not None:
-        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+    if source is not None:
+        files = other_files(source.folder) + (tokenizer_files(source.tokenizer_folder) if tokenizer is None else [])
+        for path in files:
+            shutil.copyfile(path, folder / path.name)
     generation |= generation_config
     for name, value in (("config.json", hf), ("generation_config.json", generation)):
         if value:

@@ -23,6 +23,8 @@ METHODS = (
     *("bitsandbytes", "gptq", "awq", "auto-round"),
 )
 """Values of `quant_method` that are read."""
+QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
+"""Fields of config.json that describe a quantization."""
 DTYPE_NAMES = {"bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
 ACTIVATIONS += ("input_zero_point", "input_global_scale", "input_activation_scale_ub", "weight_format")
@@ -41,7 +43,7 @@ def quantization_of(hf: HfConfig) -> Mapping[str, Any] | None:
     """
     text = hf.get("text_config")
     for fields in (hf, text if isinstance(text, Mapping) else {}):
-        for name in ("quantization_config", "compression_config", "quantization"):
+        for name in QUANTIZATIONS:
             if fields.get(name) is not None:
                 return check_quantization(name, fields[name], hf)
     return None
@@ -90,12 +92,17 @@ def unread_option(found: Mapping[str, Any]) -> str | None:
 
 def original_dtype(hf: HfConfig) -> np.dtype:
     """Return the number type of a model before it was quantized: that of config.json, else bfloat16."""
+    return named_dtype(hf) or DTYPE_NAMES["bfloat16"]
+
+
+def named_dtype(hf: HfConfig) -> np.dtype | None:
+    """Return the number type that config.json names, or None."""
     text = hf.get("text_config")
     for fields in (hf, text if isinstance(text, Mapping) else {}):
         for name in ("dtype", "torch_dtype"):
             if isinstance(fields.get(name), str):
-                return DTYPE_NAMES.get(fields[name].removeprefix("torch."), DTYPE_NAMES["bfloat16"])
-    return DTYPE_NAMES["bfloat16"]
+                return DTYPE_NAMES.get(fields[name].removeprefix("torch."))
+    return None
 
 
 def decode_tensors(tensors: Mapping[str, StoredTensor], hf: HfConfig) -> dict[str, StoredTensor]:
