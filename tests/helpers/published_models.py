@@ -148,6 +148,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "AFM 4.5B": hub("arcee", 128004, 2560, 18432, 36, 20, 4, head_dim=128, hidden_act="relu2"),
     "Qwen3 30B A3B": experts("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, 8, head_dim=128, norm_topk_prob=True)
     | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 48},
+    "Qwen3 Coder 30B A3B": experts("qwen3_moe", 151936, 2048, 5472, 48, 32, 4, 128, 8, head_dim=128, qkv_bias=False)
+    | {"moe_intermediate_size": 768, "norm_topk_prob": True, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
     "Qwen3 235B A22B": experts("qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 128, 8, head_dim=128, norm_topk_prob=True)
     | {"moe_intermediate_size": 1536, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 94},
     "Qwen1.5 MoE A2.7B": experts("qwen2_moe", 151936, 2048, 5632, 24, 16, 16, 60, 4, norm_topk_prob=False)
@@ -161,4 +163,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt-oss 20B": experts("gpt_oss", 201088, 2880, 2880, 24, 64, 8, 32, 4, head_dim=64, **GPT_OSS),
     "gpt-oss 120B": experts("gpt_oss", 201088, 2880, 2880, 36, 64, 8, 128, 4, head_dim=64, **GPT_OSS),
     "Apertus 8B": hub("apertus", 131072, 4096, 21504, 32, 32, 8, hidden_act="xielu", qk_norm=True, post_norm=False),
+}
+
+
+def lfm2(D: int, F: int, L: int, Q: int, **more: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"block_ff_dim": F, "block_dim": D, "block_norm_eps": 1e-5, "block_use_swiglu": True}
+    fields |= {"conv_L_cache": 3, "conv_bias": False, "conv_dim": D, "conv_use_xavier_init": True, "num_heads": Q}
+    fields |= {"norm_eps": 1e-5, "theta": 1e6, "use_pos_enc": True, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+    return hub("lfm2", 65536, D, F, L, Q, 8, rope_theta=1e6, **fields | more)
+
+
+MORE_OFTEN = ["full_attention" if kind == "A" else "conv" for kind in "ccA" * 2 + "cccA" * 4 + "ccA" * 2 + "cc"]
+PUBLISHED |= {
+    "LFM2 350M": lfm2(1024, 6656, 16, 16),
+    "LFM2 700M": lfm2(1536, 10240, 16, 24),
+    "LFM2 1.2B": lfm2(2048, 12288, 16, 32),
+    "LFM2 2.6B": lfm2(2048, 10752, 30, 32, block_auto_adjust_ff_dim=False, full_attn_idxs=None, layer_types=MORE_OFTEN),
 }

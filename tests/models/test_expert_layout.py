@@ -88,6 +88,36 @@ def test_a_slice_of_interleaved_experts_by_hand(tmp_path: Path) -> None:
     np.testing.assert_array_equal(slots["gate"][0].read(tensor), whole[0, :, 0::2])
 
 
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2, "data": 2}])
+def test_gpt_oss_as_it_is_published(mesh: dict[str, int] | None, tmp_path: Path) -> None:
+    """Experts in MXFP4: 32 numbers of 4 bits share an exponent, and gate and up alternate."""
+    hf = old_config("gpt_oss") | {"intermediate_size": 32, "quantization_config": {"quant_method": "mxfp4"}}
+    config = decoder_config({name: value for name, value in hf.items() if name != "quantization_config"})
+    params, rng = random_params(config), np.random.default_rng(1)
+    save_pretrained(tmp_path, config, params)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    tensors = load_file(tmp_path / "model.safetensors")
+    experts = params["layers"]["experts"]
+    for layer in range(config.num_layers):
+        for name, outputs in (("gate_up_proj", 64), ("down_proj", 32)):
+            prefix = f"model.layers.{layer}.mlp.experts.{name}"
+            del tensors[prefix]
+            blocks = rng.integers(0, 256, (5, outputs, 1, 16)).astype(np.uint8)
+            scales = rng.integers(124, 130, (5, outputs, 1)).astype(np.uint8)
+            tensors |= {f"{prefix}_blocks": blocks, f"{prefix}_scales": scales}
+            numbers = FP4[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(5, outputs, 32)
+            whole = (numbers * 2.0 ** (np.float32(scales) - 127)).swapaxes(1, 2)  # [E, inputs, outputs]
+            parts = {"gate": whole[:, :, 0::2], "up": whole[:, :, 1::2]} if outputs == 64 else {"down": whole}
+            for part, value in parts.items():
+                experts[part][layer] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = load_pretrained(tmp_path, "float32", mesh=mesh and cotgrpo.make_mesh(**mesh)).params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), params)
+
+
 @pytest.mark.parametrize(
     ("case", "missing"),
     [

@@ -7,6 +7,14 @@ from typing import Any
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.huggingface.families.fields import attention_biases, windows, write_windows
 from cotgrpo.models.huggingface.families.granite import GRANITE_DEFAULTS, granite, write_granite
+from cotgrpo.models.huggingface.families.qwen import (
+    MROPE,
+    QWEN3_5_DEFAULTS,
+    QWEN3_5_FIXED,
+    QWEN3_5_IGNORED,
+    qwen3_5,
+    write_qwen3_5,
+)
 from cotgrpo.models.huggingface.family import ExpertNames, Family, HfConfig, ModelError
 from cotgrpo.models.layers.experts import Experts
 from cotgrpo.models.layers.pattern import LayerKind
@@ -105,6 +113,25 @@ def write_qwen2_moe(config: DecoderConfig) -> dict[str, Any]:
         "shared_expert_intermediate_size": shared,
         "qkv_bias": "query" in config.biases,
         "use_sliding_window": False,
+    }
+
+
+def qwen3_5_moe(field: HfConfig) -> dict[str, Any]:
+    """Return the options of Qwen3.5 with experts in every layer, and an MLP with a gate of its own next to them."""
+    field = number_of_experts(field, 256)
+    experts = mixture(field, "num_experts", "moe_intermediate_size", True, shared=True, shared_gate=True)
+    return {**qwen3_5(field), **experts, "mlp_width": field["shared_expert_intermediate_size"]}
+
+
+def write_qwen3_5_moe(config: DecoderConfig) -> dict[str, Any]:
+    """Return the fields that `qwen3_5_moe` reads."""
+    experts = config.experts or NO_EXPERTS
+    return {
+        **write_qwen3_5(config),
+        "num_experts": experts.number,
+        "num_experts_per_tok": experts.chosen,
+        "moe_intermediate_size": experts.width,
+        "shared_expert_intermediate_size": config.mlp_width,
     }
 
 
@@ -229,6 +256,8 @@ EXPERTS: dict[str, Family] = {
             "use_sliding_window": config.window is not None,
             "sliding_window": config.window,
         },
+        # Qwen3-Coder names them. The class in transformers does not read them.
+        fixed={"use_qk_norm": (True, None), "qkv_bias": (False, None), "shared_expert_intermediate_size": (0, None)},
         ignored=f"{IGNORED}|max_window_layers",
         experts=QWEN_EXPERTS,
     ),
@@ -247,6 +276,27 @@ EXPERTS: dict[str, Family] = {
         qwen2_moe,
         write_qwen2_moe,
         ignored=f"{IGNORED}|max_window_layers|layer_types",
+        experts=QWEN_EXPERTS,
+    ),
+    # The text part of Qwen3.5's models with experts.
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM",
+        {
+            **QWEN3_5_DEFAULTS,
+            "num_key_value_heads": 2,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "intermediate_size": 512,
+        },
+        qwen3_5_moe,
+        write_qwen3_5_moe,
+        activations={"silu": "silu"},
+        fixed=QWEN3_5_FIXED | {"norm_topk_prob": (True, None)},
+        ignored=f"{IGNORED}|{QWEN3_5_IGNORED}",
+        ignored_rope=MROPE,
         experts=QWEN_EXPERTS,
     ),
     "olmoe": Family(
