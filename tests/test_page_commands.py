@@ -39,9 +39,13 @@ from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
 
 LIBTPU = "compiles for a TPU, which needs libtpu; tests/planning runs plans where it is installed"
 CLOUD = "asks a cloud provider for machines, or runs on them"
+HUB = "writes to an account of the hub; tests/commands/test_push.py has a hub on loopback"
 HOURS = "runs for hours; tests/test_benchmarks.py runs the script at a tiny size"
 PEERS = "needs environments with PyTorch, TRL and Tunix"
 NOT_RUN = [
+    ("docs/checkpoints.md", "hf auth login", HUB),
+    ("docs/checkpoints.md", "cotgrpo export --out student --push", HUB),
+    ("docs/checkpoints.md", "cotgrpo export --run_dir runs/svamp --out student --dtype", "needs llama.cpp"),
     ("docs/from_trl.md", "cotgrpo plan", LIBTPU),
     ("docs/plan.md", "cotgrpo plan", LIBTPU),
     ("docs/launch.md", "cotgrpo plan --config configs/llama3_8b_v5p32.yaml", LIBTPU),
@@ -71,6 +75,7 @@ NOT_RUN = [
     ("docs/method.md", "new='on_policy, new questions'\n", HOURS),
     ("docs/method.md", "out=benchmarks/results/cpu", HOURS),
     ("docs/method.md", "python benchmarks/pooled.py", "tests/test_paired.py runs it"),
+    ("docs/method.md", "python benchmarks/real_student.py", HOURS),
     ("docs/own_code.md", "pip install wandb", "needs wandb and mlflow"),
     ("docs/performance.md", "python benchmarks/peers.py --shape", PEERS),
     ("docs/performance.md", "python benchmarks/peers.py --task generate", PEERS),
@@ -116,7 +121,7 @@ def why_not(block: Block) -> str:
 
 def left(page: str) -> list[Block]:
     """The blocks of a page that its own test here runs."""
-    code = [block for block in blocks_of(page) if block.language]
+    code = [block for block in blocks_of(page) if block.language not in ("", "text")]
     return [block for block in code if not why_not(block) and (page, block.language) not in RUN_BY]
 
 
@@ -259,6 +264,11 @@ def answers(place: Place) -> None:
     assert repr(eval(call, runner.names)) == shown
 
 
+def checkpoints(place: Place) -> None:
+    run_all("docs/checkpoints.md", Runner({"runs/svamp": "runs/run"}))
+    assert Path("student/config.json").is_file()
+
+
 def commands(place: Place) -> None:
     assert len(run_all("docs/commands.md", Runner()).ran) == 3
 
@@ -368,6 +378,7 @@ def teachers(place: Place) -> None:
 
 TESTS: dict[str, Callable[[Place], None]] = {
     "docs/answers.md": answers,
+    "docs/checkpoints.md": checkpoints,
     "docs/commands.md": commands,
     "docs/data.md": data,
     "docs/evaluation.md": evaluation,
