@@ -26,6 +26,23 @@ def gemma3(D: int, F: int, L: int, **more: Any) -> dict[str, Any]:
     return images("gemma3", text, mm_tokens_per_image=256, boi_token_index=255999, image_token_index=262144)
 
 
+def gemma4(layers: str, D: int, F: int, Q: int, K: int, **more: Any) -> dict[str, Any]:
+    """Return a Gemma 4 of these layers: S, a local one, or F, a global one."""
+    types = [{"S": "sliding_attention", "F": "full_attention"}[letter] for letter in layers]
+    full = {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional"}
+    rope = {"full_attention": full, "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"}}
+    heads = {"head_dim": 256, "global_head_dim": 512, "hidden_activation": "gelu_pytorch_tanh"}
+    own = {"layer_types": types, "rope_parameters": rope, "final_logit_softcapping": 30.0, "enable_moe_block": False}
+    text = hub("gemma4_text", 262144, D, F, len(layers), Q, K, 1e-6, **heads, **own, **more)
+    tokens = {"boi_token_id": 255999, "eoi_token_id": 258882, "image_token_id": 258880, "audio_token_id": 258881}
+    return images("gemma4", text, tie_word_embeddings=True, **tokens)
+
+
+E_SIZES = {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "sliding_window": 512}
+"""Of the small models, whose names have their size without the per-layer embeddings."""
+EQUAL_KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0}
+
+
 def qwen3_vl(D: int, F: int, L: int, Q: int, tied: bool) -> dict[str, Any]:
     rope: dict[str, Any] = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
     text = hub("qwen3_vl_text", 151936, D, F, L, Q, 8, 1e-6, head_dim=128, rope_scaling=rope, rope_theta=5_000_000)
@@ -53,6 +70,14 @@ def qwen3_5(D: int, F: int, L: int, Q: int, K: int, values: int, tied: bool) -> 
     text |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "full_attention_interval": 4}
     text |= {"mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     return images("qwen3_5", text, tie_word_embeddings=tied, image_token_id=248056, vision_start_token_id=248053)
+
+
+def qwen3_5_moe(D: int, L: int, Q: int, K: int, values: int, experts: int) -> dict[str, Any]:
+    hf = qwen3_5(D, 0, L, Q, K, values, False)
+    own = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
+    own |= {"model_type": "qwen3_5_moe_text", "shared_expert_intermediate_size": 512, "router_aux_loss_coef": 0.001}
+    text = {name: value for name, value in hf["text_config"].items() if name != "intermediate_size"}
+    return hf | {"model_type": "qwen3_5_moe", "text_config": text | own}
 
 
 def granite4(D: int, F: int, L: int, Q: int, K: int, **more: Any) -> dict[str, Any]:
@@ -109,6 +134,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Gemma 3 27B": gemma3(
         5376, 21504, 62, num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
     ),
+    "Gemma 4 E2B": gemma4("SSSSF" * 7, 1536, 6144, 8, 1, num_kv_shared_layers=20, use_double_wide_mlp=True, **E_SIZES),
+    "Gemma 4 E4B": gemma4("SSSSSF" * 7, 2560, 10240, 8, 2, num_kv_shared_layers=18, **E_SIZES),
+    "Gemma 4 31B": gemma4("SSSSSF" * 10, 5376, 21504, 32, 16, sliding_window=1024, **EQUAL_KEYS),
     "Qwen3-VL 2B": qwen3_vl(2048, 6144, 28, 16, True),
     "Qwen3-VL 4B": qwen3_vl(2560, 9728, 36, 32, True),
     "Qwen3-VL 8B": qwen3_vl(4096, 12288, 36, 32, False),
@@ -117,6 +145,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3.5 4B": qwen3_5(2560, 9216, 32, 16, 4, 32, True),
     "Qwen3.5 9B": qwen3_5(4096, 12288, 32, 16, 4, 32, False),
     "Qwen3.5 27B": qwen3_5(5120, 17408, 64, 24, 4, 48, False),
+    "Qwen3.5 35B A3B": qwen3_5_moe(2048, 40, 16, 2, 32, experts=256),
     "Ministral 3 3B": ministral3(3072, 9216, 26, True),
     "Ministral 3 8B": ministral3(4096, 14336, 34),
     "Ministral 3 14B": ministral3(5120, 16384, 40),

@@ -60,7 +60,7 @@ def logits(loaded: Pretrained, batch: Batch) -> np.ndarray:
     return np.asarray(compute(loaded.params, batch.tokens, batch.positions, batch.real.astype(np.int32)))
 
 
-def assert_same_logits(got: np.ndarray, want: Any, real: np.ndarray, tolerance: float = 1e-4) -> None:
+def assert_same_logits(got: np.ndarray, want: Any, real: np.ndarray, tolerance: float = 2e-4) -> None:
     got, want = got[real], want.detach().numpy()[real]
     assert np.abs(got - want).max() <= tolerance
     np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
@@ -91,7 +91,9 @@ def test_every_family_has_a_case() -> None:
 def test_logits(case: str, saved: Any) -> None:
     model, loaded = saved(case)
     batch = Batch.make()
-    assert_same_logits(logits(loaded, batch), torch_logits(model, batch), batch.real)
+    # A delta net's norm divides by what a head reads from its state, which is small for some tokens.
+    tolerance = 2e-4 if loaded.config.delta_net else 1e-4
+    assert_same_logits(logits(loaded, batch), torch_logits(model, batch), batch.real, tolerance)
 
 
 @pytest.mark.parametrize("case", ["llama31_scaled", "llama_dynamic", "llama_yarn", "gemma3"])
@@ -113,7 +115,11 @@ def test_old_and_new_configs_say_the_same(case: str, saved: Any) -> None:
 @pytest.mark.parametrize(
     "case",
     ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "apertus"]
-    + [pytest.param(case, marks=pytest.mark.slow) for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4")]
+    + [
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4", "qwen3_5")
+    ]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4", "gemma4_large")]
     + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
 )
 def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
@@ -130,7 +136,10 @@ def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
         torch_logits(model, batch).transpose(1, 2), torch.tensor(targets, dtype=torch.long), reduction="none"
     )
     ((nll * torch.tensor(weight)).sum() / weight.sum()).backward()
-    save_file({name: p.grad for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    # Gemma 4's scales of the layers are not trained, there and here.
+    gradients |= {name: torch.zeros_like(b) for name, b in model.named_buffers() if name.endswith("layer_scalar")}
+    save_file(gradients, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(loaded.hf_config))
     want = load_pretrained(tmp_path).params
 
@@ -142,7 +151,7 @@ def test_gradients(case: str, saved: Any, tmp_path: Path) -> None:
     got = jax.jit(jax.grad(loss))(loaded.params)
     for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = float(np.abs(w).max())
-        assert scale > 0
+        assert scale > 0 or (path[-1].key == "layer_scale" and not np.any(g))
         np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-3 * scale, err_msg=jax.tree_util.keystr(path))
 
 
@@ -164,8 +173,18 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
     ["llama_biased", "smollm2", "qwen3", "gemma3", "ernie4_5", "phi3"]
     + [
         pytest.param(case, marks=pytest.mark.slow)
-        for case in ("gemma3_images", "qwen3_vl", "ministral3_images", "granite4", "apertus", "hunyuan", "olmo3")
+        for case in (
+            "gemma3_images",
+            "qwen3_vl",
+            "ministral3_images",
+            "granite4",
+            "apertus",
+            "hunyuan",
+            "olmo3",
+            "qwen3_5_images",
+        )
     ]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4", "gemma4_images", "gemma4_unified")]
     + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
 )
 def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:

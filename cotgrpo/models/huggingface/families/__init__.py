@@ -22,7 +22,10 @@ from cotgrpo.models.huggingface.families.qwen import QWEN
 from cotgrpo.models.huggingface.family import Family, Wrapper
 from cotgrpo.models.huggingface.family import ModelError as ModelError
 
-FAMILIES: dict[str, Family] = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO, **EXPERTS, **LFM}
+FIRST = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+"""The rows that are tried first when a config.json is written."""
+ROWS = {**LLAMA, **QWEN, **GEMMA, **DENSE, **GRANITE, **OLMO, **EXPERTS, **LFM}
+FAMILIES: dict[str, Family] = {name: ROWS[name] for name in (*FIRST, *ROWS)}
 """{`model_type`: its row}. Where several rows can express a decoder, the first one is written."""
 
 WRAPPERS: dict[str, Wrapper] = {
@@ -52,6 +55,11 @@ WRAPPERS: dict[str, Wrapper] = {
             "num_hidden_layers": 32,
             "num_attention_heads": 16,
         },
+    ),
+    "qwen3_5_moe": Wrapper(
+        "Qwen3_5MoeForConditionalGeneration",
+        ("qwen3_5_moe_text",),
+        {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16},
     ),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), {"head_dim": 128}),
 }

@@ -79,6 +79,29 @@ QWEN_DEFAULTS: dict[str, Any] = {
     "layer_types": None,
 }
 
+QWEN3_5_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "attention_bias": False,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "partial_rotary_factor": 0.25,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+QWEN3_5_FIXED: dict[str, tuple[Any, ...]] = {
+    "attn_output_gate": (True, None),
+    "output_gate_type": ("swish", "silu", None),
+    "mamba_ssm_dtype": ("float32", None),
+}
+QWEN3_5_IGNORED = "mtp_.*|unsloth_.*"
+MROPE = frozenset({"mrope_section", "mrope_interleaved"})
+"""The three parts of a token's position, which are equal in text."""
+
 QWEN: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -96,7 +119,7 @@ QWEN: dict[str, Family] = {
             **write_windows(config),
         },
     ),
-    # The text part of Qwen3-VL. The three parts of its positions (mrope) are equal in text.
+    # The text part of Qwen3-VL.
     "qwen3_vl_text": Family(
         "Qwen3VLForConditionalGeneration",
         {
@@ -108,34 +131,17 @@ QWEN: dict[str, Family] = {
         },
         lambda field: {"qk_norm": True, "biases": attention_biases(field)},
         lambda config: {"attention_bias": "out" in config.biases},
-        ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
+        ignored_rope=MROPE,
     ),
-    # The text part of Qwen3.5. The three parts of its positions (mrope) are equal in text.
+    # The text part of Qwen3.5.
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM",
-        {
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 32768,
-            "attention_bias": False,
-            "layer_types": None,
-            "full_attention_interval": 4,
-            "partial_rotary_factor": 0.25,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
-        },
+        QWEN3_5_DEFAULTS,
         qwen3_5,
         write_qwen3_5,
         activations={"silu": "silu"},
-        fixed={
-            "attn_output_gate": (True, None),
-            "output_gate_type": ("swish", "silu", None),
-            "mamba_ssm_dtype": ("float32", None),
-        },
-        ignored=r"mtp_.*|unsloth_.*",
-        ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
+        fixed=QWEN3_5_FIXED,
+        ignored=QWEN3_5_IGNORED,
+        ignored_rope=MROPE,
     ),
 }
