@@ -130,7 +130,7 @@ def quantize(folder: Path) -> dict[str, np.ndarray]:
         return stored
 
     rewrite_fp8(folder, change(load_file(folder / "model.safetensors")))
-    rewrite_config(folder, torch_dtype="bfloat16")
+    rewrite_config(folder, dtype="bfloat16")
     rewrite_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     return want
 
@@ -175,7 +175,7 @@ def test_a_quantized_model_in_and_out(folder: Path, tmp_path: Path, monkeypatch:
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(t.dtype) for t in exported.values()} == {"bfloat16"} and exported.keys() == want.keys()
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "quantization_config" not in hf and hf["torch_dtype"] == "bfloat16"
+    assert "quantization_config" not in hf and hf["dtype"] == "bfloat16"
 
 
 def test_a_quantization_that_no_field_names(folder: Path) -> None:
