@@ -364,8 +364,8 @@ def attention_kernels(text: str, unknown: int = 1) -> list[Kernel]:
                 arrays = [tuple(map(int, dims.split(","))) for _, dims in ARRAY.findall(constraints(line)) if dims]
                 # A shard with one sequence has no dimension for it.
                 rank = max(map(len, arrays))
-                shape = next((1,) * (4 - rank) + dims for dims in arrays if len(dims) == rank)
-                found.append(Kernel(instruction, shape, times, FUSED.search(line) is not None))
+                B, Q, T, H = next((1,) * (4 - rank) + dims for dims in arrays if len(dims) == rank)
+                found.append(Kernel(instruction, (B, Q, T, H), times, FUSED.search(line) is not None))
             for call in calls(line, bodies):
                 trips = 1 if not call.loop else unknown if call.trips is None else call.trips
                 visit(call.callee, times * call.share * trips)

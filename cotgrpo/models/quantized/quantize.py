@@ -72,7 +72,7 @@ def quantize_base(params: Params, to: Format, block: int = BLOCK) -> Params:
     Raises:
         ValueError: `block` does not divide the inputs of a kernel, or qwix is not installed.
     """
-    found = {}
+    found: dict[tuple[str, ...], Any] = {}
     for path, leaf in flatten_dict(params).items():
         if is_quantized_kernel(path, leaf):
             one_layer = functools.partial(quantize_kernel, to=to, block=block)
