@@ -39,6 +39,8 @@ from cotgrpo.sampling import QUEUE, Prompts, SamplingSettings, make_sampler, pad
 
 COLUMNS = 64
 """Prompts are padded to multiples of this, so that few shapes compile."""
+GO_ON = 2**31
+"""Draws from a start have keys of their own: no number of a sample is as large."""
 Start = tuple[int, tuple[int, ...]]
 """The number of a question, and the first tokens of a reply to it."""
 GHOSTS = ("teacher", "privileged_self")
@@ -95,6 +97,7 @@ class Study:
         settings = SamplingSettings(self.new_tokens, template.stop_ids, temperature=1.0, pad_id=template.pad_id)
         self.sample = jax.jit(make_sampler(self.student.config, settings, self.student.vocab_size, self.batch_size))
         self.ask = jax.jit(self.tokens_of_ghosts)
+        self.key = jax.random.fold_in(jax.random.key(self.seed), self.first)
 
     def tokens_of_ghosts(self, params: Any, prompts: Prompts, replies: Any, solved: Prompts) -> dict[str, Any]:
         """Return the token of each ghost at every token of the replies, `[B, N]`."""
@@ -121,7 +124,7 @@ class Study:
         params = (self.student.params, self.teacher.params)
         for sample in range(samples):
             for number, rows in enumerate(self.batches(len(self.prompts))):
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), sample), number)
+                key = jax.random.fold_in(jax.random.fold_in(self.key, sample), number)
                 prompts = self.padded([self.prompts[row] for row in rows], self.columns)
                 replies = self.sample(self.student.params, prompts, key)
                 solved = self.padded([self.solved[row] for row in rows], self.solved_columns)
@@ -150,7 +153,7 @@ class Study:
         size = self.batch_size * QUEUE
         for number, first in enumerate(range(0, len(work), size)):
             part = work[first : first + size]
-            key = jax.random.fold_in(jax.random.key(self.seed + 1), number)
+            key = jax.random.fold_in(jax.random.fold_in(self.key, GO_ON), number)
             chosen = [prompts[i] for i in part]
             padded = self.padded(chosen, columns_of(chosen), size)
             replies = jax.device_get(self.sample(self.student.params, padded, key))

@@ -42,9 +42,10 @@ from paired import accuracy, as_good, difference, mcnemar
 from cotgrpo import make_eval_step
 from cotgrpo.accelerators.roofline import Work
 from cotgrpo.atomic_files import write_json, write_text
+from cotgrpo.data.batches import make_batches, make_examples
 from cotgrpo.data.questions import Question, question_text, read_questions
 from cotgrpo.data.triples import Triple, read_triples, write_triples
-from cotgrpo.evaluation.accuracy import ExactMatch, SampledMatch
+from cotgrpo.evaluation.accuracy import ExactMatch, SampledMatch, mean_metrics
 from cotgrpo.evaluation.replies import Draws
 from cotgrpo.ghosts.live import live_ghosts, with_replies
 from cotgrpo.identity.fingerprints import tokenizer_fingerprint
@@ -281,6 +282,10 @@ class Measure:
         self.prompts = pad_prompts([pad.prompt(row.question) for row in probed], pad_id=pad.pad_id)
         settings = SamplingSettings(sizes.new_tokens, like.template.stop_ids, temperature=1.0, pad_id=pad.pad_id)
         sample, evaluate = make_sampler(like.config, settings, like.vocab_size), make_eval_step(like.student)
+        self.evaluate = jax.jit(evaluate)
+        unseen, _ = make_examples(rows.forget, like.template, sizes.seq_len, too_long="drop", bad_rows="drop")
+        packed: dict[str, Any] = {"batch_size": sizes.batch_size, "seq_len": sizes.seq_len, "num_epochs": 1}
+        self.forget = functools.partial(make_batches, unseen, **packed)
 
         def probe(params: Any, teacher_params: Any, key: jax.Array) -> tuple[Any, ...]:
             replies = sample(params, self.prompts, key)
@@ -300,6 +305,7 @@ class Measure:
             found = {"majority": drawn.maj_at_k[max(drawn.maj_at_k)].value}
         metrics, changed, length = self.probe(student.params, self.teacher.params, jax.random.key(0))
         return found | {
+            "forget_loss": mean_metrics(self.evaluate, student.params, self.forget())["loss"],
             "greedy": "".join(str(int(reply.correct)) for reply in greedy.replies),
             "truncated": greedy.truncated,
             "entropy": metrics["entropy"].mean(),
@@ -368,7 +374,7 @@ class Study:
         self.measure = Measure(self.start, self.rows, self.teacher)
         for name, folder in (("teacher", self.teacher_run), ("start", self.work / "start")):
             key = {"arm": name, "rate": 0.0, "seed": 0, "steps": 0}
-            self.add(key, functools.partial(self.figures, folder, "sft", votes=True))
+            self.add(key, functools.partial(self.figures, folder, votes=True))
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
             self.write_text(name, temperature)
         self.write_labels()
@@ -459,11 +465,10 @@ class Study:
             "LABELS": str(self.work / "labels.parquet"),
         }
 
-    def figures(self, folder: Path, stage: str, *, votes: bool) -> dict[str, Any]:
-        """Return the test figures of a run, and the loss on rows that nobody is trained on."""
+    def figures(self, folder: Path, *, votes: bool) -> dict[str, Any]:
+        """Return the test figures of a run."""
         assert self.measure is not None
-        after = json.loads((folder / stage / "after.json").read_text(encoding="utf-8"))
-        return {"forget_loss": after["loss"]} | self.measure(Run.open(folder).model(), votes)
+        return self.measure(Run.open(folder).model(), votes)
 
     def add(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the line with this key, or make it and write it."""
@@ -506,7 +511,7 @@ class Study:
         folder = self.train(name, rate, seed)
         work = work_of(read_metrics(folder / ARMS[name].stage), ARMS[name], self.start.config, self.rows.sizes.seq_len)
         votes = name in VOTED and seed < self.rows.sizes.voted
-        return work | self.figures(folder, ARMS[name].stage, votes=votes)
+        return work | self.figures(folder, votes=votes)
 
     def steps(self, name: str) -> int:
         """Return the updates of an arm."""
