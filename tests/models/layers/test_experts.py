@@ -331,22 +331,50 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
+FAST = ("expert", "expert-fsdp-tensor")
+
+
 @pytest.mark.parametrize(
-    "mesh",
-    [name if name == "expert-fsdp-tensor" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
+    "mesh", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
-def test_eight_devices_equal_one(mesh: str) -> None:
+def test_a_layer_on_eight_devices(mesh: str) -> None:
+    """Result, load and gradients of one layer, with biases and a clipped activation."""
+    experts = Experts(number=8, chosen=3, width=8, biases=True, limit=1.0, gate_slope=1.2)
+    params, x = random_params(experts), jnp.asarray(np.random.default_rng(1).normal(size=(8, 8, D)), jnp.float32)
+    real = jnp.asarray(np.random.default_rng(2).random((8, 8)) < 0.8)
+
+    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Load]:
+        y, load = mixture_of_experts(experts, "silu", params, constrain(x, "BTD"), real)
+        return jnp.sum(jnp.sin(y)) + balance_loss(experts, load.tokens[None], load.probabilities[None]), load
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    own = cotgrpo.make_mesh(**MESHES[mesh])
+    places = state_sharding({"experts": params}, own)["experts"], NamedSharding(own, PartitionSpec())
+    got = jax.jit(traced_on(own, both), in_shardings=places)(params, x)
+    for here, there in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(both)(params, x)), strict=True):
+        np.testing.assert_allclose(here, there, atol=2e-5 * float(np.abs(there).max()))
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        pytest.param(ALIKE, "expert-fsdp-tensor", id="alike"),
+        pytest.param(FULL, "expert-context", id="mixed", marks=pytest.mark.slow),
+        pytest.param(FULL, "fsdp", id="mixed-fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_train_as_one(config: DecoderConfig, mesh: str) -> None:
     """Loss, metrics of the load, and every parameter, which all learn."""
-    want, want_metrics = on_one_device(FULL)
-    got, got_metrics = train(FULL, cotgrpo.make_mesh(**MESHES[mesh]))
+    want, want_metrics = on_one_device(config)
+    got, got_metrics = train(config, cotgrpo.make_mesh(**MESHES[mesh]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
     for here, there in zip(got_metrics, want_metrics, strict=True):
         assert here.keys() == there.keys() >= {"aux_loss", "expert_balance", "expert_share_max", "expert_entropy"}
         for name, number in there.items():
             assert here[name] == pytest.approx(number, abs=1e-5, rel=1e-5), name
-    start = init_params(FULL, jax.random.key(1))
+    start = init_params(config, jax.random.key(1))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), want, jax.device_get(start))
-    assert min(jax.tree.leaves(moved)) > 1e-4, "every parameter learns, or their equality shows nothing"
+    assert min(jax.tree.leaves(moved)) > 1e-5, "every parameter learns, or their equality shows nothing"
 
 
 def test_the_balance_loss_is_off_by_default_and_measured() -> None:
@@ -360,18 +388,18 @@ def test_the_balance_loss_is_off_by_default_and_measured() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full", "minimal", "qkv_proj,gate_proj,up_proj"])
+@pytest.mark.parametrize("remat", ["none", "full", "qkv_proj,gate_proj,up_proj"])
 def test_remat_changes_nothing(remat: str) -> None:
-    want, _ = on_one_device(FULL)
-    got, _ = train(FULL, remat=remat)
+    want, _ = on_one_device(ALIKE)
+    got, _ = train(ALIKE, remat=remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
 
 
 @pytest.mark.slow
 def test_bfloat16_is_near_float32() -> None:
     """The router is float32 in both, and trains."""
-    _, want = on_one_device(FULL)
-    _, got = train(FULL, dtype="bfloat16")
+    _, want = on_one_device(ALIKE)
+    _, got = train(ALIKE, dtype="bfloat16")
     assert got[1]["loss"] == pytest.approx(want[1]["loss"], rel=0.02)
     assert got[0]["expert_balance"] == pytest.approx(want[0]["expert_balance"], rel=0.03)
 
