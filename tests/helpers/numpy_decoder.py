@@ -21,7 +21,8 @@ def numpy_logits(config: DecoderConfig, params: Any, tokens: np.ndarray) -> np.n
         p = {name: {k: np.float64(v[place.index]) for k, v in own.items()} for name, own in stacked.items()}
         local = c.window is not None and index in (c.local_layers if c.local_layers is not None else range(99))
         h = norm(c, p, "attention_norm", x) if c.pre_norms else x
-        mixed = delta_net(c, p, h) if c.layers[index].mixer == "delta" else attend(c, p, h, index, local)
+        mixer = {"delta": delta_net, "conv": short_conv}.get(c.layers[index].mixer)
+        mixed = attend(c, p, h, index, local) if mixer is None else mixer(c, p, h)
         x = x + (norm(c, p, "post_attention_norm", mixed) if c.post_norms else mixed) * (c.residual_scale or 1.0)
         h = mlp(c, p, norm(c, p, "mlp_norm", x) if c.pre_norms else x)
         x = x + (norm(c, p, "post_mlp_norm", h) if c.post_norms else h) * (c.residual_scale or 1.0)
@@ -74,6 +75,18 @@ def attend(c: DecoderConfig, p: Any, h: np.ndarray, index: int, local: bool) -> 
 
 def sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
+
+
+def short_conv(c: DecoderConfig, p: Any, h: np.ndarray) -> np.ndarray:
+    """The gated short convolution, one token after the other."""
+    before, after, value = np.split(dense(p, "conv_in", h), 3, axis=-1)
+    taps, inputs = c.short_conv.taps, before * value
+    filters = p["conv"]["filters"][:, 0]  # the last tap is that of the present token
+    mixed = np.zeros_like(inputs)
+    for t in range(len(h)):
+        for back in range(min(taps, t + 1)):
+            mixed[t] += filters[:, taps - 1 - back] * inputs[t - back]
+    return dense(p, "conv_out", after * (mixed + p["conv"].get("bias", 0.0)))
 
 
 def delta_net(c: DecoderConfig, p: Any, h: np.ndarray) -> np.ndarray:
