@@ -345,7 +345,7 @@ def read_params(
             for name in QUANTIZED_PARTS
             if (part := parts.get((*path[:-1], name)))
         }
-        inner |= read_quantized(stored, own, quantization)
+        inner |= read_quantized([one for one in stored if isinstance(one, SlotTensor)], own, quantization)
     return jax.tree.map(lambda _, leaf: leaf, tree, filled)  # in the order of `init_params`
 
 
