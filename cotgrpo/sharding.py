@@ -62,6 +62,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", ("tensor", "fsdp")),
+    (r"per_layer/projection/kernel$", ("fsdp", "tensor")),
     (r"(^|/)head$", ("fsdp", "tensor")),
     (r"(query|key|value|conv_in|delta_(in|strength|decay)|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(out|down)/kernel$", (None, "tensor", "fsdp")),

@@ -1,9 +1,10 @@
 """The roofline of a train step: what it has to compute, read and send, by arithmetic, and the time that takes at least.
 
-The model FLOPs of a token, as MFU counts them, are the sum of three terms.
+The model FLOPs of a token, as MFU counts them, are the sum of these terms.
 
 - Layers: 6 for each weight of their matrix products, 2 forward and 4 backward.
 - Attention: q k^T and weights v, each over min(T / 2, window) keys on average.
+- Gated delta rule: 18 A E for each value head, whatever the length.
 - Head: 6 D V, for supervised tokens only.
 
 Recomputation (`remat`) and a frozen reference are hardware FLOPs, not model FLOPs.
@@ -20,6 +21,7 @@ from collections.abc import Collection, Mapping
 from cotgrpo.accelerators.chips import Topology
 from cotgrpo.models.blockwise_attention import KEY_LENGTH_BUCKETS
 from cotgrpo.models.config import ATTENTION_RESULT, LAYER_INPUT, DecoderConfig, parse_remat
+from cotgrpo.models.layers.options import DeltaNet
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 SPLASH_PRODUCTS = 9
@@ -58,7 +60,7 @@ class Work:
     @property
     def layer_weights(self) -> int:
         """Number of weights in the layers' matrix products."""
-        return sum(n * weights_of(kind) for kind, n in self.kinds)
+        return self.input_weights + sum(n * weights_of(kind) for kind, n in self.kinds)
 
     @property
     def expert_weights(self) -> int:
@@ -68,7 +70,13 @@ class Work:
     @property
     def dense_weights(self) -> int:
         """Number of weights in the layers' matrix products that every token uses."""
-        return sum(n * weights_of(kind, kind.projections, experts=False) for kind, n in self.kinds)
+        dense = sum(n * weights_of(kind, kind.projections, experts=False) for kind, n in self.kinds)
+        return self.input_weights + dense
+
+    @property
+    def input_weights(self) -> int:
+        """Number of weights in the product that makes the layers' inputs, with per-layer embeddings."""
+        return self.decoder.width * self.decoder.input_width
 
     @property
     def recomputed_weights(self) -> int:
@@ -82,20 +90,39 @@ class Work:
     @property
     def seen_keys(self) -> float:
         """Mean number of keys that a query reads, summed over the layers. A row is one document."""
-        c, T = self.decoder, self.seq_len
-        local = T / 2 if c.window is None or c.window >= T else c.window - c.window**2 / (2 * T)
-        return (c.num_attention - c.num_local) * T / 2 + c.num_local * local
+        return sum(n * self.seen_in(local) for (_, local), n in self.attention_layers.items())
+
+    def seen_in(self, local: bool) -> float:
+        """Return the mean number of keys that a query reads in a local layer, or in a global one."""
+        window, T = self.decoder.window, self.seq_len
+        return T / 2 if not local or window is None or window >= T else window - window**2 / (2 * T)
+
+    @functools.cached_property
+    def attention_layers(self) -> Counter[tuple[int, bool]]:
+        """Return how many layers have attention, by the width of all their heads and whether they are local."""
+        c = self.decoder
+        layers = [(i, layer) for i, layer in enumerate(c.layers) if layer.mixer == "attention"]
+        return Counter((layer.num_heads * layer.head_dim, c.is_local(i)) for i, layer in layers)
 
     @property
     def score_flops(self) -> float:
         """FLOPs of one matrix product of attention per token, over all layers: `2 Q H` for each key that is read."""
-        return 2 * self.decoder.num_heads * self.decoder.head_dim * self.seen_keys
+        return 2 * sum(n * width * self.seen_in(local) for (width, local), n in self.attention_layers.items())
+
+    def rule_flops(self, chunked: bool) -> int:
+        """Return the FLOPs per token of the forward pass of all gated delta rules, as a recurrence or in chunks."""
+        return sum(n * (net.chunked_flops if chunked else net.rule_flops) for net, n in self.delta_nets)
+
+    @property
+    def delta_nets(self) -> list[tuple[DeltaNet, int]]:
+        """Return the options of each kind of gated delta net, and how many layers have it."""
+        return [(kind.delta_net, n) for kind, n in self.kinds if kind.mixer == "delta" and kind.delta_net is not None]
 
     @property
     def model_flops(self) -> float:
         """FLOPs of one forward and one backward pass. Frozen weights get no gradient of their own."""
         passes = 4 if self.frozen else 6
-        layers = passes * self.layer_weights + 6 * self.score_flops
+        layers = passes * self.layer_weights + 6 * self.score_flops + 3 * self.rule_flops(chunked=False)
         return self.tokens * (layers + self.supervised * passes * self.head_weights)
 
     @property
@@ -113,8 +140,10 @@ class Work:
             "splash": (SPLASH_PRODUCTS + 2 * attention_again, 1),
         }[self.decoder.attention]
         extra = 2 * self.recomputed_weights + (products * masked - 6) * self.score_flops
+        # The backward pass computes each chunk again, and the states before it if layers are computed again.
+        extra += (4 + scores_again) * self.rule_flops(chunked=True) - 3 * self.rule_flops(chunked=False)
         if self.reference:
-            extra += 2 * self.layer_weights + 2 * masked * self.score_flops
+            extra += 2 * self.layer_weights + 2 * masked * self.score_flops + self.rule_flops(chunked=True)
             extra += 2 * self.supervised * self.head_weights
         return self.model_flops + self.tokens * extra
 
@@ -133,7 +162,8 @@ class Work:
     @property
     def masked(self) -> float:
         """Scores that plain attention computes over scores that are read."""
-        return self.decoder.num_attention * self.seq_len / self.seen_keys if self.seen_keys else 1.0
+        whole = 2 * sum(n * width * self.seq_len for (width, _), n in self.attention_layers.items())
+        return whole / self.score_flops if whole else 1.0
 
     def hbm_bytes(self, state_bytes: float, mesh: Mapping[str, int]) -> float:
         """Return the bytes that one device reads and writes.
@@ -153,6 +183,7 @@ class Work:
         of_layers = passes * ((1 + self.dequantized) * self.dense_weights + self.expert_weights / expert)
         weights = number * (of_layers + 2 * self.head_weights) * self.micro_batches / tensor
         read_and_written = sum(n * numbers_of(kind) for kind, n in self.kinds)
+        read_and_written += c.width + c.input_width if c.input_width else 0
         activations = number * (passes + 1) * read_and_written / tensor
         logits = (3 * 4 + 3 * number) * self.supervised * c.vocab_size / tensor
         own = c.num_params() - self.expert_weights * (1 - 1 / expert)
@@ -184,7 +215,9 @@ class Work:
         gradients = 0 if self.frozen else 4 * weights
         tokens = self.tokens / shards_of(mesh)
         stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
-        read = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.mixer == "attention")
+        read = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.has_keys)
+        # Of a gated delta net, what its convolution reads is gathered.
+        read += sum(n * net.channels for net, n in self.delta_nets) / 2
         keys = (passes + 1) * 2 * number * read * tokens * (context - 1) / tensor
         sent = {
             "data": self.micro_batches * gradients * 2 * share(data) / fsdp,
@@ -220,7 +253,8 @@ class Work:
         layer = number * max(dense(kind) + all_experts(kind) / expert for kind, _ in self.kinds) / tensor
         head = (4 + number) * self.head_weights / tensor
         tile = min(tokens, 2**30 / (4 * c.vocab_size)) * c.vocab_size * 12 / tensor
-        return tokens * (kept + 2 * max(whole.values())) + 2 * layer + head + tile
+        inputs = 2 * number * c.input_width  # of the layers, and the copy that each run of layers reads
+        return tokens * (inputs + kept + 2 * max(whole.values())) + 2 * layer + head + tile
 
     def whole_layer(self, kind: DecoderConfig, number: int, tensor: int, expert: int = 1) -> float:
         """Return the bytes of a token that a layer has on one device while it is computed."""
@@ -231,6 +265,8 @@ class Work:
         if kind.mlp == "experts" and kind.experts is not None:
             rows = rows_of_a_token(kind, expert)
             middle += number * rows * (3 * kind.experts.width / tensor + 2 * kind.width)
+        if kind.mixer == "delta" and kind.delta_net is not None:
+            middle += DTYPE_BYTES["float32"] * kind.delta_net.working_numbers / tensor
         return 4 * number * kind.width + outputs + middle + scores
 
 

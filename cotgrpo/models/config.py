@@ -319,6 +319,13 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             raise ValueError("DecoderConfig.mlp 'experts' needs experts, but it is None.")
         if "experts" in mlps and not self.gated_mlp:
             raise ValueError(f"DecoderConfig.experts have a gate, which the activation {self.activation!r} lacks.")
+        for local in (True, False):
+            found = self.head_dims(local)
+            if kinds is not None and len(found) > 1:
+                raise ValueError(
+                    f"DecoderConfig.layer_kinds: {'local' if local else 'global'} layers must have one head_dim, got "
+                    f"{', '.join(map(str, sorted(found)))}."
+                )
         for index, layer in enumerate(self.layers if kinds is not None else ()):
             source = self.key_sources[index]
             if layer.shared_keys and (source is None or self.layers[source].kv_shape != layer.kv_shape):
@@ -396,15 +403,18 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         sources: list[int | None] = []
         for index, layer in enumerate(self.layers):
             sources.append(last.get(self.is_local(index)) if layer.shared_keys else None)
-            if layer.mixer == "attention" and not layer.shared_keys:
+            if layer.has_keys:
                 last[self.is_local(index)] = index
         return tuple(sources)
 
+    def head_dims(self, local: bool) -> set[int]:
+        """Return the widths of the heads of local layers, or of global ones."""
+        layers = [layer for i, layer in enumerate(self.layers) if self.is_local(i) == local]
+        return {layer.head_dim for layer in layers if layer.mixer == "attention"}
+
     def rotated_dim(self, local: bool) -> int:
         """Return how many values of each head are rotated in local layers, or in global ones."""
-        of_kind = [layer for i, layer in enumerate(self.layers) if self.is_local(i) == local]
-        found = {layer.head_dim for layer in of_kind if layer.mixer == "attention"}
-        return self.rotary_dim or (found.pop() if len(found) == 1 else self.head_dim)
+        return self.rotary_dim or next(iter(self.head_dims(local)), self.head_dim)
 
     @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -420,9 +430,19 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         return tuple(LayerPlace(("layers",), index) for index in range(self.num_layers))
 
     @property
+    def has_keys(self) -> bool:
+        """Return whether a layer has keys and values of its own."""
+        return self.mixer == "attention" and not self.shared_keys
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """Return the number of key/value heads, and their size."""
         return self.num_kv_heads, self.head_dim
+
+    @property
+    def input_width(self) -> int:
+        """Return how many numbers of each token all layers read from per-layer embeddings."""
+        return 0 if self.per_layer_embeddings is None else self.num_layers * self.per_layer_embeddings.width
 
     @property
     def gated_mlp(self) -> bool:

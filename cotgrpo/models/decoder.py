@@ -55,12 +55,10 @@ if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
     KeysAndValues = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
-    LayerCache = KeysAndValues | ConvWindow | DeltaCache
-    NewKeys = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+    LayerCache = KeysAndValues | tuple[None, None] | ConvWindow | DeltaCache
+    NewKeys = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]  # B S K H, of local or of global layers
     HandedOn = dict[str, NewKeys]
-    LayerInputs = tuple[
-        Bool[Array, "*layers"] | None, Bool[Array, "*layers"] | None, Float[Array, "*layers B T P"] | None
-    ]
+    LayerInputs = tuple[Bool[Array, "..."] | None, Bool[Array, "..."] | None, Float[Array, "... B T P"] | None]
 
 
 class RMSNorm(nn.Module):
@@ -218,7 +216,7 @@ class Layer(nn.Module):
             x = x + self.from_per_layer(x, per_layer)
         if c.layer_scale:
             scale = self.param("layer_scale", nn.initializers.ones, (1,), jnp.dtype(c.param_dtype))
-            x = x * broadcast_last(jax.lax.stop_gradient(scale).astype(x.dtype), x)
+            x = x * jax.lax.stop_gradient(scale).astype(x.dtype)[None, None, :]
         return x, cached
 
     def from_per_layer(self, x: Float[Array, "B T D"], per_layer: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
@@ -240,7 +238,10 @@ class Layer(nn.Module):
         query, gate = self.queries(h, view)
         own = None if c.shared_keys else self.keys_and_values(h, view)
         if cached is None or view.mask is None:
-            key, value = pair = shared if own is None else own
+            pair = shared if own is None else own
+            if pair is None:
+                raise ValueError("DecoderConfig.shared_keys needs layer_kinds with an earlier layer that has keys.")
+            key, value = pair
             mixed = self.attend(query, key, value, view, is_local)
             cached = pair if self.hands_on else cached
         else:
@@ -409,8 +410,8 @@ def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_plus_one, divisor, name=name)
 
 
-def layer_with_remat(config: DecoderConfig) -> type[Layer]:
-    """Return `Layer`, wrapped in the config's remat policy."""
+def layer_with_remat(config: DecoderConfig, in_loop: bool = True) -> type[Layer]:
+    """Return `Layer`, wrapped in the config's remat policy. A loop of one turn is none, as XLA unrolls it."""
     remat = parse_remat(config.remat)
     if remat is None:
         return Layer
@@ -424,7 +425,7 @@ def layer_with_remat(config: DecoderConfig) -> type[Layer]:
         offload_dst="pinned_host",
     )
     # Inside a scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
-    return nn.remat(Layer, policy=policy, prevent_cse=False)
+    return nn.remat(Layer, policy=policy, prevent_cse=not in_loop)
 
 
 class Pattern(nn.Module):
@@ -453,7 +454,8 @@ class Pattern(nn.Module):
             own, seen = self.of_block(index, block, views)
             name = side_of(self.config, self.run.layers_of(index)[0])
             hands_on = not own.shared_keys and name in carry[1] and own.mixer == "attention"
-            layer = layer_with_remat(own)(own, hands_on=hands_on, name=f"block_{index}")
+            in_loop = self.run.repeats > 1 or block.count > 1
+            layer = layer_with_remat(own, in_loop)(own, hands_on=hands_on, name=f"block_{index}")
             step = functools.partial(self.step, name)
             if block.count > 1:
                 step = nn.scan(

@@ -63,8 +63,9 @@ INT = FLOAT = 4
 WIDE = {"query": "Q", "key": "K", "value": "K", "gate": "F", "up": "F", "out": "Q", "down": "F"}
 WIDE |= {"conv_in": "F", "conv_out": "F"}
 WIDE |= dict.fromkeys(("delta_in", "delta_gate", "delta_strength", "delta_decay", "delta_out"), "F")
+WIDE |= {"per_layer_gate": "F", "per_layer_out": "F"}
 """Letter of each projection's side that is not the residual stream."""
-TO_RESIDUAL = ("out", "conv_out", "delta_out", "down")
+TO_RESIDUAL = ("out", "conv_out", "delta_out", "down", "per_layer_out")
 
 Name = Literal["gathered", "tensor"]
 
@@ -146,11 +147,12 @@ class DecodingLayout:
         cache = 2 * INT * rows * columns + sum(self.layer_bytes(kind, rows, columns) * n for kind, n in kinds)
         heads = self.parts("K", config.num_kv_heads)
         scores = rows * config.num_heads // heads * prompt_columns**2 * (FLOAT + jnp.dtype(config.dtype).itemsize)
+        inputs = 2 * rows * prompt_columns * config.input_width * jnp.dtype(config.dtype).itemsize
         columns_of_head = config.vocab_size // self.parts("V", config.vocab_size)
         logits = LOGITS_COPIES * rows * columns_of_head * FLOAT
         head = columns_of_head * config.width * jnp.dtype(config.dtype).itemsize
         admitted = cache + cache * prompt_columns // columns
-        return cache, scores + logits + head + admitted
+        return cache, scores + inputs + logits + head + admitted
 
     def layer_bytes(self, config: DecoderConfig, rows: int, columns: int) -> int:
         """Return the bytes on one device of what a layer keeps: keys and values, or a state."""
@@ -248,7 +250,7 @@ def layout_of(
     return DecodingLayout(
         "tensor" if moved else "gathered",
         sizes,
-        dividing(tensor, sizes, config.num_kv_heads),
+        dividing(tensor, sizes, math.gcd(*{layer.num_kv_heads for layer in config.layers})),
         tensor,
         dividing(rest, sizes, batch_size),
         DecodingBytes(0, 0, 0, 0),
@@ -288,8 +290,12 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
     """Return what a decode loop reads: layers as `unstack_layers` returns them, all matrices in the compute type."""
     with apply_adapters(params) as (whole, _):
         tree = unstack_layers(config, whole)
-    dtype = jnp.dtype(config.dtype)
-    return tree | {name: tree[name].astype(dtype) for name in ("embedding", "head") if name in tree}
+    cast = lambda own: {name: own[name].astype(dtype) for name in ("embedding", "head") if name in own}
+    dtype, further = jnp.dtype(config.dtype), {}
+    if "per_layer" in tree:
+        kernel = tree["per_layer"]["projection"]["kernel"].astype(dtype)
+        further = {"per_layer": tree["per_layer"] | cast(tree["per_layer"]) | {"projection": {"kernel": kernel}}}
+    return tree | cast(tree) | further
 
 
 def state_bytes(params: Params, sizes: Mapping[str, int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cotgrpo.models.config import DecoderConfig
@@ -71,7 +71,13 @@ def gemma4(field: HfConfig) -> dict[str, Any]:
     five_to_one = [TYPES[bool((i + 1) % 6)] for i in range(field["num_hidden_layers"])]
     # transformers makes the last layer a global one, whatever layer_types has.
     local = windows({**field, "layer_types": [*(field["layer_types"] or five_to_one)[:-1], "full_attention"]}, [])
-    width = field["hidden_size_per_layer_input"]
+    width = field["hidden_size_per_layer_input"] or 0
+    for name, value in (
+        ("hidden_size_per_layer_input", width),
+        ("num_kv_shared_layers", field["num_kv_shared_layers"]),
+    ):
+        if not isinstance(value, int):
+            raise ModelError(f"config.json: {name} is {value!r}; expected an integer, 0 for none.")
     kinds = gemma4_kinds(field, local.get("local_layers") or ())
     return {
         "layer_kinds": kinds if len(set(kinds)) > 1 or kinds[0] != LayerKind() else None,
@@ -117,8 +123,14 @@ def attention_heads(field: HfConfig, local: Collection[int]) -> dict[bool, dict[
     """
     plain = {"head_dim": field["head_dim"], "num_kv_heads": field["num_key_value_heads"]}
     found = {True: plain, False: plain}
+    if not isinstance(field["per_layer_config"] or {}, Mapping):
+        raise ModelError(f"config.json: per_layer_config is {field['per_layer_config']!r}; expected an object.")
     if field["per_layer_config"] is None:
         own = {"head_dim": field["global_head_dim"]}
+        for name in ("global_head_dim", "num_global_key_value_heads"):
+            absent = field[name] is None and name == "num_global_key_value_heads"
+            if not absent and not (isinstance(field[name], int) and field[name] > 0):
+                raise ModelError(f"config.json: {name} is {field[name]!r}; expected a positive integer.")
         if field["attention_k_eq_v"] and field["num_global_key_value_heads"] is not None:
             own["num_kv_heads"] = field["num_global_key_value_heads"]
         return {**found, False: plain | own}
