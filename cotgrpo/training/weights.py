@@ -111,11 +111,10 @@ def check_goes_on(base: Params, adapters: Adapters, own: LoraConfig, lora: LoraC
         same_targets = False
     if same_targets and (own.rank, own.alpha, own.rslora) == (lora.rank, lora.alpha, lora.rslora):
         return
-    targets = ", ".join(own.targets)
+    fix = f"lora.rank {own.rank}, lora.alpha {own.alpha:g}, lora.rslora {str(own.rslora).lower()} and lora.targets "
     raise ConfigError(
-        f"{name} holds adapters of another form than lora has. To train them further set lora.rank {own.rank}, "
-        f"lora.alpha {own.alpha}, lora.rslora {str(own.rslora).lower()} and lora.targets [{targets}]; or set lora.rank "
-        "0 to merge them and train all parameters."
+        f"{name} holds adapters of another form than lora has. To train them further set {fix}"
+        f"[{', '.join(own.targets)}]; or set lora.rank 0 to merge them and train all parameters."
     )
 
 
