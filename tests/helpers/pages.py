@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -109,9 +108,8 @@ class Runner:
     def shell(self, code: str, page: str) -> None:
         """Run each command of cotgrpo in this process. Its exit code is 0."""
         for words in commands_of(code):
-            while "=" in words[0]:
-                name, _, value = words.pop(0).partition("=")
-                os.environ[name] = value
+            while "=" in words[0]:  # a variable of an engine
+                words.pop(0)
             if shlex.join(words).startswith(ELSEWHERE):
                 continue
             assert words[0] == "cotgrpo", f"{page}: only commands of cotgrpo can be run: {words}"
