@@ -161,7 +161,7 @@ def test_real_student(run: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     assert after.startswith(before) and len(before.splitlines()) == 2 + 2 + 2 and len(after.splitlines()) == 2 + 3 * 4
     found = [json.loads(line) for line in after.splitlines()]
     assert {len(line["greedy"]) for line in found if "greedy" in line} == {4}
-    assert all(0 <= line["changed_tokens"] <= 1 for line in found if "greedy" in line)
+    assert all(0 <= line["changed_tokens"] <= 1 and line["forget_loss"] > 0 for line in found if "greedy" in line)
     assert len({line["rate"] for line in found if line["arm"] == "sft" and "greedy" in line}) == 1
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][-7:]
     assert [line.split(" | ")[0] for line in table[2:]] == [
@@ -189,14 +189,21 @@ def test_ablation(run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
         "nll+pair, half, 10 % corrupted",
         "nll, drawn ghosts, on_policy",
     ]
-    options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path), "--learning_rates", "1e-3", "2e-3"]
-    tables = []
-    for _ in range(2):
-        assert ablation.main([*options, "--seeds", "2", "--arms", *arms]) == 0
+    options = ["--size", "tiny", "--work", str(tmp_path), "--json", str(path)]
+    small, large = ["--learning_rates", "1e-3", "--seeds", "1"], ["--learning_rates", "1e-3", "2e-3", "--seeds", "2"]
+    calls = [(small, arms, 2 + 4), (large, arms[:1], 3 + 4 + 3), (large, arms[:1], 3 + 4 + 3)]
+    tables, texts = [], []
+    for more, chosen, lines in calls:
+        assert ablation.main([*options, *more, "--arms", *chosen]) == 0
         tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [row["arm"] for row in rows[:3]] == ["teacher", "before", "before"] and len(rows) == 3 + 2 * 2 * 4
-    assert tables[0] == tables[1] and len(tables[0]) == 2 + 2 + 4
+        texts.append(path.read_text())
+        assert len(texts[-1].splitlines()) == lines
+    assert texts[1].startswith(texts[0]) and texts[1] == texts[2] and tables[1] == tables[2]
+    rows = [json.loads(line) for line in texts[-1].splitlines()]
+    assert [row["arm"] for row in rows if row["arm"] in ("teacher", "before")] == ["teacher", "before", "before"]
+    found = {(row["arm"], row["rate"], row["seed"]) for row in rows if row["arm"] == arms[0]}
+    assert found == {(arms[0], rate, seed) for rate in (1e-3, 2e-3) for seed in (0, 1)}
+    assert len(tables[0]) == 2 + 2 + 4
 
 
 def test_an_arm_is_reported_at_its_own_best_learning_rate(run: Any) -> None:
