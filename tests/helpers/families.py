@@ -88,6 +88,8 @@ VISIONS: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "pixtral", "head_dim": 8, **VISION, **LAYERS},
     "qwen3_vl": {"model_type": "qwen3_vl", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
     | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_vision", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
+    | {"num_position_embeddings": 16},
     "qwen3_5": {"model_type": "qwen3_5_vision", "depth": 1, "num_heads": 2, "out_hidden_size": 32, **VISION}
     | {"num_position_embeddings": 16},
 }
@@ -367,6 +369,16 @@ CASES |= {
         "mlp_only_layers": [1],
         **EXPERTS,
     },
+    "qwen3_5_moe": wrapped(
+        "qwen3_5_moe",
+        {
+            **QWEN3_5,
+            "model_type": "qwen3_5_moe_text",
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 28,
+            **EXPERTS,
+        },
+    ),
     "olmoe": {"model_type": "olmoe", "num_experts": 7, "num_experts_per_tok": 3, "num_key_value_heads": 4},
     "mixtral": {"model_type": "mixtral", "head_dim": 12, "sliding_window": 7, **LOCAL_EXPERTS},
     "granitemoe": {"model_type": "granitemoe", "attention_bias": True, **LOCAL_EXPERTS, **GRANITE},

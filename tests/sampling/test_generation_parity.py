@@ -37,7 +37,7 @@ MORE_CASES += ("exaone4", "exaone4_small", "phi4_mini", "phi4", "hunyuan", "arce
 MORE_CASES += ("qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "olmoe", "mixtral", "granitemoe", "granitemoeshared")
 MORE_CASES += ("gpt_oss",)
 MORE_CASES += ("gemma4", "gemma4_images", "gemma4_even", "gemma4_large", "gemma4_unified")
-MORE_CASES += ("qwen3_5", "qwen3_5_odd", "qwen3_5_images", "lfm2", "lfm2_old")
+MORE_CASES += ("qwen3_5", "qwen3_5_odd", "qwen3_5_images", "qwen3_5_moe", "lfm2", "lfm2_old")
 """The families that are combinations of options of the decoder."""
 EMBEDDINGS = {"gemma": 0.05, "granite4_nope": 0.05, "olmo2": 4.0}
 """Factors of the embedding with which random models say more than one word."""
