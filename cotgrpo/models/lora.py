@@ -426,7 +426,7 @@ class LoraInterceptor:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
+        module: Any = context.module
         if not isinstance(module, nn.Dense | TransposedDense) or context.method_name != "__call__":
             return method(*args, **kwargs)
         names = [name for name in QUANTIZED_PARTS if module.has_variable("params", name)]

@@ -362,9 +362,10 @@ def attention_kernels(text: str, unknown: int = 1) -> list[Kernel]:
         for instruction, line in bodies.get(name, {}).items():
             if "tpu_custom_call" in line and "splash" in instruction:
                 arrays = [tuple(map(int, dims.split(","))) for _, dims in ARRAY.findall(constraints(line)) if dims]
-                # A shard with one sequence has no dimension for it.
-                rank = max(map(len, arrays))
-                B, Q, T, H = next((1,) * (4 - rank) + dims for dims in arrays if len(dims) == rank)
+                shape = next((dims for dims in arrays if len(dims) == 4), None)
+                if shape is None:  # a shard with one sequence has no dimension for it; the mask's blocks have three too
+                    shape = (1, *max((dims for dims in arrays if len(dims) == 3), key=math.prod))
+                B, Q, T, H = shape
                 found.append(Kernel(instruction, (B, Q, T, H), times, FUSED.search(line) is not None))
             for call in calls(line, bodies):
                 trips = 1 if not call.loop else unknown if call.trips is None else call.trips

@@ -317,3 +317,24 @@ def test_attention_kernels_count_by_their_own_operations() -> None:
 
 def test_a_conditional_takes_the_mean_of_its_branches() -> None:
     assert estimated_cycles(KERNELS) == 6 * (1000 + (100 + 300) / 2)
+
+
+@pytest.mark.parametrize(
+    ("operands", "shape"),
+    [
+        ("s8[1,4,4]{2,1,0}, bf16[2,32,512,128]{3,2,1,0}, bf16[2,8,512,128]{3,2,1,0}", (2, 32, 512, 128)),
+        ("s8[1,4,4]{2,1,0}, s8[32,4,4]{2,1,0}, bf16[32,512,128]{2,1,0}, bf16[8,512,128]{2,1,0}", (1, 32, 512, 128)),
+    ],
+    ids=["two", "one"],
+)
+def test_attention_of_a_shard_with_one_sequence(operands: str, shape: tuple[int, ...]) -> None:
+    """The compiler leaves out a dimension of one sequence. The blocks of the mask have three dimensions in any case."""
+    text = f"""HloModule step
+
+ENTRY %main (p: f32[1]) -> f32[1] {{
+  %p = f32[1]{{0}} parameter(0)
+  ROOT %splash_mha_fwd.1 = f32[1]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={{{operands}}}, frontend_attributes={{}}
+}}
+"""
+    assert [kernel.shape for kernel in attention_kernels(text)] == [shape]
