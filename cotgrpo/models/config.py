@@ -6,8 +6,7 @@ import dataclasses
 import functools
 from typing import Literal, get_args
 
-from cotgrpo.models.layers.experts import Experts
-from cotgrpo.models.layers.options import DeltaNet, PerLayerEmbeddings, ShortConv
+from cotgrpo.models.layers.options import DeltaNet, Experts, PerLayerEmbeddings, ShortConv
 from cotgrpo.models.layers.pattern import LayerKind, LayerPlace, Run, places_of, runs_of
 from cotgrpo.models.rotary import RopeScaling
 

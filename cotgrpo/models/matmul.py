@@ -100,9 +100,8 @@ def project_tokens(
         whole = kernel_by_head(kernel, slopes.dtype)
         inputs, outputs = (len(split(0, letter)) for letter in letters)
         contracted = (tuple(range(slopes.ndim - outputs, slopes.ndim)), tuple(range(inputs, whole.ndim)))
-        dx = flat(jax.lax.dot_general(slopes, whole, (contracted, ((), ())), precision), letters[0]).astype(
-            slopes.dtype
-        )
+        dx = jax.lax.dot_general(slopes, whole, (contracted, ((), ())), precision)
+        dx = flat(dx, letters[0]).astype(slopes.dtype)
         if x is None or isinstance(kernel, QuantizedKernel):
             return dx, None
         # Tokens that are sharded along the sequence cannot become one dimension, so there B and T stay two.

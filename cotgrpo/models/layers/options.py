@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Literal, get_args
 
 DELTA_CHUNK = 64
 """Tokens of a chunk of the gated delta rule."""
+
+Products = Literal["auto", "ragged", "blocks"]
+LETTERS = {"router": "DE", "router_bias": "E", "gate": "EDF", "up": "EDF", "down": "EFD"}
+LETTERS |= {"gate_bias": "EF", "up_bias": "EF", "down_bias": "ED"}
+"""The dimensions of each parameter of a layer, as `cotgrpo.sharding.constrain` reads them."""
+IN_FLOAT32 = ("router", "router_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +151,74 @@ class DeltaNet:
     def num_params(self) -> int:
         """Return the number of parameters besides the matrix products: filters, decays and the norm."""
         return self.taps * self.channels + 2 * self.num_value_heads + self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts of a layer's MLP. Names in parentheses are those of Hugging Face's config.json.
+
+    Attributes:
+        number: E, experts of a layer (`num_experts`, `num_local_experts`).
+        chosen: K, experts of a token, those with the largest logits (`num_experts_per_tok`).
+        width: F, inner size of an expert (`moe_intermediate_size`).
+        normalized: whether the weights of a token's experts sum to 1: the softmax is over its K logits, else over all E
+            (`norm_topk_prob`).
+        biases: whether the router and the experts' products have biases.
+        shared: whether every token also goes through the layer's own MLP of `mlp_width`, whose result is added.
+        shared_gate: whether a sigmoid of a product of x scales what the shared MLP adds.
+        limit: c cuts the gate off above c, and up outside [-c, c]. Then the middle is
+            `gate sigmoid(gate_slope * gate) * (up + 1)` (`swiglu_limit`). None: the activation of the decoder.
+        gate_slope: as above (`swiglu_alpha`).
+        balance_weight: factor of the load-balancing loss in the loss of a train step. 0: it is not added.
+        products: how grouped products are computed: "ragged" (`jax.lax.ragged_dot`), "blocks" (a loop over blocks of
+            rows of one expert) or "auto": "ragged" on a TPU, whose compiler has a kernel for it, and "blocks"
+            elsewhere, where XLA may multiply every row with every expert.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    number: int
+    chosen: int
+    width: int
+    normalized: bool = True
+    biases: bool = False
+    shared: bool = False
+    shared_gate: bool = False
+    limit: float | None = None
+    gate_slope: float = 1.0
+    balance_weight: float = 0.0
+    products: Products = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("number", "chosen", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Experts.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.chosen > self.number:
+            raise ValueError(f"Experts.chosen must be at most number ({self.number}), got {self.chosen}.")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"Experts.limit must be positive or None, got {self.limit}.")
+        if not (self.balance_weight >= 0 and math.isfinite(self.balance_weight)):
+            raise ValueError(f"Experts.balance_weight must be at least 0, got {self.balance_weight}.")
+        if self.products not in get_args(Products):
+            raise ValueError(f"Experts.products must be one of {get_args(Products)}, got {self.products!r}.")
+        if self.shared_gate and not self.shared:
+            raise ValueError("Experts.shared_gate needs shared: there is nothing else for it to scale.")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of a layer with a residual stream of `width`."""
+        sizes = {"D": width, "E": self.number, "F": self.width}
+        names = [name for name in LETTERS if self.biases or not name.endswith("_bias")]
+        return {name: tuple(sizes[letter] for letter in LETTERS[name]) for name in names}
+
+    def num_params(self, width: int) -> int:
+        """Return the number of parameters of a layer, without the shared MLP's own."""
+        return sum(math.prod(shape) for shape in self.shapes(width).values()) + (width if self.shared_gate else 0)
+
+    def params_of_one(self, width: int) -> int:
+        """Return the number of parameters of one expert."""
+        return sum(math.prod(shape[1:]) for name, shape in self.shapes(width).items() if name not in IN_FLOAT32)
+
+    def active_weights(self, width: int) -> int:
+        """Return the number of weights in the matrix products of one token."""
+        return width * self.number + self.chosen * 3 * width * self.width + (width if self.shared_gate else 0)
