@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers.numpy_decoder import numpy_logits
 
@@ -25,7 +24,8 @@ from cotgrpo.models.huggingface.family import ModelError
 from cotgrpo.models.layers.options import ShortConv
 from cotgrpo.models.layers.pattern import LayerKind
 from cotgrpo.models.lora import AdaptedParams, LoraConfig, init_lora, merge, with_adapters
-from cotgrpo.optimizers import OptimizerConfig, param_labels
+from cotgrpo.optimizers import param_labels
+from cotgrpo.optimizers.labels import decayed, stacked_matrices
 from cotgrpo.sampling import Prompts, SamplingSettings, make_sampler
 from cotgrpo.sampling.decoding_layout import decoding_bytes
 from cotgrpo.sharding import state_sharding
@@ -119,6 +119,7 @@ def test_decode_agrees_with_the_whole_pass(parts: tuple[int, ...]) -> None:
     assert [key is None for key in cache.keys] == [letter == "c" for letter in LAYERS]
 
 
+@pytest.mark.slow
 def test_sampler_admits_prompts_into_rows_with_a_state() -> None:
     """Greedy replies of five prompts in two rows are those of the whole pass, token by token."""
     params, _ = logits()
@@ -138,6 +139,7 @@ def test_sampler_admits_prompts_into_rows_with_a_state() -> None:
         np.testing.assert_array_equal(found[0, length - 1 : length - 1 + N].argmax(-1), replies.tokens[row])
 
 
+@pytest.mark.slow
 def test_adapters_next_to_frozen_weights_compute_what_merged_ones_do() -> None:
     params, _ = logits()
     lora = LoraConfig(rank=2, alpha=4.0, targets=("query", "out", "conv_in", "down"))
@@ -176,6 +178,7 @@ def test_adapter_folder_has_the_names_of_each_layer(tmp_path: Path) -> None:
     assert jax.tree.structure(again) == jax.tree.structure(adapters)
 
 
+@pytest.mark.slow
 def test_export_and_back(tmp_path: Path) -> None:
     """The names of the checkpoint, its config.json, and the same parameters."""
     config = decoder_config(LFM2)
@@ -204,12 +207,13 @@ def test_sharded_on_eight_devices() -> None:
 
 
 def test_optimizers_know_the_filters() -> None:
-    """Filters are decayed; muon leaves them to AdamW."""
-    params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    """Weight decay takes filters; muon leaves them to AdamW."""
+    params = random_params(CONFIG)
     labels = param_labels(params)["layers"]["run_0"]["block_0"]
     assert labels["conv"] == {"bias": "bias", "filters": "filter"} and labels["conv_in"]["kernel"] == "matrix"
-    state = jax.eval_shape(OptimizerConfig(name="muon").build(10).init, params)
-    assert isinstance(state, tuple) and optax.tree.get(state, "count") is not None
+    assert decayed(params)["layers"]["run_0"]["block_0"]["conv"] == {"bias": False, "filters": True}
+    of_muon = stacked_matrices(params)["layers"]["run_0"]["block_0"]
+    assert of_muon["conv_in"]["kernel"] and not of_muon["conv"]["filters"]
 
 
 def test_planning_counts_each_kind_of_layer() -> None:
