@@ -570,7 +570,7 @@ def new_tensors(
     known = {str(kind): kind for kind in DTYPES.values()}
     if dtype is not None and dtype not in known:
         raise ModelError(f"dtype must be one of {', '.join(known)} or None, got {dtype!r}.")
-    if source is not None and (is_wrapped(hf) or hf.get("mtp_num_hidden_layers")):
+    if source is not None and (is_wrapped(hf) or config.delta_net is not None):
         stored = checkpoint_tensors(source)
         layout, fixed = checkpoint_layout(source, stored)
     else:
@@ -589,6 +589,7 @@ def new_tensors(
                 else functools.partial(merged_on_host, path, leaves[path], pairs[path[:-1]], scale, layer)
             )
             own = np.dtype(leaves[path].dtype) if dtype is None else known[dtype]
+            own = np.dtype(np.float32) if is_kept_wide(stored, slot.name, layout) else own
             parts.setdefault(slot.name, []).append((own, functools.partial(in_slot, slot, read)))
     shapes = stored_shapes(config, layout)
     tensors = [
@@ -606,6 +607,14 @@ def new_tensors(
     kept = [name for name in stored if OTHER_PARTS.match(name) or is_unread(config, name)]
     others = [NewTensor(name, stored[name].dtype, stored[name].shape, stored[name].read) for name in kept]
     return tensors, others
+
+
+def is_kept_wide(
+    stored: Mapping[str, StoredTensor], name: str, layout: Mapping[TreePath, Sequence[Slot | ExpertSlot]]
+) -> bool:
+    """Return whether a checkpoint of a narrower type holds a tensor in float32, as the decays of Qwen3.5."""
+    embedding = stored.get(layout["embedding",][0].name)
+    return embedding is not None and name in stored and stored[name].dtype == np.float32 != embedding.dtype
 
 
 def index_of(slot: int, shape: tuple[int, ...]) -> int | tuple[int, int]:

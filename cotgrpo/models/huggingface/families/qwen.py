@@ -49,6 +49,9 @@ def qwen3_5(field: HfConfig) -> dict[str, Any]:
         "rotary_dim": None if rotated == head_dim else rotated,
     }
     if "linear_attention" in types:
+        for name in DELTA_NET:
+            if not isinstance(field[name], int) or isinstance(field[name], bool) or field[name] < 1:
+                raise ModelError(f"config.json: {name} is {field[name]!r}; expected a positive integer.")
         options["delta_net"] = DeltaNet(**{ours: field[theirs] for theirs, ours in DELTA_NET.items()})
     return options | ({"layer_kinds": kinds} if len(set(kinds)) == 2 else {"mixer": kinds[0].mixer})
 
