@@ -12,7 +12,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cotgrpo.data.tokenizer import load_tokenizer
 from cotgrpo.models import load_pretrained
 from cotgrpo.quickstart.quickstart import TEACHER
 from cotgrpo.runs import Run
@@ -23,26 +25,29 @@ K, COLUMNS = 8, 192
 
 
 def stand_in() -> ThreadingHTTPServer:
-    """Return a server that answers as vLLM's completions do with `prompt_logprobs`: the K likeliest at each token."""
-    model = load_pretrained(TEACHER)
+    """Return a server that answers as vLLM's completions do with `prompt_logprobs`: the likeliest at each token."""
+    model, tokenizer = load_pretrained(TEACHER), load_tokenizer(TEACHER)
     place = jnp.arange(COLUMNS)[None]
     score = jax.jit(lambda ids: jax.nn.log_softmax(model.student.logits(model.params, ids, place, ids * 0 + 1)[0]))
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
-            rows = score(jnp.asarray([ids + [0] * (COLUMNS - len(ids))]))
-            values, best = (part.tolist() for part in jax.lax.top_k(rows, K))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != "/v1/completions":
+                return self.send_error(404)
+            ids = body["prompt"]
+            ids = tokenizer.encode(ids, add_special_tokens=False) if isinstance(ids, str) else ids
+            rows = np.asarray(score(jnp.asarray([ids + [0] * (COLUMNS - len(ids))])))
             entries = [None]
-            for n, own in enumerate(ids[1:]):
-                found = dict(zip(best[n], values[n], strict=True)) | {own: float(rows[n, own])}
-                entries.append({str(i): {"logprob": value} for i, value in found.items()})
+            for row, own in zip(rows, ids[1:], strict=False):
+                likeliest = np.argsort(-row)[: body["prompt_logprobs"]]
+                entries.append({str(i): {"logprob": float(row[i])} for i in dict.fromkeys([own, *likeliest.tolist()])})
             choice = {"text": "", "prompt_logprobs": entries, "finish_reason": "length"}
-            body = json.dumps({"choices": [choice]}).encode()
+            answer = json.dumps({"choices": [choice]}).encode()
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(answer)
 
         log_message = lambda *_: None
 
@@ -57,7 +62,7 @@ def main(folder: Path, url: str) -> tuple[float, float]:
     small = {"rows": 16, "max_new_tokens": 16}
     run = Run(folder / "run", student=STUDENT, tokenizer=str(TEACHER), train=rows, data=data, eval=small)
     run.sft(steps=20, batch_size=8, optimizer={"learning_rate": 3e-3})  # replies of some sense, to be scored
-    ghosts = {"source": "teacher_server", "base_url": url, "max_new_tokens": 24, "prefetch_rollouts": True}
+    ghosts = {"source": "teacher_server", "base_url": url, "dialect": "vllm", "max_new_tokens": 24}
     objective = {"name": "forward_kl", "top_k": K}  # the whole list of the teacher, not its first choice alone
     report = run.grpo(steps=10, batch_size=8, ghosts=ghosts, objective=objective, optimizer={"learning_rate": 3e-3})
     losses = report["held_out_loss"]
