@@ -215,7 +215,7 @@ class Work:
         gradients = 0 if self.frozen else 4 * weights
         tokens = self.tokens / shards_of(mesh)
         stream = 2 * (passes + 1) * 2 * number * c.width * c.num_layers * tokens * share(tensor)
-        read = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.has_keys)
+        read: float = sum(n * kind.num_kv_heads * kind.head_dim for kind, n in self.kinds if kind.has_keys)
         # Of a gated delta net, what its convolution reads is gathered.
         read += sum(n * net.channels for net, n in self.delta_nets) / 2
         keys = (passes + 1) * 2 * number * read * tokens * (context - 1) / tensor

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -204,11 +204,13 @@ class Layer(nn.Module):
             view = view.replace(cos=jnp.where(is_rotated, view.cos, 1.0), sin=jnp.where(is_rotated, view.sin, 0.0))
         h = self.norm("attention_norm")(x) if c.pre_norms else x
         if c.mixer == "conv":
-            mixed, cached = self.convolve(h, view, cached)
+            mixed, cached = self.convolve(h, view, cast("ConvWindow | None", cached))
         elif c.mixer == "delta":
-            mixed, cached = self.mix_by_delta_rule(h, view, cached)
+            mixed, cached = self.mix_by_delta_rule(h, view, cast("DeltaCache | None", cached))
         else:
-            mixed, cached = self.mix_by_attention(h, view, is_local, cached, column, shared)
+            pair = cast("KeysAndValues | None", cached)
+            mixed, kept = self.mix_by_attention(h, view, is_local, pair, column, shared)
+            cached = cast("LayerCache | None", kept)
         x = x + self.added("post_attention_norm", constrain(mixed, "BTD"))
         h = self.norm("mlp_norm")(x) if c.pre_norms else x
         x = x + self.added("post_mlp_norm", self.after_mlp(h, view))
@@ -236,6 +238,7 @@ class Layer(nn.Module):
         """Return what attention adds to the residual stream, and `cached` with the new keys and values."""
         c = self.config
         query, gate = self.queries(h, view)
+        kept: KeysAndValues | NewKeys | None = cached
         own = None if c.shared_keys else self.keys_and_values(h, view)
         if cached is None or view.mask is None:
             pair = shared if own is None else own
@@ -243,16 +246,16 @@ class Layer(nn.Module):
                 raise ValueError("DecoderConfig.shared_keys needs layer_kinds with an earlier layer that has keys.")
             key, value = pair
             mixed = self.attend(query, key, value, view, is_local)
-            cached = pair if self.hands_on else cached
+            kept = pair if self.hands_on else cached
         else:
-            cached = cached if own is None else append_to_cache(cached, *own, column)
-            softmax = (c.query_scale, c.attention_softcap, self.head_sinks())
-            mixed = attention_by_head(query, *cached, view.mask, *softmax)
+            kept = keys, values = cached if own is None else append_to_cache(cached, *own, column)
+            sinks = self.head_sinks()
+            mixed = attention_by_head(query, keys, values, view.mask, c.query_scale, c.attention_softcap, sinks)
         mixed = constrain(mixed, "BTQH")
         if gate is not None:
             mixed = mixed * jax.nn.sigmoid(constrain(gate, "BTQH"))
         mixed = mixed.reshape(*mixed.shape[:2], c.num_heads * c.head_dim)
-        return self.dense("out", to_residual=True)(mixed), cached
+        return self.dense("out", to_residual=True)(mixed), kept
 
     def convolve(
         self, h: Float[Array, "B T D"], view: View, window: ConvWindow | None
@@ -396,8 +399,8 @@ class Layer(nn.Module):
 
 
 def append_to_cache(
-    cached: LayerCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], column: int | Int[Array, ""]
-) -> LayerCache:
+    cached: KeysAndValues, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], column: int | Int[Array, ""]
+) -> KeysAndValues:
     """Return a layer's cache with T new keys and values from `column` on."""
     keys = jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.moveaxis(key, 1, 3), column, axis=3)
     values = jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(value, 1, 2), column, axis=2)
@@ -484,7 +487,7 @@ class Pattern(nn.Module):
         x, handed_on = carry
         given = (shared | handed_on)[name] if layer.config.shared_keys else None
         x, new = layer(x, is_local, is_rotated, views, per_layer, None, 0, given)
-        return (x, handed_on | {name: new} if layer.hands_on else handed_on), None
+        return (x, handed_on | {name: cast("NewKeys", new)} if layer.hands_on else handed_on), None
 
     def of_block(self, index: int, block: Block, views: tuple[View, ...]) -> tuple[DecoderConfig, tuple[View, ...]]:
         """Return the config of a block's layers, and what they read. Of two views they read one if all are alike."""
@@ -668,7 +671,7 @@ class Decoder(nn.Module):
         key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
         key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, column, axis=1)
         views = self.views(positions, segment_ids, (key_positions, key_segments))
-        cached = []
+        cached: list[LayerCache] = []
         for index, own in enumerate(c.layers):
             view = views[-1:] if index in (c.local_layers or ()) else views[:1]
             if index in c.unrotated_layers:
@@ -677,7 +680,7 @@ class Decoder(nn.Module):
             part, source = None if per_layer is None else per_layer[index], c.key_sources[index]
             before = cache.of_layer(index) if source is None else cached[source]
             x_BTD, new = layer(x_BTD, None, None, view, part, before, column)
-            cached.append(new if source is None else (None, None))
+            cached.append(cast("LayerCache", new) if source is None else (None, None))
         return x_BTD, KvCache.of_layers(cached, key_positions, key_segments)
 
     def views(

@@ -290,8 +290,8 @@ def decoding_params(config: DecoderConfig, params: Params) -> Params:
     """Return what a decode loop reads: layers as `unstack_layers` returns them, all matrices in the compute type."""
     with apply_adapters(params) as (whole, _):
         tree = unstack_layers(config, whole)
-    cast = lambda own: {name: own[name].astype(dtype) for name in ("embedding", "head") if name in own}
     dtype, further = jnp.dtype(config.dtype), {}
+    cast = lambda own: {name: own[name].astype(dtype) for name in ("embedding", "head") if name in own}
     if "per_layer" in tree:
         kernel = tree["per_layer"]["projection"]["kernel"].astype(dtype)
         further = {"per_layer": tree["per_layer"] | cast(tree["per_layer"]) | {"projection": {"kernel": kernel}}}

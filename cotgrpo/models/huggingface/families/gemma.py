@@ -108,7 +108,7 @@ def gemma4_kinds(field: HfConfig, local: Collection[int]) -> tuple[LayerKind, ..
     plain = {"head_dim": field["head_dim"], "num_kv_heads": field["num_key_value_heads"]}
     kinds = []
     for index in range(layers):
-        own = {name: value for name, value in heads[index in local].items() if value != plain[name]}
+        own: dict[str, Any] = {name: value for name, value in heads[index in local].items() if value != plain[name]}
         equal = field["attention_k_eq_v"] and index not in local and index < first
         mlp, reads = (wide, True) if index >= first else (None, None)
         kinds.append(LayerKind(**own, mlp_width=mlp, shared_keys=reads, key_is_value=equal or None))
