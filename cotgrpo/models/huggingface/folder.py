@@ -18,8 +18,10 @@ from cotgrpo.models.huggingface.safetensors_files import refuse_pointer
 
 LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 """What the names of files with a license begin with. An export has to keep them."""
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
-HUB_FILES += tuple(f"{name}*" for name in LICENSES)
+HUB_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"),
+    *(f"{name}*" for name in LICENSES),
+)
 """Files of a hub id that are downloaded."""
 
 

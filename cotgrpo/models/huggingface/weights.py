@@ -192,7 +192,7 @@ def checkpoint_tensors(found: ModelFolder) -> dict[str, StoredTensor]:
 
 def checkpoint_layout(
     found: ModelFolder, tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[TreePath, list[Slot]], dict[str, float]]:
+) -> tuple[dict[TreePath, list[Slot | ExpertSlot]], dict[str, float]]:
     """Return the places of the parameters in a checkpoint, and the numbers that it holds besides."""
     prefix, head = find_prefix(tensors, is_wrapped(found.hf_config))
     layout = tensor_layout(found.config, family_of(found.hf_config), prefix, head, tensors)
@@ -222,7 +222,9 @@ def leaves_by_path(tree: PyTree) -> dict[TreePath, Any]:
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def stored_shapes(config: DecoderConfig, layout: Mapping[TreePath, list[Slot]]) -> dict[str, tuple[int, ...]]:
+def stored_shapes(
+    config: DecoderConfig, layout: Mapping[TreePath, list[Slot | ExpertSlot]]
+) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of a checkpoint's tensors. A fused one has the rows of all its parts."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in leaves_by_path(abstract_params(config)).items():
@@ -237,7 +239,7 @@ def stored_shapes(config: DecoderConfig, layout: Mapping[TreePath, list[Slot]]) 
 
 def check_tensors(
     config: DecoderConfig,
-    layout: Mapping[TreePath, list[Slot]],
+    layout: Mapping[TreePath, list[Slot | ExpertSlot]],
     fixed: Mapping[str, float],
     tensors: Mapping[str, StoredTensor],
     folder: Path,
@@ -303,7 +305,7 @@ def check_tied_head(head: StoredTensor, embedding: StoredTensor, folder: Path) -
 
 def read_params(
     config: DecoderConfig,
-    layout: Mapping[TreePath, list[Slot]],
+    layout: Mapping[TreePath, list[Slot | ExpertSlot]],
     tensors: Mapping[str, StoredTensor],
     mesh: Mesh | None,
     quantization: Quantization | None = None,
@@ -580,8 +582,8 @@ def new_tensors(
     for path, slots in layout.items():
         for layer, slot in enumerate(slots):
             if isinstance(slot, ExpertSlot):
-                own = functools.partial(on_host, path, leaves[path], index_of(layer, leaves[path].shape))
-                of_experts.setdefault(slot.name, []).append((slot, own))
+                gathered = functools.partial(on_host, path, leaves[path], index_of(layer, leaves[path].shape))
+                of_experts.setdefault(slot.name, []).append((slot, gathered))
                 continue
             read = (
                 functools.partial(on_host, path, leaves[path], layer)

@@ -26,8 +26,10 @@ METHODS = (
 QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
 """Fields of config.json that describe a quantization."""
 DTYPE_NAMES = {"bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
-ACTIVATIONS += ("input_zero_point", "input_global_scale", "input_activation_scale_ub", "weight_format")
+ACTIVATIONS = (
+    *("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "kv_scale"),
+    *("input_zero_point", "input_global_scale", "input_activation_scale_ub", "weight_format"),
+)
 """Endings of tensors that quantize activations or a cache, or that describe a layout. They do not change a weight."""
 
 
