@@ -108,9 +108,9 @@ CHIPS = {
             "gb200", "gpu", 186e9, 2500e12, 8000e9, 900e9, "NVIDIA GB200 NVL72 data sheet", node=72, nic_bandwidth=50e9
         ),
         # A PCIe card of 24 GB that clouds have, and one that people have. Nodes of L4: g2-standard-96, 100 Gbit/s.
+        Chip("mi300x", "gpu", 192e9, 1307e12, 5300e9, 448e9, "AMD MI300X data sheet", node=8, nic_bandwidth=50e9),
         Chip("l4", "gpu", 24e9, 121e12, 300e9, 32e9, "NVIDIA L4 data sheet", node=8, nic_bandwidth=1.6e9),
         Chip("rtx4090", "gpu", 24e9, 165e12, 1008e9, 32e9, "NVIDIA Ada GPU architecture", node=8, nic_bandwidth=1.25e9),
-        Chip("mi300x", "gpu", 192e9, 1307e12, 5300e9, 448e9, "AMD MI300X data sheet", node=8, nic_bandwidth=50e9),
     )
 }
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
