@@ -43,7 +43,10 @@ def test_names(name: str, canonical: str, chips: int, devices: int) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "unknown chip ''; there are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200, gb200, mi300x, l4, rtx4090."),
+        (
+            "",
+            "unknown chip ''; there are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200, gb200, mi300x, l4, rtx4090.",
+        ),
         ("v5x:4x4", "unknown chip 'v5x'; there are v4, .* Did you mean v5"),
         ("v5p", "expected the sides of a slice, as in v5p:4x4x4 or v5p-128"),
         ("v5p:64", "expected the sides of a slice, as in v5p:4x4x4 or v5p-128"),
