@@ -273,9 +273,11 @@ class Layer(nn.Module):
         """Return what a gated delta net adds to the residual stream, and its cache after the new tokens."""
         c = self.config
         assert c.delta_net is not None
-        parts = [self.dense(name)(h) for name in ("delta_in", "delta_gate", "delta_strength", "delta_decay")]
-        options = (c.delta_net, c.norm_eps, jnp.dtype(c.param_dtype), c.init_scale, ATTENTION_RESULT)
-        mixed, cache = GatedDeltaNet(*options, name="delta")(*parts, view.segment_ids, cache)
+        names = ("delta_in", "delta_gate", "delta_strength", "delta_decay")
+        inputs, gate, strength, decay = (self.dense(name)(h) for name in names)
+        param_dtype = jnp.dtype(c.param_dtype)
+        net = GatedDeltaNet(c.delta_net, c.norm_eps, param_dtype, c.init_scale, ATTENTION_RESULT, name="delta")
+        mixed, cache = net(inputs, gate, strength, decay, view.segment_ids, cache)
         return self.dense("delta_out", to_residual=True)(mixed), cache
 
     def added(self, norm: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
