@@ -122,14 +122,8 @@ def test_remat_changes_nothing() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
-        pytest.param({"context": 2, "fsdp": 4}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 4}])
 def test_eight_devices_compute_what_one_does(sizes: dict[str, int]) -> None:
     """A step: loss, and the parameters after it."""
     (tokens, positions, segments), params = batch(8), random_params()
