@@ -596,7 +596,7 @@ def join_repeats(counts: Mapping[str, int], variables: Params) -> Params:
 def on_blocks(change: Callable[[Any, int], Any], counts: Mapping[str, int], variables: Params) -> Params:
     """Return the parameters of a run after a change of each leaf, which depends on its block's count."""
     changed = {
-        name: jax.tree.map(functools.partial(change, count=counts[name]), own)
+        name: jax.tree.map(lambda leaf, count=counts[name]: change(leaf, count), own)
         for name, own in variables.get("params", {}).items()
     }
     return {"params": changed} if changed else {}

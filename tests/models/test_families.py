@@ -117,7 +117,7 @@ def test_old_and_new_configs_say_the_same(case: str, saved: Any) -> None:
     ["llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "apertus"]
     + [
         pytest.param(case, marks=pytest.mark.slow)
-        for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4", "qwen3_5")
+        for case in ("granite4", "phi3", "hunyuan", "smollm3", "exaone4", "qwen3_5", "lfm2")
     ]
     + [pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4", "gemma4_large")]
     + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
@@ -184,7 +184,7 @@ def test_a_decoder_without_a_source_exports_too(case: str, saved: Any, tmp_path:
             "qwen3_5_images",
         )
     ]
-    + [pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4", "gemma4_images", "gemma4_unified")]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4", "gemma4_images", "gemma4_unified", "lfm2")]
     + [pytest.param(case, marks=pytest.mark.slow) for case in WITH_EXPERTS],
 )
 def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def test_decode_agrees_with_the_whole_pass(parts: tuple[int, ...]) -> None:
         hidden, cache = read(unstacked, *(x[:, start:end] for x in ragged), cache, start)
         rows.append(hidden)
         start = end
-    got = jnp.concatenate(rows, axis=1) @ make_student(CONFIG).head(params)
+    head = make_student(CONFIG).head
+    assert head is not None
+    got = jnp.concatenate(rows, axis=1) @ head(params)
     np.testing.assert_allclose(got[0], want[0], atol=2e-5)
     np.testing.assert_allclose(got[1, away:], want[1, :-away], atol=2e-5)
     states = [index for index, state in enumerate(cache.states) if state is not None]
@@ -175,7 +177,7 @@ def test_adapter_folder_has_the_names_of_each_layer(tmp_path: Path) -> None:
     again, found = load_adapter(tmp_path / "adapter", params, LFM2)
     jax.tree.map(np.testing.assert_array_equal, again, adapters)
     again = init_lora(params, found, jax.random.key(1))
-    assert jax.tree.structure(again) == jax.tree.structure(adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), again, adapters)
 
 
 @pytest.mark.slow
@@ -197,8 +199,7 @@ def test_sharded_on_eight_devices() -> None:
     student, inputs = make_student(CONFIG), batch(rows=4)
     loss = lambda p, *inputs: jnp.sum(jax.nn.log_softmax(student.logits(p, *inputs))[..., 3])
     want = jax.jit(jax.value_and_grad(loss))(params, *inputs)
-    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}):
-        mesh = cotgrpo.make_mesh(**sizes)
+    for mesh in (cotgrpo.make_mesh(data=2, fsdp=2, tensor=2), cotgrpo.make_mesh(fsdp=4, context=2)):
         placed = jax.device_put(params, state_sharding(params, mesh))
         with jax.set_mesh(mesh):
             got = jax.jit(jax.value_and_grad(loss))(placed, *inputs)
