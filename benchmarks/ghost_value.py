@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from paired import Interval, accuracy, bootstrap
+from paired import Interval, accuracy, bootstrap, sign_flip
 
 from cotgrpo.config import PrivilegedSelf
 from cotgrpo.data.questions import Question
@@ -230,11 +230,11 @@ def together(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the table: a row for each ghost, with 95 % intervals over questions."""
+    """Return the table: a row for each ghost, with 95 % intervals over questions, and p-values of `sign_flip`."""
     text = [
         "| ghost | questions | wrong replies | changed tokens | first change | y* is the likeliest | right after y, % "
-        "| after y*, % | after the likeliest, % | y* against y | y* against the likeliest |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| after y*, % | after the likeliest, % | y* against y | p | y* against the likeliest | p |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for ghost in dict.fromkeys(line["ghost"] for line in lines):
         found = together([line for line in lines if line["ghost"] == ghost])
@@ -244,7 +244,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         text.append(
             f"| {ghost} | {own.size} | {corrected} | {found['changed_tokens']:.0%} "
             f"| {found['first_change']:.3g} | {found['same_as_likeliest']:.0%} | {' | '.join(map(str, means))} "
-            f"| {bootstrap(ours - own).signed()} | {bootstrap(ours - likeliest).signed()} |"
+            f"| {bootstrap(ours - own).signed()} | {sign_flip((ours - own)[0]):.2g} "
+            f"| {bootstrap(ours - likeliest).signed()} | {sign_flip((ours - likeliest)[0]):.2g} |"
         )
     return "\n".join(text)
 

@@ -84,6 +84,18 @@ def difference(ours_SQ: np.ndarray, theirs_SQ: np.ndarray, level: float = 0.95) 
     return bootstrap(np.asarray(ours_SQ, np.float64) - np.asarray(theirs_SQ, np.float64), level)
 
 
+def sign_flip(values_Q: np.ndarray, seed: int = 0) -> float:
+    """Return the two-sided p-value of the paired permutation test that the mean is 0.
+
+    Each of `RESAMPLES` resamples gives every difference a random sign. The p-value is the share of means that lie as
+    far from 0 as the one that was found, which counts as one of them.
+    """
+    values_Q = np.asarray(values_Q, np.float64)
+    signs_RQ = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, len(values_Q)))
+    far = np.abs(signs_RQ @ values_Q) >= abs(values_Q.sum()) - 1e-9
+    return float((1 + far.sum()) / (1 + RESAMPLES))
+
+
 def mcnemar(ours_Q: np.ndarray, theirs_Q: np.ndarray) -> float:
     """Return the two-sided p-value of McNemar's exact test (McNemar 1947, doi:10.1007/BF02295996).
 

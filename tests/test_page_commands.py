@@ -76,6 +76,7 @@ NOT_RUN = [
     ("docs/method.md", "new='on_policy, new questions'\n", HOURS),
     ("docs/method.md", "out=benchmarks/results/cpu", HOURS),
     ("docs/method.md", "python benchmarks/pooled.py", "tests/test_paired.py runs it"),
+    ("docs/method.md", "python benchmarks/real_student.py", HOURS),
     ("docs/own_code.md", "pip install wandb", "needs wandb and mlflow"),
     ("docs/performance.md", "python benchmarks/peers.py --shape", PEERS),
     ("docs/performance.md", "python benchmarks/peers.py --task generate", PEERS),

@@ -17,6 +17,14 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("paired")
 
 
+def test_sign_flips_are_the_permutation_test(paired: Any) -> None:
+    """Against SciPy's exact enumeration of all signs; differences of 0 say nothing."""
+    values = np.array([0.5, 0.25, -0.25, 1.0, 0.75, 0.0, 0.5, -0.5, 0.25])
+    exact = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert paired.sign_flip(values) == pytest.approx(exact, abs=0.02)  # 4 standard deviations of 10,000 resamples
+    assert paired.sign_flip(np.zeros(5)) == 1.0 and paired.sign_flip(np.ones(30)) < 1e-3
+
+
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (3, 9), (12, 1), (40, 60)])
 def test_mcnemar_is_the_binomial_test(paired: Any, b: int, c: int) -> None:
     ours = np.array([1] * b + [0] * c + [1, 1, 0])

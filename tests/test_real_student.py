@@ -163,7 +163,7 @@ def test_the_value_of_a_question_is_the_mean_of_its_replies(ghost_value: Any) ->
     other = line | {"rows": [9, 9, 9], "wrong_replies": 15, "changed_tokens": 0.3, "first_change": 4.0}
     alone, both = (ghost_value.table(lines).splitlines()[-1].split(" | ") for lines in ([line], [line, other]))
     assert alone[:6] == ["| teacher", "2", "3 of 5", "10%", "2", "50%"] and alone[6].startswith("37.5 (")
-    assert alone[9].startswith("+37.5 (") and alone[10].startswith("+12.5 (")
+    assert alone[9].startswith("+37.5 (") and alone[11].startswith("+12.5 (")
     assert both[:6] == ["| teacher", "3", "6 of 20", "25%", "3", "50%"] and both[6].startswith("38.9 (")
 
 
@@ -171,3 +171,11 @@ def test_a_table_needs_no_student(ghost_value: Any, tmp_path: pathlib.Path, caps
     with pytest.raises(SystemExit):
         ghost_value.main(["--json", str(tmp_path / "lines.jsonl")])
     assert "--student and --rows are needed" in capsys.readouterr().err
+
+
+def test_the_table_of_ghost_values_is_that_of_the_page(ghost_value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/method.md has the table of the lines that are committed."""
+    lines = BENCHMARKS / "results" / "cpu" / "ghost_value_smollm2.jsonl"
+    assert ghost_value.main(["--table", "--json", str(lines)]) == 0
+    page = (BENCHMARKS.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page
