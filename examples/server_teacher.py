@@ -45,6 +45,7 @@ def stand_in() -> ThreadingHTTPServer:
             choice = {"text": "", "prompt_logprobs": entries, "finish_reason": "length"}
             answer = json.dumps({"choices": [choice]}).encode()
             self.send_response(200)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
