@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from ablation import at_best_rate
 from paired import Interval, as_good
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 SFT = "nll, teacher_forced"
 TEXT = "nll, teacher_forced, new questions"
