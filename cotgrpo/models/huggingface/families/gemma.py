@@ -237,7 +237,7 @@ GEMMA: dict[str, Family] = {
             "sliding_window": 1024,
             "hidden_size_per_layer_input": 0,
         },
-        gemma4,
+        lambda field: gemma4({**field, "hidden_size_per_layer_input": 0}),  # transformers does not read it here
         write_gemma4,
         fixed=GEMMA4_FIXED,
         default_rope=GEMMA4_ROPE,
