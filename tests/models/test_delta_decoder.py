@@ -68,6 +68,7 @@ def test_logits_are_those_of_the_formulas() -> None:
         np.testing.assert_allclose(row, numpy_logits(CONFIG, host, tokens), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_stay_apart() -> None:
     params, (tokens, positions, segments) = random_params(), batch()
     logits = jax.jit(make_student(CONFIG).logits)
