@@ -69,8 +69,8 @@ def splash_attention(
     query = query * (H**-0.5 if scale is None else scale)
     rows = LANES * layout.parts(layout.queries)
     padded = lambda x: jnp.pad(x, ((0, 0), (0, -T % rows)) + ((0, 0),) * (x.ndim - 2))
-    inputs = (*(jnp.swapaxes(padded(x), 1, 2) for x in (query, key, value)), padded(segment_ids), sinks)
-    run = functools.partial(run_kernel, layout=layout, softcap=softcap, interpret=interpret)
+    inputs = (*(jnp.swapaxes(padded(x), 1, 2) for x in (query, key, value)), padded(segment_ids))
+    run = functools.partial(run_kernel, sinks=sinks, layout=layout, softcap=softcap, interpret=interpret)
     # A window as long as the sequence hides nothing.
     windows = tuple(dict.fromkeys(None if window is None or window >= T else window for window in windows))
     if len(windows) == 1:
@@ -125,8 +125,8 @@ def run_kernel(
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
     segment_ids: Int[Array, "B T"],
-    sinks: Float[Array, "Q"] | None,
     *,
+    sinks: Float[Array, "Q"] | None,
     layout: Layout,
     window: int | None,
     softcap: float | None,

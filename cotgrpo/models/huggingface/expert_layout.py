@@ -117,9 +117,9 @@ def part_slots(
     part, suffix = name.removesuffix("_bias"), "_bias" if name.endswith("_bias") else ""
     _, *inputs, outputs = shapes[name]
     if form.each is not None:
-        stored = (outputs, *inputs)
+        each = (outputs, *inputs)
         named = [f"{prefix}{form.each[part].format(e)}" for e in range(experts.number)]
-        return [ExpertSlot(own, stored, None, 0, 1, outputs, False) for own in named]
+        return [ExpertSlot(name_of_one, each, None, 0, 1, outputs, False) for name_of_one in named]
     fused = part in ("gate", "up")
     total = 2 * outputs if fused else outputs
     start, step = (("gate", "up").index(part), 2) if fused and form.interleaved else (0, 1)

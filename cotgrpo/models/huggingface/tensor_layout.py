@@ -138,7 +138,9 @@ def slots_of_experts(
     if experts.shared_gate:
         name, shape = f"{prefix}{form.shared_gate}.weight", (1, config.width)
         slots["shared_gate"] = [ExpertSlot(name, shape, 0, 0, 1, config.width, False)]
-    return slots | expert_slots(config, form, prefix)
+    for name, own in expert_slots(config, form, prefix).items():
+        slots[name] = [*own]
+    return slots
 
 
 def layer_slots(config: DecoderConfig, family: Family) -> dict[TreePath, Slot]:
