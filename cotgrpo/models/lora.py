@@ -436,10 +436,10 @@ class LoraInterceptor:
             return product
         self.applied.add(module.path)
         x = args[0].astype(product.dtype)
-        if module.has_variable("params", "lora_key"):
-            x = self.drop(x, module.get_variable("params", "lora_key"))
-        a: jax.Array = module.get_variable("params", "lora_a").astype(x.dtype)
-        b: jax.Array = module.get_variable("params", "lora_b").astype(x.dtype)
+        own: Mapping[str, jax.Array] = module.variables["params"]
+        if "lora_key" in own:
+            x = self.drop(x, own["lora_key"])
+        a, b = own["lora_a"].astype(x.dtype), own["lora_b"].astype(x.dtype)
         low = self.lora.scale * jnp.matmul(x, a, preferred_element_type=jnp.float32)
         return product + jnp.matmul(low.astype(x.dtype), b)
 
