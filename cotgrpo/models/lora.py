@@ -32,7 +32,7 @@ import math
 import operator
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
