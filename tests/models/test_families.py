@@ -91,8 +91,9 @@ def test_every_family_has_a_case() -> None:
 def test_logits(case: str, saved: Any) -> None:
     model, loaded = saved(case)
     batch = Batch.make()
-    # A delta net's norm divides by what a head reads from its state, which is small for some tokens.
-    tolerance = 2e-4 if loaded.config.delta_net else 1e-4
+    # A delta net's norm divides by what a head reads from its state, which is small for some tokens. Gemma 4 does not
+    # scale its scores down, so the softmax makes more of a rounded product.
+    tolerance = 2e-4 if loaded.config.delta_net or loaded.config.query_scale == 1 else 1e-4
     assert_same_logits(logits(loaded, batch), torch_logits(model, batch), batch.real, tolerance)
 
 

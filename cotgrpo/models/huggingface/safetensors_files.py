@@ -213,12 +213,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. `array()` returns it and is called when its file is written."""
+    """A tensor to write.
+
+    Attributes:
+        name, dtype, shape: of the tensor as it is stored.
+        array: returns it, and is called when its file is written.
+        copied: whether it comes from the source as it is. Its numbers are not looked at: the bounds of a part that
+            reads sounds, for example, are infinite.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     array: Callable[[], np.ndarray]
+    copied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -273,7 +281,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
 def stored_array(tensor: NewTensor) -> np.ndarray:
     """Return a tensor in the type that it is stored in."""
     array = np.asarray(tensor.array())
-    if tensor.dtype in DTYPES.values():
+    if tensor.dtype in DTYPES.values() and not tensor.copied:
         if (value := not_finite(array)) is not None:
             raise ModelError(
                 f"{tensor.name} holds {value}: the student is ruined. Export it from an earlier checkpoint."

@@ -607,7 +607,7 @@ def new_tensors(
         for name, value in fixed.items()
     ]
     kept = [name for name in stored if OTHER_PARTS.match(name) or is_unread(config, name)]
-    others = [NewTensor(name, stored[name].dtype, stored[name].shape, stored[name].read) for name in kept]
+    others = [NewTensor(name, stored[name].dtype, stored[name].shape, stored[name].read, copied=True) for name in kept]
     return tensors, others
 
 
