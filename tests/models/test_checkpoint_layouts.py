@@ -44,6 +44,7 @@ def test_a_model_with_images_stays_one(prefix: str, tmp_path: Path) -> None:
     vision = {
         "vision_tower.layers.0.weight": np.arange(6, dtype=np.float16),
         "multi_modal_projector.w": np.ones((2, 2)),
+        "audio_tower.input_max": np.array(np.inf),
     }
     tensors = write(tmp_path / "in", GEMMA3, prefix, **{k: v.astype(np.float16) for k, v in vision.items()})
     (tmp_path / "in" / "preprocessor_config.json").write_text("{}")
