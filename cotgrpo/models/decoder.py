@@ -54,7 +54,8 @@ from cotgrpo.xla_cpu import project_few_tokens
 if TYPE_CHECKING:
     from cotgrpo.types import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-    KeysAndValues = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
+    # Global layers may have heads of their own, so K and H (with _) are those of a layer.
+    KeysAndValues = tuple[Float[Array, "B _K _H S"], Float[Array, "B _K S _H"]]
     LayerCache = KeysAndValues | tuple[None, None] | ConvWindow | DeltaCache
     NewKeys = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]  # B S K H, of local or of global layers
     HandedOn = dict[str, NewKeys]
@@ -124,8 +125,8 @@ class KvCache(flax.struct.PyTreeNode):
             have attention.
     """
 
-    keys: tuple[Float[Array, "B K H S"] | None, ...]
-    values: tuple[Float[Array, "B K S H"] | None, ...]
+    keys: tuple[Float[Array, "B _K _H S"] | None, ...]
+    values: tuple[Float[Array, "B _K S _H"] | None, ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     states: tuple[PyTree, ...] = ()

@@ -116,8 +116,8 @@ def wrapped(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     outer = {"vision_config": VISIONS[model_type], "mm_tokens_per_image": 16, "image_token_index": 90}
     if model_type != "gemma3":
         outer = {"vision_config": VISIONS[model_type], "image_token_id": 90, "video_token_id": 91}
-    if model_type in AUDIOS:  # tokens of images are another model's input, even if there is no image
-        ids = {"image_token_id": 1, "video_token_id": 1, "audio_token_id": 1}
+    if model_type in AUDIOS:  # tokens of images are another model's input, even if there is no image: none is drawn
+        ids = {"image_token_id": 101, "video_token_id": 102, "audio_token_id": 103}
         outer = {"vision_config": VISIONS[model_type], "audio_config": AUDIOS[model_type], **ids}
     tied = {"tie_word_embeddings": text.get("tie_word_embeddings", model_type == "gemma3")}
     return {"model_type": model_type, "text_config": {**SMALL, **text}, **outer, **tied}
