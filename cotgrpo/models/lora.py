@@ -111,12 +111,12 @@ class LoraConfig:
             raise ValueError(f"LoraConfig.targets must be a tuple of at least one pattern, got {self.targets!r}.")
         if self.quantize_base not in ("none", "int8", "nf4"):
             raise ValueError(f"LoraConfig.quantize_base must be none, int8 or nf4, got {self.quantize_base!r}.")
+        if self.block_size is not None and (self.block_size < 2 or self.block_size % 2):
+            raise ValueError(f"LoraConfig.block_size must be even and at least 2, or None, got {self.block_size}.")
         if self.block_size is not None and self.quantize_base == "none":
             raise ValueError(
                 "LoraConfig.block_size does not apply without quantize_base. Remove it, or set nf4 or int8."
             )
-        if self.block_size is not None and (self.block_size < 2 or self.block_size % 2):
-            raise ValueError(f"LoraConfig.block_size must be even and at least 2, or None, got {self.block_size}.")
 
     @property
     def scale(self) -> float:

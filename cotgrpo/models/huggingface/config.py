@@ -176,7 +176,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
             act: next((theirs for theirs, ours in family.activations.items() if ours == config.activation), None),
             "max_position_embeddings": config.max_positions or family.defaults["max_position_embeddings"],
             "rms_norm_eps": config.norm_eps,
-            "initializer_range": config.init_scale,
+            "initializer_range": min(config.init_scale, 1.0),  # transformers refuses more
             "tie_word_embeddings": config.tied_head,
             "rope_theta": config.rope_theta,
             "rope_scaling": write_rope(config.rope_scaling),
