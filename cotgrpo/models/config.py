@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from cotgrpo.models.layers.options import DeltaNet, Experts, PerLayerEmbeddings, ShortConv
 from cotgrpo.models.layers.pattern import LayerKind, LayerPlace, Run, places_of, runs_of
 from cotgrpo.models.rotary import RopeScaling
 
+Result = TypeVar("Result")
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = str
 """One of `REMAT_POLICIES`, or names of `KEPT_NAMES`, as `parse_remat` reads them."""
@@ -20,11 +22,12 @@ A policy that looks for matrix products does not see into functions with their o
 """
 LAYER_INPUT, QKV, ATTENTION_RESULT = "layer_input", "qkv_proj", "attention"
 PROJECTION_NAMES = {"query": QKV, "key": QKV, "value": QKV} | {name: f"{name}_proj" for name in ("out", "gate", "up")}
-PROJECTION_NAMES |= {"conv_in": QKV, "conv_out": "out_proj", "down": "down_proj"}
-PROJECTION_NAMES |= dict.fromkeys(("delta_in", "delta_gate", "delta_strength", "delta_decay"), QKV)
-PROJECTION_NAMES |= {"delta_out": "out_proj"}
-PROJECTION_NAMES |= {"per_layer_gate": "per_layer_proj", "per_layer_out": "per_layer_proj"}
-"""The name of `KEPT_NAMES` of each matrix product of a layer."""
+PROJECTION_NAMES |= {"down": "down_proj"}
+"""The name of `KEPT_NAMES` of each matrix product of attention and its MLP."""
+RESULT_NAMES = PROJECTION_NAMES | {"conv_in": QKV, "conv_out": "out_proj", "delta_out": "out_proj"}
+RESULT_NAMES |= dict.fromkeys(("delta_in", "delta_gate", "delta_strength", "delta_decay"), QKV)
+RESULT_NAMES |= dict.fromkeys(("per_layer_gate", "per_layer_out"), "per_layer_proj")
+"""The same for the products of every kind of layer."""
 KEPT_NAMES = (LAYER_INPUT, QKV, ATTENTION_RESULT, "out_proj", "gate_proj", "up_proj", "down_proj", "per_layer_proj")
 """Results of a layer that a remat policy can keep, in the order in which the layer computes them."""
 OFFLOAD = "offload:"
@@ -46,6 +49,20 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 UNGATED_ACTIVATIONS = ("relu2", "xielu")
 """Activations of an MLP without a gate: `down(activation(up(x)))`."""
+
+
+class remembered(Generic[Result]):
+    """A property whose results are kept for equal owners.
+
+    `functools.cached_property` keeps them among the fields, where `vars` finds them.
+    """
+
+    def __init__(self, method: Callable[[Any], Result]) -> None:
+        self.method = functools.lru_cache(maxsize=256)(method)
+        self.__doc__ = method.__doc__
+
+    def __get__(self, owner: Any, kind: type) -> Result:
+        return self.method(owner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,14 +393,14 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         alone = dataclasses.replace(self, layer_kinds=None, biases=(), **given)
         return dataclasses.replace(alone, biases=tuple(name for name in self.biases if name in alone.projections))
 
-    @functools.cached_property
+    @remembered
     def layers(self) -> tuple[DecoderConfig, ...]:
         """Return the config of each layer."""
         if self.layer_kinds is None:
             return (self,) * self.num_layers
         return tuple(self.of_kind(kind) for kind in self.layer_kinds)
 
-    @functools.cached_property
+    @remembered
     def stacked_kinds(self) -> tuple[LayerKind, ...]:
         """Return what sets the layers apart in a stack. Those that share keys and values are local or global."""
         kinds = self.layer_kinds or ()
@@ -395,7 +412,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         """Return whether a layer has the window."""
         return self.window is not None and (self.local_layers is None or index in self.local_layers)
 
-    @functools.cached_property
+    @remembered
     def key_sources(self) -> tuple[int | None, ...]:
         """Return for each layer with shared keys the layer that they are of, and None for the others."""
         last: dict[bool, int] = {}
@@ -415,13 +432,13 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         """Return how many values of each head are rotated in local layers, or in global ones."""
         return self.rotary_dim or next(iter(self.head_dims(local)), self.head_dim)
 
-    @functools.cached_property
+    @remembered
     def runs(self) -> tuple[Run, ...]:
         """Return the loops over unlike layers; none if all layers are alike."""
         kinds = self.stacked_kinds
         return () if len(set(kinds)) <= 1 else runs_of(kinds)
 
-    @functools.cached_property
+    @remembered
     def layer_places(self) -> tuple[LayerPlace, ...]:
         """Return where the parameters of each layer are."""
         if self.runs:
@@ -542,7 +559,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
         if remat.kept == (LAYER_INPUT,):
             return products
         unread = () if self.post_norms else ("down",)
-        return tuple(n for n in products if PROJECTION_NAMES[n] not in remat.kept and n not in unread)
+        return tuple(n for n in products if RESULT_NAMES[n] not in remat.kept and n not in unread)
 
     def num_active_params(self) -> int:
         """Return the number of parameters that one token uses: of the experts, those of its own."""
@@ -560,7 +577,7 @@ class DecoderConfig(DecoderPrecision, DecoderShape, Vocabulary):
             embeddings += self.per_layer_embeddings.num_params(self.width, self.num_layers)
         return sum(layer.params_of_a_layer for layer in self.layers) + self.width + embeddings
 
-    @functools.cached_property
+    @remembered
     def params_of_a_layer(self) -> int:
         """Return the number of parameters of one of `layers`."""
         products = sum(inputs * outputs for inputs, outputs in self.projections.values())

@@ -29,8 +29,8 @@ from cotgrpo.models.blockwise_attention import block_attention
 from cotgrpo.models.config import (
     ATTENTION_RESULT,
     LAYER_INPUT,
-    PROJECTION_NAMES,
     QKV,
+    RESULT_NAMES,
     SAVED_NAMES,
     DecoderConfig,
     parse_remat,
@@ -395,7 +395,7 @@ class Layer(nn.Module):
             dot_general=functools.partial(
                 project_tokens,
                 letters="FD" if to_residual else "DF",
-                saved_name=PROJECTION_NAMES[name],
+                saved_name=RESULT_NAMES[name],
                 head_dim=c.head_dim if by_head else None,
             ),
         )

@@ -98,7 +98,7 @@ def logits_of(name: str) -> tuple[Any, np.ndarray]:
 def test_logits_in_numpy(name: str) -> None:
     params, got = logits_of(name)
     for row, tokens in enumerate(batch()[0]):
-        np.testing.assert_allclose(got[row], gemma4_logits(OPTIONS[name], jax.device_get(params), tokens), atol=5e-5)
+        np.testing.assert_allclose(got[row], gemma4_logits(OPTIONS[name], jax.device_get(params), tokens), atol=1e-4)
     assert OPTIONS[name].num_params() == sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -109,7 +109,7 @@ def test_packed_documents_stay_apart(name: str) -> None:
     segments = np.repeat([[1, 2]], T, axis=1).astype(np.int32)
     logits = jax.jit(make_student(OPTIONS[name]).logits)
     packed = logits(params, tokens.reshape(1, -1), positions.reshape(1, -1), segments)
-    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=5e-5)
+    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", some("shared"))
@@ -125,7 +125,7 @@ def test_decode_agrees_with_the_whole_pass(name: str) -> None:
     student = make_student(config)
     got = jnp.concatenate(rows, axis=1) @ student.head(params)
     got = got if student.softcap is None else student.softcap * jnp.tanh(got / student.softcap)
-    np.testing.assert_allclose(got, want, atol=5e-5)
+    np.testing.assert_allclose(got, want, atol=1e-4)
     own = config.num_layers - (CONFIGS[name].get("num_kv_shared_layers") or 0)
     assert [key is not None for key in cache.keys] == [index < own for index in range(config.num_layers)]
 
@@ -165,7 +165,7 @@ def test_sharded_on_eight_devices(name: str) -> None:
     with jax.set_mesh(mesh):
         got = jax.jit(jax.value_and_grad(loss))(placed, *inputs)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=5e-4)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.max(np.abs(b)))
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_lora_on_its_default_targets() -> None:
     student = make_student(OPTIONS["shared"])
     adapted = jax.jit(with_adapters(student).logits)(AdaptedParams(params, adapters, lora), *batch())
     merged = jax.jit(student.logits)(merge(params, adapters, lora), *batch())
-    np.testing.assert_allclose(adapted, merged, atol=5e-5)
+    np.testing.assert_allclose(adapted, merged, atol=1e-4)
 
 
 def equations(jaxpr: Any) -> list[Any]:
