@@ -1,6 +1,6 @@
 """Learn at the student's own replies from a teacher on a server, which scores each of their tokens.
 
-python examples/server_teacher.py [URL]    # vLLM: vllm serve MODEL --max-logprobs 20. Without one: a stand-in, below
+python examples/runs/server_teacher.py [URL]    # vLLM: vllm serve MODEL --max-logprobs 20. Without: a stand-in, below
 """
 
 import json
