@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.commands import error_of, logits_of, options, read, write_rows_and_model
+from helpers.commands import error_of, logits_of, options, read, whole_and_cut, write_rows_and_model
 from safetensors.numpy import load_file
 
-from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
 from cotgrpo.config import parse_config
 from cotgrpo.models import load_pretrained
 from cotgrpo.models.lora import AdaptedParams
 from cotgrpo.rollouts.rollouts import Rollouts
-from cotgrpo.training import stages
 from cotgrpo.training import weights as weights_module
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.weights import restore_weights
@@ -99,24 +96,7 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.
     """With a frozen reference and dropout: the reference is the student before the stage, also after a resume."""
     more = [*LORA, "--lora.dropout", "0.2", "--grpo.reference_kl", "0.5", "--grpo.log_every", "1"]
     more += ["--grpo.steps", "3", "--checkpoint.every", "1"]
-    losses = {}
-    for name in ("whole", "cut"):
-        shutil.copytree(folder / "run" / "sft", tmp_path / name / "sft")
-        arguments = ["grpo", *options(folder, *more, "--run_dir", str(tmp_path / name))]
-        if name == "cut":
-            with monkeypatch.context() as patch:
-
-                def stop(*args: object, **kwargs: object) -> None:
-                    raise CheckpointError("stopped on the way")
-
-                patch.setattr(stages, "write_stage_report", stop)
-                assert main(arguments) == 2
-            (tmp_path / name / "grpo" / "after.json").unlink()
-            for step in ("2", "3"):
-                shutil.rmtree(tmp_path / name / "grpo" / "checkpoints" / step)
-        assert main(arguments) == 0
-        lines = (tmp_path / name / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses[name] = [json.loads(line).get("train/loss") for line in lines]
+    losses = whole_and_cut(folder, more, tmp_path, monkeypatch)
     assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 4
 
 

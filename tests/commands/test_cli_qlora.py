@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.commands import error_of, options, read, write_rows_and_model
+from helpers.commands import error_of, options, read, whole_and_cut, write_rows_and_model
 
-from cotgrpo.checkpoints.manager import CheckpointError
 from cotgrpo.cli import main
 from cotgrpo.config import parse_config
 from cotgrpo.models import load_pretrained
 from cotgrpo.models.lora import is_quantized
 from cotgrpo.rollouts.rollouts import Rollouts
-from cotgrpo.training import stages
 from cotgrpo.training.inputs import model_of
 from cotgrpo.training.weights import restore_weights
 
@@ -87,24 +84,7 @@ def test_a_killed_run_goes_on_and_rollouts_read_the_quantized_base(
         drawn.append(self.params)
 
     monkeypatch.setattr(Rollouts, "set_params", note)
-    losses = {}
-    for name in ("whole", "cut"):
-        shutil.copytree(folder / "run" / "sft", tmp_path / name / "sft")
-        arguments = ["grpo", *options(folder, *more, "--run_dir", str(tmp_path / name))]
-        if name == "cut":
-            with monkeypatch.context() as patch:
-
-                def stop(*args: object, **kwargs: object) -> None:
-                    raise CheckpointError("stopped on the way")
-
-                patch.setattr(stages, "write_stage_report", stop)
-                assert main(arguments) == 2
-            (tmp_path / name / "grpo" / "after.json").unlink()
-            for step in ("2", "3"):
-                shutil.rmtree(tmp_path / name / "grpo" / "checkpoints" / step)
-        assert main(arguments) == 0
-        lines = (tmp_path / name / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses[name] = [json.loads(line).get("train/loss") for line in lines]
+    losses = whole_and_cut(folder, more, tmp_path, monkeypatch)
     assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 4
     assert drawn and all(is_quantized(params.base) for params in drawn)  # type: ignore[attr-defined]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cotgrpo.checkpoints.manager import CheckpointError
+from cotgrpo.cli import main
 from cotgrpo.data.tokenizer import train_tokenizer
 from cotgrpo.models import Pretrained, save_pretrained
 from cotgrpo.models.config import DecoderConfig
 from cotgrpo.models.decoder import init_params
 from cotgrpo.teachers.procedural import ProceduralTeacher, write_triples
+from cotgrpo.training import stages
 
 SETTINGS = """
 student: {width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, mlp_width: 64}
@@ -87,3 +92,28 @@ def logits_of(model: Pretrained, tokens: np.ndarray) -> np.ndarray:
     tokens_BT = jnp.asarray(np.pad(tokens, (0, 320 - len(tokens)))[None], jnp.int32)
     logits_BTV = model.student.logits(model.params, tokens_BT, jnp.arange(320)[None], jnp.ones_like(tokens_BT))
     return np.asarray(logits_BTV[0, : len(tokens)], np.float64)
+
+
+def whole_and_cut(
+    folder: Path, more: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[float | None]]:
+    """The losses of `grpo` after the SFT run in `folder`: run at once, and killed after its first step and resumed."""
+    losses = {}
+    for name in ("whole", "cut"):
+        shutil.copytree(folder / "run" / "sft", tmp_path / name / "sft")
+        arguments = ["grpo", *options(folder, *more, "--run_dir", str(tmp_path / name))]
+        if name == "cut":
+            with monkeypatch.context() as patch:
+
+                def stop(*args: object, **kwargs: object) -> None:
+                    raise CheckpointError("stopped on the way")
+
+                patch.setattr(stages, "write_stage_report", stop)
+                assert main(arguments) == 2
+            (tmp_path / name / "grpo" / "after.json").unlink()
+            for step in ("2", "3"):
+                shutil.rmtree(tmp_path / name / "grpo" / "checkpoints" / step)
+        assert main(arguments) == 0
+        lines = (tmp_path / name / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[name] = [json.loads(line).get("train/loss") for line in lines]
+    return losses

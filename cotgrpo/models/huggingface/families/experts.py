@@ -68,15 +68,18 @@ def sparse_layers(field: HfConfig, options: dict[str, Any]) -> dict[str, Any]:
     return options | {"mlp": "dense", "mlp_width": field["intermediate_size"], "layer_kinds": kinds}
 
 
+def write_mixture(config: DecoderConfig, number: str, width: str) -> dict[str, Any]:
+    """Return the fields that `mixture` reads."""
+    experts = config.experts or NO_EXPERTS
+    return {number: experts.number, "num_experts_per_tok": experts.chosen, width: experts.width}
+
+
 def write_sparse_layers(config: DecoderConfig) -> dict[str, Any]:
     """Return the fields that `sparse_layers` reads."""
     dense = [i for i, layer in enumerate(config.layers) if layer.mlp == "dense"]
-    experts = config.experts or NO_EXPERTS
     return {
-        "num_experts": experts.number,
-        "num_experts_per_tok": experts.chosen,
-        "moe_intermediate_size": experts.width,
-        "norm_topk_prob": experts.normalized,
+        **write_mixture(config, "num_experts", "moe_intermediate_size"),
+        "norm_topk_prob": (config.experts or NO_EXPERTS).normalized,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense,
     }
@@ -125,12 +128,9 @@ def qwen3_5_moe(field: HfConfig) -> dict[str, Any]:
 
 def write_qwen3_5_moe(config: DecoderConfig) -> dict[str, Any]:
     """Return the fields that `qwen3_5_moe` reads."""
-    experts = config.experts or NO_EXPERTS
     return {
         **write_qwen3_5(config),
-        "num_experts": experts.number,
-        "num_experts_per_tok": experts.chosen,
-        "moe_intermediate_size": experts.width,
+        **write_mixture(config, "num_experts", "moe_intermediate_size"),
         "shared_expert_intermediate_size": config.mlp_width,
     }
 
@@ -144,12 +144,7 @@ def olmoe(field: HfConfig) -> dict[str, Any]:
 
 def write_local_experts(config: DecoderConfig) -> dict[str, Any]:
     """Return the fields of experts that Mixtral, Granite and gpt-oss share."""
-    experts = config.experts or NO_EXPERTS
-    return {
-        "num_local_experts": experts.number,
-        "num_experts_per_tok": experts.chosen,
-        "intermediate_size": experts.width,
-    }
+    return write_mixture(config, "num_local_experts", "intermediate_size")
 
 
 def granite_moe(field: HfConfig) -> dict[str, Any]:

@@ -215,18 +215,22 @@ GEMMA4_FIXED: dict[str, tuple[Any, ...]] = {
     # "vision": tokens of an image see each other. There are none in text.
     "use_bidirectional_attention": (None, "vision", False),
 }
+GEMMA4_COMMON: dict[str, Any] = {
+    "writes": write_gemma4,
+    "fixed": GEMMA4_FIXED,
+    "default_rope": GEMMA4_ROPE,
+    "local_rope_theta": 10_000.0,
+    "rope_kinds": frozenset({"proportional"}),
+}
+"""What both forms of Gemma 4 have."""
 
 GEMMA: dict[str, Family] = {
     "gemma4_text": Family(
         "Gemma4ForCausalLM",
         GEMMA4_DEFAULTS,
         gemma4,
-        write_gemma4,
-        fixed=GEMMA4_FIXED,
         ignored="num_experts|top_k_experts|(moe|expert)_intermediate_size",
-        default_rope=GEMMA4_ROPE,
-        local_rope_theta=10_000.0,
-        rope_kinds=frozenset({"proportional"}),
+        **GEMMA4_COMMON,
     ),
     # The 12B model, which reads images and sound without towers of their own.
     "gemma4_unified_text": Family(
@@ -238,11 +242,7 @@ GEMMA: dict[str, Family] = {
             "hidden_size_per_layer_input": 0,
         },
         lambda field: gemma4({**field, "hidden_size_per_layer_input": 0}),  # transformers does not read it here
-        write_gemma4,
-        fixed=GEMMA4_FIXED,
-        default_rope=GEMMA4_ROPE,
-        local_rope_theta=10_000.0,
-        rope_kinds=frozenset({"proportional"}),
+        **GEMMA4_COMMON,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
