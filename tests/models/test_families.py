@@ -213,8 +213,10 @@ def test_round_trip(case: str, dtype: str, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
     models = []
     for name in ("in", "out"):
+        # torch's own kernel for experts does not take every size in bfloat16.
+        experts: Any = {"experts_implementation": "eager"} if case in WITH_EXPERTS else {}
         found, report = auto_class(case).from_pretrained(
-            tmp_path / name, attn_implementation="eager", output_loading_info=True
+            tmp_path / name, attn_implementation="eager", output_loading_info=True, **experts
         )
         assert not any(report.values()), report
         models.append(found)

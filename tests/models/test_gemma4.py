@@ -70,14 +70,18 @@ def some(*fast: str) -> list[Any]:
 
 
 def random_params(config: DecoderConfig) -> Any:
-    """Every parameter random: norms around 1, and products that keep the size of what they read."""
+    """Every parameter random: norms around 1, and products that keep the size of what they read.
+
+    Those of queries are around 1/2. Scores are not scaled down, and a softmax of large ones amplifies rounding.
+    """
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
     def draw(path: Any, x: Any) -> Any:
         noise = rng.normal(size=x.shape)
         scale = "scale" in str(getattr(path[-1], "key", ""))
-        return jnp.asarray(1 + 0.2 * noise if scale else noise * x.shape[-2] ** -0.5, x.dtype)
+        values = 1 + 0.2 * noise if scale else noise * x.shape[-2] ** -0.5
+        return jnp.asarray(values / 2 if "query_norm" in jax.tree_util.keystr(path) else values, x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -98,7 +102,7 @@ def logits_of(name: str) -> tuple[Any, np.ndarray]:
 def test_logits_in_numpy(name: str) -> None:
     params, got = logits_of(name)
     for row, tokens in enumerate(batch()[0]):
-        np.testing.assert_allclose(got[row], gemma4_logits(OPTIONS[name], jax.device_get(params), tokens), atol=1e-4)
+        np.testing.assert_allclose(got[row], gemma4_logits(OPTIONS[name], jax.device_get(params), tokens), atol=5e-5)
     assert OPTIONS[name].num_params() == sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -109,7 +113,7 @@ def test_packed_documents_stay_apart(name: str) -> None:
     segments = np.repeat([[1, 2]], T, axis=1).astype(np.int32)
     logits = jax.jit(make_student(OPTIONS[name]).logits)
     packed = logits(params, tokens.reshape(1, -1), positions.reshape(1, -1), segments)
-    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=1e-4)
+    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", some("shared"))
@@ -125,7 +129,7 @@ def test_decode_agrees_with_the_whole_pass(name: str) -> None:
     student = make_student(config)
     got = jnp.concatenate(rows, axis=1) @ student.head(params)
     got = got if student.softcap is None else student.softcap * jnp.tanh(got / student.softcap)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_allclose(got, want, atol=5e-5)
     own = config.num_layers - (CONFIGS[name].get("num_kv_shared_layers") or 0)
     assert [key is not None for key in cache.keys] == [index < own for index in range(config.num_layers)]
 
@@ -183,7 +187,7 @@ def test_lora_on_its_default_targets() -> None:
     student = make_student(OPTIONS["shared"])
     adapted = jax.jit(with_adapters(student).logits)(AdaptedParams(params, adapters, lora), *batch())
     merged = jax.jit(student.logits)(merge(params, adapters, lora), *batch())
-    np.testing.assert_allclose(adapted, merged, atol=1e-4)
+    np.testing.assert_allclose(adapted, merged, atol=5e-5)
 
 
 def equations(jaxpr: Any) -> list[Any]:
